@@ -1,0 +1,88 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tuning.config import (
+    PARAMETERS,
+    InputError,
+    SearchPlan,
+    TrialConfig,
+    build,
+    check_value,
+    command_line,
+    parse_duration,
+)
+
+
+@given(st.integers(0, 99), st.integers(0, 59), st.integers(0, 59))
+def test_durations_add_up(hours, minutes, seconds):
+    assert parse_duration(f"{hours}h{minutes}m{seconds}s") == 3600 * hours + 60 * minutes + seconds
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("1.5h", 5400), ("45m", 2700), ("12", 12)])
+def test_durations(text, seconds):
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "h", "2 hours", "2h -3m", "soon", "1e3s"])
+def test_what_is_no_duration_is_refused(text):
+    with pytest.raises(ValueError, match="a duration is written like"):
+        parse_duration(text)
+
+
+def test_all_means_every_stage():
+    assert TrialConfig(backbone="x", unfreeze_depth="all").unfreeze_depth == 5
+    assert check_value(TrialConfig, "unfreeze_depth", "all", text=True) == 5
+
+
+def test_a_number_written_as_text_is_refused_with_the_cure():
+    with pytest.raises(ValueError, match=r"got the text '1e-4'; write it without quotes, and with a dot"):
+        check_value(TrialConfig, "learning_rate", "1e-4")
+    assert check_value(TrialConfig, "learning_rate", "1e-4", text=True) == 1e-4
+
+
+def test_all_faults_are_told_at_once():
+    with pytest.raises(InputError) as caught:
+        build(SearchPlan, {"name": "../x", "trials": 0, "speed": 9}, "plan.yaml")
+    assert len(caught.value.faults) == 3
+    assert all(fault.startswith("plan.yaml: ") for fault in caught.value.faults)
+
+
+def test_the_command_line_sorts_settings_from_parameters():
+    given, overrides = command_line(
+        {"trials": 3, "seed": None}, [["image_size=128", "metric=val_auroc"], ["patience=2"]]
+    )
+    assert given == {"trials": 3, "metric": "val_auroc", "patience": 2}
+    assert overrides == {"image_size": 128}
+
+
+@pytest.mark.parametrize(
+    ("flags", "pairs", "said"),
+    [
+        ({"trials": 0}, [], "--trials: must be greater than or equal to 1, got 0"),
+        ({"epochs": -1}, [], "--epochs: must be greater"),
+        ({"gpus_per_trial": -0.5}, [], "--gpus-per-trial: must be greater"),
+        ({"time_budget": "soon"}, [], "--time-budget: a duration is written like"),
+        ({"name": "a/b"}, [], "--name: must match pattern"),
+        ({}, ["patience"], "--set patience: must be key=value"),
+        ({}, ["patiance=3"], "--set patiance: no such key; did you mean patience?"),
+        ({}, ["patience=3", "patience=4"], "--set patience: given twice"),
+        ({"trials": 3}, ["trials=4"], "--set trials: given twice"),
+        ({}, ["learning_rate=fast"], "--set learning_rate: must be a valid number"),
+        ({}, ["augmentation=heavy"], "--set augmentation: must be 'none', 'light', 'medium' or 'strong', got 'heavy'"),
+        ({}, ["divergence_factor=nan"], "--set divergence_factor: must be a finite number"),
+    ],
+)
+def test_each_fault_of_the_command_line(flags, pairs, said):
+    with pytest.raises(InputError) as caught:
+        command_line(flags, [pairs])
+    assert len(caught.value.faults) == 1
+    assert caught.value.faults[0].startswith(said)
+
+
+@given(st.sampled_from([*PARAMETERS, "trials", "patience", "metric"]), st.text(max_size=20))
+def test_any_text_is_taken_or_refused_in_words(key, text):
+    try:
+        command_line({}, [[f"{key}={text}"]])
+    except InputError as error:
+        assert error.faults[0].startswith(f"--set {key}: ")

@@ -1,0 +1,156 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tuning.config import TrialConfig
+from tuning.finetune import Data, State, divergence, finetune, learning_rate_factor, score
+
+CPU = torch.device("cpu")
+
+
+def make_data(count=48, side=32, classes=2):
+    rng = np.random.default_rng(0)
+    labels = np.arange(count) % classes
+    images = rng.normal(80 + 60 * labels[:, None, None, None], 30, (count, side, side, 1)).clip(0, 255).astype(np.uint8)
+    order = np.arange(count)
+    third = count // 3
+    return Data(
+        images, labels, order[third:], order[: third // 2], order[third // 2 : third], tuple("abcdefgh"[:classes])
+    )
+
+
+def config(**values):
+    given = {"backbone": "test_resnet", "unfreeze_depth": 5, "image_size": 32, "batch_size": 8, "epochs": 3}
+    return TrialConfig(**given | {"learning_rate": 3e-3, "augmentation": "medium", "head_dropout": 0.2} | values)
+
+
+def train(config, data=None, **arguments):
+    return list(finetune(config, data or make_data(), device=CPU, weights=None, **arguments))
+
+
+def losses(epochs):
+    return [(row["train_loss"], row["train_eval_loss"], row["val_loss"]) for row, _ in epochs]
+
+
+def test_it_learns_and_tells():
+    epochs = train(config(epochs=8, unfreeze_depth=5, augmentation="none", head_dropout=0.0))
+    rows = [row for row, _ in epochs]
+    assert [row["epoch"] for row in rows] == list(range(1, 9))
+    assert [row["ends"] for row in rows] == [None] * 7 + ["completed"]
+    assert rows[-1]["val_loss"] < 0.3 < rows[0]["train_loss"]
+    assert rows[-1]["val_accuracy"] == rows[-1]["val_auroc"] == 1.0
+    assert rows[0]["images"] == 32 and rows[0]["micro_batch"] == 8
+
+
+def test_two_runs_are_equal_and_another_seed_differs():
+    first, again = train(config()), train(config())
+    assert losses(first) == losses(again)
+    assert losses(first) != losses(train(config(seed=1)))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_going_on_from_a_snapshot_equals_never_having_stopped(optimizer):
+    whole = train(config(optimizer=optimizer))
+    begun = finetune(config(optimizer=optimizer), make_data(), device=CPU, weights=None)
+    _, snapshot = next(begun)
+    state = snapshot()
+    rest = train(config(optimizer=optimizer), state=State(state.history, state.tensors))
+    assert losses(whole)[1:] == losses(rest)
+    last, last_again = whole[-1][1](), rest[-1][1]()
+    assert last.tensors.keys() == last_again.tensors.keys()
+    assert all(torch.equal(last.tensors[name], last_again.tensors[name]) for name in last.tensors)
+
+
+def test_only_what_is_unfrozen_changes():
+    counts = []
+    for depth in (0, 1, 5):
+        epochs = train(config(unfreeze_depth=depth, epochs=1))
+        counts.append(epochs[0][0]["trained_parameters"])
+    assert counts == sorted(counts) and counts[0] < counts[1] < counts[2]
+
+
+@pytest.mark.parametrize("learning_rate", [1e12, 1e30])
+def test_a_loss_that_is_not_finite_ends_the_trial_in_its_epoch(learning_rate):
+    epochs = train(config(learning_rate=learning_rate, epochs=5, optimizer="sgd"), divergence_factor=math.inf)
+    row = epochs[-1][0]
+    assert row["ends"] == "diverged"
+    assert row["val_loss"] is None and "not finite in epoch" in row["reason"]
+    assert all(value is None or math.isfinite(value) for value in row.values() if not isinstance(value, str))
+
+
+def test_patience_ends_a_trial_that_gets_no_better():
+    epochs = train(config(learning_rate=1e-12, epochs=10, augmentation="none"), patience=2)
+    assert epochs[-1][0]["ends"] == "converged"
+    assert len(epochs) < 10
+
+
+def test_the_best_weights_are_those_of_the_best_epoch():
+    epochs = []
+    states = []
+    for row, snapshot in finetune(config(epochs=4, learning_rate=0.1), make_data(), device=CPU, weights=None):
+        epochs.append(row)
+        states.append(snapshot())
+    best = min((row["val_loss"], row["epoch"]) for row in epochs if row["val_loss"] is not None)[1]
+    for name, tensor in states[best - 1].tensors.items():
+        if name.startswith("model/"):
+            assert torch.equal(tensor, states[-1].tensors[name.replace("model/", "best/")])
+
+
+def test_class_weights_and_smoothing_touch_training_alone():
+    labels = np.array([0] * 40 + [1] * 8)
+    data = make_data()
+    data = Data(data.images, labels, np.arange(0, 48, 2), np.arange(1, 24, 2), np.arange(25, 48, 2), data.classes)
+    frozen = {"learning_rate": 1e-12, "augmentation": "none", "head_dropout": 0.0, "epochs": 1, "batch_norm": "frozen"}
+    plain = train(config(**frozen), data)[0][0]
+    weighted = train(config(**frozen, class_weighting="balanced", label_smoothing=0.1), data)[0][0]
+    assert plain["val_loss"] == weighted["val_loss"]
+    assert plain["train_loss"] != weighted["train_loss"]
+
+
+def test_a_batch_larger_than_the_set_is_the_set():
+    assert train(config(batch_size=500, epochs=1))[0][0]["micro_batch"] == 32
+
+
+@pytest.mark.parametrize(
+    ("losses", "factor", "diverged"),
+    [
+        ([0.5, 0.6], 10, False),
+        ([None], 10, True),
+        ([0.5, None], math.inf, True),
+        ([20.0], 10, False),
+        ([20.0, 20.0], 10, True),
+        ([20.0, 0.5, 20.0], 10, False),
+        ([0.5, 8.0, 8.0], 10, True),
+        ([0.5, 8.0, 8.0], math.inf, False),
+        ([0.001, 0.5, 0.5], 10, False),
+        ([0.001, 0.9, 0.9], 10, True),
+    ],
+)
+def test_divergence(losses, factor, diverged):
+    reason = divergence(0.5, losses, class_entropy=math.log(2), factor=factor)
+    assert (reason is not None) == diverged
+
+
+def test_a_training_loss_that_is_not_finite_is_divergence():
+    assert divergence(None, [0.5, None], class_entropy=0.7, factor=10) == "the training loss was not finite in epoch 2"
+
+
+def test_the_schedule_warms_up_and_ends_at_nothing():
+    plan = config(epochs=10, warmup_epochs=2.0)
+    factors = [learning_rate_factor(plan, epoch) for epoch in (0, 1, 2, 6, 10)]
+    assert factors[0] < 0.01 and factors[1] == pytest.approx(0.5, abs=0.01)
+    assert factors[2:] == pytest.approx([1.0, 0.5, 0.0])
+    assert learning_rate_factor(config(schedule="constant"), 2.9) == 1.0
+
+
+def test_scores():
+    logits = np.log(np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]], dtype=np.float32))
+    found = score(logits, np.array([0, 1, 1]))
+    assert found["loss"] == pytest.approx(-np.log([0.9, 0.4, 0.8]).mean(), rel=1e-5)
+    assert found["accuracy"] == pytest.approx(2 / 3)
+    assert found["balanced_accuracy"] == pytest.approx(0.75)
+    assert found["auroc"] == 1.0
+    assert score(logits, np.array([1, 1, 1]))["auroc"] is None
+    assert set(score(np.full((3, 2), np.nan, dtype=np.float32), np.array([0, 1, 1])).values()) == {None}

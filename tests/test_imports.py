@@ -1,0 +1,69 @@
+"""Imports point one way, Ray and Optuna stay in their rooms, and tables open without torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TUNING = Path(__file__).parent.parent / "tuning"
+MODULES = sorted(path.stem for path in TUNING.glob("*.py") if path.stem != "__init__")
+
+# Each module may import those to its left in its row, and those of rows above that are named.
+ALLOWED = {
+    "config": set(),
+    "tables": {"config"},
+    "samples": {"config", "tables"},
+    "phantoms": {"config", "samples"},
+    "images": {"config", "tables"},
+    "audit": {"config", "tables", "samples", "images", "phantoms"},
+    "space": {"config"},
+    "optimizer": {"config", "space", "tables"},
+    "stopping": {"config", "tables"},
+    "analysis": {"config", "tables", "stopping"},
+    "augment": {"config"},
+    "backbones": {"config"},
+    "finetune": {"config", "tables", "images", "augment", "backbones"},
+    "trial": {"config", "tables", "images", "finetune"},
+    "model_folder": {"config", "images", "backbones", "finetune"},
+}
+COMMANDS = {"search", "run_search", "train_final"}  # may import all of the above
+TORCHLESS = ["config", "space", "samples", "tables", "stopping", "analysis"]
+
+
+def imports(module: str) -> tuple[set[str], set[str]]:
+    """Modules of ours, and packages of others, that a module imports anywhere in its code."""
+    ours, others = set(), set()
+    for node in ast.walk(ast.parse((TUNING / f"{module}.py").read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "tuning":
+                ours.add(parts[1])
+            else:
+                others.add(parts[0])
+    return ours, others
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_one_way(module):
+    ours, others = imports(module)
+    if module in COMMANDS:
+        assert not ours & {"run_search", "train_final"}
+    else:
+        assert ours <= ALLOWED[module]
+    assert "ray" not in others or module in ("trial", "search")
+    assert "optuna" not in others or module in ("optimizer", "analysis")
+
+
+def test_tables_and_spaces_open_without_torch_or_ray():
+    modules = ", ".join(f"tuning.{module}" for module in TORCHLESS)
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=TUNING.parent)

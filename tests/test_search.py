@@ -1,0 +1,271 @@
+"""The driver with real Ray, real Optuna and a tiny network."""
+
+import json
+import shutil
+
+import pytest
+from optuna.trial import TrialState
+from ray.tune.error import TuneError
+
+from tuning import images
+from tuning.audit import load_checked
+from tuning.config import InputError, SearchPlan
+from tuning.run_search import write_run
+from tuning.search import Search, Slots, ray_running, slots
+from tuning.space import parse
+from tuning.tables import FINAL, make_tables, read_journal, read_table
+
+PARAMETERS = {
+    "unfreeze_depth": {"type": "categorical", "choices": [0, 1, 5]},
+    "learning_rate": {"type": "float", "low": 1e-4, "high": 1e-1, "log": True},
+    "augmentation": {"type": "categorical", "choices": ["none", "medium"]},
+}
+FIXED = {"backbone": "test_resnet", "image_size": 32, "batch_size": 8}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_started():
+    with ray_running():
+        yield
+
+
+def make_run(folder, data, *, parameters=PARAMETERS, fixed=FIXED, start=(), weights=None, **settings):
+    """A run ready to be searched: returns a function that makes its Search."""
+    space = parse({"parameters": parameters, "fixed": fixed, "start": list(start)}, "test")
+    given = {"name": folder.name, "data": str(data), "trials": 8, "epochs": 4, "grace_epochs": 1, "weights": "random"}
+    plan = SearchPlan(**given | settings)
+    table, folders, fingerprint = load_checked(plan, [32])
+    write_run(folder, plan, space, table, fingerprint)
+    ended = []
+
+    def search(count=1, **changed):
+        return Search(
+            plan.model_copy(update=changed),
+            space,
+            folder,
+            images=folders,
+            weights=weights or {"test_resnet": None},
+            resources=Slots(1, 0.0, count),
+            show=lambda search, trial: ended.append(trial.trial_id) if trial.ended else None,
+        )
+
+    search.ended = ended
+    return search
+
+
+def losses(run):
+    epochs = read_table(run / "epochs.parquet").sort_values(["trial_id", "epoch"])
+    return epochs[["trial_id", "epoch", "train_loss", "val_loss", "train_eval_loss"]].to_dict("records")
+
+
+def decisions(run):
+    return read_table(run / "decisions.parquet").drop(columns="seq").to_dict("records")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, folder, ray_started):
+    """An uninterrupted search with one slot, and what it left."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    make = make_run(run, folder)
+    search = make()
+    assert search.run()
+    return run, make, search
+
+
+def test_every_trial_is_there_once_with_a_reason(whole):
+    run, make, _ = whole
+    trials = read_table(run / "trials.parquet")
+    assert list(trials["trial_id"]) == [f"t{number:05d}" for number in range(8)]
+    assert set(trials["status"]) <= {"completed", "stopped"} and "stopped" in set(trials["status"])
+    assert trials["reason"].str.len().min() > 10
+    assert make.ended == list(trials.sort_values("ended_at")["trial_id"])
+    epochs = read_table(run / "epochs.parquet")
+    assert epochs.groupby("trial_id").size().to_dict() == trials.set_index("trial_id")["epochs"].to_dict()
+    assert epochs["seq"].is_monotonic_increasing
+
+
+def test_stops_follow_from_the_decisions(whole):
+    run, _, _ = whole
+    trials = read_table(run / "trials.parquet").set_index("trial_id")
+    table = read_table(run / "decisions.parquet")
+    assert set(table["rung"]) <= {1, 3}
+    for trial_id, verdicts in table.groupby("trial_id")["verdict"]:
+        stopped = trials.loc[trial_id, "status"] == "stopped"
+        assert list(verdicts) == ["continue"] * (len(verdicts) - stopped) + ["stop"] * stopped
+
+
+def test_no_trial_stays_running_in_the_study(whole):
+    _, _, search = whole
+    assert {trial.state for trial in search.optimizer.study.trials} <= {TrialState.COMPLETE, TrialState.PRUNED}
+
+
+def test_the_best_weights_are_kept_and_nothing_of_rays(whole):
+    run, _, _ = whole
+    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert 1 <= len(kept) <= 5 and all(name.endswith(".best.safetensors") for name in kept)
+    top = read_table(run / "trials.parquet").sort_values("val_loss")["trial_id"].iloc[0]
+    assert f"{top}.best.safetensors" in kept
+    tables = {"trials.parquet", "epochs.parquet", "decisions.parquet", "samples.parquet"}
+    assert {path.name for path in run.iterdir()} == tables | {"journal.jsonl", "plan.yaml", "checkpoints"}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.45, 0.7, 0.95])
+def test_a_search_cut_anywhere_goes_on_to_the_same_end(whole, tmp_path, folder, share):
+    """What a crash leaves is a journal cut at some event, possibly inside a line; no checkpoint is left here."""
+    run, _, _ = whole
+    cut = tmp_path / "run"
+    again = make_run(cut, folder)
+    journal = (run / "journal.jsonl").read_bytes()
+    (cut / "journal.jsonl").write_bytes(journal[: int(len(journal) * share)])
+    before = [event for event in read_journal(cut / "journal.jsonl") if event["event"] == "ended"]
+    assert again().run()
+    events = read_journal(cut / "journal.jsonl")
+    ended = [event["trial_id"] for event in events if event["event"] == "ended"]
+    assert sorted(ended) == [f"t{number:05d}" for number in range(8)]
+    assert [event["trial_id"] for event in before] == ended[: len(before)]
+    assert losses(cut) == losses(run)
+    assert decisions(cut) == decisions(run)
+
+
+def test_going_on_from_a_checkpoint_sends_its_history_first(whole, tmp_path, folder):
+    """The driver dies before it has heard of an epoch whose checkpoint is on disk."""
+    run, _, _ = whole
+    cut = tmp_path / "run"
+    make = make_run(cut, folder)
+    search = make()
+    seen = []
+
+    def die(search, trial):
+        seen.append(trial.trial_id)
+        if len(seen) == 2:
+            raise RuntimeError("the driver dies")
+
+    search.show = die
+    with pytest.raises(TuneError, match="the driver dies"):
+        search.run()
+    assert (cut / "checkpoints" / "t00000.state.safetensors").exists()
+    events = read_journal(cut / "journal.jsonl")
+    (cut / "journal.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events if event["seq"] <= 3))
+    assert make().run()
+    assert losses(cut) == losses(run)
+
+
+def test_several_slots_lose_and_repeat_nothing(tmp_path, folder):
+    run = tmp_path / "run"
+    assert make_run(run, folder, trials=10)(2).run()
+    trials = read_table(run / "trials.parquet")
+    assert sorted(trials["trial_id"]) == [f"t{number:05d}" for number in range(10)]
+    assert trials["status"].isin(FINAL).all()
+
+
+def test_learning_rates_without_bound_end_as_diverged(tmp_path, folder):
+    run = tmp_path / "run"
+    wide = PARAMETERS | {"learning_rate": {"type": "float", "low": 1e9, "high": 1e12, "log": True}}
+    search = make_run(run, folder, parameters=wide, fixed=FIXED | {"optimizer": "sgd"}, trials=4)()
+    assert search.run()
+    trials = read_table(run / "trials.parquet")
+    assert set(trials["status"]) == {"diverged"}
+    epochs = read_table(run / "epochs.parquet")
+    lost = epochs[epochs["val_loss"].isna()]
+    assert dict(zip(lost["trial_id"], lost["epoch"], strict=True)) == dict(
+        zip(trials["trial_id"], trials["epochs"], strict=True)
+    )
+    assert all(trial.state != TrialState.RUNNING for trial in search.optimizer.study.trials)
+
+
+def test_a_trial_that_fails_has_its_error_and_the_search_goes_on(tmp_path, folder):
+    run = tmp_path / "run"
+    damaged = tmp_path / "test_vit.safetensors"
+    damaged.write_bytes(b"no weights")
+    both = PARAMETERS | {"backbone": {"type": "categorical", "choices": ["test_resnet", "test_vit"]}}
+    fixed = {name: value for name, value in FIXED.items() if name != "backbone"}
+    start = [
+        {"backbone": name, "unfreeze_depth": 0, "learning_rate": 1e-3, "augmentation": "none"}
+        for name in ("test_vit", "test_resnet")
+    ]
+    weights = {"test_resnet": None, "test_vit": damaged}
+    make = make_run(run, folder, parameters=both, fixed=fixed, start=start, weights=weights, trials=2)
+    assert make().run()
+    trials = read_table(run / "trials.parquet")
+    assert list(trials["status"]) == ["failed", "completed"]
+    assert "test_vit.safetensors" in trials["error"][0] and "Traceback" in trials["error"][0]
+
+
+def test_four_failures_at_first_end_the_search(tmp_path, folder):
+    run = tmp_path / "run"
+    damaged = tmp_path / "test_resnet.safetensors"
+    damaged.write_bytes(b"no weights")
+    search = make_run(run, folder, weights={"test_resnet": damaged}, trials=20)()
+    assert search.run()
+    assert "the first 4 trials all failed" in search.halted
+    assert len(read_table(run / "trials.parquet")) == 4
+
+
+def test_the_time_budget_ends_cleanly_and_more_time_goes_on(tmp_path, folder):
+    run = tmp_path / "run"
+    make = make_run(run, folder, trials=30, epochs=30, early_stopping=False)
+    search = make(time_budget=2.0)
+    assert search.run()
+    assert "time budget" in search.halted
+    trials = read_table(run / "trials.parquet")
+    assert 1 <= len(trials) < 30 and "running" not in set(trials["status"])
+    more = len(trials) + 1
+    assert make(trials=more, time_budget=None).run()
+    assert set(read_table(run / "trials.parquet")["status"]) == {"completed"}
+
+
+def test_without_early_stopping_every_epoch_is_run(tmp_path, folder):
+    run = tmp_path / "run"
+    start = [{"unfreeze_depth": 5, "learning_rate": rate, "augmentation": "none"} for rate in (1e-2, 1e-3, 1e-4)]
+    assert make_run(run, folder, start=start, trials=3, early_stopping=False)().run()
+    trials = read_table(run / "trials.parquet")
+    assert list(trials["config_learning_rate"]) == [1e-2, 1e-3, 1e-4]
+    assert set(trials["epochs"]) == {4} and set(trials["origin"]) == {"start"}
+    assert read_table(run / "decisions.parquet").empty
+
+
+def test_the_tables_are_the_journal(whole):
+    run, _, search = whole
+    made = make_tables(search.record, "val_loss")
+    for name in ("trials", "epochs", "decisions"):
+        assert made[name].to_pandas().equals(read_table(run / f"{name}.parquet"))
+
+
+def test_images_are_decoded_once(whole, cache, folder):
+    assert len(list((cache / "images").iterdir())) >= 1
+    shutil.rmtree(cache / "images")
+    plan = SearchPlan(name="x", data=str(folder))
+    _, folders, fingerprint = load_checked(plan, [32])
+    before = folders[32].stat().st_ino
+    _, again, same = load_checked(plan, [32])
+    assert (again[32].stat().st_ino, same) == (before, fingerprint)
+    assert images.open_images(again[32]).shape == (60, 32, 32, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"gpus_per_trial": 1.0}, "there are 0 GPUs"),
+        ({"gpus_per_trial": 1.5}, "only whole GPUs"),
+        ({"cpus_per_trial": 9}, "there are 2 cores"),
+    ],
+)
+def test_more_than_there_is_is_refused(settings, said):
+    with pytest.raises(InputError, match=said):
+        slots(SearchPlan(name="x", **settings), cpus=2, gpus=0.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "cpus", "gpus", "expected"),
+    [
+        ({}, 2, 0.0, Slots(1, 0.0, 2)),
+        ({"cpus_per_trial": 2}, 8, 0.0, Slots(2, 0.0, 4)),
+        ({}, 16, 2.0, Slots(8, 1.0, 2)),
+        ({"gpus_per_trial": 0.25}, 16, 1.0, Slots(4, 0.25, 4)),
+        ({"gpus_per_trial": 0.0}, 16, 1.0, Slots(1, 0.0, 16)),
+        ({"concurrent": 3}, 16, 4.0, Slots(4, 1.0, 3)),
+        ({"trials": 1}, 16, 4.0, Slots(4, 1.0, 1)),
+    ],
+)
+def test_slots(settings, cpus, gpus, expected):
+    assert slots(SearchPlan(name="x", **settings), cpus=cpus, gpus=gpus) == expected

@@ -1,0 +1,104 @@
+"""Augmentation: pure, batched, on the images' device, from random numbers drawn per (seed, epoch, sample)."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# Columns of the epoch's table: the first shuffles, the others belong to one transform each.
+SHUFFLE, FLIP, ROTATE, SHIFT_X, SHIFT_Y, SCALE, BRIGHTNESS, CONTRAST, BLUR, ERASE, ERASE_X, ERASE_Y, ERASE_SIZE = range(
+    13
+)
+COLUMNS = 13
+
+# flip: probability; rotate: degrees; shift: fraction of the side; scale, brightness, contrast: relative; blur: share of
+# a blurred copy; erase: probability of a rectangle up to half the side. A radiograph is never flipped upside down.
+POLICIES: dict[str, dict[str, float]] = {
+    "none": {},
+    "light": {"flip": 0.5, "rotate": 5, "shift": 0.04, "scale": 0.05, "brightness": 0.1, "contrast": 0.1},
+    "medium": {"flip": 0.5, "rotate": 10, "shift": 0.08, "scale": 0.12, "brightness": 0.2, "contrast": 0.2, "blur": 0.5}
+    | {"erase": 0.25},
+    "strong": {
+        "flip": 0.5,
+        "rotate": 20,
+        "shift": 0.12,
+        "scale": 0.25,
+        "brightness": 0.35,
+        "contrast": 0.35,
+        "blur": 1.0,
+    }
+    | {"erase": 0.5},
+}
+
+
+def epoch_table(seed: int, epoch: int, samples: int) -> Tensor:
+    """All random numbers of an epoch but dropout's: float32 [samples, COLUMNS] in [0, 1), on the CPU.
+
+    Trials with the same seed get the same table whatever else differs, so they see the same batches and views.
+    """
+    return torch.from_numpy(np.random.default_rng([seed, epoch]).random((samples, COLUMNS), dtype=np.float32))
+
+
+def augment(images: Tensor, table: Tensor, policy: str) -> Tensor:
+    """Augmented views of a batch.
+
+    Args:
+        images: float [batch, channels, side, side] in [0, 1].
+        table: the samples' rows of the epoch's table, [batch, COLUMNS], on the images' device.
+        policy: a name in `POLICIES`.
+
+    Returns:
+        Float views of the same shape, in [0, 1].
+    """
+    strength = POLICIES[policy]
+    if not strength:
+        return images
+    images = _move(images, table, strength)
+    signed = 2 * table - 1
+
+    def column(index: int, name: str) -> Tensor:
+        return (signed[:, index] * strength[name]).view(-1, 1, 1, 1)
+
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    images = (images - mean) * (1 + column(CONTRAST, "contrast")) + mean * (1 + column(BRIGHTNESS, "brightness"))
+    if "blur" in strength:
+        share = (table[:, BLUR] * strength["blur"]).view(-1, 1, 1, 1)
+        images = torch.lerp(images, _blur(images), share)
+    if "erase" in strength:
+        images = torch.where(_erased(images, table, strength["erase"]), mean, images)
+    return images.clamp(0, 1)
+
+
+def _move(images: Tensor, table: Tensor, strength: dict[str, float]) -> Tensor:
+    """Flip, rotation, shift and scale in one bilinear resampling; what lies outside repeats the border."""
+    signed = 2 * table - 1
+    angle = signed[:, ROTATE] * math.radians(strength["rotate"])
+    scale = 1 + signed[:, SCALE] * strength["scale"]
+    flip = torch.where(table[:, FLIP] < strength["flip"], -1.0, 1.0)
+    cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
+    shift_x, shift_y = 2 * strength["shift"] * signed[:, SHIFT_X], 2 * strength["shift"] * signed[:, SHIFT_Y]
+    rows = torch.stack([cos * flip, -sin, shift_x, sin * flip, cos, shift_y], dim=1)
+    grid = functional.affine_grid(rows.view(-1, 2, 3), list(images.shape), align_corners=False)
+    return functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def _blur(images: Tensor) -> Tensor:
+    """A 5-pixel binomial blur of each channel."""
+    channels = images.shape[1]
+    line = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=images.device, dtype=images.dtype) / 16
+    padded = functional.pad(images, (2, 2, 2, 2), mode="replicate")
+    rows = functional.conv2d(padded, line.view(1, 1, 1, 5).expand(channels, 1, 1, 5), groups=channels)
+    return functional.conv2d(rows, line.view(1, 1, 5, 1).expand(channels, 1, 5, 1), groups=channels)
+
+
+def _erased(images: Tensor, table: Tensor, probability: float) -> Tensor:
+    """Bool [batch, 1, side, side]: a square of 0.1 to 0.5 of the side, in some of the images."""
+    side = images.shape[-1]
+    position = (torch.arange(side, device=images.device) + 0.5) / side
+    half = (0.05 + 0.2 * table[:, ERASE_SIZE]).view(-1, 1)
+    across = (position - table[:, ERASE_X].view(-1, 1)).abs() < half
+    down = (position - table[:, ERASE_Y].view(-1, 1)).abs() < half
+    chosen = (table[:, ERASE] < probability).view(-1, 1, 1, 1)
+    return (down[:, None, :, None] & across[:, None, None, :]) & chosen

@@ -1,0 +1,240 @@
+"""What can be set: the configuration of one trial and the plan of a whole search, both frozen and checked."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+DEPTH_ALL = 5  # stages from the head that make up a whole network; the word `all` means this
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong; each of `faults` names the place, the rule, the value and the cure."""
+
+    def __init__(self, faults: str | list[str]):
+        self.faults = [faults] if isinstance(faults, str) else list(faults)
+        super().__init__("\n".join(self.faults))
+
+
+def _depth(value: Any) -> Any:
+    return DEPTH_ALL if value == "all" else value
+
+
+def parse_duration(value: Any) -> Any:
+    """Seconds from `90s`, `45m`, `2h` or `1h30m`; a plain number is taken as seconds.
+
+    Raises:
+        ValueError: the text is not a duration.
+    """
+    if not isinstance(value, str):
+        return value
+    parts = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?", value.strip())
+    if parts is None or not any(parts.groups()):
+        raise ValueError("a duration is written like 90s, 45m, 2h or 1h30m")
+    return sum(float(number or 0) * unit for number, unit in zip(parts.groups(), (3600, 60, 1), strict=True))
+
+
+_MODEL = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class TrialConfig(BaseModel):
+    """How one trial fine-tunes. Every field but `epochs` and `seed` can be a parameter of a search space."""
+
+    model_config = _MODEL
+
+    backbone: str = Field(description="timm model name")
+    unfreeze_depth: Annotated[int, BeforeValidator(_depth)] = Field(
+        0,
+        ge=0,
+        le=DEPTH_ALL,
+        description="stages trained, counted from the head: 0 the classifier alone, 5 (`all`) everything",
+    )
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of the classifier and the last stage")
+    stage_lr_decay: float = Field(
+        1.0, gt=0, le=1, description="each stage further from the head has its learning rate multiplied by this"
+    )
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="`adamw`, or `sgd` with Nesterov momentum 0.9")
+    schedule: Literal["constant", "cosine"] = Field("cosine", description="learning rate after the warm-up")
+    warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear warm-up; fractions allowed")
+    weight_decay: float = Field(0.01, ge=0, description="not applied to biases and norms")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the training loss; validation is never smoothed")
+    head_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the classifier")
+    class_weighting: Literal["none", "balanced"] = Field(
+        "none", description="`balanced` weights the training loss by inverse class frequency"
+    )
+    batch_norm: Literal["train", "frozen"] = Field(
+        "train", description="batch norm of unfrozen stages: trained, or statistics and affine weights kept"
+    )
+    augmentation: Literal["none", "light", "medium", "strong"] = Field("light", description="augmentation policy")
+    batch_size: int = Field(32, ge=2, description="images per optimizer step")
+    image_size: int = Field(224, ge=32, le=1024, description="side in pixels; images are resized to a square")
+    epochs: int = Field(10, ge=1, description="planned epochs; the cosine schedule ends there")
+    seed: int = Field(0, ge=0, lt=2**31, description="draws the new head, the batches, the augmentation and dropout")
+
+
+# What a search space may vary or fix: epochs and the seed belong to the whole search.
+PARAMETERS = tuple(name for name in TrialConfig.model_fields if name not in ("epochs", "seed"))
+
+
+class SearchPlan(BaseModel):
+    """Everything about a search except its space. Flags and `--set` fill it; `plan.yaml` records it."""
+
+    model_config = _MODEL
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100, description="run folder below the storage folder"
+    )
+    data: str | None = Field(
+        None, description="folder of class folders, or CSV or Parquet manifest; none: generated images"
+    )
+    space: str = Field("quick", description="shipped space by name, or a YAML file")
+    trials: int = Field(20, ge=1, le=100_000, description="start points and suggested trials")
+    epochs: int = Field(10, ge=1, le=10_000, description="epochs of a trial that nothing ends early")
+    seed: int = Field(0, ge=0, lt=2**31, description="of the sampler and of every trial")
+    time_budget: Annotated[float, BeforeValidator(parse_duration)] | None = Field(
+        None,
+        gt=0,
+        description="the search ends cleanly after this (90s, 45m, 2h), at the end of the epochs then running",
+    )
+    gpus_per_trial: float | None = Field(
+        None, ge=0, description="a fraction up to 1 or a whole number; default 1, or 0 without a GPU"
+    )
+    cpus_per_trial: int | None = Field(
+        None, ge=1, description="threads of a trial; default 1, or the share of a GPU's cores"
+    )
+    concurrent: int | None = Field(None, ge=1, description="trials at once; default as many as the resources allow")
+    storage: str = Field("results", description="folder that run folders are made in")
+    early_stopping: bool = Field(True, description="false: only a non-finite loss ends a trial early")
+
+    metric: Literal["val_loss", "val_balanced_accuracy", "val_auroc"] = Field(
+        "val_loss", description="drives ASHA, the sampler and the choice of the best trial"
+    )
+    grace_epochs: int = Field(2, ge=1, description="epochs before ASHA may stop a trial: its first rung")
+    reduction_factor: int = Field(3, ge=2, description="ASHA keeps the best 1/reduction_factor of each rung")
+    patience: int = Field(5, ge=1, description="a trial with no better epoch for so many is `converged`")
+    divergence_factor: float = Field(
+        10.0, gt=1, description="a loss so many times the class entropy, or its own best, twice running is `diverged`"
+    )
+    weights: str = Field("auto", description="`auto`, a folder of weight files, or `random`")
+    skip_unreadable: bool = Field(False, description="leave out images that can't be read instead of stopping")
+    path_column: str = Field("path", description="column of a manifest")
+    label_column: str = Field("label", description="column of a manifest")
+    split_column: str = Field("split", description="column of a manifest; optional there")
+    group_column: str = Field("group", description="column of a manifest (patients, say); optional there")
+    val_fraction: float = Field(
+        0.2, gt=0, lt=1, description="share of the images for validation where no split is given"
+    )
+    test_fraction: float = Field(
+        0.2, ge=0, lt=1, description="share of the images for the test where no split is given"
+    )
+    disk_cache_bytes: int = Field(20_000_000_000, ge=0, description="decoded images kept on disk between runs")
+    checkpoint_bytes: int = Field(
+        20_000_000_000, ge=0, description="best weights of the best five trials; the worst go first"
+    )
+
+
+# Where a run lives and what it is called is said by flags alone.
+SETTINGS = tuple(name for name in SearchPlan.model_fields if name not in ("name", "data", "space", "storage"))
+RESUME_MAY_CHANGE = ("trials", "time_budget", "concurrent", "gpus_per_trial", "cpus_per_trial")
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def check_value(model: type[BaseModel], key: str, value: Any, *, text: bool = False) -> Any:
+    """One field's value, checked by its rule.
+
+    Args:
+        model: the model whose field `key` is.
+        key: field name.
+        value: the value; with `text` a string from the command line, read by the field's type.
+        text: whether to read `value` as text.
+
+    Raises:
+        ValueError: the rule that is broken, in words.
+    """
+    adapter = _adapter(model, key, text)
+    try:
+        return adapter.validate_strings(value) if text else adapter.validate_python(value)
+    except ValidationError as error:
+        raise ValueError(_rule(error.errors()[0]["msg"], value)) from None
+
+
+@cache
+def _adapter(model: type[BaseModel], key: str, text: bool) -> TypeAdapter[Any]:
+    field = model.model_fields[key]
+    rule: Any = Annotated[field.annotation, field]
+    return TypeAdapter[Any](rule, config=ConfigDict(strict=not text, allow_inf_nan=False))
+
+
+def _rule(message: str, value: Any) -> str:
+    rule = message.removeprefix("Value error, ").replace("Input should", "must").replace("String should", "must")
+    if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", value) and "valid" in rule:
+        return f"{rule}, got the text {value!r}; write it without quotes, and with a dot before any e, as in 1.0e-4"
+    return f"{rule}, got {value!r}"
+
+
+def build(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
+    """A checked model, or all its faults at once.
+
+    Args:
+        model: `TrialConfig` or `SearchPlan`.
+        values: field values.
+        where: what the values come from, for the messages.
+
+    Raises:
+        InputError: each unknown, missing or wrong field.
+    """
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise InputError(
+            [
+                f"{where}: {fault['loc'][0]}: "
+                + ("no such key" if fault["type"] == "extra_forbidden" else _rule(fault["msg"], fault["input"]))
+                for fault in error.errors()
+            ]
+        ) from None
+
+
+def command_line(flags: Mapping[str, Any], pairs: Iterable[Iterable[str]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of a search and parameters of its trials that a command line gives, checked.
+
+    Args:
+        flags: by field of `SearchPlan`; null where not given.
+        pairs: the `key=value` of every `--set`.
+
+    Raises:
+        InputError: each wrong value, unknown key, key given twice, and pair without `=`.
+    """
+    faults = []
+    given: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}
+
+    def take(key: str, value: Any, where: str, *, text: bool) -> None:
+        model, values = (SearchPlan, given) if key in SearchPlan.model_fields else (TrialConfig, overrides)
+        if key in values:
+            faults.append(f"{where}: given twice; give it once")
+            return
+        try:
+            values[key] = check_value(model, key, value, text=text)
+        except ValueError as error:
+            faults.append(f"{where}: {error}")
+
+    for key, value in flags.items():
+        if value is not None:
+            take(key, value, f"--{key.replace('_', '-')}", text=False)
+    for pair in (pair for group in pairs for pair in group):
+        key, equals, value = pair.partition("=")
+        if not equals:
+            faults.append(f"--set {pair}: must be key=value")
+        elif key in (*SETTINGS, *PARAMETERS):
+            take(key, value, f"--set {key}", text=True)
+        else:
+            near = difflib.get_close_matches(key, (*SETTINGS, *PARAMETERS), n=3)
+            faults.append(f"--set {key}: no such key" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    if faults:
+        raise InputError(faults)
+    return given, overrides

@@ -1,0 +1,373 @@
+"""The fine-tuning loop. It knows nothing of Ray: `finetune` yields one epoch's row at a time, and whoever asks for no
+more rows stops the trial."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from sklearn.metrics import recall_score, roc_auc_score
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tuning import backbones
+from tuning.augment import SHUFFLE, augment, epoch_table
+from tuning.config import DEPTH_ALL, TrialConfig
+from tuning.tables import best_epoch
+
+MOMENTUM = 0.9
+EVALUATION_BATCH = 64
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Decoded images with their labels and splits."""
+
+    images: NDArray[np.uint8]  # [n, side, side, channels], channels 1 or 3, possibly memory-mapped
+    labels: NDArray[np.int64]  # [n], index into `classes`
+    train: NDArray[np.int64]  # indices of the images in each split
+    val: NDArray[np.int64]
+    test: NDArray[np.int64]
+    classes: tuple[str, ...]
+
+
+def join(samples: pd.DataFrame, images: NDArray[np.uint8]) -> Data:
+    """Samples (as `samples.load_samples` gives them) and their decoded images, in the same order."""
+    classes = tuple(sorted(samples["label"].unique()))
+    labels = samples["label"].map({name: index for index, name in enumerate(classes)}).to_numpy(np.int64)
+    splits = {name: np.flatnonzero(samples["split"] == name) for name in ("train", "val", "test")}
+    return Data(images, labels, **splits, classes=classes)
+
+
+@dataclass(frozen=True)
+class State:
+    """All that a trial needs to go on from the end of an epoch; every tensor is a copy on the CPU."""
+
+    history: list[Row]
+    tensors: dict[str, Tensor]  # model/<name>, best/<name> and optimizer/<parameter>/<key>
+
+
+def finetune(
+    config: TrialConfig,
+    data: Data,
+    *,
+    device: torch.device,
+    weights: Path | None,
+    metric: str = "val_loss",
+    patience: int | None = None,
+    divergence_factor: float = math.inf,
+    state: State | None = None,
+) -> Iterator[tuple[Row, Callable[[], State]]]:
+    """Fine-tune one configuration, an epoch at a time.
+
+    Args:
+        config: what to train, and how.
+        data: decoded images.
+        device: where to train; on CUDA with mixed precision.
+        weights: the backbone's weight file; null draws random ones.
+        metric: chooses the best epoch.
+        patience: epochs without a better one after which the trial has converged; null: never.
+        divergence_factor: see `divergence`; infinite: only a loss that is not finite ends the trial.
+        state: where to go on from.
+
+    Yields:
+        The epoch's row, and a function that takes a snapshot of the state after it. A row whose `ends` is not null is
+        the last.
+
+    Raises:
+        InputError: the weight file doesn't fit the backbone.
+    """
+    # The model: frozen below the cut, and the optimizer over what is above it.
+    model = backbones.build(
+        config.backbone,
+        classes=len(data.classes),
+        image_size=config.image_size,
+        head_dropout=config.head_dropout,
+        seed=config.seed,
+        weights=weights,
+    ).to(device)
+    stages = backbones.stages(model, config.image_size)
+    depth = backbones.resolved_depth(stages, config.unfreeze_depth)
+    backbones.unfreeze(model, stages, depth, batch_norm=config.batch_norm)
+    groups = backbones.parameter_groups(
+        model,
+        stages,
+        depth,
+        learning_rate=config.learning_rate,
+        stage_lr_decay=config.stage_lr_decay,
+        weight_decay=config.weight_decay,
+    )
+    optimizer: torch.optim.Optimizer
+    if config.optimizer == "sgd":
+        optimizer = torch.optim.SGD(groups, momentum=MOMENTUM, nesterov=True)
+    else:
+        optimizer = torch.optim.AdamW(groups)
+    peak_rates = [group["lr"] for group in optimizer.param_groups]
+    half = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
+    autocast = torch.autocast(device.type, dtype=half, enabled=device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and half == torch.float16)
+    kept = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    kept += [name for name, _ in model.named_buffers() if name in model.state_dict()]
+
+    # The batches: an incomplete last one is dropped; with too few images the batch is the whole set.
+    labels = torch.from_numpy(data.labels)
+    batch_size = min(config.batch_size, len(data.train))
+    steps = len(data.train) // batch_size
+    frequencies = np.bincount(data.labels[data.train], minlength=len(data.classes)) / len(data.train)
+    class_entropy = float(-(frequencies[frequencies > 0] * np.log(frequencies[frequencies > 0])).sum())
+    class_weights = None
+    if config.class_weighting == "balanced":
+        inverse = 1 / np.maximum(frequencies, 1 / len(data.train)) / len(data.classes)
+        class_weights = torch.tensor(inverse, dtype=torch.float32, device=device)
+    train_eval = data.train[np.random.default_rng(0).permutation(len(data.train))[: len(data.val)]]
+    prepare = preparer(data.images, config.backbone, device)
+
+    # Where to go on from.
+    history: list[Row] = []
+    best: dict[str, Tensor] = {}
+    if state is not None:
+        history = list(state.history)
+        best = _restore(state, model, optimizer, scaler)
+
+    for epoch in range(len(history) + 1, config.epochs + 1):
+        # Train. Shuffling, views and dropout depend on (seed, epoch) alone, not on what came before.
+        started = time.perf_counter()
+        data_seconds = 0.0
+        backbones.train_mode(model)
+        table = epoch_table(config.seed, epoch, len(data.train))
+        order = torch.argsort(table[:, SHUFFLE], stable=True)
+        torch.manual_seed(config.seed * 1_000_003 + epoch)
+        total = torch.zeros((), device=device)
+        for step in range(steps):
+            factor = learning_rate_factor(config, epoch - 1 + step / steps)
+            for group, rate in zip(optimizer.param_groups, peak_rates, strict=True):
+                group["lr"] = rate * factor
+            batch = order[step * batch_size : (step + 1) * batch_size]
+            fetching = time.perf_counter()
+            inputs = prepare(data.train[batch.numpy()], table[batch], config.augmentation)
+            targets = labels[data.train[batch.numpy()]].to(device)
+            data_seconds += time.perf_counter() - fetching
+            with autocast:
+                logits = model(inputs)
+                loss = functional.cross_entropy(
+                    logits.float(), targets, weight=class_weights, label_smoothing=config.label_smoothing
+                )
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            scaler.step(optimizer)
+            scaler.update()
+            total += loss.detach()
+            if step % 16 == 15 and not math.isfinite(float(total)):  # each look waits for the GPU
+                break
+        train_loss = float(total) / steps
+        train_seconds = time.perf_counter() - started - data_seconds
+
+        # Evaluate, unless the loss is lost already.
+        evaluating = time.perf_counter()
+        model.eval()
+        measured: Row = dict.fromkeys(
+            ("val_loss", "val_accuracy", "val_balanced_accuracy", "val_auroc", "train_eval_loss")
+        )
+        if math.isfinite(train_loss):
+            measured |= {
+                f"val_{name}": value for name, value in evaluate(model, prepare, data, data.val, autocast).items()
+            }
+            measured["train_eval_loss"] = evaluate(model, prepare, data, train_eval, autocast)["loss"]
+
+        # The row, and whether the trial ends with it.
+        row: Row = {
+            "epoch": epoch,
+            "train_loss": _finite(train_loss),
+            **{name: _finite(value) for name, value in measured.items()},
+            "learning_rate": optimizer.param_groups[0]["lr"],
+            "images": step * batch_size + len(batch),
+            "seconds": time.perf_counter() - started,
+            "data_seconds": data_seconds,
+            "prefix_seconds": None,
+            "train_seconds": train_seconds,
+            "evaluate_seconds": time.perf_counter() - evaluating,
+            "cache_hits": None,
+            "peak_memory_mb": torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None,
+            "micro_batch": batch_size,
+            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "unfreeze_depth": DEPTH_ALL if depth == len(stages) else depth,
+        }
+        history = [*history, row]
+        best_row = best_epoch(history, metric)
+        row["ends"], row["reason"] = (
+            None,
+            divergence(
+                row["train_loss"],
+                [row["val_loss"] for row in history],
+                class_entropy=class_entropy,
+                factor=divergence_factor,
+            ),
+        )
+        if row["reason"] is not None:
+            row["ends"] = "diverged"
+        elif epoch == config.epochs:
+            row["ends"], row["reason"] = "completed", f"all {epoch} epochs"
+        elif patience is not None and best_row is not None and epoch - best_row["epoch"] >= patience:
+            row["ends"], row["reason"] = "converged", f"no epoch better than {best_row['epoch']} for {patience} epochs"
+        if best_row is row:
+            tensors = model.state_dict()
+            best = {name: tensors[name].detach().cpu().clone() for name in kept}
+        yield row, partial(_snapshot, model, kept, best, optimizer, scaler, history)
+        if row["ends"] is not None:
+            return
+
+
+def learning_rate_factor(config: TrialConfig, epochs: float) -> float:
+    """The share of the peak learning rate after so many epochs (fractions count): linear warm-up, then the schedule."""
+    if epochs < config.warmup_epochs:
+        return (epochs + 1e-3) / (config.warmup_epochs + 1e-3)
+    if config.schedule == "constant":
+        return 1.0
+    progress = (epochs - config.warmup_epochs) / max(config.epochs - config.warmup_epochs, 1e-9)
+    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def divergence(
+    train_loss: float | None, val_losses: list[float | None], *, class_entropy: float, factor: float
+) -> str | None:
+    """Why a trial has diverged, with the numbers, or null.
+
+    A loss that is not finite (null here) counts at once. A validation loss over `factor` times the entropy of the class
+    frequencies (nats), or over `factor` times the trial's best so far (floored at a tenth of that entropy), counts when
+    it happens in two epochs running: batch norm's statistics lag at first.
+
+    Args:
+        train_loss: of the last epoch.
+        val_losses: of every epoch so far.
+        class_entropy: what predicting the class frequencies would cost.
+        factor: infinite: only a loss that is not finite counts.
+    """
+    if train_loss is None:
+        return f"the training loss was not finite in epoch {len(val_losses)}"
+    if val_losses[-1] is None:
+        return f"the validation loss was not finite in epoch {len(val_losses)}"
+    if len(val_losses) < 2 or math.isinf(factor):
+        return None
+    last = [loss for loss in val_losses[-2:] if loss is not None]
+    best = min(loss for loss in val_losses if loss is not None)
+    for limit, what in (
+        (class_entropy, "the class entropy"),
+        (max(best, class_entropy / 10), "its own best"),
+    ):
+        if len(last) == 2 and min(last) > factor * limit:
+            return (
+                f"val_loss {last[0]:.4g} and {last[1]:.4g} in two epochs running, over {factor:g} x {limit:.4g}, {what}"
+            )
+    return None
+
+
+Preparer = Callable[[NDArray[np.int64], Tensor | None, str], Tensor]
+
+
+def preparer(images: NDArray[np.uint8], backbone: str, device: torch.device) -> Preparer:
+    """A function from indices (and their rows of the epoch's table) to the network's input [batch, 3, side, side]."""
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in backbones.input_mean_std(backbone))
+
+    def prepare(indices: NDArray[np.int64], table: Tensor | None, policy: str) -> Tensor:
+        pixels = torch.from_numpy(images[indices]).to(device).permute(0, 3, 1, 2).float() / 255
+        if table is not None:
+            pixels = augment(pixels, table.to(device), policy)
+        return ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
+
+    return prepare
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, prepare: Preparer, indices: NDArray[np.int64], autocast: torch.autocast
+) -> NDArray[np.float32]:
+    """Logits [n, classes] in eval mode, without augmentation, on the CPU."""
+    model.eval()
+    batches = []
+    for first in range(0, len(indices), EVALUATION_BATCH):
+        with autocast:
+            batches.append(model(prepare(indices[first : first + EVALUATION_BATCH], None, "none")).float().cpu())
+    return torch.cat(batches).numpy()
+
+
+def evaluate(
+    model: nn.Module, prepare: Preparer, data: Data, indices: NDArray[np.int64], autocast: torch.autocast
+) -> dict[str, float | None]:
+    """Plain cross-entropy (nats), accuracy, balanced accuracy and AUROC (macro, one class against the rest) of a split.
+
+    AUROC is null where a class is missing from the split or the logits are not finite.
+    """
+    return score(predict(model, prepare, indices, autocast), data.labels[indices])
+
+
+def score(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> dict[str, float | None]:
+    """The measures of `evaluate` from logits [n, classes] and class indices [n]."""
+    tensor = torch.from_numpy(logits)
+    loss = float(functional.cross_entropy(tensor, torch.from_numpy(targets)))
+    if not math.isfinite(loss):
+        return dict.fromkeys(("loss", "accuracy", "balanced_accuracy", "auroc"))
+    predicted = logits.argmax(axis=1)
+    probabilities = torch.softmax(tensor.double(), dim=1).numpy()
+    auroc = None
+    if len(np.unique(targets)) == logits.shape[1]:
+        binary = logits.shape[1] == 2
+        auroc = float(roc_auc_score(targets, probabilities[:, 1] if binary else probabilities, multi_class="ovr"))
+    return {
+        "loss": loss,
+        "accuracy": float((predicted == targets).mean()),
+        "balanced_accuracy": float(recall_score(targets, predicted, labels=np.unique(targets), average="macro")),
+        "auroc": auroc,
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _snapshot(
+    model: nn.Module,
+    kept: list[str],
+    best: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    history: list[Row],
+) -> State:
+    tensors = model.state_dict()
+    saved = {f"model/{name}": tensors[name] for name in kept} | {
+        f"best/{name}": tensor for name, tensor in best.items()
+    }
+    for index, values in optimizer.state_dict()["state"].items():
+        saved |= {f"optimizer/{index}/{key}": value for key, value in values.items() if isinstance(value, Tensor)}
+    if scaler.is_enabled():
+        saved["scaler/scale"] = torch.tensor(scaler.get_scale())
+    return State(
+        list(history),
+        {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in saved.items()},
+    )
+
+
+def _restore(
+    state: State, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> dict[str, Tensor]:
+    """Put a snapshot back; returns the best epoch's weights."""
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}, "scaler": {}}
+    for name, tensor in state.tensors.items():
+        part, _, rest = name.partition("/")
+        parts[part][rest] = tensor
+    model.load_state_dict(parts["model"], strict=False)
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in parts["optimizer"].items():
+        index, _, key = name.partition("/")
+        slots.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+    if scaler.is_enabled():
+        scaler.load_state_dict(scaler.state_dict() | {"scale": float(parts["scaler"]["scale"])})
+    return parts["best"]

@@ -1,0 +1,141 @@
+"""The final model's folder: save it, load it, predict with it."""
+
+if __name__ == "__main__":  # this folder would come first on the path, and its modules would shadow others
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import csv
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import tyro
+import yaml
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tuning import backbones
+from tuning.config import InputError, TrialConfig, build
+from tuning.finetune import preparer
+from tuning.images import decode
+
+WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
+BATCH = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A trained classifier as `load_model` gives it."""
+
+    network: nn.Module
+    config: TrialConfig
+    classes: tuple[str, ...]
+
+    def predict(self, files: Sequence[str | Path]) -> NDArray[np.float64]:
+        """Probabilities [files, classes] for image files.
+
+        Raises:
+            InputError: the files that can't be read.
+        """
+        decoded, faults = [], []
+        for file in files:
+            try:
+                image = decode(str(file), self.config.image_size)
+            except (ValueError, OSError) as error:
+                faults.append(f"{file}: {error}")
+                continue
+            decoded.append(image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2))
+        if faults:
+            raise InputError(faults)
+        prepare = preparer(np.stack(decoded), self.config.backbone, torch.device("cpu"))
+        with torch.no_grad():
+            logits = [
+                self.network(prepare(np.arange(first, min(first + BATCH, len(decoded))), None, "none"))
+                for first in range(0, len(decoded), BATCH)
+            ]
+        probabilities: NDArray[np.float64] = torch.softmax(torch.cat(logits).double(), dim=1).numpy()
+        return probabilities
+
+
+def save_model(folder: Path, network: nn.Module, config: TrialConfig, classes: Sequence[str], **described: Any) -> None:
+    """Write weights and `config.yaml` (configuration, classes, preprocessing, what is `described`) to a new folder."""
+    folder.mkdir(parents=True)
+    save_file({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}, folder / WEIGHTS)
+    mean, std = backbones.input_mean_std(config.backbone)
+    preprocessing = {
+        "resize": f"squashed to {config.image_size} x {config.image_size} pixels, antialiased",
+        "channels": "RGB; grey is repeated three times",
+        "scale": "0 to 1",
+        "mean": list(mean),
+        "std": list(std),
+    }
+    document = {"config": config.model_dump(), "classes": list(classes), "preprocessing": preprocessing, **described}
+    (folder / CONFIG).write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
+
+
+def load_model(folder: str | Path) -> Model:
+    """The classifier in a model folder.
+
+    Raises:
+        InputError: not a model folder.
+    """
+    folder = Path(folder)
+    try:
+        document = yaml.safe_load((folder / CONFIG).read_text())
+        config, classes = build(TrialConfig, document["config"], str(folder / CONFIG)), tuple(document["classes"])
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise InputError(f"{folder}: not a model folder ({error}); train_final.py writes one") from None
+    network = backbones.build(
+        config.backbone,
+        classes=len(classes),
+        image_size=config.image_size,
+        head_dropout=config.head_dropout,
+        seed=config.seed,
+        weights=None,
+    )
+    network.load_state_dict(tensors)
+    return Model(network.eval(), config, classes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Predict:
+    """Classify images: a CSV line each on the standard output, with the class and every class's probability.
+
+    Example: python tuning/model_folder.py predict results/xray/model film1.png film2.jpg
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Model folder."""
+    images: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Image files."""
+
+
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    flags = tyro.extras.subcommand_cli_from_dict({"predict": Predict})
+    try:
+        if not flags.images:
+            raise InputError("predict: give at least one image file")
+        model = load_model(flags.model)
+        probabilities = model.predict(flags.images)
+    except InputError as error:
+        for fault in error.faults:
+            print(f"error: {fault}", file=sys.stderr)
+        return 2
+    writer = csv.writer(sys.stdout)
+    writer.writerow(["path", "predicted", *(f"probability_{name}" for name in model.classes)])
+    for file, row in zip(flags.images, probabilities, strict=True):
+        writer.writerow([file, model.classes[int(row.argmax())], *(f"{value:.6f}" for value in row)])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,347 @@
+"""Search: load, check, search, choose, report, in the order that the screen shows."""
+
+if __name__ == "__main__":  # this folder would come first on the path, and its modules would shadow others
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import dataclasses
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import tyro
+import yaml
+from rich.console import Console
+
+from tuning import analysis, tables
+from tuning.audit import load_checked
+from tuning.config import DEPTH_ALL, PARAMETERS, RESUME_MAY_CHANGE, InputError, SearchPlan, build, command_line
+from tuning.space import Space, fix, image_sizes, load, parse
+from tuning.space import backbones as backbones_in
+
+DONE, BAD_INPUT, NO_FINITE_LOSS, INTERRUPTED = 0, 2, 3, 130
+console = Console(highlight=False, soft_wrap=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Search for the best way to fine-tune an image classifier.
+
+    Example: python tuning/run_search.py --data chest_xrays/ --trials 24 --epochs 8 --set image_size=128 --name xray
+
+    With no flags: the space `quick` on generated chest radiographs. Results go to results/NAME.
+    """
+
+    data: str | None = None
+    """Folder of class folders (with or without train/val/test above them), or CSV or Parquet manifest."""
+    space: str | None = None
+    """Shipped space by name (quick, chest_xray), or a YAML file. Default: quick."""
+    name: str | None = None
+    """Name of the run and of its folder. Default: the space and the time."""
+    trials: int | None = None
+    """Start points and suggested trials. Default: what the space says."""
+    epochs: int | None = None
+    """Epochs of a trial that nothing ends early. Default: what the space says."""
+    seed: int | None = None
+    """Seed of the sampler and of every trial. Default: 0."""
+    time_budget: str | None = None
+    """End cleanly after this: 90s, 45m, 2h."""
+    gpus_per_trial: float | None = None
+    """A fraction up to 1, or a whole number. Default: 1, or 0 where there is no GPU."""
+    cpus_per_trial: int | None = None
+    """Threads of a trial. Default: 1, or the share of a GPU's cores."""
+    concurrent: int | None = None
+    """Trials at once. Default: as many as the resources allow."""
+    storage: str | None = None
+    """Folder that the run's folder is made in. Default: results."""
+    resume: bool = False
+    """Go on with the run that --name names."""
+    early_stopping: bool = True
+    """Without it ASHA, patience and the finite divergence rules are off, and each trial runs all its epochs."""
+    set: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
+    """Any setting of the README's table: --set image_size=128 patience=3."""
+
+
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        return run(tyro.cli(Flags))
+    except InputError as error:
+        for fault in error.faults:
+            print(f"error: {fault}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def run(flags: Flags) -> int:
+    """Search as the flags say; returns the exit code.
+
+    Raises:
+        InputError: anything the user gave is wrong; no trial has started then.
+    """
+    # What is asked for.
+    plan, space, folder = _resumed(flags) if flags.resume else _planned(flags)
+    console.print(f"[bold]{plan.name}[/bold]: {plan.trials} trials of up to {plan.epochs} epochs, space {plan.space}")
+
+    # What it is to be done with. All of it is checked before anything is written.
+    from tuning import backbones  # torch and Ray take seconds to load: wrong flags are told before
+    from tuning.search import Search, ray_running, slots
+
+    weights = backbones.find_weights(backbones_in(space), plan.weights)
+    table, image_folders, fingerprint = _data(plan, space)
+    if flags.resume:
+        _check_same_data(folder, plan, fingerprint)
+
+    # Search.
+    with ray_running() as (cpus, gpus):
+        resources = slots(plan, cpus=cpus, gpus=gpus)
+        if not flags.resume:
+            write_run(folder, plan, space, table, fingerprint)
+        what = f"{resources.gpus:g} GPU" if resources.gpus else f"{resources.cpus} core{'s' * (resources.cpus > 1)}"
+        console.print(f"{resources.count} trials at once, {what} each\n")
+        show = Progress(plan)
+        search = Search(plan, space, folder, images=image_folders, weights=weights, resources=resources, show=show)
+        finished = search.run()
+
+    # Choose and report, from the tables alone.
+    trials = tables.read_table(folder / "trials.parquet")
+    top = analysis.best(trials, plan.metric)
+    if top is not None:
+        _write_best(folder, plan, search.record.trials[top["trial_id"]], fingerprint)
+    _summary(folder, plan, trials, top, search.halted)
+    if not finished:
+        console.print(f"\nInterrupted. To go on: python tuning/run_search.py --resume --name {plan.name}")
+        return INTERRUPTED
+    return NO_FINITE_LOSS if top is None else DONE
+
+
+def _planned(flags: Flags) -> tuple[SearchPlan, Space, Path]:
+    """Plan and space from the flags, the space's own settings and the defaults, in this order of precedence."""
+    space = load(flags.space or "quick")
+    given, overrides = _given(flags)
+    name = flags.name or f"{Path(flags.space or 'quick').stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    plan = build(SearchPlan, {"name": name} | space.search | given, "command line")
+    folder = Path(plan.storage) / plan.name
+    _check_new(folder, plan)
+    return plan, fix(space, overrides), folder
+
+
+def _given(flags: Flags) -> tuple[dict[str, Any], dict[str, Any]]:
+    settings = dataclasses.asdict(flags) | {"early_stopping": None if flags.early_stopping else False}
+    return command_line({key: value for key, value in settings.items() if key not in ("resume", "set")}, flags.set)
+
+
+def _resumed(flags: Flags) -> tuple[SearchPlan, Space, Path]:
+    """Plan and space of the run that goes on; only a few settings may be given anew."""
+    if flags.name is None:
+        raise InputError("--resume: which run? give its --name")
+    folder = Path(flags.storage or "results") / flags.name
+    if not (folder / "plan.yaml").is_file():
+        there = sorted(path.parent.name for path in folder.parent.glob("*/plan.yaml"))
+        raise InputError(f"--resume: there is no run {folder}; runs there: {', '.join(there) or 'none'}")
+    document = yaml.safe_load((folder / "plan.yaml").read_text())
+    given, overrides = _given(flags)
+    faults = []
+    settings = document["settings"]
+    for key, value in given.items():
+        if key not in RESUME_MAY_CHANGE and key != "storage" and value != settings[key]:
+            cure = "leave it out, or start a run under another --name"
+            faults.append(f"--resume: {key} is {settings[key]!r} in this run, not {value!r}; {cure}")
+    for key, value in overrides.items():
+        if document["space"].get("fixed", {}).get(key) != value:
+            faults.append(f"--resume: {key} can't be changed in a run; leave it out, or start one under another --name")
+    if faults:
+        raise InputError(faults)
+    changed = {key: value for key, value in given.items() if key in RESUME_MAY_CHANGE}
+    plan = build(SearchPlan, settings | changed, str(folder / "plan.yaml"))
+    return plan, parse(document["space"], str(folder / "plan.yaml")), folder
+
+
+def _check_new(folder: Path, plan: SearchPlan) -> None:
+    if folder.exists():
+        raise InputError(f"--name {plan.name}: {folder} exists; go on with it by --resume, or choose another name")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--storage {plan.storage}: can't be made ({error.strerror}); choose another") from None
+    if not os.access(folder.parent, os.W_OK | os.X_OK):
+        raise InputError(f"--storage {plan.storage}: no permission to write there; choose another")
+
+
+def _data(plan: SearchPlan, space: Space) -> tuple[pd.DataFrame, dict[int, Path], str]:
+    console.print(f"data: {plan.data or 'generated chest radiographs'}")
+    started = time.perf_counter()
+    table, folders, fingerprint = load_checked(plan, image_sizes(space))
+    for label, row in table.groupby(["label", "split"]).size().unstack(fill_value=0).iterrows():
+        console.print(f"  {label}: " + ", ".join(f"{count} {split}" for split, count in row.items()), markup=False)
+    console.print(f"  read and decoded in {time.perf_counter() - started:.1f} s")
+    return table, folders, fingerprint
+
+
+def _check_same_data(folder: Path, plan: SearchPlan, fingerprint: str) -> None:
+    if yaml.safe_load((folder / "plan.yaml").read_text())["provenance"]["fingerprint"] != fingerprint:
+        cure = "put it back, or start a run under another --name"
+        raise InputError(f"--resume: the data ({plan.data}) has changed since {plan.name} began; {cure}")
+
+
+def write_run(folder: Path, plan: SearchPlan, space: Space, table: pd.DataFrame, fingerprint: str) -> None:
+    folder.mkdir()
+    rows = pa.Table.from_pandas(table[tables.SAMPLES.names], schema=tables.SAMPLES, preserve_index=False)
+    tables.write_tables({"samples": rows}, folder)
+    provenance = {
+        "fingerprint": fingerprint,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "packages": {
+            name: metadata.version(name) for name in ("torch", "torchvision", "timm", "ray", "optuna", "numpy")
+        },
+    }
+    document = {"settings": plan.model_dump(), "space": space.document, "provenance": provenance}
+    _write_yaml(folder / "plan.yaml", document)
+
+
+def _write_yaml(path: Path, document: dict[str, Any]) -> None:
+    with tables.replacing(path) as temporary:
+        temporary.write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
+
+
+def _git_commit() -> str | None:
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    said = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return said.stdout.strip() or None
+
+
+def _write_best(folder: Path, plan: SearchPlan, trial: tables.Trial, fingerprint: str) -> None:
+    provenance = {
+        "run": plan.name,
+        "trial_id": trial.trial_id,
+        "metric": plan.metric,
+        "best_epoch": tables.best_epoch(trial.rows, plan.metric),
+        "fingerprint": fingerprint,
+        "settings": plan.model_dump(),
+    }
+    _write_yaml(folder / "best.yaml", trial.config | {"provenance": provenance})
+
+
+class Progress:
+    """A line for each trial that ends; on a terminal a status line for what runs."""
+
+    def __init__(self, plan: SearchPlan):
+        self._plan = plan
+        self._status = console.status("starting") if console.is_terminal else None
+        self._best: tuple[float, str] | None = None
+
+    def __call__(self, search: Any, trial: tables.Trial) -> None:
+        metric = self._plan.metric
+        everything = search.record.trials.values()
+        ended = sum(other.ended for other in everything)
+        row = tables.best_epoch(trial.rows, metric)
+        if row is not None:
+            mine = (tables.loss_like(metric, row[metric]), trial.trial_id)
+            self._best = mine if self._best is None else min(self._best, mine)
+        clock = time.strftime("%H:%M:%S", time.gmtime(search.journal.wall_s))
+        so_far = "" if self._best is None else f"best {metric} {abs(self._best[0]):.4f} ({self._best[1]})"
+        if trial.ended:
+            value = (
+                "no finite loss"
+                if row is None
+                else f"{metric} {row[metric]:.4f} at epoch {row['epoch']}/{len(trial.rows)}"
+            )
+            console.print(
+                f"{clock}  {ended:>{len(str(self._plan.trials))}}/{self._plan.trials}  {trial.trial_id} "
+                f"{trial.status:<13} {value:<34} {describe(trial.config):<70} {so_far}"
+            )
+        if self._status is not None:
+            running = [other for other in everything if other.status == "running"]
+            epochs = ", ".join(f"{other.trial_id} epoch {len(other.rows) + 1}" for other in running)
+            self._status.update(f"{clock}  {ended}/{self._plan.trials} ended  {so_far}  now: {epochs}")
+            self._status.start()
+            if ended == self._plan.trials:
+                self._status.stop()
+
+
+def describe(config: dict[str, Any]) -> str:
+    """A configuration in a few words."""
+    depth = _depth(config["unfreeze_depth"])
+    return f"{config['backbone']} {depth} lr {config['learning_rate']:.1e} aug {config['augmentation']}"
+
+
+def _summary(folder: Path, plan: SearchPlan, trials: pd.DataFrame, top: pd.Series | None, halted: str | None) -> None:
+    console.print()
+    if halted is not None:
+        console.print(f"[bold]The search ended early[/bold]: {halted}\n")
+
+    # Why each trial ended.
+    console.print("[bold]Trials, best first[/bold]")
+    order = trials[plan.metric].map(lambda value: tables.loss_like(plan.metric, value)).sort_values(na_position="last")
+    width = trials["config_backbone"].str.len().max()
+    header = f"{'trial':<7} {'backbone':<{width}} {'unfrozen':<8} {'lr':<7} {'aug':<6} {plan.metric:>8}  epochs  ended"
+    console.print(header, style="dim")
+    for row in trials.loc[order.index].to_dict("records"):
+        console.print(
+            f"{row['trial_id']:<7} {row['config_backbone']:<{width}} {_depth(row['config_unfreeze_depth']):<8} "
+            f"{row['config_learning_rate']:.1e} {row['config_augmentation']:<6} {_number(row[plan.metric]):>8}  "
+            f"{row['epochs']:>6}  {row['status']}: {row['reason']}",
+            markup=False,
+        )
+
+    # Overfitting.
+    console.print("\n[bold]Overfitting: the best trial of each backbone and part[/bold]")
+    header = f"{'backbone':<{width}} unfrozen  trials  best      train loss  val loss      gap"
+    console.print(header, style="dim")
+    for row in analysis.overfitting(trials, plan.metric).to_dict("records"):
+        numbers = [_number(row[name]) for name in ("train_eval_loss", "val_loss", "gap")]
+        console.print(
+            f"{row['backbone']:<{width}} {row['unfrozen']:<8}  {row['trials']:>6}  {row['trial_id'] or '-':<8}  "
+            f"{numbers[0]:>10}  {numbers[1]:>8}  {numbers[2]:>7}",
+            markup=False,
+        )
+
+    # What stopping saved.
+    saved = analysis.saved(trials, plan.epochs)
+    spent, kept = trials["seconds"].sum(), saved["seconds_saved"].sum()
+    by_status = ", ".join(f"{row.trials} {row.status}" for row in saved.itertuples())
+    console.print(f"\n{len(trials)} trials: {by_status}. {trials['epochs'].sum()} epochs, {spent:.0f} s of training.")
+    console.print(
+        f"Ending trials early saved {saved['epochs_saved'].sum():.0f} epochs, about {kept:.0f} s "
+        f"({kept / max(spent + kept, 1e-9):.0%} of what all epochs would have taken)."
+    )
+
+    # The best, and what to type next.
+    if top is None:
+        console.print("\n[bold]No trial had a finite loss[/bold]: there is no best.yaml. Try lower learning rates.")
+        return
+    console.print(
+        f"\n[bold]Best[/bold]: {top['trial_id']}, {plan.metric} {top[plan.metric]:.4f} at epoch {top['best_epoch']}"
+    )
+    config = {name: top[f"config_{name}"] for name in PARAMETERS}
+    for name, value in config.items():
+        console.print(f"  {name}: {value:.3g}" if isinstance(value, float) else f"  {name}: {value}")
+    console.print("\nNext:")
+    console.print(f"  python tuning/train_final.py {folder}        # train it again, test it, write {folder}/model")
+    console.print(f"  python -c \"import pandas as pd; print(pd.read_parquet('{folder}/trials.parquet'))\"")
+
+
+def _depth(unfreeze_depth: int) -> str:
+    return {0: "head", DEPTH_ALL: "all"}.get(unfreeze_depth, f"depth {unfreeze_depth}")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or pd.isna(value) else f"{value:.4f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

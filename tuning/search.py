@@ -1,0 +1,392 @@
+"""The driver: hands trials to Ray, journals what they report, decides, and goes on after a crash."""
+
+import json
+import logging
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from tuning.config import InputError, SearchPlan, TrialConfig
+from tuning.optimizer import Optimizer
+from tuning.space import Space, trial_values
+from tuning.stopping import Rungs
+from tuning.tables import Journal, Record, Trial, best_epoch, loss_like, make_tables, read_journal, write_tables
+from tuning.trial import FinetuneTrial, best_file, state_file
+
+TABLE_SECONDS = 5.0
+KEPT_CHECKPOINTS = 5  # ended trials whose best weights are kept
+LOST_ACTOR_RETRIES = 3
+FAILURES_AT_FIRST = 4  # if the first so many trials all fail, something is wrong with all of them
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What each trial is given, and how many run at once."""
+
+    cpus: int
+    gpus: float
+    count: int
+
+
+@contextmanager
+def ray_running() -> Iterator[tuple[int, float]]:
+    """Ray on this machine, or on the cluster that RAY_ADDRESS names; yields its cores and GPUs.
+
+    Workers get this package's code, wherever the command was typed.
+    """
+    quiet = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_AIR_NEW_OUTPUT": "0",  # the old output heeds verbose=0
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # Ray's own experiment state is never read
+    }
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a lost worker's traceback stands in the table
+    ray.init(
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"py_modules": [str(Path(__file__).parent)]},
+    )
+    try:
+        resources = ray.cluster_resources()
+        yield int(resources.get("CPU", 0)), float(resources.get("GPU", 0))
+    finally:
+        ray.shutdown()
+
+
+def slots(plan: SearchPlan, *, cpus: int, gpus: float) -> Slots:
+    """Resources of a trial and how many fit: by default one per GPU, else one per core with one thread each.
+
+    Raises:
+        InputError: more is asked for than there is, or a fraction that makes no sense.
+    """
+    per_trial = plan.gpus_per_trial if plan.gpus_per_trial is not None else min(gpus, 1.0)
+    faults = []
+    if per_trial > 1 and per_trial != int(per_trial):
+        faults.append(f"--gpus-per-trial {per_trial:g}: above 1 only whole GPUs can be given; use {int(per_trial)}")
+    if per_trial > gpus:
+        faults.append(
+            f"--gpus-per-trial {per_trial:g}: there are {gpus:g} GPUs; use at most that, or 0 to train on CPUs"
+        )
+    if plan.cpus_per_trial is not None and plan.cpus_per_trial > cpus:
+        faults.append(f"--cpus-per-trial {plan.cpus_per_trial}: there are {cpus} cores; use at most that")
+    if faults:
+        raise InputError(faults)
+    if per_trial:
+        count = int(gpus / per_trial) if per_trial < 1 else int(gpus // per_trial)
+        threads = plan.cpus_per_trial or max(1, cpus // max(count, plan.concurrent or 1))
+        count = min(count, cpus // threads)
+    else:
+        threads = plan.cpus_per_trial or 1
+        count = cpus // threads
+    return Slots(threads, per_trial, min(count, plan.concurrent or count, plan.trials))
+
+
+class Search:
+    """One run's state while it is searched: journal, record, rungs and study, rebuilt from the journal at each start.
+
+    Args:
+        plan: the settings.
+        space: the search space.
+        run: the run's folder; holds `samples.parquet`.
+        images: folder of decoded images by image size.
+        weights: weight file by backbone.
+        resources: what a trial is given.
+        show: called with each trial that has reported or ended.
+    """
+
+    def __init__(
+        self,
+        plan: SearchPlan,
+        space: Space,
+        run: Path,
+        *,
+        images: dict[int, Path],
+        weights: dict[str, Path | None],
+        resources: Slots,
+        show: Callable[["Search", Trial], None],
+    ):
+        self.plan, self.space, self.run_folder, self.resources, self.show = plan, space, run, resources, show
+        path = run / "journal.jsonl"
+        self.journal = Journal(path)
+        self.record = Record.of(read_journal(path))
+        self.started_wall_s = self.journal.wall_s
+        self.optimizer = Optimizer(space, seed=plan.seed, metric=plan.metric)
+        self.rungs = Rungs(grace_epochs=plan.grace_epochs, reduction_factor=plan.reduction_factor, epochs=plan.epochs)
+        self.halted: str | None = None  # why no more trials are to be started
+        self._tables_at = -math.inf
+        self._ray_ids: dict[str, str] = {}
+        self._context = {
+            "run": str(run.resolve()),
+            "images": {str(size): str(folder) for size, folder in images.items()},
+            "weights": {name: None if file is None else str(file) for name, file in weights.items()},
+            "threads": resources.cpus,
+            "ending": {
+                "metric": plan.metric,
+                "patience": plan.patience if plan.early_stopping else None,
+                "divergence_factor": plan.divergence_factor if plan.early_stopping else math.inf,
+            },
+        }
+        self._unfinished = self._rebuild()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """Ray pickles what it is given for a `Tuner.restore`, which is never called."""
+        return object, ()
+
+    def _rebuild(self) -> list[Trial]:
+        """Bring rungs and study to where the journal ends; returns the trials that have to go on."""
+        decisions = [decision for trial in self.record.trials.values() for decision in trial.decisions]
+        for row in sorted(decisions, key=lambda row: int(row["seq"])):
+            self.rungs.enter(row["trial_id"], row["rung"], row["stratum"], self._compared(row["value"]))
+        unfinished = []
+        for trial in self.record.trials.values():
+            if not trial.ended:  # a journalled stop or end is final even where the crash came before `ended`
+                if trial.rows and trial.rows[-1]["ends"] is not None:
+                    self._write_end(trial, trial.rows[-1]["ends"], trial.rows[-1]["reason"])
+                elif trial.decisions and trial.decisions[-1]["verdict"] == "stop":
+                    self._write_end(trial, "stopped", stop_reason(self.plan.metric, trial.decisions[-1]))
+                else:
+                    unfinished.append(trial)
+            self.optimizer.remember(trial)
+        return unfinished
+
+    # What Ray asks and tells.
+
+    def next_trial(self, ray_id: str) -> dict[str, Any] | str:
+        """The next trial's configuration for Ray, or FINISHED."""
+        if self.halted is None and self._budget_over():
+            self.halted = "the time budget is over"
+        if self.halted is not None:
+            return str(Searcher.FINISHED)
+        if self._unfinished:
+            trial = self._unfinished.pop(0)
+        elif len(self.record.trials) < self.plan.trials:
+            trial = self._ask(len(self.record.trials))
+        else:
+            return str(Searcher.FINISHED)
+        self._ray_ids[ray_id] = trial.trial_id
+        named = {"trial_id": trial.trial_id, "origin": trial.origin, "number": trial.number, "config": trial.config}
+        return named | self._context
+
+    def _ask(self, number: int) -> Trial:
+        start = self.space.start[number] if number < len(self.space.start) else None
+        params = self.optimizer.ask(number, start)
+        config = TrialConfig(**trial_values(self.space, params), epochs=self.plan.epochs, seed=self.plan.seed)
+        trial_id = f"t{number:05d}"
+        origin = "suggested" if start is None else "start"
+        self._write("asked", trial_id=trial_id, number=number, origin=origin, params=params, config=config.model_dump())
+        return self.record.trials[trial_id]
+
+    def started(self, ray_id: str) -> None:
+        self._write("started", trial_id=self._ray_ids[ray_id], gpus=self.resources.gpus)
+
+    def result(self, ray_id: str, row: dict[str, Any]) -> bool:
+        """Journal a row and what follows from it; true if the trial goes on."""
+        trial = self.record.trials[self._ray_ids[ray_id]]
+        if "epoch" not in row:
+            return self._end(trial, row["ends"], row["reason"], row["error"])
+        known = row["epoch"] <= len(trial.rows)
+        replayed, checkpoint = row.pop("replayed", False), row.pop("checkpoint", False)
+        if known and not replayed:  # trained again from an earlier checkpoint
+            self._write("resumed", trial_id=trial.trial_id, from_epoch=row["epoch"] - 1)
+        if not (known and replayed):
+            self._write("epoch", trial_id=trial.trial_id, **row)
+        if checkpoint:
+            self._write("checkpoint", trial_id=trial.trial_id, epoch=row["epoch"])
+        if row["ends"] is not None:
+            return self._end(trial, row["ends"], row["reason"])
+        decision = self._decide(trial, row["epoch"])
+        if decision is not None and decision["verdict"] == "stop":
+            return self._end(trial, "stopped", stop_reason(self.plan.metric, decision))
+        if self.halted is not None or self._budget_over():
+            return self._end(
+                trial, "interrupted", f"{self.halted or 'the time budget is over'}; --resume goes on with it"
+            )
+        self.show(self, trial)
+        self._write_tables()
+        return True
+
+    def lost(self, ray_id: str, error: str) -> None:
+        """Ray has given up on a trial whose actor was lost again and again."""
+        trial = self.record.trials[self._ray_ids[ray_id]]
+        self._end(trial, "failed", f"its worker process was lost {LOST_ACTOR_RETRIES + 1} times", error)
+
+    # What follows.
+
+    def _decide(self, trial: Trial, epoch: int) -> dict[str, Any] | None:
+        """ASHA's decision at this epoch, journalled; the one of an earlier start where there is one."""
+        if not self.plan.early_stopping:
+            return None
+        for made in trial.decisions:
+            if made["epoch"] == epoch:
+                return made
+        best = best_epoch(trial.rows[:epoch], self.plan.metric)
+        value = None if best is None else best[self.plan.metric]
+        decision = self.rungs.decide(trial.trial_id, epoch, self._compared(value))
+        if decision is None:
+            return None
+        return self._write(
+            "decision",
+            trial_id=trial.trial_id,
+            epoch=epoch,
+            rung=decision.rung,
+            stratum=decision.stratum,
+            value=value,
+            cutoff=self._compared(decision.cutoff),
+            verdict=decision.verdict,
+        )
+
+    def _compared(self, value: float | None) -> float | None:
+        """From the metric's units to less-is-better, and back."""
+        return None if value is None else loss_like(self.plan.metric, value)
+
+    def _end(self, trial: Trial, status: str, reason: str, error: str | None = None) -> bool:
+        self._write_end(trial, status, reason, error)
+        self.optimizer.tell(trial)
+        first = [other.status for other in self.record.trials.values() if other.ended]
+        if len(first) == FAILURES_AT_FIRST and set(first) == {"failed"}:
+            self.halted = f"the first {FAILURES_AT_FIRST} trials all failed; the last one: {reason}"
+        self.show(self, trial)
+        self._write_tables()
+        return False
+
+    def _write_end(self, trial: Trial, status: str, reason: str, error: str | None = None) -> None:
+        self._write("ended", trial_id=trial.trial_id, status=status, reason=reason, error=error)
+
+    def _write(self, event: str, **fields: Any) -> dict[str, Any]:
+        entry = self.journal.append(event, **fields)
+        self.record.apply(entry)
+        return entry
+
+    def _budget_over(self) -> bool:
+        budget = self.plan.time_budget
+        return budget is not None and self.journal.wall_s - self.started_wall_s >= budget
+
+    def _write_tables(self, *, now: bool = False) -> None:
+        if now or time.monotonic() - self._tables_at > TABLE_SECONDS:
+            write_tables(make_tables(self.record, self.plan.metric), self.run_folder)
+            self._delete_checkpoints()
+            self._tables_at = time.monotonic()
+
+    def _delete_checkpoints(self) -> None:
+        """Of ended trials keep the best few's best weights, within `checkpoint_bytes`; the worst of them go first."""
+        ended = [trial for trial in self.record.trials.values() if trial.ended]
+        total = 0
+        for place, trial in enumerate(sorted(ended, key=self._rank)):
+            state_file(self.run_folder, trial.trial_id).unlink(missing_ok=True)
+            best = best_file(self.run_folder, trial.trial_id)
+            if best.exists():
+                total += best.stat().st_size
+                if place >= KEPT_CHECKPOINTS or total > self.plan.checkpoint_bytes:
+                    best.unlink()
+
+    def _rank(self, trial: Trial) -> float:
+        best = best_epoch(trial.rows, self.plan.metric)
+        return math.inf if best is None else loss_like(self.plan.metric, best[self.plan.metric])
+
+    def run(self) -> bool:
+        """Search until the trials, the budget or the user end it; false where it was interrupted.
+
+        Each call is a fresh Ray experiment in a temporary folder: what goes on is rebuilt from the journal.
+        """
+        ray_folder = tempfile.mkdtemp(prefix="finetune-search-")
+        resources = {"cpu": self.resources.cpus, "gpu": self.resources.gpus}
+        tuner = tune.Tuner(
+            tune.with_resources(FinetuneTrial, resources),
+            tune_config=tune.TuneConfig(
+                search_alg=_Searcher(self),
+                scheduler=_Scheduler(self),
+                num_samples=-1,
+                max_concurrent_trials=self.resources.count,
+                reuse_actors=True,
+                trial_dirname_creator=lambda trial: str(trial.trial_id),
+            ),
+            run_config=tune.RunConfig(
+                name="ray",
+                storage_path=ray_folder,
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=LOST_ACTOR_RETRIES),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+                callbacks=[_Started(self)],
+            ),
+        )
+        try:
+            tuner.fit()
+        finally:
+            running = [trial for trial in self.record.trials.values() if trial.status == "running"]
+            for trial in running:
+                self._write_end(trial, "interrupted", "the search was interrupted; --resume goes on with it")
+            self._write_tables(now=True)
+            self.journal.close()
+            shutil.rmtree(ray_folder, ignore_errors=True)
+        everything = len(self.record.trials) >= self.plan.trials
+        return self.halted is not None or (everything and all(trial.ended for trial in self.record.trials.values()))
+
+
+def stop_reason(metric: str, decision: dict[str, Any]) -> str:
+    """Why ASHA stopped a trial, in a sentence with the numbers."""
+    if decision["value"] is None:
+        return f"{metric} could not be computed by epoch {decision['rung']}"
+    value, cutoff = f"{decision['value']:.4g}", f"{decision['cutoff']:.4g}"
+    return f"best {metric} {value} by epoch {decision['rung']}, where the cut-off was {cutoff}"
+
+
+class _Searcher(Searcher):  # type: ignore[misc]
+    """Ray's view of where trials come from."""
+
+    def __init__(self, search: Search):
+        super().__init__()
+        self._search = search
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        return self._search.next_trial(trial_id)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Ends are told in `Search.result`: exceptions here would be swallowed."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing of Ray's is resumed from."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing of Ray's is resumed from."""
+
+
+class _Scheduler(FIFOScheduler):  # type: ignore[misc]
+    """Ray's view of how trials end."""
+
+    def __init__(self, search: Search):
+        super().__init__()
+        self._search = search
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        goes_on = self._search.result(trial.trial_id, json.loads(result["row"]))
+        return str(TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP)
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        if trial.status != trial.ERROR:  # with that status Ray is about to start the trial again
+            self._search.lost(trial.trial_id, str(trial.get_error()))
+
+
+class _Started(tune.Callback):  # type: ignore[misc]
+    """Ray's view of when trials start."""
+
+    def __init__(self, search: Search):
+        self._search = search
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._search.started(trial.trial_id)

@@ -1,0 +1,282 @@
+"""The journal, which is the truth while a search runs, and the Parquet tables made from it."""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tuning.config import PARAMETERS, InputError, TrialConfig
+
+SCHEMA_VERSION = 1
+FINAL = (
+    "completed",
+    "stopped",
+    "converged",
+    "diverged",
+    "out_of_memory",
+    "failed",
+)  # the ends that resume never undoes
+METRICS = ("train_loss", "train_eval_loss", "val_loss", "val_accuracy", "val_balanced_accuracy", "val_auroc")
+
+_ARROW = {int: pa.int64(), float: pa.float64(), str: pa.string()}
+_TIME = pa.timestamp("us", tz="UTC")
+
+
+def _config_type(name: str) -> pa.DataType:
+    annotation = TrialConfig.model_fields[name].annotation
+    if get_origin(annotation) is Literal:
+        annotation = type(get_args(annotation)[0])
+    return _ARROW[annotation]  # type: ignore[index]
+
+
+def _schema(columns: dict[str, pa.DataType]) -> pa.Schema:
+    return pa.schema(list(columns.items()), metadata={"schema_version": str(SCHEMA_VERSION)})
+
+
+_TEXT, _WHOLE, _REAL = pa.string(), pa.int64(), pa.float64()
+TRIALS = _schema(
+    dict.fromkeys(("trial_id",), _TEXT)
+    | {"number": _WHOLE}
+    | dict.fromkeys(("origin", "status", "reason"), _TEXT)
+    | {f"config_{name}": _config_type(name) for name in PARAMETERS}
+    | dict.fromkeys(("epochs", "best_epoch"), _WHOLE)
+    | dict.fromkeys(("val_loss", "val_accuracy", "val_auroc", "val_balanced_accuracy", "train_loss"), _REAL)
+    | dict.fromkeys(("train_eval_loss", "gap", "seconds", "gpu_seconds", "images_per_second", "peak_memory_mb"), _REAL)
+    | dict.fromkeys(("micro_batch", "trained_parameters"), _WHOLE)
+    | {"error": _TEXT, "started_at": _TIME, "ended_at": _TIME}
+)
+EPOCHS = _schema(
+    {"seq": _WHOLE, "trial_id": _TEXT, "epoch": _WHOLE}
+    | dict.fromkeys((*METRICS, "learning_rate", "seconds", "data_seconds", "prefix_seconds"), _REAL)
+    | dict.fromkeys(("train_seconds", "evaluate_seconds"), _REAL)
+    | {"cache_hits": _WHOLE, "wall_s": _REAL}
+)
+DECISIONS = _schema(
+    {"seq": _WHOLE, "trial_id": _TEXT, "epoch": _WHOLE, "rung": _WHOLE, "stratum": _TEXT}
+    | {"value": _REAL, "cutoff": _REAL, "verdict": _TEXT}
+)
+SAMPLES = _schema(dict.fromkeys(("path", "file", "label", "split", "group"), _TEXT))
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place, whole and on disk, when the block ends well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """The journal's events in order; a torn last line is dropped.
+
+    Raises:
+        InputError: a line before the last is not an event.
+    """
+    events = []
+    *lines, _torn = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            event = json.loads(line)
+            if event["seq"] != number:
+                raise ValueError(f"seq {event['seq']} where {number} was due")
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: line {number} is damaged ({error}); restore it from a copy") from None
+        events.append(event)
+    return events
+
+
+class Journal:
+    """Appends events, each on disk before `append` returns.
+
+    `wall_s` is active time in seconds since the search began, summed over all starts.
+
+    Raises:
+        InputError: the journal is damaged, or another process writes it.
+    """
+
+    def __init__(self, path: Path):
+        events = read_journal(path) if path.exists() else []
+        self._seq = len(events)
+        self._wall_before = float(events[-1]["wall_s"]) if events else 0.0
+        self._opened = time.monotonic()
+        self._file = open(path, "ab")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{path.parent}: another search is writing this run; wait for it or stop it") from None
+        whole = path.read_bytes().rfind(b"\n") + 1
+        self._file.truncate(whole)
+
+    @property
+    def wall_s(self) -> float:
+        return self._wall_before + time.monotonic() - self._opened
+
+    def append(self, event: str, **fields: Any) -> dict[str, Any]:
+        """Write one event and return it with its `seq`, `wall_s` and `time` (Unix seconds)."""
+        self._seq += 1
+        entry = {"seq": self._seq, "event": event, "wall_s": round(self.wall_s, 3), "time": time.time(), **fields}
+        self._file.write(json.dumps(entry, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return entry
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@dataclass
+class Trial:
+    """What the journal says of one trial; `status` is null until it starts."""
+
+    trial_id: str
+    number: int
+    origin: str
+    params: dict[str, Any]
+    config: dict[str, Any]
+    status: str | None = None
+    reason: str | None = None
+    error: str | None = None
+    started_at: float | None = None
+    ended_at: float | None = None
+    gpus: float = 0.0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    decisions: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def ended(self) -> bool:
+        return self.status in FINAL
+
+
+def loss_like(metric: str, value: float) -> float:
+    """The metric's value, negated where more is better, so that less is better."""
+    return value if metric == "val_loss" else -value
+
+
+def best_epoch(rows: list[dict[str, Any]], metric: str) -> dict[str, Any] | None:
+    """The row of the best epoch, the earliest of equals; null where no epoch has finite losses."""
+    finite = [row for row in rows if row["val_loss"] is not None and row[metric] is not None]
+    return min(finite, key=lambda row: loss_like(metric, row[metric])) if finite else None
+
+
+@dataclass
+class Record:
+    """The journal folded into trials, in the order in which they were asked."""
+
+    trials: dict[str, Trial] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, events: Iterable[dict[str, Any]]) -> "Record":
+        record = cls()
+        for event in events:
+            record.apply(event)
+        return record
+
+    def apply(self, event: dict[str, Any]) -> None:
+        """Take in one event."""
+        kind, trial_id = event["event"], event["trial_id"]
+        if kind == "asked":
+            fields = {name: event[name] for name in ("number", "origin", "params", "config")}
+            self.trials[trial_id] = Trial(trial_id, **fields)
+            return
+        trial = self.trials[trial_id]
+        if kind == "started":
+            trial.status, trial.reason, trial.ended_at = "running", None, None
+            trial.started_at = trial.started_at or event["time"]
+            trial.gpus = event["gpus"]
+        elif kind == "resumed":  # later rows and decisions are void: they will be made again
+            trial.rows = [row for row in trial.rows if row["epoch"] <= event["from_epoch"]]
+            trial.decisions = [row for row in trial.decisions if row["epoch"] <= event["from_epoch"]]
+        elif kind == "epoch":
+            trial.rows.append(event)
+        elif kind == "decision":
+            trial.decisions.append(event)
+        elif kind == "ended":
+            trial.status, trial.reason, trial.error = event["status"], event["reason"], event["error"]
+            trial.ended_at = event["time"]
+
+
+def _trial_row(trial: Trial, metric: str) -> dict[str, Any]:
+    best = best_epoch(trial.rows, metric) or {}
+    last = trial.rows[-1] if trial.rows else {}
+    seconds = sum(row["seconds"] for row in trial.rows)
+    train_seconds = sum(row["train_seconds"] for row in trial.rows)
+    values = {name: best.get(name) for name in METRICS}
+    gap = None
+    if values["val_loss"] is not None and values["train_eval_loss"] is not None:
+        gap = values["val_loss"] - values["train_eval_loss"]
+    config = trial.config | {"unfreeze_depth": last.get("unfreeze_depth", trial.config["unfreeze_depth"])}
+    return {
+        **{name: getattr(trial, name) for name in ("trial_id", "number", "origin", "status", "reason", "error")},
+        **{f"config_{name}": config[name] for name in PARAMETERS},
+        **values,
+        "epochs": len(trial.rows),
+        "best_epoch": best.get("epoch"),
+        "gap": gap,
+        "seconds": seconds,
+        "gpu_seconds": seconds * trial.gpus,
+        "images_per_second": sum(row["images"] for row in trial.rows) / train_seconds if train_seconds else None,
+        "peak_memory_mb": max((row["peak_memory_mb"] or 0.0 for row in trial.rows), default=0.0) or None,
+        "micro_batch": last.get("micro_batch"),
+        "trained_parameters": last.get("trained_parameters"),
+        "started_at": _utc(trial.started_at),
+        "ended_at": _utc(trial.ended_at),
+    }
+
+
+def _utc(seconds: float | None) -> datetime | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
+
+
+def make_tables(record: Record, metric: str) -> dict[str, pa.Table]:
+    """The tables `trials`, `epochs` and `decisions`; best epochs are chosen by `metric`."""
+    trials = [trial for trial in record.trials.values() if trial.started_at is not None]
+    epochs = sorted((row for trial in trials for row in trial.rows), key=lambda row: int(row["seq"]))
+    decisions = sorted((row for trial in trials for row in trial.decisions), key=lambda row: int(row["seq"]))
+    return {
+        "trials": pa.Table.from_pylist([_trial_row(trial, metric) for trial in trials], TRIALS),
+        "epochs": pa.Table.from_pylist([{name: row.get(name) for name in EPOCHS.names} for row in epochs], EPOCHS),
+        "decisions": pa.Table.from_pylist(
+            [{name: row[name] for name in DECISIONS.names} for row in decisions], DECISIONS
+        ),
+    }
+
+
+def write_tables(tables: dict[str, pa.Table], folder: Path) -> None:
+    """Each table to `folder/<name>.parquet`, replaced whole."""
+    for name, table in tables.items():
+        with replacing(folder / f"{name}.parquet") as temporary:
+            pq.write_table(table, temporary)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A table of a run.
+
+    Raises:
+        InputError: not there, not Parquet, or written by a newer version.
+    """
+    try:
+        table = pq.read_table(path)
+        version = int((table.schema.metadata or {})[b"schema_version"])
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such table; give the folder of a run") from None
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise InputError(f"{path}: not a table of a run ({error})") from None
+    if version > SCHEMA_VERSION:
+        raise InputError(f"{path}: schema_version {version} is newer than {SCHEMA_VERSION}; update finetune-search")
+    frame: pd.DataFrame = table.to_pandas()
+    return frame
