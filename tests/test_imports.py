@@ -18,18 +18,21 @@ ALLOWED = {
     "phantoms": {"config", "samples"},
     "images": {"config", "tables"},
     "audit": {"config", "tables", "samples", "images", "phantoms"},
-    "space": {"config"},
+    "conditions": {"config"},
+    "space": {"config", "conditions"},
     "optimizer": {"config", "space", "tables"},
     "stopping": {"config", "tables"},
     "analysis": {"config", "tables", "stopping"},
     "augment": {"config"},
-    "backbones": {"config"},
+    "weights": {"config"},
+    "backbones": {"config", "weights"},
+    "prefix": {"config", "weights", "backbones"},
     "finetune": {"config", "tables", "images", "augment", "backbones"},
     "trial": {"config", "tables", "images", "finetune"},
     "model_folder": {"config", "images", "backbones", "finetune"},
 }
 COMMANDS = {"search", "run_search", "train_final"}  # may import all of the above
-TORCHLESS = ["config", "space", "samples", "tables", "stopping", "analysis"]
+TORCHLESS = ["config", "conditions", "space", "samples", "tables", "stopping", "analysis"]
 
 
 def imports(module: str) -> tuple[set[str], set[str]]:

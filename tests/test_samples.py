@@ -105,7 +105,7 @@ def test_links_in_a_circle_end(tmp_path):
         (["val/a/1.png", "val/b/1.png"], ["has val but no train folder"]),
         (["train/a/1.png", "train/b/1.png", "val/1.png"], ["val: 1 images lie directly"]),
         (["train/a/1.png", "train/b/1.png", "Training/a/1.png", "Training/b/1.png"], ["mean the same split"]),
-        (["a/1.png", "b/1.png", "b/2.png", "b/3.png"], ["'a' (1 images in 1 groups) has none for train"]),
+        (["a/1.png", "b/1.png", "b/2.png", "b/3.png"], ["'a' (1 images in 1 groups) has none for val"]),
     ],
 )
 def test_faulty_folders(tmp_path, paths, words):

@@ -35,13 +35,8 @@ def overfitting(trials: pd.DataFrame, metric: str) -> pd.DataFrame:
             name: None if top is None else top[name] for name in ("trial_id", "train_eval_loss", "val_loss", "gap")
         }
         rows.append({"backbone": backbone, "unfrozen": part, "trials": len(group), **values})
-    frame = pd.DataFrame(
-        rows, columns=["backbone", "unfrozen", "trials", "trial_id", "train_eval_loss", "val_loss", "gap"]
-    )
-    order = {HEAD: 0, PART: 1, ALL: 2}
-    return frame.sort_values(
-        ["backbone", "unfrozen"], key=lambda column: column.map(order).fillna(column), ignore_index=True
-    )
+    rows.sort(key=lambda row: (row["backbone"], (HEAD, PART, ALL).index(row["unfrozen"])))
+    return pd.DataFrame(rows)
 
 
 def saved(trials: pd.DataFrame, epochs: int) -> pd.DataFrame:

@@ -42,7 +42,7 @@ class Data:
 def join(samples: pd.DataFrame, images: NDArray[np.uint8]) -> Data:
     """Samples (as `samples.load_samples` gives them) and their decoded images, in the same order."""
     classes = tuple(sorted(samples["label"].unique()))
-    labels = samples["label"].map({name: index for index, name in enumerate(classes)}).to_numpy(np.int64)
+    labels = np.array([classes.index(label) for label in samples["label"]], dtype=np.int64)
     splits = {name: np.flatnonzero(samples["split"] == name) for name in ("train", "val", "test")}
     return Data(images, labels, **splits, classes=classes)
 

@@ -29,6 +29,7 @@ from tuning.space import Space, fix, image_sizes, load, parse
 from tuning.space import backbones as backbones_in
 
 DONE, BAD_INPUT, NO_FINITE_LOSS, INTERRUPTED = 0, 2, 3, 130
+HEARTBEAT_SECONDS = 30.0  # between lines where the output is no terminal
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -95,10 +96,10 @@ def run(flags: Flags) -> int:
     console.print(f"[bold]{plan.name}[/bold]: {plan.trials} trials of up to {plan.epochs} epochs, space {plan.space}")
 
     # What it is to be done with. All of it is checked before anything is written.
-    from tuning import backbones  # torch and Ray take seconds to load: wrong flags are told before
-    from tuning.search import Search, ray_running, slots
+    from tuning.search import Search, ray_running, slots  # torch and Ray take seconds to load: bad flags are told first
+    from tuning.weights import find_weights
 
-    weights = backbones.find_weights(backbones_in(space), plan.weights)
+    weights = find_weights(backbones_in(space), plan.weights)
     table, image_folders, fingerprint = _data(plan, space)
     if flags.resume:
         _check_same_data(folder, plan, fingerprint)
@@ -133,12 +134,13 @@ def _planned(flags: Flags) -> tuple[SearchPlan, Space, Path]:
     name = flags.name or f"{Path(flags.space or 'quick').stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     plan = build(SearchPlan, {"name": name} | space.search | given, "command line")
     folder = Path(plan.storage) / plan.name
-    _check_new(folder, plan)
+    check_new(folder, plan)
     return plan, fix(space, overrides), folder
 
 
 def _given(flags: Flags) -> tuple[dict[str, Any], dict[str, Any]]:
-    settings = dataclasses.asdict(flags) | {"early_stopping": None if flags.early_stopping else False}
+    data = flags.data and os.path.abspath(os.path.expanduser(flags.data))  # a run goes on from any folder
+    settings = dataclasses.asdict(flags) | {"data": data, "early_stopping": None if flags.early_stopping else False}
     return command_line({key: value for key, value in settings.items() if key not in ("resume", "set")}, flags.set)
 
 
@@ -168,14 +170,19 @@ def _resumed(flags: Flags) -> tuple[SearchPlan, Space, Path]:
     return plan, parse(document["space"], str(folder / "plan.yaml")), folder
 
 
-def _check_new(folder: Path, plan: SearchPlan) -> None:
+def check_new(folder: Path, plan: SearchPlan) -> None:
+    """A new run's folder must not exist, and the one it is made in must be writable.
+
+    Raises:
+        InputError: one of them is not so.
+    """
     if folder.exists():
         raise InputError(f"--name {plan.name}: {folder} exists; go on with it by --resume, or choose another name")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--storage {plan.storage}: can't be made ({error.strerror}); choose another") from None
-    if not os.access(folder.parent, os.W_OK | os.X_OK):
+    if not os.access(folder.parent, os.W_OK | os.X_OK, effective_ids=True):
         raise InputError(f"--storage {plan.storage}: no permission to write there; choose another")
 
 
@@ -237,40 +244,41 @@ def _write_best(folder: Path, plan: SearchPlan, trial: tables.Trial, fingerprint
 
 
 class Progress:
-    """A line for each trial that ends; on a terminal a status line for what runs."""
+    """A line for each trial that ends, and what runs: on a terminal as a status line, else now and then."""
 
     def __init__(self, plan: SearchPlan):
         self._plan = plan
-        self._status = console.status("starting") if console.is_terminal else None
+        self._status = console.status("") if console.is_terminal else None
         self._best: tuple[float, str] | None = None
+        self._said_at = time.monotonic()
 
     def __call__(self, search: Any, trial: tables.Trial) -> None:
-        metric = self._plan.metric
+        """Take in a trial that has reported an epoch or ended."""
         everything = search.record.trials.values()
         ended = sum(other.ended for other in everything)
-        row = tables.best_epoch(trial.rows, metric)
-        if row is not None:
-            mine = (tables.loss_like(metric, row[metric]), trial.trial_id)
-            self._best = mine if self._best is None else min(self._best, mine)
         clock = time.strftime("%H:%M:%S", time.gmtime(search.journal.wall_s))
-        so_far = "" if self._best is None else f"best {metric} {abs(self._best[0]):.4f} ({self._best[1]})"
-        if trial.ended:
-            value = (
-                "no finite loss"
-                if row is None
-                else f"{metric} {row[metric]:.4f} at epoch {row['epoch']}/{len(trial.rows)}"
-            )
-            console.print(
-                f"{clock}  {ended:>{len(str(self._plan.trials))}}/{self._plan.trials}  {trial.trial_id} "
-                f"{trial.status:<13} {value:<34} {describe(trial.config):<70} {so_far}"
-            )
+        count = f"{clock}  {ended:>{len(str(self._plan.trials))}}/{self._plan.trials}"
+        row = tables.best_epoch(trial.rows, self._plan.metric)
+        if row is not None:
+            mine = (tables.loss_like(self._plan.metric, row[self._plan.metric]), trial.trial_id)
+            self._best = min(self._best or mine, mine)
+        if trial.status != "running":
+            value = "-" if row is None else f"{row[self._plan.metric]:.4f} at epoch {row['epoch']}/{len(trial.rows)}"
+            mark = "  [bold]best so far[/bold]" if self._best and self._best[1] == trial.trial_id else ""
+            ending = f"{trial.trial_id} {trial.status:<10} {self._plan.metric} {value:<20}"
+            self._say(f"{count}  {ending}  {describe(trial.config)}{mark}")
+        best = "" if self._best is None else f"best {self._plan.metric} {abs(self._best[0]):.4f} ({self._best[1]}), "
+        running = [other for other in everything if other.status == "running"]
+        now = f"{best}running: " + ", ".join(f"{other.trial_id} {len(other.rows)} epochs" for other in running)
         if self._status is not None:
-            running = [other for other in everything if other.status == "running"]
-            epochs = ", ".join(f"{other.trial_id} epoch {len(other.rows) + 1}" for other in running)
-            self._status.update(f"{clock}  {ended}/{self._plan.trials} ended  {so_far}  now: {epochs}")
-            self._status.start()
-            if ended == self._plan.trials:
-                self._status.stop()
+            self._status.update(f"{count}  {now}")
+            (self._status.start if running else self._status.stop)()
+        elif running and time.monotonic() - self._said_at > HEARTBEAT_SECONDS:
+            self._say(f"{count}  {now}")
+
+    def _say(self, line: str) -> None:
+        console.print(line)
+        self._said_at = time.monotonic()
 
 
 def describe(config: dict[str, Any]) -> str:

@@ -377,9 +377,9 @@ def _draw_splits(samples: list[Sample], fractions: Mapping[str, float], faults: 
         units[sample.group or sample.path][str(sample.label)] += 1
     totals = Counter(str(sample.label) for sample in samples)
     need = {(split, label): share * totals[label] for split, share in fractions.items() for label in totals}
-    for label in totals:
-        # A class of two images, one in val, can still be trained and judged.
-        need["val", label] = max(need["val", label], 1.0)
+    for split, label in need:
+        if split != "test":  # a class of two images can still be trained and judged
+            need[split, label] = max(need[split, label], 1.0)
 
     split_of: dict[str, str] = {}
     images: Counter[tuple[str, str]] = Counter()

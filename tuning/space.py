@@ -1,65 +1,36 @@
 """Search-space YAML -> parameters, conditions and start points -> `suggest`: the flat dict of one trial."""
 
-import ast
-import difflib
-import graphlib
 import math
-import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
-from pydantic import BaseModel
 
-from tuning.config import DEPTH_ALL, PARAMETERS, SETTINGS, InputError, SearchPlan, TrialConfig, check_value
+from tuning.conditions import (
+    NUMBERS,
+    Condition,
+    Value,
+    as_number,
+    checked,
+    fits,
+    holds,
+    nearest,
+    parents,
+    parents_first,
+    parse_condition,
+    show,
+)
+from tuning.config import PARAMETERS, SETTINGS, InputError, SearchPlan, TrialConfig
 
 SHIPPED = Path(__file__).resolve().parent.parent / "search_spaces"
 SECTIONS = ("parameters", "fixed", "start", "search")
 RANGE_KEYS = ("low", "high", "log", "step")
 TYPES = {"categorical": ("choices",), "int": RANGE_KEYS, "float": RANGE_KEYS}
-NUMBERS = {
-    name: kind.__name__
-    for name, field in TrialConfig.model_fields.items()
-    for kind in (int, float)
-    if field.annotation is kind
-}
 DEFAULTS = {name: field.default for name, field in TrialConfig.model_fields.items() if not field.is_required()}
-SCALARS = (str, int, float, bool, type(None))
-LARGEST_INT = 2**53  # Optuna keeps numbers as floats, which are exact up to here
 MOST_STEPS = 10**6
-
-Value = str | int | float
-
-ORDER: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-}
-CONDITION_RULE = (
-    "compare a parameter with a value (== != < <= > >=, in [..], not in [..]) and join comparisons by and, or, not: "
-    "`optimizer == sgd and unfreeze_depth in [1, 2]`"
-)
-LONGEST_CONDITION = 1000  # characters: keeps the syntax tree shallow
-
-
-@dataclass(frozen=True)
-class Comparison:
-    name: str
-    operator: type[ast.cmpop]
-    values: tuple[Value, ...]  # one, or those of the list after `in`
-
-
-@dataclass(frozen=True)
-class Junction:
-    word: str  # and, or, not
-    parts: tuple["Comparison | Junction", ...]
-
-
-Condition = Comparison | Junction
 
 
 @dataclass(frozen=True)
@@ -104,7 +75,7 @@ def suggest(space: Space, trial: Trial) -> dict[str, Value]:
     """The active parameters of one trial, each drawn after those that its condition names."""
     values: dict[str, Value] = {}
     for name, parameter in space.parameters.items():
-        if _is_active(parameter, {**space.fixed, **values}):
+        if holds(parameter.condition, {**space.fixed, **values}):
             values[name] = _draw(name, parameter, trial)
     return values
 
@@ -125,7 +96,7 @@ def active(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
     """
     kept: dict[str, Any] = {}
     for name, parameter in space.parameters.items():
-        if name in values and _is_active(parameter, {**space.fixed, **kept}):
+        if name in values and holds(parameter.condition, {**space.fixed, **kept}):
             kept[name] = values[name]
     return kept
 
@@ -201,7 +172,7 @@ def load(name_or_path: str) -> Space:
         path = Path(name_or_path)
     else:
         raise InputError(
-            f"--space {name_or_path}: no shipped space has this name{_nearest(name_or_path, shipped)}; "
+            f"--space {name_or_path}: no shipped space has this name{nearest(name_or_path, shipped)}; "
             f"shipped are {', '.join(shipped)}; a file of your own is given by its path, ending in .yaml"
         )
     where = str(path)
@@ -234,7 +205,7 @@ class _Loader(yaml.SafeLoader):
                 line = key.start_mark.line + 1
                 if key.value in first:
                     self.repeated.append(
-                        f"line {line}: {_show(key.value)} stands already in line {first[key.value]}; delete one of them"
+                        f"line {line}: {show(key.value)} stands already in line {first[key.value]}; delete one of them"
                     )
                 first.setdefault(key.value, line)
         return node
@@ -280,11 +251,11 @@ def parse(document: object, where: str, faults: Sequence[str] = ()) -> Space:
     """
     faults = list(faults)
     if not isinstance(document, dict) or not document:
-        what = "is empty" if document is None or document == {} else f"must be a mapping, got {_show(document)}"
+        what = "is empty" if document is None or document == {} else f"must be a mapping, got {show(document)}"
         raise InputError([*faults, f"{where}: {what}; write a mapping of {', '.join(SECTIONS)}"])
     for key in document:
         if key not in SECTIONS:
-            faults.append(f"{where}: {_show(key)}: no such section{_nearest(key, SECTIONS)}; use {', '.join(SECTIONS)}")
+            faults.append(f"{where}: {show(key)}: no such section{nearest(key, SECTIONS)}; use {', '.join(SECTIONS)}")
     sections = {key: _section(document, key, dict, where, faults) for key in ("parameters", "fixed", "search")}
     declared, fixed_declared = sections["parameters"], sections["fixed"]
     for key in ("parameters", "fixed"):
@@ -297,7 +268,7 @@ def parse(document: object, where: str, faults: Sequence[str] = ()) -> Space:
         if name in fixed_declared and name in declared:
             faults.append(f"{where}: {name}: stands under parameters and under fixed; delete one of them")
         elif name in fixed_declared:
-            value = _checked(TrialConfig, name, fixed_declared[name], f"{where}: fixed.{name}", faults)
+            value = checked(TrialConfig, name, fixed_declared[name], f"{where}: fixed.{name}", faults)
             if value is not None:
                 fixed[name] = value
 
@@ -315,7 +286,7 @@ def _section(document: dict[Any, Any], key: str, kind: type, where: str, faults:
     section = document.get(key)
     if section is not None and not isinstance(section, kind):
         rule = "a mapping; write one `name: ..`" if kind is dict else "a list; write one `- {name: value}`"
-        faults.append(f"{where}: {key}: must be {rule} a line, got {_show(section)}")
+        faults.append(f"{where}: {key}: must be {rule} a line, got {show(section)}")
     return section if isinstance(section, kind) else kind()
 
 
@@ -323,8 +294,8 @@ def _check_names(names: Iterable[Any], place: str, faults: list[str]) -> None:
     for name in names:
         if name in PARAMETERS:
             continue
-        cure = "; it belongs under search" if name in SETTINGS else _nearest(name, PARAMETERS)
-        faults.append(f"{place}: {_show(name)}: no such parameter{cure or '; known are ' + ', '.join(PARAMETERS)}")
+        cure = "; it belongs under search" if name in SETTINGS else nearest(name, PARAMETERS)
+        faults.append(f"{place}: {show(name)}: no such parameter{cure or '; known are ' + ', '.join(PARAMETERS)}")
 
 
 def _search(section: dict[Any, Any], where: str, faults: list[str]) -> dict[str, Any]:
@@ -332,14 +303,20 @@ def _search(section: dict[Any, Any], where: str, faults: list[str]) -> dict[str,
     for key, value in section.items():
         here = f"{where}: search.{key}"
         if key in SETTINGS:
-            search[key] = _checked(SearchPlan, key, value, here, faults)
+            search[key] = checked(SearchPlan, key, value, here, faults)
         elif key in SearchPlan.model_fields:
             faults.append(f"{here}: is not a setting of a space; give it on the command line: --{key}")
         elif key in PARAMETERS:
             faults.append(f"{here}: is a parameter; put it under parameters or fixed")
         else:
-            faults.append(f"{where}: search: {_show(key)}: no such setting{_nearest(key, SETTINGS)}")
+            faults.append(f"{where}: search: {show(key)}: no such setting{nearest(key, SETTINGS)}")
     return search
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
 # ---- one parameter
@@ -351,17 +328,21 @@ def _parameters(declared: dict[Any, Any], known: set[str], place: str, faults: l
     for name in PARAMETERS:
         if name in declared and (parameter := _parameter(name, declared[name], f"{place}.{name}", faults)):
             parameters[name] = parameter
-    parameters = {
-        name: parameter
+
+    def outside(name: str, value: Value) -> str | None:
+        return _outside(parameters[name], value) if name in parameters else None
+
+    conditions = {
+        name: parameter.condition
         for name, parameter in parameters.items()
-        if _condition_fits(parameter, parameters, known, f"{place}.{name}.when", faults)
+        if fits(parameter.condition, known, outside, f"{place}.{name}.when", faults)
     }
-    return _parents_first(parameters, place, faults)
+    return {name: parameters[name] for name in parents_first(conditions, place, faults)}
 
 
 def _parameter(name: str, spec: Any, place: str, faults: list[str]) -> Parameter | None:
     if not isinstance(spec, dict):
-        faults.append(f"{place}: must be a mapping such as {{type: float, low: 0.0, high: 0.5}}, got {_show(spec)}")
+        faults.append(f"{place}: must be a mapping such as {{type: float, low: 0.0, high: 0.5}}, got {show(spec)}")
         return None
     before = len(faults)
     kind = spec["type"] if isinstance(spec.get("type"), str) else ""
@@ -369,8 +350,8 @@ def _parameter(name: str, spec: Any, place: str, faults: list[str]) -> Parameter
     if "type" not in spec:
         faults.append(f"{place}: has no type; add `type: {fitting[-1]}`")
     elif kind not in TYPES:
-        close = _nearest(kind, TYPES)
-        faults.append(f"{place}.type: must be one of {', '.join(TYPES)}, got {_show(spec['type'])}{close}")
+        close = nearest(kind, TYPES)
+        faults.append(f"{place}.type: must be one of {', '.join(TYPES)}, got {show(spec['type'])}{close}")
     elif kind not in fitting:
         faults.append(
             f"{place}.type: must be {' or '.join(fitting)} for {name}, got {kind}; write `type: {fitting[-1]}`"
@@ -378,8 +359,8 @@ def _parameter(name: str, spec: Any, place: str, faults: list[str]) -> Parameter
     allowed = ("type", *TYPES.get(kind, ("choices", *RANGE_KEYS)), "when")
     for key in spec:
         if key not in allowed:
-            close = _nearest(key, allowed)
-            faults.append(f"{place}: {_show(key)}: no such key here{close}; use {', '.join(allowed)}")
+            close = nearest(key, allowed)
+            faults.append(f"{place}: {show(key)}: no such key here{close}; use {', '.join(allowed)}")
 
     parts: dict[str, Any] = {}
     if kind == "categorical":
@@ -388,24 +369,24 @@ def _parameter(name: str, spec: Any, place: str, faults: list[str]) -> Parameter
         parts.update(_range(name, kind, spec, place, faults))
     if "when" in spec:
         if name == "backbone":
-            faults.append(f"{place}.when: every trial needs a backbone, got {_show(spec['when'])}; delete it")
+            faults.append(f"{place}.when: every trial needs a backbone, got {show(spec['when'])}; delete it")
         try:
-            parts.update(when=spec["when"], condition=_condition(spec["when"]))
+            parts.update(when=spec["when"], condition=parse_condition(spec["when"]))
         except ValueError as error:
-            faults.append(f"{place}.when: {error}, got {_show(spec['when'])}")
+            faults.append(f"{place}.when: {error}, got {show(spec['when'])}")
     return Parameter(kind, **parts) if len(faults) == before else None
 
 
 def _choices(name: str, spec: dict[Any, Any], place: str, faults: list[str]) -> tuple[Value, ...]:
     listed = spec.get("choices")
     if not isinstance(listed, list) or not listed:
-        got = f"got {_show(listed)}" if "choices" in spec else "but is missing"
+        got = f"got {show(listed)}" if "choices" in spec else "but is missing"
         faults.append(f"{place}.choices: must be a list of at least one value, {got}; write `choices: [.., ..]`")
         return ()
-    values = [_checked(TrialConfig, name, value, f"{place}.choices[{i}]", faults) for i, value in enumerate(listed)]
+    values = [checked(TrialConfig, name, value, f"{place}.choices[{i}]", faults) for i, value in enumerate(listed)]
     for index, value in enumerate(values):
         if value is not None and value in values[:index]:
-            faults.append(f"{place}.choices[{index}]: {_show(value)} stands there already; delete one of them")
+            faults.append(f"{place}.choices[{index}]: {show(value)} stands there already; delete one of them")
     return tuple(values)
 
 
@@ -414,7 +395,7 @@ def _range(name: str, kind: str, spec: dict[Any, Any], place: str, faults: list[
     for key in ("low", "high"):
         if key not in spec:
             faults.append(f"{place}: has no {key}; add `{key}: ..`, type {kind} needs low and high")
-        bounds.append(_checked(TrialConfig, name, spec[key], f"{place}.{key}", faults) if key in spec else None)
+        bounds.append(checked(TrialConfig, name, spec[key], f"{place}.{key}", faults) if key in spec else None)
     low, high = bounds
     log: Any = spec.get("log", False)
     step: Any = spec.get("step")
@@ -422,18 +403,18 @@ def _range(name: str, kind: str, spec: dict[Any, Any], place: str, faults: list[
     if low is not None and high is not None and not ordered:
         faults.append(f"{place}: low must be below high, got low {low} and high {high}; put a single value under fixed")
     if type(log) is not bool:
-        faults.append(f"{place}.log: must be true or false, got {_show(log)}")
+        faults.append(f"{place}.log: must be true or false, got {show(log)}")
     elif log and low is not None and low <= 0:
         faults.append(f"{place}.low: log needs low above 0, got {low}; raise low or delete log")
     if "step" not in spec:
         return {"low": low, "high": high, "log": log}
     if log is True:
-        faults.append(f"{place}: step and log exclude each other, got step {_show(step)}; delete one of them")
+        faults.append(f"{place}: step and log exclude each other, got step {show(step)}; delete one of them")
     elif type(step) not in ((int,) if kind == "int" else (int, float)) or not 0 < step < math.inf:
-        number = _as_number(step)
+        number = as_number(step)
         cure = f"; write {number}" if number else ""
         what = "a whole number" if kind == "int" else "a number"
-        faults.append(f"{place}.step: must be {what} above 0, got {_show(step)}{cure}")
+        faults.append(f"{place}.step: must be {what} above 0, got {show(step)}{cure}")
     elif ordered:
         steps = (Fraction(str(high)) - Fraction(str(low))) / Fraction(str(step))
         if steps > MOST_STEPS:
@@ -449,7 +430,7 @@ def _outside(parameter: Parameter, value: Any) -> str | None:
     """The rule that keeps a value, itself fit for `TrialConfig`, out of the parameter's range; none if it is inside."""
     if parameter.type == "categorical":
         listed = ", ".join(map(str, parameter.choices))
-        rule = f"must be one of {listed}, got {_show(value)}{_nearest(value, parameter.choices)}"
+        rule = f"must be one of {listed}, got {show(value)}{nearest(value, parameter.choices)}"
         return None if value in parameter.choices else rule
     if not parameter.low <= value <= parameter.high:
         return f"must lie between low {parameter.low} and high {parameter.high}, got {value}"
@@ -457,106 +438,6 @@ def _outside(parameter: Parameter, value: Any) -> str | None:
     # Optuna's own tolerance: 3 * 0.1 lies on a grid of tenths.
     off_grid = abs(steps - round(steps)) >= 1e-8
     return f"must be low {parameter.low} plus steps of {parameter.step}, got {value}" if off_grid else None
-
-
-# ---- conditions
-
-
-def _condition(text: Any) -> Condition:
-    if not isinstance(text, str) or len(text) > LONGEST_CONDITION:
-        raise ValueError(f"must be text of at most {LONGEST_CONDITION} characters: {CONDITION_RULE}")
-    try:
-        tree = ast.parse(" ".join(text.split()), mode="eval")
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise ValueError(f"can't be parsed: {CONDITION_RULE}") from None
-    return _joined(tree.body)
-
-
-def _joined(node: ast.expr) -> Condition:
-    match node:
-        case ast.BoolOp(op=op, values=parts):
-            return Junction("and" if isinstance(op, ast.And) else "or", tuple(map(_joined, parts)))
-        case ast.UnaryOp(op=ast.Not(), operand=part):
-            return Junction("not", (_joined(part),))
-        case ast.Compare(ast.Name(name), [ast.In() | ast.NotIn() as op], [ast.List([_, *_] as listed)]):
-            return Comparison(name, type(op), tuple(_literal(name, item) for item in listed))
-        case ast.Compare(ast.Name(name), [op], [right]) if isinstance(op, (ast.Eq, ast.NotEq, *ORDER)):
-            return Comparison(name, type(op), (_literal(name, right),))
-    raise ValueError(f"can't be parsed at `{ast.unparse(node)}`: {CONDITION_RULE}")
-
-
-def _literal(name: str, node: ast.expr) -> Value:
-    match node:
-        case ast.Constant(value=str() | int() | float() as value) if not isinstance(value, bool):
-            word: Value = value
-        case ast.Name() | ast.Attribute(value=ast.Name()):  # timm's names may have a dot: vgg16.tv_in1k
-            word = ast.unparse(node)
-        case _:
-            raise ValueError(f"can't be parsed at `{ast.unparse(node)}`: {CONDITION_RULE}")
-    return DEPTH_ALL if name == "unfreeze_depth" and word == "all" else word
-
-
-def _comparisons(condition: Condition | None) -> list[Comparison]:
-    if isinstance(condition, Junction):
-        return [comparison for part in condition.parts for comparison in _comparisons(part)]
-    return [] if condition is None else [condition]
-
-
-def _is_active(parameter: Parameter, values: Mapping[str, Any]) -> bool:
-    if parameter.condition is None:
-        return True
-    known = all(comparison.name in values for comparison in _comparisons(parameter.condition))
-    return known and _holds(parameter.condition, values)
-
-
-def _holds(condition: Condition, values: Mapping[str, Any]) -> bool:
-    if isinstance(condition, Junction):
-        parts = [_holds(part, values) for part in condition.parts]
-        return {"and": all(parts), "or": any(parts), "not": not parts[0]}[condition.word]
-    value, order = values[condition.name], ORDER.get(condition.operator)
-    if order:
-        return order(value, condition.values[0])
-    return (value in condition.values) == (condition.operator in (ast.Eq, ast.In))
-
-
-def _condition_fits(
-    parameter: Parameter, parameters: Mapping[str, Parameter], known: set[str], place: str, faults: list[str]
-) -> bool:
-    before = len(faults)
-    for comparison in _comparisons(parameter.condition):
-        name = comparison.name
-        if name not in known:
-            cure = _nearest(name, known) or "; add it to parameters or fixed"
-            faults.append(f"{place}: {_show(name)}: is neither among the parameters nor fixed{cure}")
-            continue
-        for value in comparison.values:
-            if comparison.operator in ORDER:
-                if name not in NUMBERS:
-                    faults.append(f"{place}: {name} is no number and has no order; compare it by ==, != or in")
-                elif isinstance(value, str):
-                    faults.append(f"{place}: {name} is a number, got the text {_show(value)}; write a number")
-            elif (value := _checked(TrialConfig, name, value, f"{place}: {name}", faults)) is not None:
-                rule = _outside(parameters[name], value) if name in parameters else None
-                if rule:
-                    faults.append(f"{place}: {name}: {rule}; write a value that it can have")
-    return len(faults) == before
-
-
-def _parents_first(parameters: dict[str, Parameter], place: str, faults: list[str]) -> dict[str, Parameter]:
-    """The parameters in an order in which each follows those that its condition names, without those in a cycle."""
-    while True:
-        graph = {
-            name: [c.name for c in _comparisons(parameter.condition) if c.name in parameters]
-            for name, parameter in parameters.items()
-        }
-        try:
-            order = list(graphlib.TopologicalSorter(graph).static_order())
-        except graphlib.CycleError as error:
-            cycle = error.args[1][::-1]
-            faults.append(f"{place}: {' needs '.join(cycle)}: conditions must not form a cycle; delete one `when`")
-            parameters = {name: parameter for name, parameter in parameters.items() if name not in cycle}
-        else:
-            return {name: parameters[name] for name in order}
 
 
 # ---- start points
@@ -574,7 +455,7 @@ def _start(
     for index, point in enumerate(points):
         here = f"{where}: start[{index}]"
         if not isinstance(point, dict):
-            faults.append(f"{here}: must be a mapping such as {{learning_rate: 0.001}}, got {_show(point)}")
+            faults.append(f"{here}: must be a mapping such as {{learning_rate: 0.001}}, got {show(point)}")
             continue
         before = len(faults)
         completed = _complete(parameters, fixed, unsure, point, here, faults)
@@ -600,20 +481,20 @@ def _complete(
     _check_names([name for name in point if name not in fixed], place, faults)
     for name in PARAMETERS:
         if name in point and name in fixed:
-            faults.append(f"{place}.{name}: is fixed at {_show(fixed[name])}; delete it here")
+            faults.append(f"{place}.{name}: is fixed at {show(fixed[name])}; delete it here")
         elif name in point and name not in parameters and name not in unsure:
             faults.append(f"{place}.{name}: is not among the parameters; declare it there, or delete it here")
     values: dict[str, Value] = {}
     unsure = set(unsure)
     for name, parameter in parameters.items():
         here = f"{place}.{name}"
-        if unsure.intersection(comparison.name for comparison in _comparisons(parameter.condition)):
+        if unsure.intersection(parents(parameter.condition)):
             unsure.add(name)
-        elif not _is_active(parameter, {**fixed, **values}):
+        elif not holds(parameter.condition, {**fixed, **values}):
             if name in point:
                 faults.append(f"{here}: is inactive here, for it needs `{parameter.when}`; delete it here")
         else:
-            value = _checked(TrialConfig, name, point[name], here, faults) if name in point else DEFAULTS.get(name)
+            value = checked(TrialConfig, name, point[name], here, faults) if name in point else DEFAULTS.get(name)
             rule = None if value is None else _outside(parameter, value)
             if name not in point and (value is None or rule):
                 default = "it has no default" if value is None else f"its default {rule}"
@@ -625,59 +506,3 @@ def _complete(
             else:
                 values[name] = value
     return values
-
-
-# ---- values
-
-
-def _checked(model: type[BaseModel], key: str, value: Any, place: str, faults: list[str]) -> Any:
-    """The value by the model's rule; none, and a fault more, if it breaks the rule."""
-    try:
-        if type(value) not in SCALARS:
-            raise ValueError(f"must be a single plain value, got {_show(value)}; write a number or a word")
-        if type(value) is int and abs(value) > LARGEST_INT:
-            raise ValueError(f"must not go beyond 2**53, got {_show(value)}; write a smaller number")
-        return check_value(model, key, value)
-    except ValueError as error:
-        fault, number = f"{place}: {error}", _as_number(value)
-        if number and ("valid number" in fault or "valid integer" in fault):
-            fault = f"{place}: must be a number, got the text {_show(value)}; write {number}"
-        elif type(value) is bool:
-            fault += "; YAML reads yes, no, on and off as true and false: quote a word, or write a number"
-        elif value is None:
-            fault += "; YAML reads ~, null and nothing at all as None: write a value, or quote the word"
-        faults.append(fault)
-        return None
-
-
-def _as_number(text: Any) -> str | None:
-    """How YAML wants the number that a text holds: 1e-5 -> 1.0e-05, for PyYAML takes a number without a dot as text."""
-    try:
-        number = float(text) if isinstance(text, str) else math.nan
-    except ValueError:
-        return None
-    if not math.isfinite(number):
-        return None
-    if number.is_integer() and abs(number) < LARGEST_INT:
-        return str(int(number))
-    return repr(number) if "." in repr(number) else repr(number).replace("e", ".0e")
-
-
-def _nearest(word: Any, known: Iterable[Any]) -> str:
-    close = difflib.get_close_matches(word, [str(name) for name in known], n=1) if isinstance(word, str) else []
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _show(value: Any) -> str:
-    if type(value) not in SCALARS:
-        return "a mapping" if isinstance(value, dict) else f"a {type(value).__name__}"
-    if type(value) is int and abs(value) > LARGEST_INT:
-        return "a number beyond 2**53"
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list) else value

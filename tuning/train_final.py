@@ -27,6 +27,7 @@ from tuning.config import InputError, SearchPlan, TrialConfig, build, command_li
 from tuning.finetune import Data, finetune, join, predict, preparer, score
 from tuning.images import open_images
 from tuning.model_folder import save_model
+from tuning.weights import find_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ def run(flags: Flags) -> Path:
     if flags.data is None and found != fingerprint:
         raise InputError(f"the data has changed since {path} was written; put it back, or name the new data by --data")
     data = join(table, open_images(folders[config.image_size]))
-    weights = backbones.find_weights([config.backbone], plan.weights)[config.backbone]
+    weights = find_weights([config.backbone], plan.weights)[config.backbone]
 
     # Train: same schedule and epochs, best epoch on validation.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -109,7 +110,7 @@ def run(flags: Flags) -> Path:
     if len(data.test):
         autocast = torch.autocast(device.type, enabled=False)
         prepare = preparer(data.images, config.backbone, device)
-        tested = test_metrics(predict(network.to(device), prepare, data.test, autocast), data)
+        tested = measure(predict(network.to(device), prepare, data.test, autocast), data)
     metrics = {
         "best_epoch": best["epoch"],
         "validation": {name: best[name] for name in best if name.startswith("val_")},
@@ -143,7 +144,7 @@ def _read_best(path: Path, flags: Flags) -> tuple[TrialConfig, SearchPlan, str]:
     )
 
 
-def test_metrics(logits: NDArray[np.float32], data: Data) -> dict[str, Any]:
+def measure(logits: NDArray[np.float32], data: Data) -> dict[str, Any]:
     """What `metrics.json` says of the test set: accuracy with its 95% Wilson interval, and each class against the rest.
 
     Args:

@@ -1,0 +1,155 @@
+"""The commands as a user types them, in processes of their own, from another folder."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tuning.tables import FINAL, read_journal, read_table
+
+ROOT = Path(__file__).parent.parent
+SPACE = {
+    "parameters": {
+        "unfreeze_depth": {"type": "categorical", "choices": [0, 2, "all"]},
+        "learning_rate": {"type": "float", "low": 1e-4, "high": 1e-1, "log": True},
+    },
+    "fixed": {"backbone": "test_resnet", "image_size": 32, "batch_size": 8},
+    "search": {"trials": 10, "epochs": 6, "grace_epochs": 1, "weights": "random", "concurrent": 1},
+}
+
+pytestmark = pytest.mark.slow
+
+
+def command(name, *arguments):
+    return [sys.executable, str(ROOT / "tuning" / name), *map(str, arguments)]
+
+
+def start(folder, *arguments):
+    """run_search.py in the background, from a folder that is not the checkout."""
+    log = open(folder / "log.txt", "w")
+    return subprocess.Popen(command("run_search.py", *arguments), cwd=folder, stdout=log, stderr=log)
+
+
+@pytest.fixture
+def workplace(tmp_path, folder):
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(SPACE))
+    return tmp_path, ["--space", "space.yaml", "--data", str(folder)]
+
+
+def wait_for_events(journal, count, process):
+    while not journal.exists() or journal.read_bytes().count(b"\n") < count:
+        assert process.poll() is None, "the search ended before it could be interrupted"
+        time.sleep(0.02)
+
+
+def outcome(run):
+    trials = read_table(run / "trials.parquet")
+    columns = [name for name in trials.columns if name.startswith(("config_", "val_"))]
+    epochs = read_table(run / "epochs.parquet").sort_values(["trial_id", "epoch"])
+    return (
+        trials[["trial_id", "status", "reason", "epochs", *columns]].to_dict("records"),
+        epochs[["trial_id", "epoch", "train_loss", "val_loss"]].to_dict("records"),
+        read_table(run / "decisions.parquet").drop(columns="seq").to_dict("records"),
+    )
+
+
+def ended(journal):
+    return {event["trial_id"]: event for event in read_journal(journal) if event["event"] == "ended"}
+
+
+def test_a_killed_driver_goes_on_as_if_never_killed(workplace):
+    folder, arguments = workplace
+    whole = start(folder, *arguments, "--name", "whole")
+    assert whole.wait(timeout=240) == 0
+    expected = outcome(folder / "results" / "whole")
+    events = len(read_journal(folder / "results" / "whole" / "journal.jsonl"))
+    rng = random.Random(0)
+    for number in range(3):
+        run = folder / "results" / f"killed{number}"
+        journal = run / "journal.jsonl"
+        killed = start(folder, *arguments, "--name", run.name)
+        wait_for_events(journal, rng.randrange(1, events - 5), killed)
+        time.sleep(rng.random() / 10)
+        killed.kill()
+        killed.wait()
+        before = {trial_id: event for trial_id, event in ended(journal).items() if event["status"] in FINAL}
+        again = start(folder, "--resume", "--name", run.name)
+        assert again.wait(timeout=240) == 0
+        assert {trial_id: event for trial_id, event in ended(journal).items() if trial_id in before} == before
+        assert outcome(run) == expected
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on(workplace):
+    folder, arguments = workplace
+    run = folder / "results" / "stopped"
+    process = start(folder, *arguments, "--name", run.name)
+    wait_for_events(run / "journal.jsonl", 8, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert f"python tuning/run_search.py --resume --name {run.name}" in (folder / "log.txt").read_text()
+    trials = read_table(run / "trials.parquet")
+    assert "running" not in set(trials["status"]) and "interrupted" in set(trials["status"])
+    assert start(folder, "--resume", "--name", run.name).wait(timeout=240) == 0
+    trials = read_table(run / "trials.parquet")
+    assert len(trials) == 10 and trials["status"].isin(FINAL).all()
+
+
+def test_a_second_driver_is_refused(workplace):
+    folder, arguments = workplace
+    process = start(folder, *arguments, "--name", "one")
+    try:
+        wait_for_events(folder / "results" / "one" / "journal.jsonl", 2, process)
+        second = subprocess.run(
+            command("run_search.py", "--resume", "--name", "one"),
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert second.returncode == 2
+        assert "another search is writing this run" in second.stderr
+        assert process.wait(timeout=240) == 0
+    finally:
+        process.kill()
+
+
+@pytest.mark.timeout(1500)
+def test_the_default_search_on_generated_radiographs(tmp_path):
+    """No flags, no network, another folder: a search, a final model, a prediction."""
+    done = subprocess.run(command("run_search.py"), cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "results").iterdir()
+    trials = read_table(run / "trials.parquet")
+    assert len(trials) == 20 and trials["status"].isin(FINAL).all() and not (trials["status"] == "failed").any()
+    assert {"completed", "stopped"} <= set(trials["status"])
+    top = trials.loc[trials["val_loss"].idxmin()]
+    best = yaml.safe_load((run / "best.yaml").read_text())
+    assert best["provenance"]["trial_id"] == top["trial_id"]
+    for said in (top["trial_id"], "Overfitting", "Ending trials early saved", f"train_final.py results/{run.name}"):
+        assert said in done.stdout
+    assert top["val_loss"] < 0.6  # predicting the class frequencies costs 1.10
+
+    final = subprocess.run(
+        command("train_final.py", f"results/{run.name}"), cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert final.returncode == 0, final.stderr
+    metrics = json.loads((run / "model" / "metrics.json").read_text())
+    assert metrics["test"]["images"] == 120 and metrics["test"]["accuracy"] > 0.65
+    sample = read_table(run / "samples.parquet").iloc[0]
+    said = subprocess.run(
+        command("model_folder.py", "predict", run / "model", sample["file"]),
+        cwd=tmp_path,
+        capture_output=True,
+        check=True,
+    )
+    (row,) = csv.DictReader(said.stdout.decode().splitlines())
+    assert row["predicted"] in {"normal", "focal_opacity", "diffuse_opacity"}
+    assert not any(name.startswith(("ray", "__pycache__")) for name in os.listdir(tmp_path))

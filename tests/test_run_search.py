@@ -1,0 +1,228 @@
+"""Bad input: one clear error that names the place and the cure, before any trial starts, and nothing lost."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import draw_folder
+from PIL import Image
+
+from tuning.config import InputError, SearchPlan
+from tuning.run_search import Flags, check_new, main, run
+
+ROOT = Path(__file__).parent.parent
+SPACE = {
+    "parameters": {
+        "unfreeze_depth": {"type": "categorical", "choices": [0, "all"]},
+        "learning_rate": {"type": "float", "low": 1e-3, "high": 1e-2, "log": True},
+    },
+    "fixed": {"backbone": "test_resnet", "image_size": 32, "batch_size": 8},
+    "start": [{"unfreeze_depth": "all", "learning_rate": 3e-3}],
+    "search": {"trials": 2, "epochs": 2, "weights": "random"},
+}
+
+
+@pytest.fixture
+def space(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "space.yaml"
+    path.write_text(yaml.safe_dump(SPACE))
+    return str(path)
+
+
+def faults(**flags):
+    """What is told of these flags; the working folder must stay as it is."""
+    before = sorted(str(path) for path in Path.cwd().rglob("*"))
+    flags["set"] = (tuple(flags.get("set", ())),)
+    with pytest.raises(InputError) as caught:
+        run(Flags(**flags))
+    left = sorted(str(path) for path in Path.cwd().rglob("*") if path.name != "results")
+    assert left == [path for path in before if Path(path).name != "results"]
+    return caught.value.faults
+
+
+def manifest(folder, rows, header="path,label"):
+    path = folder.parent / f"{folder.name}.csv"
+    path.write_text("\n".join([header, *rows]) + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"trials": 0}, "--trials: must be greater than or equal to 1, got 0"),
+        ({"epochs": 0}, "--epochs: must be greater than or equal to 1, got 0"),
+        ({"seed": -1}, "--seed: must be greater than or equal to 0"),
+        ({"time_budget": "soon"}, "--time-budget: a duration is written like 90s, 45m, 2h"),
+        ({"gpus_per_trial": -1.0}, "--gpus-per-trial: must be greater than or equal to 0"),
+        ({"cpus_per_trial": 0}, "--cpus-per-trial: must be greater than or equal to 1"),
+        ({"concurrent": 0}, "--concurrent: must be greater than or equal to 1"),
+        ({"name": "../elsewhere"}, "--name: must match pattern"),
+        ({"set": ["patiance=3"]}, "--set patiance: no such key; did you mean patience?"),
+        ({"set": ["image_size=12"]}, "--set image_size: must be greater than or equal to 32"),
+        ({"space": "quik"}, "quick"),
+        ({"space": "nowhere.yaml"}, "nowhere.yaml"),
+        ({"resume": True}, "--resume: which run? give its --name"),
+        ({"resume": True, "name": "nothing"}, "--resume: there is no run results/nothing; runs there: none"),
+        ({"data": "nowhere"}, "nowhere: no such folder or file; give a folder of class folders"),
+        ({"set": ["backbone=resnet81"]}, "resnet18"),
+        ({"set": ["backbone=resnet18", "weights=auto"]}, "--set weights=random"),
+        ({"set": ["weights=nowhere"]}, "'nowhere' is no folder"),
+    ],
+)
+def test_flags(space, flags, said):
+    assert said in "\n".join(faults(**{"space": space} | flags))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("speed", {}, "speed"),
+        ("parameters", {"learning_rat": {"type": "float", "low": 0.1, "high": 1.0}}, "learning_rate"),
+        ("parameters", {"learning_rate": {"type": "flot", "low": 0.1, "high": 1.0}}, "float"),
+        ("parameters", {"learning_rate": {"type": "float", "low": 1.0, "high": 0.1}}, "low"),
+        ("parameters", {"learning_rate": {"type": "float", "low": "1e-4", "high": 0.1}}, "write 0.0001"),
+        ("parameters", {"learning_rate": {"type": "float", "low": 0.1, "high": 1.0, "when": "speed > 1"}}, "speed"),
+        ("start", [{"unfreeze_depth": 0, "learning_rate": 5.0}], "learning_rate"),
+        ("search", {"patiance": 3}, "patience"),
+    ],
+)
+def test_spaces(tmp_path, monkeypatch, key, value, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(SPACE | {key: value}))
+    told = "\n".join(faults(space="bad.yaml"))
+    assert "bad.yaml" in told and said in told
+
+
+def test_a_class_without_images(space, tmp_path):
+    folder = draw_folder(tmp_path / "images", count=5)
+    (folder / "empty").mkdir()
+    assert "empty" in "\n".join(faults(space=space, data=str(folder)))
+
+
+def test_one_class_only(space, tmp_path):
+    assert "only one class" in "\n".join(
+        faults(space=space, data=str(draw_folder(tmp_path / "images", classes=("a",))))
+    )
+
+
+def test_classes_that_differ_between_splits(space, tmp_path):
+    draw_folder(tmp_path / "images" / "train", count=5)
+    draw_folder(tmp_path / "images" / "val", classes=("dark", "bright"), count=5)
+    assert "classes differ between splits" in "\n".join(faults(space=space, data=str(tmp_path / "images")))
+
+
+def test_manifests(space, tmp_path):
+    folder = draw_folder(tmp_path / "images", count=10)
+    files = [f"images/{name}/{number:03d}.png" for name in ("dark", "light") for number in range(10)]
+    rows = [f"{file},{file.split('/')[1]}" for file in files]
+
+    def told(rows, header="path,label", **flags):
+        return "\n".join(faults(space=space, data=manifest(folder, rows, header), **flags))
+
+    assert "path_column" in told(rows, "file,label")
+    assert "nowhere.png" in told([*rows, "images/nowhere.png,dark"])
+    assert "trainn" in told([f"{row},trainn" for row in rows], "path,label,split")
+    assert "patient" in told(rows, set=["group_column=patient"])
+    torn = [f"{row},{'train' if index % 2 else 'val'},p1" for index, row in enumerate(rows)]
+    assert "p1 in train and val" in told(torn, "path,label,split,group")
+
+
+def test_unreadable_images_are_listed_together_and_can_be_left_out(space, tmp_path, monkeypatch):
+    folder = draw_folder(tmp_path / "images", count=20)
+    (folder / "dark" / "000.png").write_bytes(b"")
+    (folder / "light" / "001.png").write_bytes((folder / "light" / "002.png").read_bytes()[:200])
+    Image.new("P", (40, 40)).save(folder / "light" / "003.png")
+    told = faults(space=space, data=str(folder))
+    assert [Path(fault.split(":")[0]).name for fault in told[:3]] == ["000.png", "001.png", "003.png"]
+    assert "3 of 40 images can't be read" in told[3] and "--set skip_unreadable=true" in told[3]
+    assert run(Flags(space=space, data=str(folder), name="skipped", set=(("skip_unreadable=true",),))) == 0
+
+
+def test_more_gpus_than_there_are(space, folder):
+    assert "there are 0 GPUs" in "\n".join(faults(space=space, data=str(folder), gpus_per_trial=8.0))
+
+
+def test_a_run_once_made_is_not_touched(space, folder, tmp_path, capsys):
+    flags = {"space": space, "data": str(folder), "name": "once"}
+    assert run(Flags(**flags)) == 0
+    said = capsys.readouterr().out
+    assert "Best" in said and "python tuning/train_final.py results/once" in said
+    run_folder = tmp_path / "results" / "once"
+    before = {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}
+    assert {path.name for path in before} >= {"plan.yaml", "best.yaml", "trials.parquet", "samples.parquet"}
+
+    assert "results/once exists" in faults(**flags)[0]
+    assert "epochs is 2 in this run, not 3" in faults(resume=True, name="once", epochs=3)[0]
+    assert "image_size can't be changed" in faults(resume=True, name="once", set=["image_size=64"])[0]
+    assert "space" in faults(resume=True, name="once", space="quick")[0]
+    assert "data is" in faults(resume=True, name="once", data=str(tmp_path))[0]
+    assert {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()} == before
+
+    plan = yaml.safe_load((run_folder / "plan.yaml").read_text())
+    assert plan["settings"]["trials"] == 2 and plan["settings"]["patience"] == 5
+    assert {"fingerprint", "git_commit", "packages", "python"} <= plan["provenance"].keys()
+
+
+@pytest.mark.slow
+def test_a_run_whose_data_has_changed_does_not_go_on(space, tmp_path):
+    folder = draw_folder(tmp_path / "images", count=12)
+    assert run(Flags(space=space, data=str(folder), name="changed")) == 0
+    Image.new("L", (40, 40)).save(folder / "dark" / "000.png")
+    assert "has changed since changed began" in faults(resume=True, name="changed")[0]
+
+
+def test_no_permission_to_write():
+    with tempfile.TemporaryDirectory() as parent:
+        locked = Path(parent) / "locked"
+        os.chmod(parent, 0o755)
+        locked.mkdir(mode=0o555)
+        user = os.geteuid()
+        os.seteuid(65534 if user == 0 else user)  # root may write anywhere
+        try:
+            with pytest.raises(InputError, match="no permission to write there; choose another"):
+                check_new(locked / "run", SearchPlan(name="run", storage=str(locked)))
+        finally:
+            os.seteuid(user)
+
+
+def test_a_storage_folder_that_cannot_be_made(space, tmp_path, folder):
+    (tmp_path / "file").write_text("")
+    assert "can't be made" in "\n".join(faults(space=space, data=str(folder), storage=str(tmp_path / "file" / "x")))
+
+
+def test_errors_go_to_stderr_with_exit_code_2(space, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run_search.py", "--space", space, "--trials", "0", "--epochs", "0"])
+    assert main() == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert [line.split(":")[1] for line in told.err.splitlines()] == [" --trials", " --epochs"]
+
+
+@pytest.mark.slow
+def test_no_finite_loss_leaves_tables_and_no_best(space, tmp_path, folder, capsys):
+    document = SPACE | {"fixed": SPACE["fixed"] | {"optimizer": "sgd", "unfreeze_depth": "all"}, "start": []}
+    document["parameters"] = {"learning_rate": {"type": "float", "low": 1e9, "high": 1e12, "log": True}}
+    Path(space).write_text(yaml.safe_dump(document))
+    assert run(Flags(space=space, data=str(folder), name="lost")) == 3
+    assert (tmp_path / "results" / "lost" / "trials.parquet").exists()
+    assert not (tmp_path / "results" / "lost" / "best.yaml").exists()
+    assert "No trial had a finite loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["run_search.py", "train_final.py", "model_folder.py"])
+def test_help_shows_an_example_from_any_folder(tmp_path, command):
+    arguments = ["predict", "--help"] if command == "model_folder.py" else ["--help"]
+    said = subprocess.run(
+        [sys.executable, str(ROOT / "tuning" / command), *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": ""},
+    ).stdout
+    assert f"python tuning/{command}" in said
