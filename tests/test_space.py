@@ -63,46 +63,6 @@ def suggested(space: Space, **values) -> dict:
 # ---- conditions
 
 
-@pytest.mark.parametrize(
-    ("when", "true_at"),
-    [
-        ("unfreeze_depth > 1", {2, 3, 4, 5}),
-        ("unfreeze_depth >= 1", {1, 2, 3, 4, 5}),
-        ("unfreeze_depth < 1", {0}),
-        ("unfreeze_depth <= 1", {0, 1}),
-        ("unfreeze_depth == all", {5}),
-        ("unfreeze_depth != 5", {0, 1, 2, 3, 4}),
-        ("unfreeze_depth < all", {0, 1, 2, 3, 4}),
-        ("unfreeze_depth in [1, 2, all]", {1, 2, 5}),
-        ("unfreeze_depth not in [1, 2]", {0, 3, 4, 5}),
-        ("not unfreeze_depth > 1", {0, 1}),
-        ("unfreeze_depth > 1 and not unfreeze_depth > 3", {2, 3}),
-        ("unfreeze_depth == 0 or unfreeze_depth > 3 and unfreeze_depth < 5", {0, 4}),
-        ("(unfreeze_depth == 0 or unfreeze_depth > 3)\n  and unfreeze_depth < 5", {0, 4}),
-        ("optimizer == sgd and unfreeze_depth in [1, 2]", {1, 2}),
-        ("optimizer == 'adamw' or unfreeze_depth == 3", {3}),
-        ("backbone == resnet18 and unfreeze_depth > 3.5", {4, 5}),
-        ("backbone != resnet18", set()),
-    ],
-)
-def test_conditions_decide_what_is_active(when, true_at):
-    space = parse(changed("parameters", stage_lr_decay={"type": "float", "low": 0.3, "high": 1.0, "when": when}), "x")
-    values = {"backbone": "resnet18", "learning_rate": 1e-3, "stage_lr_decay": 0.5}
-    for depth in range(6):
-        assert ("stage_lr_decay" in suggested(space, unfreeze_depth=depth, **values)) == (depth in true_at)
-        assert ("stage_lr_decay" in active(space, {"unfreeze_depth": depth, **values})) == (depth in true_at)
-
-
-def test_a_backbone_with_a_dot_is_a_bare_word():
-    parameters = {
-        "backbone": {"type": "categorical", "choices": ["vgg16.tv_in1k", "resnet18"]},
-        "head_dropout": {"type": "float", "low": 0.0, "high": 0.5, "when": "backbone == vgg16.tv_in1k"},
-    }
-    space = parse({"parameters": parameters}, "x")
-    assert "head_dropout" in suggested(space, backbone="vgg16.tv_in1k", head_dropout=0.1)
-    assert "head_dropout" not in suggested(space, backbone="resnet18", head_dropout=0.1)
-
-
 def test_what_hangs_on_something_inactive_is_inactive_even_where_its_condition_could_hold():
     head_dropout = {"type": "float", "low": 0.0, "high": 0.5, "when": "stage_lr_decay > 0.5 or unfreeze_depth == 0"}
     space = parse(changed("parameters", head_dropout=head_dropout), "x")
@@ -114,7 +74,7 @@ def test_what_hangs_on_something_inactive_is_inactive_even_where_its_condition_c
 def test_the_order_in_the_file_changes_no_draw():
     plain = document()
     turned = {**plain, "parameters": dict(reversed(plain["parameters"].items()))}
-    for seed in range(10):
+    for seed in range(3):
         draws = [suggest(parse(each, "x"), ask(seed)) for each in (plain, turned)]
         assert list(draws[0].items()) == list(draws[1].items())
 
@@ -155,6 +115,11 @@ def test_a_drawn_value_is_accepted_as_a_start_point_though_its_float_is_off_the_
     plain = changed("parameters", head_dropout={"type": "float", "low": 0.0, "high": 0.5, "step": 0.1})
     plain["start"] = [{"backbone": "vgg16", "head_dropout": 3 * 0.1}]
     assert parse(plain, "x").start[0]["head_dropout"] == pytest.approx(0.3)
+    plain["start"][0]["head_dropout"] = 0.25
+    assert faults_of(plain) == [
+        "my.yaml: start[0].head_dropout: must be low 0.0 plus steps of 0.1, got 0.25; "
+        "change it here or widen the parameter"
+    ]
 
 
 # ---- start points
@@ -258,34 +223,25 @@ DROPOUT = {"type": "float", "low": 0.0, "high": 0.5}
         ({}, ["my.yaml: is empty"]),
         ([1], ["my.yaml: must be a mapping, got a list"]),
         ({**document(), "paramters": {}}, ["'paramters': no such section", "did you mean parameters?"]),
-        ({**document(), 3: {}}, ["my.yaml: 3: no such section"]),
         ({**document(), "fixed": [1]}, ["fixed: must be a mapping", "got a list", "name: .."]),
         (parameter(learning_rte=DROPOUT), ["'learning_rte': no such parameter; did you mean learning_rate?"]),
         (parameter(xyz=DROPOUT), ["'xyz': no such parameter; known are backbone, "]),
         (parameter(epochs=DEPTH), ["'epochs': no such parameter; it belongs under search"]),
         (parameter(head_dropout=0.5), ["parameters.head_dropout: must be a mapping such as", "got 0.5"]),
-        (parameter(head_dropout={**DROPOUT, "hihg": 1}), ["'hihg': no such key", "did you mean high?"]),
-        (parameter(head_dropout={**DROPOUT, "choices": [0.1]}), ["'choices': no such key", "type, low, high"]),
+        (parameter(head_dropout={**DROPOUT, "hihg": 1}), ["'hihg': no such key", "mean high?; use type, low, high"]),
         (parameter(head_dropout={"low": 0.0, "high": 0.5}), ["has no type; add `type: float`"]),
         (parameter(head_dropout={**DROPOUT, "type": "flaot"}), ["got 'flaot'; did you mean float?"]),
-        (parameter(head_dropout={**DROPOUT, "type": [1]}), ["head_dropout.type: must be one of", "got a list"]),
         (
             parameter(head_dropout={**DROPOUT, "type": "int"}),
             ["head_dropout.type: must be categorical or float for head_dropout, got int; write"],
         ),
         (parameter(schedule={"type": "int", "low": 0, "high": 1}), ["must be categorical for schedule, got int"]),
         (parameter(head_dropout={"type": "float", "high": 0.5}), ["has no low; add `low: ..`"]),
-        (parameter(head_dropout={"type": "float", "low": 0.5}), ["has no high; add `high: ..`"]),
         (parameter(augmentation={"type": "categorical"}), ["augmentation.choices: must be a list", "but is missing"]),
         (parameter(augmentation={"type": "categorical", "choices": []}), ["choices: must be a list", "got a list"]),
-        (parameter(augmentation={"type": "categorical", "choices": "none"}), ["must be a list", "got 'none'"]),
-        (
-            parameter(augmentation={"type": "categorical", "choices": ["none", "none"]}),
-            ["augmentation.choices[1]: 'none' stands there already; delete one"],
-        ),
         (
             parameter(unfreeze_depth={"type": "categorical", "choices": [5, "all"]}),
-            ["unfreeze_depth.choices[1]: 5 stands there already"],
+            ["unfreeze_depth.choices[1]: 5 stands there already; delete one"],
         ),
         (parameter(augmentation={"type": "categorical", "choices": ["hefty"]}), ["choices[0]", "'light'", "'hefty'"]),
         (parameter(head_dropout={**DROPOUT, "low": 0.5}), ["low must be below high, got low 0.5 and high 0.5"]),
@@ -302,18 +258,15 @@ DROPOUT = {"type": "float", "low": 0.0, "high": 0.5}
         (parameter(head_dropout={**DROPOUT, "step": 1e-300}), ["1000000 steps or fewer"]),
         (parameter(unfreeze_depth={**DEPTH, "step": 2}), ["step: must divide", "write `high: 4`"]),
         (parameter(unfreeze_depth={**DEPTH, "step": 1.0}), ["step: must be a whole number above 0, got 1.0"]),
-        (parameter(unfreeze_depth={**DEPTH, "high": 9}), ["high: must be less than or equal to 5, got 9"]),
         (parameter(unfreeze_depth={**DEPTH, "high": 2.0}), ["high: must be a valid integer, got 2.0"]),
         (parameter(image_size={"type": "int", "low": 32, "high": 10**30}), ["must not go beyond 2**53"]),
         (
-            parameter(learning_rate={"type": "float", "low": "1e-4", "high": 0.1}),
-            ["learning_rate.low: must be a number, got the text '1e-4'; write 0.0001"],
+            parameter(learning_rate={"type": "float", "low": "1e-5", "high": 0.1}),
+            ["low: must be a number, got the text '1e-5'; write 1.0e-05"],
         ),
-        (parameter(learning_rate={"type": "float", "low": "1e-5", "high": 0.1}), ["'1e-5'; write 1.0e-05"]),
         (changed("fixed", image_size="64"), ["fixed.image_size: must be a number, got the text '64'; write 64"]),
         (changed("fixed", augmentation=False), ["fixed.augmentation: ", "got False; YAML reads yes, no", "quote"]),
         (changed("fixed", augmentation=None), ["fixed.augmentation: ", "got None; YAML reads ~, null"]),
-        (changed("fixed", image_size=True), ["fixed.image_size: ", "got True", "write a number"]),
         (changed("fixed", image_size=[64]), ["fixed.image_size: must be a single plain value, got a list"]),
         (changed("fixed", learning_rate=0.1), ["learning_rate: stands under parameters and under fixed; delete one"]),
         (changed("fixed", head_dropout=math.nan), ["fixed.head_dropout: must be a finite number, got nan"]),
@@ -322,8 +275,19 @@ DROPOUT = {"type": "float", "low": 0.0, "high": 0.5}
             parameter(backbone={"type": "categorical", "choices": ["vgg16"], "when": "unfreeze_depth > 1"}),
             ["backbone.when: every trial needs a backbone", "delete it"],
         ),
+        (
+            parameter(head_dropout={**DROPOUT, "when": "unfreeze_depth >"}),
+            ["parameters.head_dropout.when: can't be parsed", "got 'unfreeze_depth >'"],
+        ),
+        (
+            parameter(head_dropout={**DROPOUT, "when": "weight_decay > 1"}),
+            ["parameters.head_dropout.when: 'weight_decay': is neither among the parameters nor fixed"],
+        ),
+        (
+            parameter(head_dropout={**DROPOUT, "when": "backbone == resnet81"}),
+            ["must be one of resnet18, vgg16, got 'resnet81'; did you mean resnet18?; write a value that it can have"],
+        ),
         (changed("search", metric="auroc"), ["search.metric: must be 'val_loss', ", "got 'auroc'"]),
-        (changed("search", trials="1e2"), ["search.trials: must be a number, got the text '1e2'; write 100"]),
         (changed("search", patiance=3), ["search: 'patiance': no such setting; did you mean patience?"]),
         (changed("search", image_size=64), ["search.image_size: is a parameter; put it under parameters or fixed"]),
         (changed("search", data="x"), ["search.data: ", "give it on the command line: --data"]),
@@ -335,45 +299,6 @@ def test_a_fault_names_place_rule_value_and_cure(plain, parts):
     assert faults[0].startswith("my.yaml: ")
     for part in parts:
         assert part in faults[0]
-
-
-@pytest.mark.parametrize(
-    ("when", "part"),
-    [
-        (
-            "unfreeze_dept > 1",
-            "'unfreeze_dept': is neither among the parameters nor fixed; did you mean unfreeze_depth?",
-        ),
-        ("weight_decay > 1", "'weight_decay': is neither among the parameters nor fixed; add it to parameters"),
-        ("unfreeze_depth >", "can't be parsed: compare a parameter with a value"),
-        ("", "can't be parsed"),
-        ("unfreeze_depth", "can't be parsed at `unfreeze_depth`"),
-        ("1 < unfreeze_depth", "can't be parsed at `1 < unfreeze_depth`"),
-        ("1 < unfreeze_depth < 3", "can't be parsed at"),
-        ("unfreeze_depth in 3", "can't be parsed at `unfreeze_depth in 3`"),
-        ("unfreeze_depth in []", "can't be parsed at"),
-        ("unfreeze_depth == [1]", "can't be parsed at `[1]`"),
-        ("unfreeze_depth == True", "can't be parsed at `True`"),
-        ("unfreeze_depth is 3", "can't be parsed at"),
-        ("unfreeze_depth > 1 + 1", "can't be parsed at `1 + 1`"),
-        ("__import__('os').system('true') == 1", "can't be parsed at"),
-        ("optimizer == '\\d'", "can't be parsed"),
-        ("not " * 300 + "unfreeze_depth > 1", "at most 1000 characters"),
-        (3, "must be text of at most"),
-        (True, "must be text of at most"),
-        ("unfreeze_depth > two", "unfreeze_depth is a number, got the text 'two'"),
-        ("unfreeze_depth == two", "unfreeze_depth: must be a valid integer, got 'two'"),
-        ("unfreeze_depth == 6", "unfreeze_depth: must be less than or equal to 5, got 6"),
-        ("backbone > resnet18", "backbone is no number"),
-        ("optimizer == 3", "optimizer: must be 'adamw' or 'sgd', got 3"),
-        ("optimizer in [sgd, adam]", "optimizer: must be 'adamw' or 'sgd', got 'adam'"),
-        ("backbone == resnet81", "must be one of resnet18, vgg16, got 'resnet81'; did you mean resnet18?"),
-        ("head_dropout > 0.1", "head_dropout needs head_dropout: conditions must not form a cycle"),
-    ],
-)
-def test_a_condition_that_cannot_be_decided_is_refused(when, part):
-    (fault,) = faults_of(parameter(head_dropout={**DROPOUT, "when": when}))
-    assert fault.startswith("my.yaml: parameters") and part in fault
 
 
 def test_cycles_are_named_once_each_and_the_rest_is_still_checked():
@@ -398,7 +323,6 @@ def test_cycles_are_named_once_each_and_the_rest_is_still_checked():
             {"backbone": "vgg16", "learning_rate": 0.5},
             "learning_rate: must lie between low 1e-05 and high 0.1, got 0.5",
         ),
-        ({"backbone": "vgg16", "learning_rate": "1e-3"}, "must be a number, got the text '1e-3'; write 0.001"),
         ({"backbone": "vgg16", "unfreeze_depth": 7}, "unfreeze_depth: must be less than or equal to 5, got 7"),
         (
             {"backbone": "vgg16", "stage_lr_decay": 0.5},
@@ -459,14 +383,11 @@ def written(tmp_path: Path, content: str | bytes) -> str:
     ("content", "part"),
     [
         ("", "my.yaml: is empty"),
-        ("# only a comment\n", "my.yaml: is empty"),
-        ("just text", "my.yaml: must be a mapping, got 'just text'"),
         (b"fixed: {backbone: \xff}", "my.yaml: byte 19: not UTF-8 text; save the file as UTF-8"),
         ("fixed: {backbone: vgg16\n", "my.yaml: line 2, column 1: not valid YAML"),
         ("fixed:\n\tbackbone: vgg16\n", "my.yaml: line 2, column 1: not valid YAML: found character '\\t'"),
         ("fixed: {backbone: a\x07b}", "my.yaml: line 1, column 20: not valid YAML"),
         ("fixed: {backbone: vgg16}\n--- 3\n", "my.yaml: line 2, column 1: not valid YAML"),
-        ("fixed: {backbone: *missing}", "my.yaml: line 1, column 19: not valid YAML"),
         ("fixed: {backbone: !!python/object:x.y {}}", "my.yaml: line 1, column 19: not valid YAML"),
         ("fixed: {backbone: 2024-02-31}", "my.yaml: line 1, column 19: not valid YAML: can't be read as timestamp"),
         ("fixed: {backbone: !!bool maybe}", "my.yaml: line 1, column 19: not valid YAML: can't be read as bool"),
@@ -655,7 +576,7 @@ def documents(draw) -> dict:
     return {"parameters": {name: parameters[name] for name in shuffled}, "fixed": fixed}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(plain=documents(), seed=st.integers(0, 2**31 - 1))
 def test_any_suggestion_is_a_trial_config_and_a_start_point(plain, seed):
     space = parse(plain, "x")
@@ -670,7 +591,7 @@ def test_any_suggestion_is_a_trial_config_and_a_start_point(plain, seed):
     assert again == parse(again.document, "x") == parse(yaml.safe_load(yaml.safe_dump(again.document)), "x")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(plain=documents(), data=st.data())
 def test_fixing_a_suggestion_leaves_only_that_config(plain, data):
     space = parse(plain, "x")
@@ -710,13 +631,13 @@ def only_input_errors(plain: object) -> None:
         build(TrialConfig, trial_values(space, suggest(space, ask())), "suggestion")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(plain=GARBAGE | st.dictionaries(st.sampled_from(["parameters", "fixed", "start", "search"]), GARBAGE))
 def test_garbage_raises_input_errors_only(plain):
     only_input_errors(plain)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(plain=documents(), data=st.data())
 def test_a_space_with_one_part_replaced_by_garbage_raises_input_errors_only(plain, data):
     plain = {**plain, "start": [{}], "search": {"trials": 3}}
@@ -737,7 +658,7 @@ def garbage_path(tmp_path_factory):
     return tmp_path_factory.mktemp("garbage") / "garbage.yaml"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     content=st.binary(max_size=40)
     | st.text(max_size=40).map(lambda text: text.encode("utf-8", "surrogatepass"))
@@ -748,9 +669,3 @@ def test_garbage_files_raise_input_errors_only(garbage_path, content):
     garbage_path.write_bytes(content)
     with pytest.raises(InputError):
         load(str(garbage_path))
-
-
-@settings(max_examples=100, deadline=None)
-@given(when=st.text(max_size=30) | st.text("unfreeze_depth <>=!in[](),0123'\".\\andort\n", max_size=40))
-def test_garbage_conditions_raise_input_errors_only(when):
-    only_input_errors(parameter(head_dropout={**DROPOUT, "when": when}))

