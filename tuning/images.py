@@ -68,8 +68,7 @@ def cache_folder() -> Path:
 def parallel_map(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """Map over one thread per core, in order, at most four items a thread ahead of the one who asks.
 
-    Pillow and hashlib let other threads run while they work: on two cores, two threads decoded 1,124 X-rays for 128 px
-    1.8 times as fast as one.
+    Pillow and hashlib let other threads run while they work.
     """
     threads = os.cpu_count() or 1
     pending: deque[Future[Result]] = deque()
