@@ -11,8 +11,10 @@ import yaml
 from conftest import draw_folder
 from PIL import Image
 
+from tuning.audit import load_checked
 from tuning.config import InputError, SearchPlan
-from tuning.run_search import Flags, check_new, main, run
+from tuning.run_search import Flags, check_new, main, run, write_run
+from tuning.space import load
 
 ROOT = Path(__file__).parent.parent
 SPACE = {
@@ -132,7 +134,7 @@ def test_manifests(space, tmp_path):
     assert "p1 in train and val" in told(torn, "path,label,split,group")
 
 
-def test_unreadable_images_are_listed_together_and_can_be_left_out(space, tmp_path, monkeypatch):
+def test_unreadable_images_are_listed_together(space, tmp_path):
     folder = draw_folder(tmp_path / "images", count=20)
     (folder / "dark" / "000.png").write_bytes(b"")
     (folder / "light" / "001.png").write_bytes((folder / "light" / "002.png").read_bytes()[:200])
@@ -140,32 +142,38 @@ def test_unreadable_images_are_listed_together_and_can_be_left_out(space, tmp_pa
     told = faults(space=space, data=str(folder))
     assert [Path(fault.split(":")[0]).name for fault in told[:3]] == ["000.png", "001.png", "003.png"]
     assert "3 of 40 images can't be read" in told[3] and "--set skip_unreadable=true" in told[3]
-    assert run(Flags(space=space, data=str(folder), name="skipped", set=(("skip_unreadable=true",),))) == 0
 
 
+@pytest.mark.slow
 def test_more_gpus_than_there_are(space, folder):
     assert "there are 0 GPUs" in "\n".join(faults(space=space, data=str(folder), gpus_per_trial=8.0))
 
 
-def test_a_run_once_made_is_not_touched(space, folder, tmp_path, capsys):
-    flags = {"space": space, "data": str(folder), "name": "once"}
-    assert run(Flags(**flags)) == 0
-    said = capsys.readouterr().out
-    assert "Best" in said and "python tuning/train_final.py results/once" in said
+def test_a_run_once_made_is_not_touched(space, folder, tmp_path):
+    plan = SearchPlan(name="once", data=str(folder), space=space, trials=2, epochs=2)
+    table, _, fingerprint = load_checked(plan, [32])
+    (tmp_path / "results").mkdir()
     run_folder = tmp_path / "results" / "once"
+    write_run(run_folder, plan, load(space), table, fingerprint)
     before = {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}
-    assert {path.name for path in before} >= {"plan.yaml", "best.yaml", "trials.parquet", "samples.parquet"}
-
-    assert "results/once exists" in faults(**flags)[0]
+    assert "results/once exists" in faults(space=space, name="once")[0]
     assert "epochs is 2 in this run, not 3" in faults(resume=True, name="once", epochs=3)[0]
     assert "image_size can't be changed" in faults(resume=True, name="once", set=["image_size=64"])[0]
-    assert "space" in faults(resume=True, name="once", space="quick")[0]
+    assert "space is" in faults(resume=True, name="once", space="quick")[0]
     assert "data is" in faults(resume=True, name="once", data=str(tmp_path))[0]
     assert {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()} == before
+    recorded = yaml.safe_load((run_folder / "plan.yaml").read_text())
+    assert recorded["settings"]["trials"] == 2 and recorded["settings"]["patience"] == 5
+    assert {"fingerprint", "git_commit", "packages", "python"} <= recorded["provenance"].keys()
 
-    plan = yaml.safe_load((run_folder / "plan.yaml").read_text())
-    assert plan["settings"]["trials"] == 2 and plan["settings"]["patience"] == 5
-    assert {"fingerprint", "git_commit", "packages", "python"} <= plan["provenance"].keys()
+
+@pytest.mark.slow
+def test_a_search_says_what_to_type_next(space, folder, tmp_path, capsys):
+    assert run(Flags(space=space, data=str(folder), name="once")) == 0
+    said = capsys.readouterr().out
+    assert "Best" in said and "python tuning/train_final.py results/once" in said
+    files = {path.name for path in (tmp_path / "results" / "once").iterdir()}
+    assert files >= {"plan.yaml", "best.yaml", "trials.parquet", "samples.parquet"}
 
 
 @pytest.mark.slow

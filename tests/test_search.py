@@ -196,6 +196,7 @@ def test_several_slots_lose_and_repeat_nothing(tmp_path, folder):
     assert trials["status"].isin(FINAL).all()
 
 
+@pytest.mark.slow
 def test_learning_rates_without_bound_end_as_diverged(tmp_path, folder):
     run = tmp_path / "run"
     wide = {"learning_rate": {"type": "float", "low": 1e9, "high": 1e12, "log": True}}
@@ -212,6 +213,7 @@ def test_learning_rates_without_bound_end_as_diverged(tmp_path, folder):
     assert all(trial.state != TrialState.RUNNING for trial in search.optimizer.study.trials)
 
 
+@pytest.mark.slow
 def test_a_trial_that_fails_has_its_error_and_the_search_goes_on(tmp_path, folder):
     run = tmp_path / "run"
     damaged = tmp_path / "test_vit.safetensors"

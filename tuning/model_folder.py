@@ -11,20 +11,18 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-import torch
 import tyro
 import yaml
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
-from torch import nn
 
-from tuning import backbones
 from tuning.config import InputError, TrialConfig, build
-from tuning.finetune import preparer
 from tuning.images import decode
+
+if TYPE_CHECKING:  # torch and timm take seconds to load, and --help needs neither
+    from torch import nn
 
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
 BATCH = 64
@@ -34,7 +32,7 @@ BATCH = 64
 class Model:
     """A trained classifier as `load_model` gives it."""
 
-    network: nn.Module
+    network: "nn.Module"
     config: TrialConfig
     classes: tuple[str, ...]
 
@@ -44,6 +42,10 @@ class Model:
         Raises:
             InputError: the files that can't be read.
         """
+        import torch
+
+        from tuning.finetune import preparer
+
         decoded, faults = [], []
         for file in files:
             try:
@@ -64,8 +66,14 @@ class Model:
         return probabilities
 
 
-def save_model(folder: Path, network: nn.Module, config: TrialConfig, classes: Sequence[str], **described: Any) -> None:
+def save_model(
+    folder: Path, network: "nn.Module", config: TrialConfig, classes: Sequence[str], **described: Any
+) -> None:
     """Write weights and `config.yaml` (configuration, classes, preprocessing, what is `described`) to a new folder."""
+    from safetensors.torch import save_file
+
+    from tuning import backbones
+
     folder.mkdir(parents=True)
     save_file({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}, folder / WEIGHTS)
     mean, std = backbones.input_mean_std(config.backbone)
@@ -86,6 +94,10 @@ def load_model(folder: str | Path) -> Model:
     Raises:
         InputError: not a model folder.
     """
+    from safetensors.torch import load_file
+
+    from tuning import backbones
+
     folder = Path(folder)
     try:
         document = yaml.safe_load((folder / CONFIG).read_text())

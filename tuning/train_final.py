@@ -11,23 +11,20 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-import torch
 import tyro
 import yaml
 from numpy.typing import NDArray
-from scipy.stats import binomtest
-from sklearn.metrics import confusion_matrix, roc_auc_score
 
-from tuning import backbones, tables
+from tuning import tables
 from tuning.audit import load_checked
 from tuning.config import InputError, SearchPlan, TrialConfig, build, command_line
-from tuning.finetune import Data, finetune, join, predict, preparer, score
 from tuning.images import open_images
-from tuning.model_folder import save_model
-from tuning.weights import find_weights
+
+if TYPE_CHECKING:
+    from tuning.finetune import Data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +73,14 @@ def run(flags: Flags) -> Path:
     table, folders, found = load_checked(plan, [config.image_size], table=table)
     if flags.data is None and found != fingerprint:
         raise InputError(f"the data has changed since {path} was written; put it back, or name the new data by --data")
+
+    import torch  # takes seconds to load, and timm more: bad input and --help are told before
+
+    from tuning import backbones
+    from tuning.finetune import finetune, join, predict, preparer
+    from tuning.model_folder import save_model
+    from tuning.weights import find_weights
+
     data = join(table, open_images(folders[config.image_size]))
     weights = find_weights([config.backbone], plan.weights)[config.backbone]
 
@@ -144,18 +149,24 @@ def _read_best(path: Path, flags: Flags) -> tuple[TrialConfig, SearchPlan, str]:
     )
 
 
-def measure(logits: NDArray[np.float32], data: Data) -> dict[str, Any]:
+def measure(logits: NDArray[np.float32], data: "Data") -> dict[str, Any]:
     """What `metrics.json` says of the test set: accuracy with its 95% Wilson interval, and each class against the rest.
 
     Args:
         logits: [test images, classes].
         data: whose test split they are for.
     """
+    from scipy.special import softmax
+    from scipy.stats import binomtest
+    from sklearn.metrics import confusion_matrix, roc_auc_score
+
+    from tuning.finetune import score
+
     targets, predicted = data.labels[data.test], logits.argmax(axis=1)
     right = int((predicted == targets).sum())
     interval = binomtest(right, len(targets)).proportion_ci(method="wilson")
     confusion = confusion_matrix(targets, predicted, labels=range(len(data.classes)))
-    probabilities = torch.softmax(torch.from_numpy(logits).double(), dim=1).numpy()
+    probabilities = softmax(logits.astype(np.float64), axis=1)
     classes = {}
     for index, name in enumerate(data.classes):
         positive, called = targets == index, predicted == index
