@@ -38,7 +38,7 @@ class _Chest(NamedTuple):
     medial: float  # distance of the lungs' inner edges from the midline
 
 
-def write_phantoms(folder: Path, *, images_per_class: int = 200, side: int = 96, seed: int = 0) -> Path:
+def write_phantoms(folder: Path, *, images_per_class: int = 160, side: int = 96, seed: int = 0) -> Path:
     """Write the demo data set once: a folder for each class, 8-bit grey PNG files in it, no split.
 
     The images are written beside `folder` and renamed into place, so `folder` is complete or absent whenever the

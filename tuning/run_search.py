@@ -152,6 +152,7 @@ def _resumed(flags: Flags) -> tuple[SearchPlan, Space, Path]:
     if not (folder / "plan.yaml").is_file():
         there = sorted(path.parent.name for path in folder.parent.glob("*/plan.yaml"))
         raise InputError(f"--resume: there is no run {folder}; runs there: {', '.join(there) or 'none'}")
+    tables.Journal(folder / "journal.jsonl").close()  # another search that writes this run is told of before Ray starts
     document = yaml.safe_load((folder / "plan.yaml").read_text())
     given, overrides = _given(flags)
     faults = []
