@@ -73,7 +73,7 @@ def manifest(folder, rows, header="path,label"):
         ({"data": "nowhere"}, "nowhere: no such folder or file; give a folder of class folders"),
         ({"set": ["backbone=resnet81"]}, "resnet18"),
         ({"set": ["backbone=resnet18", "weights=auto"]}, "--set weights=random"),
-        ({"set": ["weights=nowhere"]}, "'nowhere' is no folder"),
+        ({"set": ["weights=nowhere"]}, "nowhere' is no folder"),
     ],
 )
 def test_flags(space, flags, said):
@@ -159,7 +159,10 @@ def test_a_run_once_made_is_not_touched(space, folder, tmp_path):
     assert "results/once exists" in faults(space=space, name="once")[0]
     assert "epochs is 2 in this run, not 3" in faults(resume=True, name="once", epochs=3)[0]
     assert "image_size can't be changed" in faults(resume=True, name="once", set=["image_size=64"])[0]
-    assert "space is" in faults(resume=True, name="once", space="quick")[0]
+    assert "the space quick is not the one of this run" in faults(resume=True, name="once", space="quick")[0]
+    edited = SPACE | {"fixed": SPACE["fixed"] | {"batch_size": 16}}
+    Path(space).write_text(yaml.safe_dump(edited))
+    assert "is not the one of this run" in faults(resume=True, name="once", space=space)[0]
     assert "data is" in faults(resume=True, name="once", data=str(tmp_path))[0]
     assert {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()} == before
     recorded = yaml.safe_load((run_folder / "plan.yaml").read_text())

@@ -159,7 +159,7 @@ def workers():
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if (folder / "cmdline").read_bytes().startswith(b"ray::ResourceTrainable"):
+            if (folder / "cmdline").read_bytes().startswith((b"ray::FinetuneTrial", b"ray::ResourceTrainable")):
                 raylet = int((folder / "stat").read_text().rsplit(")")[-1].split()[1])
                 if int(Path(f"/proc/{raylet}/stat").read_text().rsplit(")")[-1].split()[1]) == os.getpid():
                     found.append(int(folder.name))
@@ -297,6 +297,7 @@ def test_more_than_there_is_is_refused(settings, said):
         ({"gpus_per_trial": 0.25}, 16, 1.0, Slots(4, 0.25, 4)),
         ({"gpus_per_trial": 0.0}, 16, 1.0, Slots(1, 0.0, 16)),
         ({"concurrent": 3}, 16, 4.0, Slots(4, 1.0, 3)),
+        ({"gpus_per_trial": 0.4}, 16, 4.0, Slots(2, 0.4, 8)),
         ({"trials": 1}, 16, 4.0, Slots(4, 1.0, 1)),
     ],
 )

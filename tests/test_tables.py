@@ -43,7 +43,7 @@ def test_best_epoch_gap_and_sums(journal, tmp_path):
     trial = make_tables(record, "val_loss")["trials"].to_pylist()[0]
     assert (trial["epochs"], trial["best_epoch"], trial["val_loss"], trial["status"]) == (3, 2, 0.5, "completed")
     assert trial["gap"] == pytest.approx(0.1)
-    assert (trial["seconds"], trial["gpu_seconds"], trial["images_per_second"]) == (6.0, 3.0, 64.0)
+    assert (trial["seconds"], trial["gpu_seconds"], trial["images_per_second"]) == (6.0, 3.0, 64.0 / 1.5)
     assert trial["started_at"] < trial["ended_at"]
     by_auroc = make_tables(record, "val_auroc")["trials"].to_pylist()[0]
     assert (by_auroc["best_epoch"], by_auroc["val_loss"]) == (1, 0.9)

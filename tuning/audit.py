@@ -1,12 +1,14 @@
 """What is wrong with the data, found on the decoding pass before any trial."""
 
-from functools import partial
+import os
 from pathlib import Path
 
 import pandas as pd
 
 from tuning import images, phantoms, samples
 from tuning.config import SETTINGS, InputError, SearchPlan
+
+MOST_SIZES = 8  # image sizes of one search
 
 
 def load_checked(
@@ -25,7 +27,16 @@ def load_checked(
     Raises:
         InputError: the data is unusable; all unreadable images are listed together.
     """
+    if len(image_sizes) > MOST_SIZES:
+        cure = "give a few choices, or a range with a step"
+        raise InputError(f"image_size: takes {len(image_sizes)} values, each of which is decoded and kept; {cure}")
     cache = images.cache_folder()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{cache}: {error.strerror}; set FINETUNE_SEARCH_CACHE to a folder of yours") from None
+    if not os.access(cache, os.W_OK | os.X_OK, effective_ids=True):
+        raise InputError(f"{cache}: no permission to write there; set FINETUNE_SEARCH_CACHE to a folder of yours")
     if table is None:
         data = (
             plan.data if plan.data is not None else str(phantoms.write_phantoms(cache / f"phantoms-{phantoms.VERSION}"))
@@ -34,14 +45,18 @@ def load_checked(
         table = samples.load_samples(data, **columns)
     hashes = images.content_hashes(list(table["file"]), cache)
     folders: dict[int, Path] = {}
-    decode = partial(images.decode_all, folder=cache, disk_cache_bytes=plan.disk_cache_bytes, map=images.parallel_map)
     for size in image_sizes:
-        folder, unreadable = decode(list(table["file"]), hashes, size)
-        if unreadable:  # the same files at every size, so this happens at the first
-            table = _without(table, unreadable, plan.skip_unreadable)
-            hashes = [value for index, value in enumerate(hashes) if index not in unreadable]
-            folder, _ = decode(list(table["file"]), hashes, size)
-        folders[size] = folder
+        folders[size], unreadable = images.decode_all(
+            list(table["file"]),
+            hashes,
+            size,
+            folder=cache,
+            disk_cache_bytes=plan.disk_cache_bytes,
+            keep=set(folders.values()),
+            map=images.parallel_map,
+        )
+        if unreadable:  # rows go, so every size begins anew
+            return load_checked(plan, image_sizes, table=_without(table, unreadable, plan.skip_unreadable))
     return table, folders, samples.fingerprint(table, hashes)
 
 

@@ -41,6 +41,7 @@ class Data:
 
 def join(samples: pd.DataFrame, images: NDArray[np.uint8]) -> Data:
     """Samples (as `samples.load_samples` gives them) and their decoded images, in the same order."""
+    assert len(samples) == len(images)
     classes = tuple(sorted(samples["label"].unique()))
     labels = np.array([classes.index(label) for label in samples["label"]], dtype=np.int64)
     splits = {name: np.flatnonzero(samples["split"] == name) for name in ("train", "val", "test")}
@@ -85,6 +86,9 @@ def finetune(
     Raises:
         InputError: the weight file doesn't fit the backbone.
     """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
     # The model: frozen below the cut, and the optimizer over what is above it.
     model = backbones.build(
         config.backbone,
@@ -111,7 +115,11 @@ def finetune(
     else:
         optimizer = torch.optim.AdamW(groups)
     peak_rates = [group["lr"] for group in optimizer.param_groups]
-    half = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
+    half = (
+        torch.bfloat16
+        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        else torch.float16
+    )
     autocast = torch.autocast(device.type, dtype=half, enabled=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and half == torch.float16)
     kept = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -347,7 +355,7 @@ def _snapshot(
     for index, values in optimizer.state_dict()["state"].items():
         saved |= {f"optimizer/{index}/{key}": value for key, value in values.items() if isinstance(value, Tensor)}
     if scaler.is_enabled():
-        saved["scaler/scale"] = torch.tensor(scaler.get_scale())
+        saved |= {f"scaler/{name}": torch.tensor(scaler.state_dict()[name]) for name in ("scale", "_growth_tracker")}
     return State(
         list(history),
         {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in saved.items()},
@@ -369,5 +377,5 @@ def _restore(
         slots.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
     if scaler.is_enabled():
-        scaler.load_state_dict(scaler.state_dict() | {"scale": float(parts["scaler"]["scale"])})
+        scaler.load_state_dict(scaler.state_dict() | {name: value.item() for name, value in parts["scaler"].items()})
     return parts["best"]

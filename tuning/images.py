@@ -11,7 +11,7 @@ import uuid
 import warnings
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -62,7 +62,7 @@ _WARNINGS_LOCK = threading.Lock()
 
 def cache_folder() -> Path:
     """Where decoded images outlive a run: $FINETUNE_SEARCH_CACHE, else ~/.cache/finetune-search."""
-    return Path(os.environ.get("FINETUNE_SEARCH_CACHE") or "~/.cache/finetune-search").expanduser()
+    return Path(os.environ.get("FINETUNE_SEARCH_CACHE") or "~/.cache/finetune-search").expanduser().resolve()
 
 
 def parallel_map(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
@@ -219,6 +219,7 @@ def decode_all(
     *,
     folder: Path,
     disk_cache_bytes: int,
+    keep: Collection[Path] = (),
     map: Callable[[Callable[[str], Pixels | str], Sequence[str]], Iterable[Pixels | str]] = map,
 ) -> tuple[Path, dict[int, str]]:
     """Decode images once into `images.npy`, a uint8 array [n, side, side, channels], channels being 1 if all are grey.
@@ -231,6 +232,7 @@ def decode_all(
         image_size: side, in pixels.
         folder: the cache; arrays lie in its `images/<key>/`.
         disk_cache_bytes: least recently used arrays beyond this go, but never the one returned.
+        keep: folders that never go either.
         map: calls a function on each item, in order; `parallel_map`, or one that fans out over a cluster.
 
     Returns:
@@ -269,7 +271,7 @@ def decode_all(
         shutil.rmtree(unfinished, ignore_errors=True)  # gone already if it was renamed
     if not unreadable:
         os.utime(target)
-        _evict(sets, target, disk_cache_bytes)
+        _evict(sets, {target, *keep}, disk_cache_bytes)
     return target, unreadable
 
 
@@ -313,7 +315,7 @@ def _rename_folder(unfinished: Path, target: Path) -> None:
             raise
 
 
-def _evict(sets: Path, kept: Path, disk_cache_bytes: int) -> None:
+def _evict(sets: Path, kept: Collection[Path], disk_cache_bytes: int) -> None:
     """Delete folders that a killed process left half written, then the least recently used beyond the limit."""
     used: list[tuple[float, int, Path]] = []
     for folder in sets.iterdir():
@@ -330,6 +332,6 @@ def _evict(sets: Path, kept: Path, disk_cache_bytes: int) -> None:
     for _, n_bytes, folder in sorted(used):
         if total <= disk_cache_bytes:
             break
-        if folder != kept:
+        if folder not in kept:
             shutil.rmtree(folder, ignore_errors=True)
             total -= n_bytes

@@ -94,6 +94,7 @@ def load_model(folder: str | Path) -> Model:
     Raises:
         InputError: not a model folder.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from tuning import backbones
@@ -103,7 +104,7 @@ def load_model(folder: str | Path) -> Model:
         document = yaml.safe_load((folder / CONFIG).read_text())
         config, classes = build(TrialConfig, document["config"], str(folder / CONFIG)), tuple(document["classes"])
         tensors = load_file(folder / WEIGHTS)
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (OSError, yaml.YAMLError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(f"{folder}: not a model folder ({error}); train_final.py writes one") from None
     network = backbones.build(
         config.backbone,
@@ -113,7 +114,10 @@ def load_model(folder: str | Path) -> Model:
         seed=config.seed,
         weights=None,
     )
-    network.load_state_dict(tensors)
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise InputError(f"{folder / WEIGHTS}: not the weights of {config.backbone} ({error})") from None
     return Model(network.eval(), config, classes)
 
 

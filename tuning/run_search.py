@@ -9,6 +9,8 @@ if __name__ == "__main__":  # this folder would come first on the path, and its 
 import dataclasses
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -96,24 +98,34 @@ def run(flags: Flags) -> int:
     console.print(f"[bold]{plan.name}[/bold]: {plan.trials} trials of up to {plan.epochs} epochs, space {plan.space}")
 
     # What it is to be done with. All of it is checked before anything is written.
-    from tuning.search import Search, ray_running, slots  # torch and Ray take seconds to load: bad flags are told first
+    from tuning import backbones  # torch and Ray take seconds to load: bad flags are told first
+    from tuning.search import Search, ray_running, slots
     from tuning.weights import find_weights
 
     weights = find_weights(backbones_in(space), plan.weights)
     table, image_folders, fingerprint = _data(plan, space)
     if flags.resume:
         _check_same_data(folder, plan, fingerprint)
+    for backbone, file in weights.items():  # a damaged file or an image size that can't be is found here, not in trials
+        size = image_sizes(space)[0]
+        backbones.build(backbone, classes=2, image_size=size, head_dropout=0.0, seed=0, weights=file)
 
     # Search.
     with ray_running() as (cpus, gpus):
         resources = slots(plan, cpus=cpus, gpus=gpus)
-        if not flags.resume:
+        if flags.resume:
+            document = yaml.safe_load((folder / "plan.yaml").read_text())
+            _write_yaml(folder / "plan.yaml", document | {"settings": plan.model_dump()})
+        else:
             write_run(folder, plan, space, table, fingerprint)
         what = f"{resources.gpus:g} GPU" if resources.gpus else f"{resources.cpus} core{'s' * (resources.cpus > 1)}"
         console.print(f"{resources.count} trials at once, {what} each\n")
         show = Progress(plan)
         search = Search(plan, space, folder, images=image_folders, weights=weights, resources=resources, show=show)
-        finished = search.run()
+        try:
+            finished = search.run()
+        finally:
+            show.stop()
 
     # Choose and report, from the tables alone.
     trials = tables.read_table(folder / "trials.parquet")
@@ -122,17 +134,22 @@ def run(flags: Flags) -> int:
         _write_best(folder, plan, search.record.trials[top["trial_id"]], fingerprint)
     _summary(folder, plan, trials, top, search.halted)
     if not finished:
-        console.print(f"\nInterrupted. To go on: python tuning/run_search.py --resume --name {plan.name}")
+        storage = "" if plan.storage == "results" else f" --storage {plan.storage}"
+        console.print(f"\nInterrupted. To go on: python tuning/run_search.py --resume --name {plan.name}{storage}")
         return INTERRUPTED
-    return NO_FINITE_LOSS if top is None else DONE
+    interrupted = (trials["status"] == "interrupted").all()  # by a time budget shorter than an epoch
+    return NO_FINITE_LOSS if top is None and not interrupted else DONE
 
 
 def _planned(flags: Flags) -> tuple[SearchPlan, Space, Path]:
     """Plan and space from the flags, the space's own settings and the defaults, in this order of precedence."""
     space = load(flags.space or "quick")
     given, overrides = _given(flags)
-    name = flags.name or f"{Path(flags.space or 'quick').stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    plan = build(SearchPlan, {"name": name} | space.search | given, "command line")
+    stem = re.sub(r"[^A-Za-z0-9._-]", "-", Path(flags.space or "quick").stem).lstrip("._-")
+    settings = {"name": f"{stem or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"} | space.search | given
+    if settings.get("weights", "auto") not in ("auto", "random"):
+        settings["weights"] = os.path.abspath(os.path.expanduser(settings["weights"]))
+    plan = build(SearchPlan, settings, "command line")
     folder = Path(plan.storage) / plan.name
     check_new(folder, plan)
     return plan, fix(space, overrides), folder
@@ -152,15 +169,24 @@ def _resumed(flags: Flags) -> tuple[SearchPlan, Space, Path]:
     if not (folder / "plan.yaml").is_file():
         there = sorted(path.parent.name for path in folder.parent.glob("*/plan.yaml"))
         raise InputError(f"--resume: there is no run {folder}; runs there: {', '.join(there) or 'none'}")
-    tables.Journal(folder / "journal.jsonl").close()  # another search that writes this run is told of before Ray starts
+    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+        raise InputError(f"--resume: no permission to write in {folder}")
+    if (folder / "journal.jsonl").exists():
+        tables.Journal(
+            folder / "journal.jsonl"
+        ).close()  # another search that writes this run is told of before Ray starts
     document = yaml.safe_load((folder / "plan.yaml").read_text())
     given, overrides = _given(flags)
     faults = []
     settings = document["settings"]
     for key, value in given.items():
-        if key not in RESUME_MAY_CHANGE and key != "storage" and value != settings[key]:
+        if key not in (*RESUME_MAY_CHANGE, "storage", "space") and value != settings[key]:
             cure = "leave it out, or start a run under another --name"
             faults.append(f"--resume: {key} is {settings[key]!r} in this run, not {value!r}; {cure}")
+    if flags.space is not None and fix(load(flags.space), overrides).document != document["space"]:
+        faults.append(
+            f"--resume: the space {flags.space} is not the one of this run; leave --space out, or start a new run"
+        )
     for key, value in overrides.items():
         if document["space"].get("fixed", {}).get(key) != value:
             faults.append(f"--resume: {key} can't be changed in a run; leave it out, or start one under another --name")
@@ -204,9 +230,11 @@ def _check_same_data(folder: Path, plan: SearchPlan, fingerprint: str) -> None:
 
 
 def write_run(folder: Path, plan: SearchPlan, space: Space, table: pd.DataFrame, fingerprint: str) -> None:
-    folder.mkdir()
+    unfinished = folder.with_name(f".{folder.name}")  # renamed when it is whole: a half-made run would block its name
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
     rows = pa.Table.from_pandas(table[tables.SAMPLES.names], schema=tables.SAMPLES, preserve_index=False)
-    tables.write_tables({"samples": rows}, folder)
+    tables.write_tables({"samples": rows}, unfinished)
     provenance = {
         "fingerprint": fingerprint,
         "git_commit": _git_commit(),
@@ -216,7 +244,8 @@ def write_run(folder: Path, plan: SearchPlan, space: Space, table: pd.DataFrame,
         },
     }
     document = {"settings": plan.model_dump(), "space": space.document, "provenance": provenance}
-    _write_yaml(folder / "plan.yaml", document)
+    _write_yaml(unfinished / "plan.yaml", document)
+    unfinished.rename(folder)
 
 
 def _write_yaml(path: Path, document: dict[str, Any]) -> None:
@@ -228,7 +257,12 @@ def _git_commit() -> str | None:
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
-    said = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    try:
+        said = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:  # no git on this machine
+        return None
     return said.stdout.strip() or None
 
 
@@ -251,6 +285,7 @@ class Progress:
         self._plan = plan
         self._status = console.status("") if console.is_terminal else None
         self._best: tuple[float, str] | None = None
+        self._begun = False
         self._said_at = time.monotonic()
 
     def __call__(self, search: Any, trial: tables.Trial) -> None:
@@ -259,10 +294,13 @@ class Progress:
         ended = sum(other.ended for other in everything)
         clock = time.strftime("%H:%M:%S", time.gmtime(search.journal.wall_s))
         count = f"{clock}  {ended:>{len(str(self._plan.trials))}}/{self._plan.trials}"
+        for other in [trial] if self._begun else everything:  # a resumed search has trials to begin with
+            row = tables.best_epoch(other.rows, self._plan.metric)
+            if row is not None:
+                mine = (tables.loss_like(self._plan.metric, row[self._plan.metric]), other.trial_id)
+                self._best = min(self._best or mine, mine)
+        self._begun = True
         row = tables.best_epoch(trial.rows, self._plan.metric)
-        if row is not None:
-            mine = (tables.loss_like(self._plan.metric, row[self._plan.metric]), trial.trial_id)
-            self._best = min(self._best or mine, mine)
         if trial.status != "running":
             value = "-" if row is None else f"{row[self._plan.metric]:.4f} at epoch {row['epoch']}/{len(trial.rows)}"
             mark = "  [bold]best so far[/bold]" if self._best and self._best[1] == trial.trial_id else ""
@@ -276,6 +314,11 @@ class Progress:
             (self._status.start if running else self._status.stop)()
         elif running and time.monotonic() - self._said_at > HEARTBEAT_SECONDS:
             self._say(f"{count}  {now}")
+
+    def stop(self) -> None:
+        """Give the terminal its cursor back."""
+        if self._status is not None:
+            self._status.stop()
 
     def _say(self, line: str) -> None:
         console.print(line)
@@ -292,6 +335,9 @@ def _summary(folder: Path, plan: SearchPlan, trials: pd.DataFrame, top: pd.Serie
     console.print()
     if halted is not None:
         console.print(f"[bold]The search ended early[/bold]: {halted}\n")
+    if trials.empty:
+        console.print("No trial has begun.")
+        return
 
     # Why each trial ended.
     console.print("[bold]Trials, best first[/bold]")
@@ -313,8 +359,9 @@ def _summary(folder: Path, plan: SearchPlan, trials: pd.DataFrame, top: pd.Serie
     console.print(header, style="dim")
     for row in analysis.overfitting(trials, plan.metric).to_dict("records"):
         numbers = [_number(row[name]) for name in ("train_eval_loss", "val_loss", "gap")]
+        name = "-" if pd.isna(row["trial_id"]) else row["trial_id"]
         console.print(
-            f"{row['backbone']:<{width}} {row['unfrozen']:<8}  {row['trials']:>6}  {row['trial_id'] or '-':<8}  "
+            f"{row['backbone']:<{width}} {row['unfrozen']:<8}  {row['trials']:>6}  {name:<8}  "
             f"{numbers[0]:>10}  {numbers[1]:>8}  {numbers[2]:>7}",
             markup=False,
         )
@@ -331,7 +378,8 @@ def _summary(folder: Path, plan: SearchPlan, trials: pd.DataFrame, top: pd.Serie
 
     # The best, and what to type next.
     if top is None:
-        console.print("\n[bold]No trial had a finite loss[/bold]: there is no best.yaml. Try lower learning rates.")
+        advice = " Try lower learning rates." if (trials["status"] == "diverged").any() else ""
+        console.print(f"\n[bold]No trial had a finite loss[/bold]: there is no best.yaml.{advice}")
         return
     console.print(
         f"\n[bold]Best[/bold]: {top['trial_id']}, {plan.metric} {top[plan.metric]:.4f} at epoch {top['best_epoch']}"

@@ -96,11 +96,6 @@ def load_samples(
     return pd.DataFrame(samples, columns=list(Sample._fields), dtype=object)
 
 
-def class_names(samples: pd.DataFrame) -> list[str]:
-    """The classes in the order of their numbers: sorted by name."""
-    return sorted(samples["label"].unique())
-
-
 def fingerprint(samples: pd.DataFrame, hashes: Sequence[str]) -> str:
     """What tells one data set from another: a change of any path, label, split, group or image changes it.
 

@@ -88,8 +88,8 @@ def slots(plan: SearchPlan, *, cpus: int, gpus: float) -> Slots:
     if faults:
         raise InputError(faults)
     if per_trial:
-        count = int(gpus / per_trial) if per_trial < 1 else int(gpus // per_trial)
-        threads = plan.cpus_per_trial or max(1, cpus // max(count, plan.concurrent or 1))
+        count = int(gpus) * int(1 / per_trial) if per_trial < 1 else int(gpus // per_trial)
+        threads = plan.cpus_per_trial or max(1, cpus // count)
         count = min(count, cpus // threads)
     else:
         threads = plan.cpus_per_trial or 1
@@ -136,12 +136,15 @@ class Search:
             "images": {str(size): str(folder) for size, folder in images.items()},
             "weights": {name: None if file is None else str(file) for name, file in weights.items()},
             "threads": resources.cpus,
+            "device": "cuda" if resources.gpus else "cpu",
             "ending": {
                 "metric": plan.metric,
                 "patience": plan.patience if plan.early_stopping else None,
                 "divergence_factor": plan.divergence_factor if plan.early_stopping else math.inf,
             },
         }
+        for unfinished in (run / "checkpoints").glob(".*"):  # what a killed writer left
+            unfinished.unlink()
         self._unfinished = self._rebuild()
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -224,7 +227,9 @@ class Search:
     def lost(self, ray_id: str, error: str) -> None:
         """Ray has given up on a trial whose actor was lost again and again."""
         trial = self.record.trials[self._ray_ids[ray_id]]
-        self._end(trial, "failed", f"its worker process was lost {LOST_ACTOR_RETRIES + 1} times", error)
+        if trial.status is None:
+            self.started(ray_id)
+        self._end(trial, "failed", "its worker process was lost, and every retry of it too", error)
 
     # What follows.
 
@@ -286,7 +291,9 @@ class Search:
     def _delete_checkpoints(self) -> None:
         """Of ended trials keep the best few's best weights, within `checkpoint_bytes`; the worst of them go first."""
         ended = [trial for trial in self.record.trials.values() if trial.ended]
-        total = 0
+        running = [trial for trial in self.record.trials.values() if not trial.ended]
+        states = [state_file(self.run_folder, trial.trial_id) for trial in running]
+        total = sum(path.stat().st_size for path in states if path.exists())
         for place, trial in enumerate(sorted(ended, key=self._rank)):
             state_file(self.run_folder, trial.trial_id).unlink(missing_ok=True)
             best = best_file(self.run_folder, trial.trial_id)

@@ -110,17 +110,20 @@ class Journal:
     """
 
     def __init__(self, path: Path):
-        events = read_journal(path) if path.exists() else []
-        self._seq = len(events)
-        self._wall_before = float(events[-1]["wall_s"]) if events else 0.0
-        self._opened = time.monotonic()
         self._file = open(path, "ab")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            events = read_journal(path)
         except BlockingIOError:
+            self._file.close()
             raise InputError(f"{path.parent}: another search is writing this run; wait for it or stop it") from None
-        whole = path.read_bytes().rfind(b"\n") + 1
-        self._file.truncate(whole)
+        except InputError:
+            self._file.close()
+            raise
+        self._file.truncate(path.read_bytes().rfind(b"\n") + 1)
+        self._seq = len(events)
+        self._wall_before = float(events[-1]["wall_s"]) if events else 0.0
+        self._opened = time.monotonic()
 
     @property
     def wall_s(self) -> float:
@@ -214,7 +217,7 @@ def _trial_row(trial: Trial, metric: str) -> dict[str, Any]:
     best = best_epoch(trial.rows, metric) or {}
     last = trial.rows[-1] if trial.rows else {}
     seconds = sum(row["seconds"] for row in trial.rows)
-    train_seconds = sum(row["train_seconds"] for row in trial.rows)
+    training = sum(row["train_seconds"] + row["data_seconds"] for row in trial.rows)
     values = {name: best.get(name) for name in METRICS}
     gap = None
     if values["val_loss"] is not None and values["train_eval_loss"] is not None:
@@ -229,7 +232,7 @@ def _trial_row(trial: Trial, metric: str) -> dict[str, Any]:
         "gap": gap,
         "seconds": seconds,
         "gpu_seconds": seconds * trial.gpus,
-        "images_per_second": sum(row["images"] for row in trial.rows) / train_seconds if train_seconds else None,
+        "images_per_second": sum(row["images"] for row in trial.rows) / training if training else None,
         "peak_memory_mb": max((row["peak_memory_mb"] or 0.0 for row in trial.rows), default=0.0) or None,
         "micro_batch": last.get("micro_batch"),
         "trained_parameters": last.get("trained_parameters"),

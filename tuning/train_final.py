@@ -9,6 +9,7 @@ if __name__ == "__main__":  # this folder would come first on the path, and its 
 import dataclasses
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -68,6 +69,8 @@ def run(flags: Flags) -> Path:
     folder = path.parent / "model"
     if folder.exists():
         raise InputError(f"{folder} exists, and the test set is read once; move it away to train again")
+    if not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=True):
+        raise InputError(f"{path.parent}: no permission to write there; copy best.yaml to a folder of yours")
     recorded = path.parent / "samples.parquet"
     table = tables.read_table(recorded) if flags.data is None and recorded.exists() else None
     table, folders, found = load_checked(plan, [config.image_size], table=table)
@@ -122,8 +125,11 @@ def run(flags: Flags) -> Path:
     }
     metrics |= {"train_eval_loss": best["train_eval_loss"], "test": tested}
     provenance = {"trained_from": path.name, "metric": plan.metric, "fingerprint": found, "epochs": config.epochs}
-    save_model(folder, network, config, data.classes, provenance=provenance)
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    unfinished = folder.with_name(".model")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    save_model(unfinished, network, config, data.classes, provenance=provenance)
+    (unfinished / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    unfinished.rename(folder)
     _tell(folder, metrics)
     return folder
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from ray import tune
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from tuning.config import TrialConfig
@@ -41,19 +41,18 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self.cleanup()
+        """The next trial; the one before has ended, so only its best weights are of use."""
+        if self._snapshot is not None:
+            self._save(self._snapshot(), final=True)
+        self._forget()
         self._begin(new_config)
         return True
 
     def cleanup(self) -> None:
-        """The slot is given up: keep what the trial would need to go on, or to be used."""
+        """The slot is given up: keep what the trial would need to go on."""
         if self._snapshot is not None and not self._saved:
-            try:
-                self._save(self._snapshot())
-            except OSError as error:  # a full disk must not cost the next trial, which would fail if this raised
-                print(f"{self._config['trial_id']}: no checkpoint was written: {error}", file=sys.stderr)
-        self._rows = self._snapshot = None
-        gc.collect()  # the generator's frame holds the model
+            self._save(self._snapshot())
+        self._forget()
 
     def step(self) -> dict[str, str]:
         try:
@@ -62,23 +61,24 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
             if self._replay:
                 return {"row": json.dumps(self._replay.pop(0) | {"replayed": True})}
             row, self._snapshot = next(self._rows)
-            self._saved = False
-            if time.monotonic() - self._saved_at > CHECKPOINT_SECONDS:
-                self._save(self._snapshot())
+            self._saved = time.monotonic() - self._saved_at > CHECKPOINT_SECONDS and self._save(self._snapshot())
             return {"row": json.dumps(row | {"checkpoint": self._saved})}
         except Exception as error:
-            memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+            memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
             lines = traceback.format_exception(error)
-            self._rows = self._snapshot = None
             row = {
                 "ends": "out_of_memory" if memory else "failed",
                 "reason": lines[-1].strip(),
                 "error": "".join(lines),
             }
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        self._forget()
         return {"row": json.dumps(row)}
+
+    def _forget(self) -> None:
+        self._rows = self._snapshot = None
+        gc.collect()  # the generator's frame holds the model
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # a neighbour on the same GPU may need it
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._config = config
@@ -97,25 +97,34 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
         return finetune(
             trial,
             self._data[trial.image_size],
-            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            device=torch.device(self._config["device"]),
             weights=None if weights is None else Path(weights),
             state=state,
             **self._config["ending"],
         )
 
-    def _save(self, state: State) -> None:
-        """Best weights first, then the state: a crash between leaves a state that makes the same best weights again."""
-        best = best_file(self._config["run"], self._config["trial_id"])
-        best.parent.mkdir(exist_ok=True)
+    def _save(self, state: State, *, final: bool = False) -> bool:
+        """Write the best weights, then, unless the trial has ended, the state; true if they are on disk.
+
+        A crash between the two leaves a state that makes the same best weights again. A full disk costs the checkpoint,
+        not the trial.
+        """
+        run, trial_id = self._config["run"], self._config["trial_id"]
         weights = {name: tensor for name, tensor in state.tensors.items() if name.startswith("best/")}
-        if weights:
-            with replacing(best) as temporary:
-                save_file(weights, temporary)
-        if state.history[-1]["ends"] is None:
-            rest = {name: tensor for name, tensor in state.tensors.items() if name not in weights}
-            with replacing(state_file(self._config["run"], self._config["trial_id"])) as temporary:
-                save_file(rest, temporary, metadata={"history": json.dumps(state.history)})
-        self._saved, self._saved_at = True, time.monotonic()
+        rest = {name: tensor for name, tensor in state.tensors.items() if name not in weights}
+        self._saved_at = time.monotonic()
+        try:
+            best_file(run, trial_id).parent.mkdir(exist_ok=True)
+            if weights:
+                with replacing(best_file(run, trial_id)) as temporary:
+                    save_file(weights, temporary)
+            if not final and state.history[-1]["ends"] is None:
+                with replacing(state_file(run, trial_id)) as temporary:
+                    save_file(rest, temporary, metadata={"history": json.dumps(state.history)})
+        except (OSError, SafetensorError) as error:
+            print(f"{trial_id}: no checkpoint was written: {error}", file=sys.stderr)
+            return False
+        return True
 
 
 def state_file(run: str | Path, trial_id: str) -> Path:

@@ -38,7 +38,8 @@ def find_weights(backbones: Sequence[str], weights: str) -> dict[str, Path | Non
     Raises:
         InputError: every unknown, unsupported or unavailable backbone, each with its cure.
     """
-    folder = None if weights in ("auto", "random") else Path(weights)
+    # Absolute, since workers run in other folders.
+    folder = None if weights in ("auto", "random") else Path(weights).expanduser().resolve()
     faults = [fault for backbone in dict.fromkeys(backbones) if (fault := unsupported(backbone))]
     if folder is not None and not folder.is_dir():
         faults.append(f"weights: must be `auto`, `random` or a folder of weight files; {weights!r} is no folder")
