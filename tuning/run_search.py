@@ -146,9 +146,7 @@ def _planned(flags: Flags) -> tuple[SearchPlan, Space, Path]:
     space = load(flags.space or "quick")
     given, overrides = _given(flags)
     stem = re.sub(r"[^A-Za-z0-9._-]", "-", Path(flags.space or "quick").stem).lstrip("._-")
-    settings = {"name": f"{stem or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"} | space.search | given
-    if settings.get("weights", "auto") not in ("auto", "random"):
-        settings["weights"] = os.path.abspath(os.path.expanduser(settings["weights"]))
+    settings = {"name": f"{stem or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"} | _absolute(space.search) | given
     plan = build(SearchPlan, settings, "command line")
     folder = Path(plan.storage) / plan.name
     check_new(folder, plan)
@@ -156,9 +154,16 @@ def _planned(flags: Flags) -> tuple[SearchPlan, Space, Path]:
 
 
 def _given(flags: Flags) -> tuple[dict[str, Any], dict[str, Any]]:
-    data = flags.data and os.path.abspath(os.path.expanduser(flags.data))  # a run goes on from any folder
-    settings = dataclasses.asdict(flags) | {"data": data, "early_stopping": None if flags.early_stopping else False}
-    return command_line({key: value for key, value in settings.items() if key not in ("resume", "set")}, flags.set)
+    settings = dataclasses.asdict(flags) | {"early_stopping": None if flags.early_stopping else False}
+    named = {key: value for key, value in settings.items() if key not in ("resume", "set")}
+    given, overrides = command_line(named, flags.set)
+    return _absolute(given), overrides
+
+
+def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings whose paths hold in any folder: a run goes on from another one, and workers run elsewhere."""
+    paths = {key: settings[key] for key in ("data", "weights") if settings.get(key) not in (None, "auto", "random")}
+    return settings | {key: os.path.abspath(os.path.expanduser(path)) for key, path in paths.items()}
 
 
 def _resumed(flags: Flags) -> tuple[SearchPlan, Space, Path]:
@@ -171,10 +176,9 @@ def _resumed(flags: Flags) -> tuple[SearchPlan, Space, Path]:
         raise InputError(f"--resume: there is no run {folder}; runs there: {', '.join(there) or 'none'}")
     if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
         raise InputError(f"--resume: no permission to write in {folder}")
-    if (folder / "journal.jsonl").exists():
-        tables.Journal(
-            folder / "journal.jsonl"
-        ).close()  # another search that writes this run is told of before Ray starts
+    journal = folder / "journal.jsonl"
+    if journal.exists():  # another search that writes this run is told of before Ray starts
+        tables.Journal(journal).close()
     document = yaml.safe_load((folder / "plan.yaml").read_text())
     given, overrides = _given(flags)
     faults = []
