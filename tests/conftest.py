@@ -8,7 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from tuning.finetune import Data
+
 torch.set_num_threads(1)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,3 +38,20 @@ def draw_folder(folder: Path, *, classes: tuple[str, ...] = ("dark", "light"), c
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two classes of 30 images each, without splits."""
     return draw_folder(tmp_path_factory.mktemp("data") / "images")
+
+
+def make_data(count=48, side=32, classes=2):
+    """Noisy grey images that differ in brightness by class: two thirds for training, a sixth each for the rest."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(count) % classes
+    images = rng.normal(80 + 60 * labels[:, None, None, None], 30, (count, side, side, 1)).clip(0, 255).astype(np.uint8)
+    order = np.arange(count)
+    third = count // 3
+    return Data(
+        images, labels, order[third:], order[: third // 2], order[third // 2 : third], tuple("abcdefgh"[:classes])
+    )
+
+
+def losses(epochs):
+    """The losses of what `finetune` yields."""
+    return [(row["train_loss"], row["train_eval_loss"], row["val_loss"]) for row, _ in epochs]

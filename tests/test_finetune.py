@@ -3,22 +3,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import CPU, losses, make_data
 
 from tuning.config import TrialConfig
 from tuning.finetune import Data, State, divergence, finetune, learning_rate_factor, score
-
-CPU = torch.device("cpu")
-
-
-def make_data(count=48, side=32, classes=2):
-    rng = np.random.default_rng(0)
-    labels = np.arange(count) % classes
-    images = rng.normal(80 + 60 * labels[:, None, None, None], 30, (count, side, side, 1)).clip(0, 255).astype(np.uint8)
-    order = np.arange(count)
-    third = count // 3
-    return Data(
-        images, labels, order[third:], order[: third // 2], order[third // 2 : third], tuple("abcdefgh"[:classes])
-    )
 
 
 def config(**values):
@@ -28,10 +16,6 @@ def config(**values):
 
 def train(config, data=None, **arguments):
     return list(finetune(config, data or make_data(), device=CPU, weights=None, **arguments))
-
-
-def losses(epochs):
-    return [(row["train_loss"], row["train_eval_loss"], row["val_loss"]) for row, _ in epochs]
 
 
 def test_it_learns_and_tells():

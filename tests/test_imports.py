@@ -27,8 +27,10 @@ ALLOWED = {
     "weights": {"config"},
     "backbones": {"config", "weights"},
     "prefix": {"config", "weights", "backbones"},
-    "finetune": {"config", "tables", "images", "augment", "backbones"},
-    "trial": {"config", "tables", "images", "finetune"},
+    "models": {"config", "backbones", "prefix"},
+    "features": {"config", "models"},
+    "finetune": {"config", "tables", "images", "augment", "backbones", "models", "features"},
+    "trial": {"config", "tables", "images", "models", "features", "finetune"},
     "model_folder": {"config", "images", "backbones", "finetune"},
 }
 COMMANDS = {"search", "run_search", "train_final"}  # may import all of the above

@@ -85,10 +85,10 @@ def test_training_from_the_prefix_equals_training_the_whole(backbone, depth):
     for model in (whole, cut):
         backbones.unfreeze(model, names, depth, batch_norm="train")
         backbones.train_mode(model)
-    prefix, suffix = split(cut, names, depth, 64)
-    features = prefix(images)
+    parts = split(cut, names, depth, 64)
+    features = parts.prefix(images)
     assert not features.requires_grad and len(features) == 6 and (depth or features.ndim == 2)
-    for forward in (whole, lambda _: suffix(features.contiguous())):
+    for forward in (whole, lambda _: parts.suffix(features.contiguous())):
         torch.manual_seed(3)  # of dropout
         logits.append(forward(images))
         torch.nn.functional.cross_entropy(logits[-1], torch.arange(6) % 3).backward()
@@ -100,7 +100,7 @@ def test_training_from_the_prefix_equals_training_the_whole(backbone, depth):
         assert torch.equal(one, other)
     whole.eval(), cut.eval()
     with torch.no_grad():  # another batch size, and a model that is whole again
-        assert torch.equal(suffix(prefix(images[:1])), whole(images[:1]))
+        assert torch.equal(parts.suffix(parts.prefix(images[:1])), whole(images[:1]))
         assert torch.equal(cut(images), whole(images))
 
 

@@ -86,11 +86,12 @@ def _move(images: Tensor, table: Tensor, strength: dict[str, float]) -> Tensor:
 
 def _blur(images: Tensor) -> Tensor:
     """A 5-pixel binomial blur of each channel."""
-    channels = images.shape[1]
-    line = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=images.device, dtype=images.dtype) / 16
-    padded = functional.pad(images, (2, 2, 2, 2), mode="replicate")
-    rows = functional.conv2d(padded, line.view(1, 1, 1, 5).expand(channels, 1, 1, 5), groups=channels)
-    return functional.conv2d(rows, line.view(1, 1, 5, 1).expand(channels, 1, 5, 1), groups=channels)
+    # Sums of shifted images: a convolution's last bit depends on the size of the batch.
+    for axis, edge in ((2, (0, 0, 2, 2)), (3, (2, 2, 0, 0))):
+        padded, side = functional.pad(images, edge, mode="replicate"), images.shape[axis]
+        first, second, middle, fourth, last = (padded.narrow(axis, offset, side) for offset in range(5))
+        images = (first + last + 4 * (second + fourth) + 6 * middle) / 16
+    return images
 
 
 def _erased(images: Tensor, table: Tensor, probability: float) -> Tensor:

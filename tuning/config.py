@@ -131,6 +131,9 @@ class SearchPlan(BaseModel):
         0.2, ge=0, lt=1, description="share of the images for the test where no split is given"
     )
     disk_cache_bytes: int = Field(20_000_000_000, ge=0, description="decoded images kept on disk between runs")
+    cache_bytes: int = Field(
+        20_000_000_000, ge=0, description="outputs of frozen layers kept on a node while a search runs"
+    )
     checkpoint_bytes: int = Field(
         20_000_000_000, ge=0, description="best weights of the best five trials; the worst go first"
     )

@@ -3,7 +3,7 @@ more rows stops the trial."""
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,10 +20,13 @@ from torch.nn import functional
 from tuning import backbones
 from tuning.augment import SHUFFLE, augment, epoch_table
 from tuning.config import DEPTH_ALL, TrialConfig
+from tuning.features import FeatureCache, Frozen, Prepare
+from tuning.models import Models
 from tuning.tables import best_epoch
 
 MOMENTUM = 0.9
 EVALUATION_BATCH = 64
+EVALUATION_VECTORS = 4096  # a batch where the classifier alone is trained
 Row = dict[str, Any]
 
 
@@ -66,6 +69,8 @@ def finetune(
     patience: int | None = None,
     divergence_factor: float = math.inf,
     state: State | None = None,
+    features: FeatureCache | None = None,
+    models: Models | None = None,
 ) -> Iterator[tuple[Row, Callable[[], State]]]:
     """Fine-tune one configuration, an epoch at a time.
 
@@ -78,6 +83,8 @@ def finetune(
         patience: epochs without a better one after which the trial has converged; null: never.
         divergence_factor: see `divergence`; infinite: only a loss that is not finite ends the trial.
         state: where to go on from.
+        features: keeps the outputs of frozen layers for this trial and others; null: they are computed in each epoch.
+        models: keeps the model for the next trial. A trial that uses it ends the one before.
 
     Yields:
         The epoch's row, and a function that takes a snapshot of the state after it. A row whose `ends` is not null is
@@ -90,17 +97,17 @@ def finetune(
         torch.cuda.reset_peak_memory_stats(device)
 
     # The model: frozen below the cut, and the optimizer over what is above it.
-    model = backbones.build(
+    network = (models or Models()).get(
         config.backbone,
         classes=len(data.classes),
         image_size=config.image_size,
-        head_dropout=config.head_dropout,
         seed=config.seed,
         weights=weights,
-    ).to(device)
-    stages = backbones.stages(model, config.image_size)
+        device=device,
+    )
+    model, stages = network.model, network.stages
     depth = backbones.resolved_depth(stages, config.unfreeze_depth)
-    backbones.unfreeze(model, stages, depth, batch_norm=config.batch_norm)
+    changed = network.begin(depth, batch_norm=config.batch_norm, head_dropout=config.head_dropout)
     groups = backbones.parameter_groups(
         model,
         stages,
@@ -122,8 +129,6 @@ def finetune(
     )
     autocast = torch.autocast(device.type, dtype=half, enabled=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and half == torch.float16)
-    kept = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    kept += [name for name, _ in model.named_buffers() if name in model.state_dict()]
 
     # The batches: an incomplete last one is dropped; with too few images the batch is the whole set.
     labels = torch.from_numpy(data.labels)
@@ -136,7 +141,16 @@ def finetune(
         inverse = 1 / np.maximum(frequencies, 1 / len(data.train)) / len(data.classes)
         class_weights = torch.tensor(inverse, dtype=torch.float32, device=device)
     train_eval = data.train[np.random.default_rng(0).permutation(len(data.train))[: len(data.val)]]
-    prepare = preparer(data.images, config.backbone, device)
+    frozen = Frozen(
+        network,
+        depth,
+        preparer(data.images, config.backbone, device),
+        autocast,
+        device,
+        features,
+        backbone=config.backbone,
+        weights=f"random {config.seed}" if weights is None else str(weights),
+    )
 
     # Where to go on from.
     history: list[Row] = []
@@ -147,26 +161,22 @@ def finetune(
 
     for epoch in range(len(history) + 1, config.epochs + 1):
         # Train. Shuffling, views and dropout depend on (seed, epoch) alone, not on what came before.
-        started = time.perf_counter()
-        data_seconds = 0.0
+        started, data_before, prefix_before = time.perf_counter(), frozen.data_seconds, frozen.prefix_seconds
         backbones.train_mode(model)
         table = epoch_table(config.seed, epoch, len(data.train))
-        order = torch.argsort(table[:, SHUFFLE], stable=True)
+        order = torch.argsort(table[:, SHUFFLE], stable=True).numpy()[: steps * batch_size]
+        inputs = frozen.inputs(data.train, table, config.augmentation, (config.seed, epoch))
         torch.manual_seed(config.seed * 1_000_003 + epoch)
         total = torch.zeros((), device=device)
-        for step in range(steps):
+        targets = torch.split(labels[torch.from_numpy(data.train[order])].to(device), batch_size)
+        for step, batch in enumerate(inputs.batches(order, batch_size)):
             factor = learning_rate_factor(config, epoch - 1 + step / steps)
             for group, rate in zip(optimizer.param_groups, peak_rates, strict=True):
                 group["lr"] = rate * factor
-            batch = order[step * batch_size : (step + 1) * batch_size]
-            fetching = time.perf_counter()
-            inputs = prepare(data.train[batch.numpy()], table[batch], config.augmentation)
-            targets = labels[data.train[batch.numpy()]].to(device)
-            data_seconds += time.perf_counter() - fetching
             with autocast:
-                logits = model(inputs)
+                logits = frozen.trained(batch)
                 loss = functional.cross_entropy(
-                    logits.float(), targets, weight=class_weights, label_smoothing=config.label_smoothing
+                    logits.float(), targets[step], weight=class_weights, label_smoothing=config.label_smoothing
                 )
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -176,19 +186,18 @@ def finetune(
             if step % 16 == 15 and not math.isfinite(float(total)):  # each look waits for the GPU
                 break
         train_loss = float(total) / steps
-        train_seconds = time.perf_counter() - started - data_seconds
+        data_seconds, prefix_seconds = frozen.data_seconds - data_before, frozen.prefix_seconds - prefix_before
+        train_seconds = time.perf_counter() - started - data_seconds - prefix_seconds
 
         # Evaluate, unless the loss is lost already.
-        evaluating = time.perf_counter()
         model.eval()
         measured: Row = dict.fromkeys(
             ("val_loss", "val_accuracy", "val_balanced_accuracy", "val_auroc", "train_eval_loss")
         )
         if math.isfinite(train_loss):
-            measured |= {
-                f"val_{name}": value for name, value in evaluate(model, prepare, data, data.val, autocast).items()
-            }
-            measured["train_eval_loss"] = evaluate(model, prepare, data, train_eval, autocast)["loss"]
+            found = evaluate(frozen, data.labels, data.val, autocast)
+            measured |= {f"val_{name}": value for name, value in found.items()}
+            measured["train_eval_loss"] = evaluate(frozen, data.labels, train_eval, autocast)["loss"]
 
         # The row, and whether the trial ends with it.
         row: Row = {
@@ -196,13 +205,13 @@ def finetune(
             "train_loss": _finite(train_loss),
             **{name: _finite(value) for name, value in measured.items()},
             "learning_rate": optimizer.param_groups[0]["lr"],
-            "images": step * batch_size + len(batch),
-            "seconds": time.perf_counter() - started,
-            "data_seconds": data_seconds,
-            "prefix_seconds": None,
+            "images": (step + 1) * batch_size,
+            "seconds": (seconds := time.perf_counter() - started),
+            "data_seconds": (data_seconds := frozen.data_seconds - data_before),
+            "prefix_seconds": (prefix_seconds := frozen.prefix_seconds - prefix_before),
             "train_seconds": train_seconds,
-            "evaluate_seconds": time.perf_counter() - evaluating,
-            "cache_hits": None,
+            "evaluate_seconds": seconds - data_seconds - prefix_seconds - train_seconds,
+            "cache_hits": inputs.hits,
             "peak_memory_mb": torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None,
             "micro_batch": batch_size,
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -227,8 +236,8 @@ def finetune(
             row["ends"], row["reason"] = "converged", f"no epoch better than {best_row['epoch']} for {patience} epochs"
         if best_row is row:
             tensors = model.state_dict()
-            best = {name: tensors[name].detach().cpu().clone() for name in kept}
-        yield row, partial(_snapshot, model, kept, best, optimizer, scaler, history)
+            best = {name: tensors[name].detach().cpu().clone() for name in changed}
+        yield row, partial(_snapshot, model, changed, best, optimizer, scaler, history)
         if row["ends"] is not None:
             return
 
@@ -277,10 +286,7 @@ def divergence(
     return None
 
 
-Preparer = Callable[[NDArray[np.int64], Tensor | None, str], Tensor]
-
-
-def preparer(images: NDArray[np.uint8], backbone: str, device: torch.device) -> Preparer:
+def preparer(images: NDArray[np.uint8], backbone: str, device: torch.device) -> Prepare:
     """A function from indices (and their rows of the epoch's table) to the network's input [batch, 3, side, side]."""
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in backbones.input_mean_std(backbone))
 
@@ -295,25 +301,26 @@ def preparer(images: NDArray[np.uint8], backbone: str, device: torch.device) -> 
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, prepare: Preparer, indices: NDArray[np.int64], autocast: torch.autocast
+    forward: Callable[[Tensor], Tensor], batches: Iterable[Tensor], autocast: torch.autocast
 ) -> NDArray[np.float32]:
-    """Logits [n, classes] in eval mode, without augmentation, on the CPU."""
-    model.eval()
-    batches = []
-    for first in range(0, len(indices), EVALUATION_BATCH):
+    """Logits [n, classes], on the CPU; `forward` is a model in eval mode, or its trained part."""
+    logits = []
+    for batch in batches:
         with autocast:
-            batches.append(model(prepare(indices[first : first + EVALUATION_BATCH], None, "none")).float().cpu())
-    return torch.cat(batches).numpy()
+            logits.append(forward(batch).float().cpu())
+    return torch.cat(logits).numpy()
 
 
 def evaluate(
-    model: nn.Module, prepare: Preparer, data: Data, indices: NDArray[np.int64], autocast: torch.autocast
+    frozen: Frozen, labels: NDArray[np.int64], indices: NDArray[np.int64], autocast: torch.autocast
 ) -> dict[str, float | None]:
-    """Plain cross-entropy (nats), accuracy, balanced accuracy and AUROC (macro, one class against the rest) of a split.
+    """Plain cross-entropy (nats), accuracy, balanced accuracy and AUROC (macro, one class against the rest) of a set.
 
-    AUROC is null where a class is missing from the split or the logits are not finite.
+    AUROC is null where a class is missing from the set or the logits are not finite.
     """
-    return score(predict(model, prepare, indices, autocast), data.labels[indices])
+    size = EVALUATION_VECTORS if frozen.head_only else EVALUATION_BATCH
+    batches = frozen.inputs(indices).batches(np.arange(len(indices)), size)
+    return score(predict(frozen.trained, batches, autocast), labels[indices])
 
 
 def score(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> dict[str, float | None]:
@@ -342,14 +349,14 @@ def _finite(value: float | None) -> float | None:
 
 def _snapshot(
     model: nn.Module,
-    kept: list[str],
+    changed: list[str],
     best: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     history: list[Row],
 ) -> State:
     tensors = model.state_dict()
-    saved = {f"model/{name}": tensors[name] for name in kept} | {
+    saved = {f"model/{name}": tensors[name] for name in changed} | {
         f"best/{name}": tensor for name, tensor in best.items()
     }
     for index, values in optimizer.state_dict()["state"].items():

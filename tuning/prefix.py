@@ -1,6 +1,7 @@
 """Cut a model into its frozen prefix, whose outputs can be kept, and its trained suffix."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,14 +18,23 @@ class _CutReached(Exception):
         self.features = features
 
 
-def split(
-    model: nn.Module, stage_names: Sequence[Sequence[str]], depth: int, image_size: int
-) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None:
-    """The frozen prefix and the trained suffix of a model: `suffix(prefix(images))` equals `model(images)`.
+@dataclass(frozen=True)
+class Cut:
+    """A model in two parts, which run modules in the modes they are in: `suffix(prefix(images))` is `model(images)`."""
+
+    prefix: Callable[[Tensor], Tensor]  # images [n, 3, side, side] to features [n, ...], without gradients
+    suffix: Callable[[Tensor], Tensor]  # features to logits [n, classes]
+    stop: Callable[[Callable[[], Any]], Tensor]  # runs a forward pass, without gradients, up to the cut: its features
+
+
+def split(model: nn.Module, stage_names: Sequence[Sequence[str]], depth: int, image_size: int) -> Cut | None:
+    """Cut a model into its frozen prefix and its trained suffix.
 
     The cut is the input of the first module, in order of execution, whose parameters all lie above the frozen part;
     at depth 0 it is the classifier's. The suffix is the model's own forward pass, in which the modules below the cut
     answer with empty placeholders of the right shape. It is tried on random images before it is returned.
+
+    Features of a cut nearer to the head come from those of one further away: `nearer.stop(lambda: further.suffix(x))`.
 
     Args:
         model: from `build`, on its device.
@@ -33,8 +43,7 @@ def split(
         image_size: side in pixels.
 
     Returns:
-        `prefix`: images `[n, 3, image_size, image_size]` to features `[n, ...]`, without gradients; `suffix`: features
-        to logits `[n, classes]`. Both run modules in the modes they are in. None where the model can't be cut.
+        The cut; None where nothing is frozen, or the model can't be cut.
     """
     if resolved_depth(stage_names, depth) == len(stage_names):
         return None
@@ -52,20 +61,23 @@ def split(
     channels_last = features.ndim == 4 and not features.is_contiguous()
     layout = torch.channels_last if channels_last else torch.contiguous_format
 
-    def prefix(images: Tensor) -> Tensor:
-        def stop(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def stop(forward: Callable[[], Any]) -> Tensor:
+        def reach(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
             raise _CutReached(inputs[0])
 
-        hook = cut.register_forward_pre_hook(stop)
+        hook = cut.register_forward_pre_hook(reach)
         try:
             with torch.no_grad():
-                # Standardized convolutions (NFNet) keep the layout that they are given, and it decides the rounding.
-                model(images.contiguous(memory_format=torch.channels_last))
+                forward()
         except _CutReached as reached:
             return reached.features  # type: ignore[no-any-return]
         finally:
             hook.remove()
         raise RuntimeError("the forward pass did not come to the cut")
+
+    def prefix(images: Tensor) -> Tensor:
+        # Standardized convolutions (NFNet) keep the layout that they are given, and it decides the rounding.
+        return stop(lambda: model(images.contiguous(memory_format=torch.channels_last)))
 
     def suffix(features: Tensor) -> Tensor:
         # Cached features may come back in another memory layout, in which kernels round otherwise.
@@ -88,7 +100,7 @@ def split(
         def enter(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             return features, *inputs[1:]
 
-        hook = cut.register_forward_pre_hook(enter)
+        hook = cut.register_forward_pre_hook(enter, prepend=True)  # before a `stop` that was set on the same module
         skipped = {module for module, _ in calls}
         for module in skipped:
             module.forward = skip(module)
@@ -99,8 +111,8 @@ def split(
             for module in skipped:
                 del module.forward
 
-    chosen = suffix if depth else classifier
-    return (prefix, chosen) if _equal(model, prefix, chosen, image_size) else None
+    whole = Cut(prefix, suffix if depth else classifier, stop)
+    return whole if _equal(model, whole, image_size) else None
 
 
 Calls = list[tuple[nn.Module, tuple[int, ...] | None]]
@@ -155,13 +167,13 @@ def _after(model: nn.Module, cut: nn.Module, calls: Calls) -> Iterator[nn.Module
             yield module
 
 
-def _equal(model: nn.Module, prefix: Any, suffix: Any, image_size: int) -> bool:
+def _equal(model: nn.Module, cut: Cut, image_size: int) -> bool:
     """Whether prefix and suffix give the model's logits on random images in eval mode, on the CPU to the bit."""
     device = next(model.parameters()).device
     images = torch.rand(3, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(device)
     images = images.contiguous(memory_format=torch.channels_last)
     with evaluating(model):
-        cut, whole = suffix(prefix(images)), model(images)
+        parts, whole = cut.suffix(cut.prefix(images)), model(images)
     # CUDA may pick another kernel for the same convolution.
     tolerance = 0.0 if device.type == "cpu" else 1e-3
-    return cut.shape == whole.shape and bool((cut - whole).abs().max() <= tolerance * whole.abs().max())
+    return parts.shape == whole.shape and bool((parts - whole).abs().max() <= tolerance * whole.abs().max())

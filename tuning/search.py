@@ -19,6 +19,8 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from tuning.config import InputError, SearchPlan, TrialConfig
+from tuning.features import run_folder
+from tuning.images import cache_folder
 from tuning.optimizer import Optimizer
 from tuning.space import Space, trial_values
 from tuning.stopping import Rungs
@@ -136,6 +138,7 @@ class Search:
             "images": {str(size): str(folder) for size, folder in images.items()},
             "weights": {name: None if file is None else str(file) for name, file in weights.items()},
             "threads": resources.cpus,
+            "cache_bytes": plan.cache_bytes,
             "device": "cuda" if resources.gpus else "cpu",
             "ending": {
                 "metric": plan.metric,
@@ -311,6 +314,13 @@ class Search:
 
         Each call is a fresh Ray experiment in a temporary folder: what goes on is rebuilt from the journal.
         """
+        with run_folder(cache_folder(), self.run_folder) as features:
+            self._context["features"] = str(features)
+            self._fit()
+        everything = len(self.record.trials) >= self.plan.trials
+        return self.halted is not None or (everything and all(trial.ended for trial in self.record.trials.values()))
+
+    def _fit(self) -> None:
         ray_folder = tempfile.mkdtemp(prefix="finetune-search-")
         resources = {"cpu": self.resources.cpus, "gpu": self.resources.gpus}
         tuner = tune.Tuner(
@@ -341,8 +351,6 @@ class Search:
             self._write_tables(now=True)
             self.journal.close()
             shutil.rmtree(ray_folder, ignore_errors=True)
-        everything = len(self.record.trials) >= self.plan.trials
-        return self.halted is not None or (everything and all(trial.ended for trial in self.record.trials.values()))
 
 
 def stop_reason(metric: str, decision: dict[str, Any]) -> str:

@@ -217,7 +217,7 @@ def _trial_row(trial: Trial, metric: str) -> dict[str, Any]:
     best = best_epoch(trial.rows, metric) or {}
     last = trial.rows[-1] if trial.rows else {}
     seconds = sum(row["seconds"] for row in trial.rows)
-    training = sum(row["train_seconds"] + row["data_seconds"] for row in trial.rows)
+    training = sum(row["seconds"] - row["evaluate_seconds"] for row in trial.rows)
     values = {name: best.get(name) for name in METRICS}
     gap = None
     if values["val_loss"] is not None and values["train_eval_loss"] is not None:

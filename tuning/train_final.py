@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tuning import tables
 from tuning.audit import load_checked
 from tuning.config import InputError, SearchPlan, TrialConfig, build, command_line
-from tuning.images import open_images
+from tuning.images import cache_folder, open_images
 
 if TYPE_CHECKING:
     from tuning.finetune import Data
@@ -80,7 +80,8 @@ def run(flags: Flags) -> Path:
     import torch  # takes seconds to load, and timm more: bad input and --help are told before
 
     from tuning import backbones
-    from tuning.finetune import finetune, join, predict, preparer
+    from tuning.features import FeatureCache, run_folder
+    from tuning.finetune import EVALUATION_BATCH, finetune, join, predict, preparer
     from tuning.model_folder import save_model
     from tuning.weights import find_weights
 
@@ -91,12 +92,12 @@ def run(flags: Flags) -> Path:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(os.cpu_count() or 1)
     snapshot = None
-    for row, snapshot in finetune(config, data, device=device, weights=weights, metric=plan.metric):  # noqa: B007
-        losses = {name: row[name] for name in ("train_loss", "train_eval_loss", "val_loss", "val_accuracy")}
-        said = "  ".join(
-            f"{name} {'not finite' if value is None else f'{value:.4f}'}" for name, value in losses.items()
-        )
-        print(f"epoch {row['epoch']}/{config.epochs}  {said}", flush=True)
+    with run_folder(cache_folder(), folder) as outputs:
+        features = FeatureCache(outputs, plan.cache_bytes)
+        for row, snapshot in finetune(  # noqa: B007
+            config, data, device=device, weights=weights, metric=plan.metric, features=features
+        ):
+            _tell_epoch(row, config.epochs)
     assert snapshot is not None  # there is at least one epoch
     state = snapshot()
     best = tables.best_epoch(state.history, plan.metric)
@@ -118,7 +119,9 @@ def run(flags: Flags) -> Path:
     if len(data.test):
         autocast = torch.autocast(device.type, enabled=False)
         prepare = preparer(data.images, config.backbone, device)
-        tested = measure(predict(network.to(device), prepare, data.test, autocast), data)
+        network.to(device).eval()
+        parts = [data.test[first : first + EVALUATION_BATCH] for first in range(0, len(data.test), EVALUATION_BATCH)]
+        tested = measure(predict(network, (prepare(part, None, "none") for part in parts), autocast), data)
     metrics = {
         "best_epoch": best["epoch"],
         "validation": {name: best[name] for name in best if name.startswith("val_")},
@@ -195,6 +198,12 @@ def measure(logits: NDArray[np.float32], data: "Data") -> dict[str, Any]:
             "counts": confusion.tolist(),
         },
     }
+
+
+def _tell_epoch(row: dict[str, Any], epochs: int) -> None:
+    losses = {name: row[name] for name in ("train_loss", "train_eval_loss", "val_loss", "val_accuracy")}
+    said = "  ".join(f"{name} {'not finite' if value is None else f'{value:.4f}'}" for name, value in losses.items())
+    print(f"epoch {row['epoch']}/{epochs}  {said}", flush=True)
 
 
 def _tell(folder: Path, metrics: dict[str, Any]) -> None:

@@ -15,8 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from tuning.config import TrialConfig
+from tuning.features import FeatureCache
 from tuning.finetune import Data, Row, State, finetune, join
 from tuning.images import open_images
+from tuning.models import Models
 from tuning.tables import read_table, replacing
 
 CHECKPOINT_SECONDS = 30.0
@@ -38,6 +40,8 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
     def setup(self, config: dict[str, Any]) -> None:
         torch.set_num_threads(config["threads"])
         self._data: dict[int, Data] = {}
+        self._models = Models()
+        self._features = FeatureCache(Path(config["features"]), config["cache_bytes"])
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -64,6 +68,7 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
             self._saved = time.monotonic() - self._saved_at > CHECKPOINT_SECONDS and self._save(self._snapshot())
             return {"row": json.dumps(row | {"checkpoint": self._saved})}
         except Exception as error:
+            self._models.clear()  # one that failed in a strange state, or takes memory
             memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
             lines = traceback.format_exception(error)
             row = {
@@ -76,7 +81,7 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
 
     def _forget(self) -> None:
         self._rows = self._snapshot = None
-        gc.collect()  # the generator's frame holds the model
+        gc.collect()  # the generator's frame holds optimizer and activations
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # a neighbour on the same GPU may need it
 
@@ -100,6 +105,8 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
             device=torch.device(self._config["device"]),
             weights=None if weights is None else Path(weights),
             state=state,
+            features=self._features,
+            models=self._models,
             **self._config["ending"],
         )
 

@@ -1,0 +1,353 @@
+"""Outputs of frozen prefixes: computed once, kept in files, and shared by the trials of a node."""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tuning.models import Network
+
+# A convolution's last bit depends on how many images it is given (seen with lite0, VGG, DenseNet and resnet18), but not
+# on which, so every pass through a prefix takes exactly this many: cached, derived and recomputed outputs are equal.
+CHUNK = 32
+BLOCK = 256  # about so many images go through the prefix at once where their outputs are not cached
+HELD_BYTES = 2**28  # vectors up to this size are held in memory, on the trial's device
+Array = np.ndarray[Any, Any]
+Prepare = Callable[[NDArray[np.int64], Tensor | None, str], Tensor]
+Fetch = Callable[[NDArray[np.int64]], Tensor]
+
+
+# ---- the cache --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Key:
+    """What outputs depend on, within a run (whose data are fixed)."""
+
+    backbone: str
+    weights: str  # file, or the seed of random ones
+    image_size: int
+    depth: int  # stages above the cut
+    images: str  # hash of the images' indices
+    policy: str
+    moment: tuple[int, int] | None  # seed and epoch of the augmentation; null where there is none
+
+
+@contextmanager
+def run_folder(cache: Path, run: Path) -> Iterator[Path]:
+    """An empty folder for the outputs of one run, deleted when the run ends; what killed runs left goes as well.
+
+    Args:
+        cache: as `images.cache_folder` gives it.
+        run: the run's folder, which names it.
+    """
+    folders = cache / "features"
+    folders.mkdir(parents=True, exist_ok=True)
+    name = f"{run.name}-{hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:8]}"
+    for lock in {*folders.glob("*.lock"), folders / f"{name}.lock"}:
+        with open(lock, "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue  # that run is alive
+            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+            if lock.stem != name:
+                lock.unlink(missing_ok=True)
+    with open(folders / f"{name}.lock", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        folder = folders / name
+        folder.mkdir(exist_ok=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            (folders / f"{name}.lock").unlink(missing_ok=True)
+
+
+class FeatureCache:
+    """Outputs as files of one folder, the least recently used going first beyond the budget.
+
+    Files are read through the memory map, so the system keeps in memory what it has room for. A file appears whole or
+    not at all, and is written once even if several trials want it at the same time: the others wait.
+
+    Args:
+        folder: from `run_folder`.
+        cache_bytes: budget.
+    """
+
+    def __init__(self, folder: Path, cache_bytes: int):
+        self._folder, self._cache_bytes = folder, cache_bytes
+        self._refused: set[Key] = set()
+
+    def find(self, key: Key) -> Array | None:
+        """The outputs [n, ...] if they are there, memory-mapped; images with channels last."""
+        path = self._path(key)
+        try:
+            array: Array = np.load(path, mmap_mode="r")
+            os.utime(path)
+        except FileNotFoundError:  # evicted, perhaps this moment
+            return None
+        return array
+
+    def get(self, key: Key, count: int, chunks: Callable[[], Iterator[Array]]) -> tuple[Array, bool] | None:
+        """The outputs, computed and written if they are not there.
+
+        Args:
+            key: what they are.
+            count: of images.
+            chunks: computes them, in order, some images at a time.
+
+        Returns:
+            The outputs as `find` gives them, and whether they were there; null where they are not to be kept: too large
+            for the budget (half of it) or the disk, or not faster to read than to compute.
+        """
+        found = self.find(key)
+        if found is not None:
+            return found, True
+        if self._family(key) in self._refused:
+            return None
+        path = self._path(key)
+        with open(path.with_suffix(".lock"), "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # given back by the system if this process is killed
+            found = self.find(key)
+            if found is not None:
+                return found, True
+            temporary = path.with_suffix(".new")
+            try:
+                worth = self._write(temporary, count, chunks())
+                if worth:
+                    os.replace(temporary, path)
+            except OSError:  # a full disk costs the cache, not the trial
+                worth = False
+            finally:
+                temporary.unlink(missing_ok=True)
+        found = self.find(key) if worth else None
+        if found is None:
+            self._refused.add(self._family(key))
+            return None
+        self._evict(path)
+        return found, False
+
+    def _write(self, path: Path, count: int, chunks: Iterator[Array]) -> bool:
+        computing, started, parts = 0.0, time.perf_counter(), 0
+        # By ordinary writes: through a memory map a full disk would kill the process.
+        with open(path, "wb") as file:
+            for chunk in chunks:
+                computing, parts = computing + time.perf_counter() - started, parts + 1
+                if parts == 1:
+                    n_bytes = count * chunk[0].nbytes
+                    if n_bytes > min(self._cache_bytes / 2, shutil.disk_usage(path.parent).free - n_bytes):
+                        return False
+                    header = {"descr": chunk.dtype.str, "fortran_order": False, "shape": (count, *chunk.shape[1:])}
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(np.ascontiguousarray(chunk).data)
+                started = time.perf_counter()
+        started = time.perf_counter()
+        np.array(np.load(path, mmap_mode="r")[:CHUNK])
+        return time.perf_counter() - started < computing / parts
+
+    def _evict(self, kept: Path) -> None:
+        files = []
+        for path in self._folder.glob("*.npy"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                continue  # another process evicted it
+            files.append((status.st_mtime_ns, status.st_size, path))
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if total <= self._cache_bytes:
+                break
+            if path != kept:
+                path.unlink(missing_ok=True)
+                total -= size
+
+    def _path(self, key: Key) -> Path:
+        return self._folder / f"{hashlib.sha256(json.dumps(asdict(key)).encode()).hexdigest()[:32]}.npy"
+
+    @staticmethod
+    def _family(key: Key) -> Key:
+        return replace(key, moment=None)
+
+
+def _stored(features: Tensor) -> Array:
+    """Features as they are written: images with channels last, bfloat16 as its bits."""
+    if features.ndim == 4:
+        features = features.permute(0, 2, 3, 1)
+    if features.dtype == torch.bfloat16:
+        features = features.contiguous().view(torch.uint16)
+    array: Array = features.cpu().numpy()
+    return array
+
+
+def _loaded(array: Array, device: torch.device) -> Tensor:
+    """The inverse of `_stored`, for an array in memory."""
+    features = torch.from_numpy(array).to(device)
+    if features.dtype == torch.uint16:
+        features = features.view(torch.bfloat16)
+    return features.permute(0, 3, 1, 2) if features.ndim == 4 else features
+
+
+# ---- what a trial takes from it ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the trained part of a model is given for a set of images, batch by batch."""
+
+    fetch: Callable[[NDArray[np.int64]], Tensor]  # from positions in the set
+    hits: int = 0  # images of the set that needed no pass through the prefix
+    blocks: bool = False  # whether `fetch` passes images through the prefix, CHUNK at a time
+
+    def batches(self, positions: NDArray[np.int64], size: int) -> Iterator[Tensor]:
+        """Inputs [size, ...] of the images at `positions`, in this order; the last batch may be smaller."""
+        block = math.lcm(size, CHUNK) if self.blocks else size
+        if block > max(size, BLOCK):
+            block = size * math.ceil(BLOCK / size)
+        for first in range(0, len(positions), block):
+            yield from torch.split(self.fetch(positions[first : first + block]), size)
+
+
+class Frozen:
+    """The frozen part of a trial's model, which makes the trained part's inputs for any set of images.
+
+    Args:
+        network: the model; its frozen part is in eval mode whenever inputs are asked for.
+        depth: stages unfrozen.
+        prepare: from indices of images (and their rows of the epoch's table, and the policy) to the network's input.
+        autocast: what the model is run under.
+        device: of the model.
+        cache: where outputs are kept; null: nowhere.
+        backbone: names them in the cache.
+        weights: names them in the cache.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        depth: int,
+        prepare: Prepare,
+        autocast: torch.autocast,
+        device: torch.device,
+        cache: FeatureCache | None,
+        *,
+        backbone: str,
+        weights: str,
+    ):
+        self._network, self._prepare = network, prepare
+        self._autocast, self._device, self._cache = autocast, device, cache
+        self._cut = network.cut(depth)
+        self._key = Key(backbone, weights, network.image_size, depth, "", "none", None)
+        self.trained: Callable[[Tensor], Tensor] = network.model if self._cut is None else self._cut.suffix
+        self.head_only = depth == 0 and self._cut is not None
+        self.prefix_seconds = 0.0  # spent in frozen layers so far, or waiting for another trial's
+        self.data_seconds = 0.0  # spent on reading and augmenting so far
+
+    def inputs(
+        self,
+        indices: NDArray[np.int64],
+        table: Tensor | None = None,
+        policy: str = "none",
+        moment: tuple[int, int] | None = None,
+    ) -> Inputs:
+        """The trained part's inputs for a set of images; outputs that are to be kept are computed here.
+
+        Args:
+            indices: of images.
+            table: their rows of the epoch's table; null: no augmentation.
+            policy: of the augmentation.
+            moment: seed and epoch that drew the table.
+        """
+        prepare = partial(self._prepared, indices, table, policy)
+        if self._cut is None:
+            return Inputs(prepare)
+        found = None
+        if self._cache is not None:
+            images = hashlib.sha256(indices.tobytes()).hexdigest()
+            key = replace(self._key, images=images, policy=policy, moment=None if policy == "none" else moment)
+            outputs = partial(self._outputs, key, len(indices), prepare)
+            with self._prefix_timed():
+                found = self._cache.get(key, len(indices), outputs)
+        if found is None:
+            return Inputs(partial(self._computed, prepare), blocks=True)
+        return Inputs(self._reader(found[0]), hits=len(indices) if found[1] else 0)
+
+    def _prepared(
+        self, indices: NDArray[np.int64], table: Tensor | None, policy: str, positions: NDArray[np.int64]
+    ) -> Tensor:
+        started = time.perf_counter()
+        rows = None if table is None else table[torch.from_numpy(positions)]
+        images = self._prepare(indices[positions], rows, policy)
+        self.data_seconds += time.perf_counter() - started
+        return images
+
+    def _computed(self, prepare: Fetch, positions: NDArray[np.int64]) -> Tensor:
+        with self._prefix_timed():
+            return torch.cat([self._pass(prepare, part) for part in _chunks(positions)])
+
+    def _pass(self, prepare: Fetch, positions: NDArray[np.int64]) -> Tensor:
+        """Outputs of at most CHUNK images."""
+        assert self._cut is not None
+        images = prepare(_filled(positions))
+        with self._autocast:
+            return self._cut.prefix(images)[: len(positions)]
+
+    def _outputs(self, key: Key, count: int, prepare: Fetch) -> Iterator[Array]:
+        """Outputs of all images, from those of a cut further from the head where they are there."""
+        assert self._cut is not None and self._cache is not None
+        for depth in range(key.depth + 1, len(self._network.stages)):
+            known, further = self._cache.find(replace(key, depth=depth)), self._network.cut(depth)
+            if known is not None and further is not None:
+                break
+        else:
+            for positions in _chunks(np.arange(count)):
+                yield _stored(self._pass(prepare, positions))
+            return
+        for positions in _chunks(np.arange(count)):
+            features = _loaded(known[_filled(positions)], self._device)
+            with self._autocast:
+                derived = self._cut.stop(partial(further.suffix, features))
+            yield _stored(derived[: len(positions)])
+
+    def _reader(self, array: Array) -> Fetch:
+        held = _loaded(np.array(array), self._device) if array.ndim == 2 and array.nbytes <= HELD_BYTES else None
+
+        def fetch(positions: NDArray[np.int64]) -> Tensor:
+            if held is not None:
+                return held[torch.from_numpy(positions).to(self._device)]
+            started = time.perf_counter()
+            features = _loaded(array[positions], self._device)
+            self.data_seconds += time.perf_counter() - started
+            return features
+
+        return fetch
+
+    @contextmanager
+    def _prefix_timed(self) -> Iterator[None]:
+        started, data_seconds = time.perf_counter(), self.data_seconds
+        yield
+        self.prefix_seconds += time.perf_counter() - started - (self.data_seconds - data_seconds)
+
+
+def _chunks(positions: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    for first in range(0, len(positions), CHUNK):
+        yield positions[first : first + CHUNK]
+
+
+def _filled(positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """CHUNK positions: the last one repeated where there are fewer."""
+    return np.pad(positions, (0, CHUNK - len(positions)), mode="edge")

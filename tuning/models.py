@@ -1,0 +1,82 @@
+"""Models that an actor keeps from trial to trial: built once, put back as they were, and cut once at each depth."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tuning import backbones
+from tuning.prefix import Cut, split
+
+KEPT_MODELS = 3  # of one actor; the least recently used goes first
+
+
+@dataclass
+class Network:
+    """A model on its device, its stages and its cuts."""
+
+    model: nn.Module
+    stages: list[list[str]]
+    image_size: int
+    _initial: dict[str, Tensor] = field(default_factory=dict)  # what the last trial may have changed, as it was before
+    _cuts: dict[int, Cut | None] = field(default_factory=dict)
+
+    def begin(self, depth: int, *, batch_norm: str, head_dropout: float) -> list[str]:
+        """Make the model ready for a trial, as if it were newly built.
+
+        Args:
+            depth: stages unfrozen, counted from the head.
+            batch_norm: as for `backbones.unfreeze`.
+            head_dropout: probability that an input of the classifier is dropped in training.
+
+        Returns:
+            Names of the tensors that the trial changes: trained parameters, and buffers.
+        """
+        tensors = self.model.state_dict()
+        for name, tensor in self._initial.items():
+            tensors[name].copy_(tensor)
+        self.model.zero_grad(set_to_none=True)
+        self.model.get_submodule(backbones.classifier_name(self.model))[0].p = head_dropout  # type: ignore[index]
+        backbones.unfreeze(self.model, self.stages, depth, batch_norm=batch_norm)
+        changed = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        changed += [name for name, _ in self.model.named_buffers() if name in tensors]
+        self._initial = {name: tensors[name].clone() for name in changed}
+        return changed
+
+    def cut(self, depth: int) -> Cut | None:
+        """The cut below the last `depth` stages; null where nothing is frozen or the model can't be cut."""
+        if depth not in self._cuts:
+            self._cuts[depth] = split(self.model, self.stages, depth, self.image_size)
+        return self._cuts[depth]
+
+
+class Models:
+    """The networks that an actor has built."""
+
+    def __init__(self) -> None:
+        self._networks: dict[tuple[object, ...], Network] = {}
+
+    def get(
+        self, backbone: str, *, classes: int, image_size: int, seed: int, weights: Path | None, device: torch.device
+    ) -> Network:
+        """The network of `backbones.build`'s arguments, in the state that its last trial left; see `Network.begin`.
+
+        Raises:
+            InputError: as `backbones.build` and `backbones.stages` do.
+        """
+        key = (backbone, classes, image_size, seed, weights, device)
+        network = self._networks.pop(key, None)
+        if network is None:
+            while len(self._networks) >= KEPT_MODELS:
+                del self._networks[next(iter(self._networks))]
+            model = backbones.build(
+                backbone, classes=classes, image_size=image_size, head_dropout=0.0, seed=seed, weights=weights
+            ).to(device)
+            network = Network(model, backbones.stages(model, image_size), image_size)
+        self._networks[key] = network
+        return network
+
+    def clear(self) -> None:
+        """Forget all networks; whoever holds one can go on using it."""
+        self._networks.clear()
