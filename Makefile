@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: setup search test test-fast lint format
+.PHONY: setup search bench test test-fast lint format
 
 setup: .venv/.installed
 
@@ -13,6 +13,9 @@ setup: .venv/.installed
 
 search: setup
 	$(BIN)/python tuning/run_search.py $(ARGS)
+
+bench: setup
+	$(BIN)/python benchmarks/speed.py $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
