@@ -42,3 +42,29 @@ def test_saved_counts_what_was_ended_early(trials):
     table = analysis.saved(trials, 4).set_index("status")
     assert table["epochs_saved"].to_dict() == {"completed": 0, "diverged": 2, "failed": 0, "running": 0, "stopped": 3}
     assert table["seconds_saved"].to_dict() == {"completed": 0, "diverged": 6, "failed": 0, "running": 0, "stopped": 6}
+
+
+def epochs(*rows):
+    frame = pd.DataFrame(rows, columns=["trial_id", "wall_s", "seconds"])
+    parts = {
+        f"{part}_seconds": frame["seconds"] * share for part, share in zip(PARTS, (0.1, 0.2, 0.4, 0.3), strict=True)
+    }
+    return frame.assign(**parts)
+
+
+PARTS = ("data", "prefix", "train", "evaluate")
+
+
+def test_where_the_time_went():
+    found = analysis.spent(epochs(("a", 10, 10), ("b", 20, 10)))
+    assert found == pytest.approx({"data": 2, "prefix": 4, "train": 8, "evaluate": 6})
+
+
+def test_utilisation_counts_until_the_last_trial_begins():
+    # Two slots from 2 s on: a trains for 10 s, then waits for 2; b for 20, of which c, the last, sees the start of 8.
+    table = epochs(("a", 7, 5), ("b", 12, 10), ("a", 12, 5), ("b", 22, 10), ("c", 18, 4), ("c", 22, 4))
+    assert analysis.utilisation(table, 2) == pytest.approx((10 + 12) / (2 * 12))
+
+
+def test_utilisation_of_trials_that_all_began_at_once_is_unknown():
+    assert analysis.utilisation(epochs(("a", 7, 5), ("b", 12, 9.5)), 2) is None

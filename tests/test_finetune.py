@@ -4,6 +4,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, losses, make_data
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from sklearn import metrics
 
 from tuning.config import TrialConfig
 from tuning.finetune import Data, State, divergence, finetune, learning_rate_factor, score
@@ -138,3 +142,22 @@ def test_scores():
     assert found["auroc"] == 1.0
     assert score(logits, np.array([1, 1, 1]))["auroc"] is None
     assert set(score(np.full((3, 2), np.nan, dtype=np.float32), np.array([0, 1, 1])).values()) == {None}
+
+
+@st.composite
+def _logits_and_targets(draw):
+    classes, count = draw(st.integers(2, 4)), draw(st.integers(8, 30))
+    logits = draw(arrays(np.float32, (count, classes), elements=st.sampled_from([-2, 0, 0.5, 3])))
+    return logits, np.array(draw(st.permutations([index % classes for index in range(count)])))
+
+
+@given(_logits_and_targets())
+def test_scores_are_those_of_scikit_learn(drawn):
+    logits, targets = drawn
+    found = score(logits, targets)
+    probabilities = torch.softmax(torch.from_numpy(logits).double(), dim=1).numpy()
+    shown = probabilities[:, 1] if logits.shape[1] == 2 else probabilities
+    assert found["auroc"] == pytest.approx(metrics.roc_auc_score(targets, shown, multi_class="ovr"))
+    predicted = logits.argmax(axis=1)
+    assert found["balanced_accuracy"] == pytest.approx(metrics.balanced_accuracy_score(targets, predicted))
+    assert found["loss"] == pytest.approx(metrics.log_loss(targets, probabilities), rel=1e-5)

@@ -20,6 +20,7 @@ ALLOWED = {
     "audit": {"config", "tables", "samples", "images", "phantoms"},
     "conditions": {"config"},
     "space": {"config", "conditions"},
+    "cluster": {"config"},
     "optimizer": {"config", "space", "tables"},
     "stopping": {"config", "tables"},
     "analysis": {"config", "tables", "stopping"},
@@ -64,7 +65,7 @@ def test_imports_point_one_way(module):
         assert not ours & {"run_search", "train_final"}
     else:
         assert ours <= ALLOWED[module]
-    assert "ray" not in others or module in ("trial", "search")
+    assert "ray" not in others or module in ("cluster", "trial", "search")
     assert "optuna" not in others or module in ("optimizer", "analysis")
 
 

@@ -11,9 +11,10 @@ from optuna.trial import TrialState
 from ray.tune.error import TuneError
 
 from tuning.audit import load_checked
+from tuning.cluster import Slots, ray_running, slots
 from tuning.config import InputError, SearchPlan
 from tuning.run_search import write_run
-from tuning.search import Search, Slots, ray_running, slots
+from tuning.search import Search
 from tuning.space import parse
 from tuning.tables import FINAL, make_tables, read_journal, read_table
 
@@ -27,7 +28,8 @@ FIXED = {"backbone": "test_resnet", "image_size": 32, "batch_size": 8}
 
 @pytest.fixture(scope="module", autouse=True)
 def ray_started():
-    with ray_running():
+    with ray_running(SearchPlan(name="test")) as resources:
+        resources()
         yield
 
 

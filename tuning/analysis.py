@@ -56,3 +56,24 @@ def saved(trials: pd.DataFrame, epochs: int) -> pd.DataFrame:
     frame = trials.assign(trials=1, epochs_saved=left, seconds_saved=seconds)
     columns = ["trials", "epochs", "epochs_saved", "seconds_saved"]
     return frame.groupby("status", as_index=False)[columns].sum()
+
+
+def spent(epochs: pd.DataFrame) -> dict[str, float]:
+    """Seconds of all epochs by what they went into: data, prefix, train, evaluate."""
+    return {part: float(epochs[f"{part}_seconds"].sum()) for part in ("data", "prefix", "train", "evaluate")}
+
+
+def utilisation(epochs: pd.DataFrame, slots: int) -> float | None:
+    """The share of the slots' time that went into epochs, from the first epoch's start until the last trial's.
+
+    After that slots stand idle for want of trials. Null where no trial began after the first epoch.
+
+    Args:
+        epochs: the table.
+        slots: trials at once.
+    """
+    begins = epochs["wall_s"] - epochs["seconds"]
+    start, end = begins.min(), begins.groupby(epochs["trial_id"]).min().max()
+    inside = (epochs["wall_s"].clip(upper=end) - begins).clip(lower=0)
+    # A search that has begun with all its slots at once has an `end` just after its start.
+    return float(inside.sum() / (slots * (end - start))) if epochs["wall_s"].min() <= end else None

@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from sklearn.metrics import recall_score, roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -331,16 +330,27 @@ def score(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> dict[str, 
         return dict.fromkeys(("loss", "accuracy", "balanced_accuracy", "auroc"))
     predicted = logits.argmax(axis=1)
     probabilities = torch.softmax(tensor.double(), dim=1).numpy()
-    auroc = None
-    if len(np.unique(targets)) == logits.shape[1]:
-        binary = logits.shape[1] == 2
-        auroc = float(roc_auc_score(targets, probabilities[:, 1] if binary else probabilities, multi_class="ovr"))
+    classes = np.unique(targets)
     return {
         "loss": loss,
         "accuracy": float((predicted == targets).mean()),
-        "balanced_accuracy": float(recall_score(targets, predicted, labels=np.unique(targets), average="macro")),
-        "auroc": auroc,
+        "balanced_accuracy": float(np.mean([(predicted[targets == index] == index).mean() for index in classes])),
+        "auroc": float(np.mean([auroc(targets == index, probabilities[:, index]) for index in classes]))
+        if 1 < len(classes) == logits.shape[1]
+        else None,
     }
+
+
+def auroc(positive: NDArray[np.bool_], values: NDArray[np.float64]) -> float:
+    """The chance that a positive has a higher value than a negative, ties counting half (the Mann-Whitney statistic).
+
+    scikit-learn's takes half a second to load and milliseconds a call, more than an epoch of a head-only trial.
+    """
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks = np.cumsum(counts) - (counts - 1) / 2
+    n_positive = int(positive.sum())
+    above = float(ranks[inverse][positive].sum()) - n_positive * (n_positive + 1) / 2
+    return above / (n_positive * (len(positive) - n_positive))
 
 
 def _finite(value: float | None) -> float | None:

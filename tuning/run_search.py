@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -97,9 +98,20 @@ def run(flags: Flags) -> int:
     plan, space, folder = _resumed(flags) if flags.resume else _planned(flags)
     console.print(f"[bold]{plan.name}[/bold]: {plan.trials} trials of up to {plan.epochs} epochs, space {plan.space}")
 
+    # Ray starts meanwhile. It and torch take seconds to load, so bad flags are told first.
+    from tuning.cluster import ray_running
+
+    with ray_running(plan) as resources:
+        return _search(flags, plan, space, folder, resources)
+
+
+def _search(
+    flags: Flags, plan: SearchPlan, space: Space, folder: Path, ray_resources: Callable[[], tuple[int, float]]
+) -> int:
     # What it is to be done with. All of it is checked before anything is written.
-    from tuning import backbones  # torch and Ray take seconds to load: bad flags are told first
-    from tuning.search import Search, ray_running, slots
+    from tuning import backbones
+    from tuning.cluster import slots
+    from tuning.search import Search
     from tuning.weights import find_weights
 
     weights = find_weights(backbones_in(space), plan.weights)
@@ -111,28 +123,28 @@ def run(flags: Flags) -> int:
         backbones.build(backbone, classes=2, image_size=size, head_dropout=0.0, seed=0, weights=file)
 
     # Search.
-    with ray_running() as (cpus, gpus):
-        resources = slots(plan, cpus=cpus, gpus=gpus)
-        if flags.resume:
-            document = yaml.safe_load((folder / "plan.yaml").read_text())
-            _write_yaml(folder / "plan.yaml", document | {"settings": plan.model_dump()})
-        else:
-            write_run(folder, plan, space, table, fingerprint)
-        what = f"{resources.gpus:g} GPU" if resources.gpus else f"{resources.cpus} core{'s' * (resources.cpus > 1)}"
-        console.print(f"{resources.count} trials at once, {what} each\n")
-        show = Progress(plan)
-        search = Search(plan, space, folder, images=image_folders, weights=weights, resources=resources, show=show)
-        try:
-            finished = search.run()
-        finally:
-            show.stop()
+    cpus, gpus = ray_resources()
+    resources = slots(plan, cpus=cpus, gpus=gpus)
+    if flags.resume:
+        document = yaml.safe_load((folder / "plan.yaml").read_text())
+        _write_yaml(folder / "plan.yaml", document | {"settings": plan.model_dump()})
+    else:
+        write_run(folder, plan, space, table, fingerprint)
+    what = f"{resources.gpus:g} GPU" if resources.gpus else f"{resources.cpus} core{'s' * (resources.cpus > 1)}"
+    console.print(f"{resources.count} trials at once, {what} each\n")
+    show = Progress(plan)
+    search = Search(plan, space, folder, images=image_folders, weights=weights, resources=resources, show=show)
+    try:
+        finished = search.run()
+    finally:
+        show.stop()
 
     # Choose and report, from the tables alone.
     trials = tables.read_table(folder / "trials.parquet")
     top = analysis.best(trials, plan.metric)
     if top is not None:
         _write_best(folder, plan, search.record.trials[top["trial_id"]], fingerprint)
-    _summary(folder, plan, trials, top, search.halted)
+    _summary(folder, plan, trials, top, search.halted, resources.count)
     if not finished:
         storage = "" if plan.storage == "results" else f" --storage {plan.storage}"
         console.print(f"\nInterrupted. To go on: python tuning/run_search.py --resume --name {plan.name}{storage}")
@@ -335,7 +347,9 @@ def describe(config: dict[str, Any]) -> str:
     return f"{config['backbone']} {depth} lr {config['learning_rate']:.1e} aug {config['augmentation']}"
 
 
-def _summary(folder: Path, plan: SearchPlan, trials: pd.DataFrame, top: pd.Series | None, halted: str | None) -> None:
+def _summary(
+    folder: Path, plan: SearchPlan, trials: pd.DataFrame, top: pd.Series | None, halted: str | None, slots: int
+) -> None:
     console.print()
     if halted is not None:
         console.print(f"[bold]The search ended early[/bold]: {halted}\n")
@@ -379,6 +393,18 @@ def _summary(folder: Path, plan: SearchPlan, trials: pd.DataFrame, top: pd.Serie
         f"Ending trials early saved {saved['epochs_saved'].sum():.0f} epochs, about {kept:.0f} s "
         f"({kept / max(spent + kept, 1e-9):.0%} of what all epochs would have taken)."
     )
+
+    # Where the time went.
+    epochs = tables.read_table(folder / "epochs.parquet")
+    if not epochs.empty:
+        names = {"data": "images", "prefix": "frozen layers", "train": "training", "evaluate": "evaluation"}
+        parts = analysis.spent(epochs)
+        shares = ", ".join(f"{names[part]} {value / max(spent, 1e-9):.0%}" for part, value in parts.items())
+        hits = epochs["cache_hits"].sum()
+        console.print(f"Time: {shares}. Frozen layers' outputs of {hits:,} images came from the cache.")
+        busy = analysis.utilisation(epochs, slots)
+        if busy is not None:
+            console.print(f"Slots were training {busy:.0%} of the time until the last trial began.")
 
     # The best, and what to type next.
     if top is None:

@@ -1,24 +1,20 @@
 """The driver: hands trials to Ray, journals what they report, decides, and goes on after a crash."""
 
 import json
-import logging
 import math
-import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from tuning.config import InputError, SearchPlan, TrialConfig
+from tuning.cluster import Slots
+from tuning.config import SearchPlan, TrialConfig
 from tuning.features import run_folder
 from tuning.images import cache_folder
 from tuning.optimizer import Optimizer
@@ -31,72 +27,6 @@ TABLE_SECONDS = 5.0
 KEPT_CHECKPOINTS = 5  # ended trials whose best weights are kept
 LOST_ACTOR_RETRIES = 3
 FAILURES_AT_FIRST = 4  # if the first so many trials all fail, something is wrong with all of them
-
-
-@dataclass(frozen=True)
-class Slots:
-    """What each trial is given, and how many run at once."""
-
-    cpus: int
-    gpus: float
-    count: int
-
-
-@contextmanager
-def ray_running() -> Iterator[tuple[int, float]]:
-    """Ray on this machine, or on the cluster that RAY_ADDRESS names; yields its cores and GPUs.
-
-    Workers get this package's code, wherever the command was typed.
-    """
-    quiet = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "RAY_AIR_NEW_OUTPUT": "0",  # the old output heeds verbose=0
-        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-        "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # Ray's own experiment state is never read
-    }
-    for name, value in quiet.items():
-        os.environ.setdefault(name, value)
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a lost worker's traceback stands in the table
-    ray.init(
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"py_modules": [str(Path(__file__).parent)]},
-    )
-    try:
-        resources = ray.cluster_resources()
-        yield int(resources.get("CPU", 0)), float(resources.get("GPU", 0))
-    finally:
-        ray.shutdown()
-
-
-def slots(plan: SearchPlan, *, cpus: int, gpus: float) -> Slots:
-    """Resources of a trial and how many fit: by default one per GPU, else one per core with one thread each.
-
-    Raises:
-        InputError: more is asked for than there is, or a fraction that makes no sense.
-    """
-    per_trial = plan.gpus_per_trial if plan.gpus_per_trial is not None else min(gpus, 1.0)
-    faults = []
-    if per_trial > 1 and per_trial != int(per_trial):
-        faults.append(f"--gpus-per-trial {per_trial:g}: above 1 only whole GPUs can be given; use {int(per_trial)}")
-    if per_trial > gpus:
-        faults.append(
-            f"--gpus-per-trial {per_trial:g}: there are {gpus:g} GPUs; use at most that, or 0 to train on CPUs"
-        )
-    if plan.cpus_per_trial is not None and plan.cpus_per_trial > cpus:
-        faults.append(f"--cpus-per-trial {plan.cpus_per_trial}: there are {cpus} cores; use at most that")
-    if faults:
-        raise InputError(faults)
-    if per_trial:
-        count = int(gpus) * int(1 / per_trial) if per_trial < 1 else int(gpus // per_trial)
-        threads = plan.cpus_per_trial or max(1, cpus // count)
-        count = min(count, cpus // threads)
-    else:
-        threads = plan.cpus_per_trial or 1
-        count = cpus // threads
-    return Slots(threads, per_trial, min(count, plan.concurrent or count, plan.trials))
 
 
 class Search:
