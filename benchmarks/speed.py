@@ -40,6 +40,7 @@ from torch.nn import functional
 
 from tuning import backbones, config
 from tuning.config import DEPTH_ALL, InputError, TrialConfig
+from tuning.models import keep_memory
 from tuning.phantoms import write_phantoms
 from tuning.prefix import split
 from tuning.samples import load_samples
@@ -181,11 +182,9 @@ def run_floor(flags: Flags, data: str) -> Part:
 
 
 def measure(tasks: list[tuple[TrialConfig, int, int, Path | None]]) -> list[dict[str, float]]:
-    """`batch_seconds` of each task, on one thread: the least of some rounds through all tasks.
-
-    In a new process the same prefix took 22 ms in the first round and 8 ms in the next, when the memory was at hand.
-    """
+    """`batch_seconds` of each task, on one thread, with memory kept at hand: the least of some rounds through all."""
     torch.set_num_threads(1)
+    keep_memory()
     rounds = [[batch_seconds(*task) for task in tasks] for _ in range(ROUNDS)]
     return [{key: min(cost[key] for cost in costs) for key in costs[0]} for costs in zip(*rounds, strict=True)]
 
@@ -201,9 +200,8 @@ def batch_seconds(trial: TrialConfig, classes: int, train: int, weights: Path | 
     images = torch.randn(min(trial.batch_size, train), 3, size, size).contiguous(memory_format=torch.channels_last)
     targets = torch.randint(classes, (len(images),))
 
-    # Prefix and suffix come as a pair or as an object; where nothing is frozen all is suffix.
-    parts = split(model, stages, depth, size) or (lambda images: images, model)
-    prefix, suffix = parts if isinstance(parts, tuple) else (parts.prefix, parts.suffix)
+    cut = split(model, stages, depth, size)
+    prefix, suffix = (lambda images: images, model) if cut is None else (cut.prefix, cut.suffix)
     backbones.train_mode(model)
     features = prefix(images)
 

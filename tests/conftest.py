@@ -12,6 +12,11 @@ from tuning.finetune import Data
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
+CUDA = pytest.param(
+    torch.device("cuda"),
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+)
+on_each_device = pytest.mark.parametrize("device", [CPU, CUDA], ids=["cpu", "cuda"])
 
 
 @pytest.fixture(scope="session", autouse=True)

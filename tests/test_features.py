@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, losses, make_data
+from conftest import CPU, losses, make_data, on_each_device
 
 from tuning import features
 from tuning.config import TrialConfig
@@ -100,6 +100,20 @@ def test_cached_derived_and_recomputed_outputs_and_losses_are_equal_to_the_bit(b
         again = list(finetune(config, data, features=shared, **arguments))
         assert losses(again) == plain
         assert [row["cache_hits"] for row, _ in again] == [len(data.train)] * 2
+
+
+@on_each_device
+def test_a_trial_on_cached_outputs_trains_as_one_without(device, tmp_path):
+    """On CUDA within what autocast rounds: the cache keeps outputs in its type."""
+    config = TrialConfig(backbone="test_resnet", unfreeze_depth=2, image_size=32, batch_size=8, epochs=2)
+    data = make_data()
+    cache = FeatureCache(tmp_path, BUDGET)
+    plain = losses(finetune(config, data, device=device, weights=None))
+    for _ in range(2):
+        cached = losses(finetune(config, data, device=device, weights=None, features=cache))
+        assert np.array(cached) == pytest.approx(np.array(plain), rel=0 if device.type == "cpu" else 0.05)
+    kept = np.load(next(tmp_path.glob("*.npy")), mmap_mode="r")
+    assert (kept.dtype == np.float32) == (device.type == "cpu")
 
 
 def test_head_dropout_acts_on_cached_outputs(cache):

@@ -11,8 +11,8 @@ from optuna.trial import TrialState
 from ray.tune.error import TuneError
 
 from tuning.audit import load_checked
-from tuning.cluster import Slots, ray_running, slots
-from tuning.config import InputError, SearchPlan
+from tuning.cluster import Slots, ray_running
+from tuning.config import SearchPlan
 from tuning.run_search import write_run
 from tuning.search import Search
 from tuning.space import parse
@@ -277,31 +277,23 @@ def test_the_tables_are_the_journal(whole):
         assert made[name].to_pandas().equals(read_table(run / f"{name}.parquet"))
 
 
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"gpus_per_trial": 1.0}, "there are 0 GPUs"),
-        ({"gpus_per_trial": 1.5}, "only whole GPUs"),
-        ({"cpus_per_trial": 9}, "there are 2 cores"),
-    ],
-)
-def test_more_than_there_is_is_refused(settings, said):
-    with pytest.raises(InputError, match=said):
-        slots(SearchPlan(name="x", **settings), cpus=2, gpus=0.0)
-
-
-@pytest.mark.parametrize(
-    ("settings", "cpus", "gpus", "expected"),
-    [
-        ({}, 2, 0.0, Slots(1, 0.0, 2)),
-        ({"cpus_per_trial": 2}, 8, 0.0, Slots(2, 0.0, 4)),
-        ({}, 16, 2.0, Slots(8, 1.0, 2)),
-        ({"gpus_per_trial": 0.25}, 16, 1.0, Slots(4, 0.25, 4)),
-        ({"gpus_per_trial": 0.0}, 16, 1.0, Slots(1, 0.0, 16)),
-        ({"concurrent": 3}, 16, 4.0, Slots(4, 1.0, 3)),
-        ({"gpus_per_trial": 0.4}, 16, 4.0, Slots(2, 0.4, 8)),
-        ({"trials": 1}, 16, 4.0, Slots(4, 1.0, 1)),
-    ],
-)
-def test_slots(settings, cpus, gpus, expected):
-    assert slots(SearchPlan(name="x", **settings), cpus=cpus, gpus=gpus) == expected
+def test_trials_are_packed_once_one_has_been_measured(tmp_path, folder):
+    """As Ray asks and tells, without it: the second trial is asked for before, the third after the first's epoch."""
+    same = {"unfreeze_depth": 1, "learning_rate": 1e-3, "augmentation": "none"}
+    make = make_run(
+        tmp_path / "run", folder, start=[same, same | {"learning_rate": 1e-2}, same | {"learning_rate": 2e-3}]
+    )
+    search = make()
+    search.resources = Slots(1, 1.0, 4, packed=True)
+    given = [search.next_trial(f"ray{number}")["gpus"] for number in range(2)]
+    search.started("ray0")
+    row = dict.fromkeys(("train_loss", "train_eval_loss", "val_accuracy", "val_balanced_accuracy", "val_auroc"), 0.5)
+    row |= {"epoch": 1, "val_loss": 0.5, "learning_rate": 0.1, "seconds": 2.0, "data_seconds": 0.5, "images": 30}
+    row |= {"prefix_seconds": 0.0, "train_seconds": 1.0, "evaluate_seconds": 0.5, "cache_hits": 0, "micro_batch": 8}
+    row |= {"peak_memory_mb": 500.0, "gpu_memory_mb": 80_000.0, "trained_parameters": 9, "unfreeze_depth": 1}
+    search.result("ray0", row | {"ends": None, "reason": None})
+    given.append(search.next_trial("ray2")["gpus"])
+    search.started("ray2")
+    search.journal.close()
+    assert given == [1.0, 1.0, 0.25]
+    assert search.record.trials["t00002"].gpus == 0.25

@@ -3,7 +3,7 @@
 import logging
 import os
 import site
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +14,10 @@ import ray
 
 from tuning.config import InputError, SearchPlan
 
+SHARES = (1.0, 0.5, 0.25)  # of a GPU; few, since an actor serves trials of one share only
+MEMORY_MARGIN = 1.25  # over the peak of what tensors took: the allocator's blocks are not all full
+CONTEXT_MB = 600.0  # what a process takes on a GPU before its first tensor, roughly
+
 
 @dataclass(frozen=True)
 class Slots:
@@ -22,6 +26,7 @@ class Slots:
     cpus: int
     gpus: float
     count: int
+    packed: bool = False  # trials are given the share of a GPU that `gpu_share` finds
 
 
 @contextmanager
@@ -75,7 +80,9 @@ def slots(plan: SearchPlan, *, cpus: int, gpus: float) -> Slots:
     Raises:
         InputError: more is asked for than there is, or a fraction that makes no sense.
     """
-    per_trial = plan.gpus_per_trial if plan.gpus_per_trial is not None else min(gpus, 1.0)
+    asked = plan.gpus_per_trial
+    per_trial = min(gpus, 1.0) if asked is None or asked == "auto" else asked
+    packed = asked == "auto" and gpus >= 1
     faults = []
     if per_trial > 1 and per_trial != int(per_trial):
         faults.append(f"--gpus-per-trial {per_trial:g}: above 1 only whole GPUs can be given; use {int(per_trial)}")
@@ -88,10 +95,31 @@ def slots(plan: SearchPlan, *, cpus: int, gpus: float) -> Slots:
     if faults:
         raise InputError(faults)
     if per_trial:
-        count = int(gpus) * int(1 / per_trial) if per_trial < 1 else int(gpus // per_trial)
+        smallest = min(SHARES) if packed else per_trial
+        count = int(gpus) * int(1 / smallest) if smallest < 1 else int(gpus // smallest)
         threads = plan.cpus_per_trial or max(1, cpus // count)
         count = min(count, cpus // threads)
     else:
         threads = plan.cpus_per_trial or 1
         count = cpus // threads
-    return Slots(threads, per_trial, min(count, plan.concurrent or count, plan.trials))
+    return Slots(threads, per_trial, min(count, plan.concurrent or count, plan.trials), packed)
+
+
+def gpu_share(config: Mapping[str, Any], measured: Iterable[tuple[Mapping[str, Any], float, float]]) -> float:
+    """The share of a GPU that a trial needs: the least of `SHARES` that held a trial which is at least as heavy.
+
+    Args:
+        config: of the trial.
+        measured: config of other trials, with the peak of their memory and what their GPU has, both in MiB.
+
+    Returns:
+        1 where no trial of the same backbone and image size, with as many stages and images a step, has been measured.
+    """
+    heavier = ("unfreeze_depth", "batch_size")
+    needed = [
+        (peak * MEMORY_MARGIN + CONTEXT_MB) / total
+        for other, peak, total in measured
+        if all(other[name] == config[name] for name in ("backbone", "image_size"))
+        and all(other[name] >= config[name] for name in heavier)
+    ]
+    return min(share for share in SHARES if share >= min(min(needed, default=1.0), 1.0))

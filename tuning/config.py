@@ -99,8 +99,9 @@ class SearchPlan(BaseModel):
         gt=0,
         description="the search ends cleanly after this (90s, 45m, 2h), at the end of the epochs then running",
     )
-    gpus_per_trial: float | None = Field(
-        None, ge=0, description="a fraction up to 1 or a whole number; default 1, or 0 without a GPU"
+    gpus_per_trial: Annotated[float, Field(ge=0)] | Literal["auto"] | None = Field(
+        None,
+        description="a fraction up to 1, a whole number, or `auto`: by measured memory; default 1, or 0 without a GPU",
     )
     cpus_per_trial: int | None = Field(
         None, ge=1, description="threads of a trial; default 1, or the share of a GPU's cores"

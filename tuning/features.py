@@ -194,9 +194,17 @@ def _stored(features: Tensor) -> Array:
     return array
 
 
+def to_device(array: Array, device: torch.device) -> Tensor:
+    """An array in memory as a tensor; a GPU goes on working while it is copied."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def _loaded(array: Array, device: torch.device) -> Tensor:
     """The inverse of `_stored`, for an array in memory."""
-    features = torch.from_numpy(array).to(device)
+    features = to_device(array, device)
     if features.dtype == torch.uint16:
         features = features.view(torch.bfloat16)
     return features.permute(0, 3, 1, 2) if features.ndim == 4 else features

@@ -19,7 +19,7 @@ from torch.nn import functional
 from tuning import backbones
 from tuning.augment import SHUFFLE, augment, epoch_table
 from tuning.config import DEPTH_ALL, TrialConfig
-from tuning.features import FeatureCache, Frozen, Prepare
+from tuning.features import FeatureCache, Frozen, Prepare, to_device
 from tuning.models import Models
 from tuning.tables import best_epoch
 
@@ -33,7 +33,7 @@ Row = dict[str, Any]
 class Data:
     """Decoded images with their labels and splits."""
 
-    images: NDArray[np.uint8]  # [n, side, side, channels], channels 1 or 3, possibly memory-mapped
+    images: NDArray[np.uint8] | Tensor  # [n, side, side, channels], channels 1 or 3; memory-mapped, or on a GPU
     labels: NDArray[np.int64]  # [n], index into `classes`
     train: NDArray[np.int64]  # indices of the images in each split
     val: NDArray[np.int64]
@@ -41,7 +41,14 @@ class Data:
     classes: tuple[str, ...]
 
 
-def join(samples: pd.DataFrame, images: NDArray[np.uint8]) -> Data:
+def placed(images: NDArray[np.uint8], device: torch.device) -> NDArray[np.uint8] | Tensor:
+    """Decoded images on the GPU, where they take at most a quarter of what is free there; else as they are."""
+    if device.type == "cuda" and images.nbytes <= torch.cuda.mem_get_info(device)[0] / 4:
+        return torch.from_numpy(np.array(images)).to(device)
+    return images
+
+
+def join(samples: pd.DataFrame, images: NDArray[np.uint8] | Tensor) -> Data:
     """Samples (as `samples.load_samples` gives them) and their decoded images, in the same order."""
     assert len(samples) == len(images)
     classes = tuple(sorted(samples["label"].unique()))
@@ -151,12 +158,29 @@ def finetune(
         weights=f"random {config.seed}" if weights is None else str(weights),
     )
 
+    def backward(batch: Tensor, targets: Tensor, micro_batch: int) -> Tensor:
+        """The batch's mean loss; its gradients are accumulated over parts of `micro_batch` images."""
+        weight = len(targets) if class_weights is None else class_weights[targets].sum()
+        total = torch.zeros((), device=device)
+        for inputs, wanted in zip(torch.split(batch, micro_batch), torch.split(targets, micro_batch), strict=True):
+            with autocast:
+                logits = frozen.trained(inputs)
+                smoothing = config.label_smoothing
+                loss = functional.cross_entropy(
+                    logits.float(), wanted, weight=class_weights, label_smoothing=smoothing, reduction="sum"
+                )
+            loss = loss / weight
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return total
+
     # Where to go on from.
     history: list[Row] = []
     best: dict[str, Tensor] = {}
     if state is not None:
         history = list(state.history)
         best = _restore(state, model, optimizer, scaler)
+    micro_batch = history[-1]["micro_batch"] if history else batch_size
 
     for epoch in range(len(history) + 1, config.epochs + 1):
         # Train. Shuffling, views and dropout depend on (seed, epoch) alone, not on what came before.
@@ -172,16 +196,19 @@ def finetune(
             factor = learning_rate_factor(config, epoch - 1 + step / steps)
             for group, rate in zip(optimizer.param_groups, peak_rates, strict=True):
                 group["lr"] = rate * factor
-            with autocast:
-                logits = frozen.trained(batch)
-                loss = functional.cross_entropy(
-                    logits.float(), targets[step], weight=class_weights, label_smoothing=config.label_smoothing
-                )
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            while True:
+                optimizer.zero_grad(set_to_none=True)
+                try:
+                    total += backward(batch, targets[step], micro_batch)
+                    break
+                except (RuntimeError, MemoryError) as error:
+                    if not out_of_memory(error) or micro_batch < batch_size:
+                        raise
+                micro_batch = math.ceil(batch_size / 2)
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
             scaler.step(optimizer)
             scaler.update()
-            total += loss.detach()
             if step % 16 == 15 and not math.isfinite(float(total)):  # each look waits for the GPU
                 break
         train_loss = float(total) / steps
@@ -212,7 +239,8 @@ def finetune(
             "evaluate_seconds": seconds - data_seconds - prefix_seconds - train_seconds,
             "cache_hits": inputs.hits,
             "peak_memory_mb": torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None,
-            "micro_batch": batch_size,
+            "gpu_memory_mb": torch.cuda.mem_get_info(device)[1] / 2**20 if device.type == "cuda" else None,
+            "micro_batch": micro_batch,
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "unfreeze_depth": DEPTH_ALL if depth == len(stages) else depth,
         }
@@ -239,6 +267,11 @@ def finetune(
         yield row, partial(_snapshot, model, changed, best, optimizer, scaler, history)
         if row["ends"] is not None:
             return
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that the device, or the machine, has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def learning_rate_factor(config: TrialConfig, epochs: float) -> float:
@@ -285,12 +318,16 @@ def divergence(
     return None
 
 
-def preparer(images: NDArray[np.uint8], backbone: str, device: torch.device) -> Prepare:
+def preparer(images: NDArray[np.uint8] | Tensor, backbone: str, device: torch.device) -> Prepare:
     """A function from indices (and their rows of the epoch's table) to the network's input [batch, 3, side, side]."""
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in backbones.input_mean_std(backbone))
 
     def prepare(indices: NDArray[np.int64], table: Tensor | None, policy: str) -> Tensor:
-        pixels = torch.from_numpy(images[indices]).to(device).permute(0, 3, 1, 2).float() / 255
+        if isinstance(images, Tensor):
+            chosen = images[torch.from_numpy(indices).to(device)]
+        else:
+            chosen = to_device(images[indices], device)
+        pixels = chosen.permute(0, 3, 1, 2).float() / 255
         if table is not None:
             pixels = augment(pixels, table.to(device), policy)
         return ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)

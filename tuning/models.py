@@ -1,5 +1,6 @@
 """Models that an actor keeps from trial to trial: built once, put back as they were, and cut once at each depth."""
 
+import ctypes
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +11,21 @@ from tuning import backbones
 from tuning.prefix import Cut, split
 
 KEPT_MODELS = 3  # of one actor; the least recently used goes first
+
+
+def keep_memory() -> None:
+    """Let this process keep the memory that it frees, for its next tensors.
+
+    glibc gives large blocks back to the system at once, and each new tensor's pages are then made and zeroed anew: on a
+    CPU with one thread frozen layers of EfficientNet-lite1 at 128 px took 5.8 ms an image instead of 2.7, training the
+    whole network 19.5 instead of 16.7. Where the C library has no `mallopt`, nothing is changed.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # of malloc.h
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_top_pad, 2**26)
 
 
 @dataclass

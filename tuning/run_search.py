@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import pyarrow as pa
@@ -59,8 +59,8 @@ class Flags:
     """Seed of the sampler and of every trial. Default: 0."""
     time_budget: str | None = None
     """End cleanly after this: 90s, 45m, 2h."""
-    gpus_per_trial: float | None = None
-    """A fraction up to 1, or a whole number. Default: 1, or 0 where there is no GPU."""
+    gpus_per_trial: float | Literal["auto"] | None = None
+    """A fraction up to 1, a whole number, or auto: by measured memory. Default: 1, or 0 where there is no GPU."""
     cpus_per_trial: int | None = None
     """Threads of a trial. Default: 1, or the share of a GPU's cores."""
     concurrent: int | None = None
@@ -131,7 +131,8 @@ def _search(
     else:
         write_run(folder, plan, space, table, fingerprint)
     what = f"{resources.gpus:g} GPU" if resources.gpus else f"{resources.cpus} core{'s' * (resources.cpus > 1)}"
-    console.print(f"{resources.count} trials at once, {what} each\n")
+    what = "a whole, a half or a quarter GPU" if resources.packed else what
+    console.print(f"{'up to ' * resources.packed}{resources.count} trials at once, {what} each\n")
     show = Progress(plan)
     search = Search(plan, space, folder, images=image_folders, weights=weights, resources=resources, show=show)
     try:
@@ -144,7 +145,7 @@ def _search(
     top = analysis.best(trials, plan.metric)
     if top is not None:
         _write_best(folder, plan, search.record.trials[top["trial_id"]], fingerprint)
-    _summary(folder, plan, trials, top, search.halted, resources.count)
+    _summary(folder, plan, trials, top, search.halted, None if resources.packed else resources.count)
     if not finished:
         storage = "" if plan.storage == "results" else f" --storage {plan.storage}"
         console.print(f"\nInterrupted. To go on: python tuning/run_search.py --resume --name {plan.name}{storage}")
@@ -348,7 +349,7 @@ def describe(config: dict[str, Any]) -> str:
 
 
 def _summary(
-    folder: Path, plan: SearchPlan, trials: pd.DataFrame, top: pd.Series | None, halted: str | None, slots: int
+    folder: Path, plan: SearchPlan, trials: pd.DataFrame, top: pd.Series | None, halted: str | None, slots: int | None
 ) -> None:
     console.print()
     if halted is not None:
@@ -402,7 +403,7 @@ def _summary(
         shares = ", ".join(f"{names[part]} {value / max(spent, 1e-9):.0%}" for part, value in parts.items())
         hits = epochs["cache_hits"].sum()
         console.print(f"Time: {shares}. Frozen layers' outputs of {hits:,} images came from the cache.")
-        busy = analysis.utilisation(epochs, slots)
+        busy = None if slots is None else analysis.utilisation(epochs, slots)
         if busy is not None:
             console.print(f"Slots were training {busy:.0%} of the time until the last trial began.")
 

@@ -13,7 +13,7 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from tuning.cluster import Slots
+from tuning.cluster import Slots, gpu_share
 from tuning.config import SearchPlan, TrialConfig
 from tuning.features import run_folder
 from tuning.images import cache_folder
@@ -63,6 +63,7 @@ class Search:
         self.halted: str | None = None  # why no more trials are to be started
         self._tables_at = -math.inf
         self._ray_ids: dict[str, str] = {}
+        self._gpus: dict[str, float] = {}  # what each trial is given
         self._context = {
             "run": str(run.resolve()),
             "images": {str(size): str(folder) for size, folder in images.items()},
@@ -116,8 +117,14 @@ class Search:
         else:
             return str(Searcher.FINISHED)
         self._ray_ids[ray_id] = trial.trial_id
+        self._gpus[trial.trial_id] = self._gpu_share(trial) if self.resources.packed else self.resources.gpus
         named = {"trial_id": trial.trial_id, "origin": trial.origin, "number": trial.number, "config": trial.config}
-        return named | self._context
+        return named | self._context | {"gpus": self._gpus[trial.trial_id]}
+
+    def _gpu_share(self, trial: Trial) -> float:
+        others = self.record.trials.values()
+        rows = [(other.config, row) for other in others for row in other.rows if row["peak_memory_mb"] is not None]
+        return gpu_share(trial.config, [(config, row["peak_memory_mb"], row["gpu_memory_mb"]) for config, row in rows])
 
     def _ask(self, number: int) -> Trial:
         start = self.space.start[number] if number < len(self.space.start) else None
@@ -129,7 +136,7 @@ class Search:
         return self.record.trials[trial_id]
 
     def started(self, ray_id: str) -> None:
-        self._write("started", trial_id=self._ray_ids[ray_id], gpus=self.resources.gpus)
+        self._write("started", trial_id=self._ray_ids[ray_id], gpus=self._gpus[self._ray_ids[ray_id]])
 
     def result(self, ray_id: str, row: dict[str, Any]) -> bool:
         """Journal a row and what follows from it; true if the trial goes on."""
@@ -252,9 +259,8 @@ class Search:
 
     def _fit(self) -> None:
         ray_folder = tempfile.mkdtemp(prefix="finetune-search-")
-        resources = {"cpu": self.resources.cpus, "gpu": self.resources.gpus}
         tuner = tune.Tuner(
-            tune.with_resources(FinetuneTrial, resources),
+            tune.with_resources(FinetuneTrial, self._resources),
             tune_config=tune.TuneConfig(
                 search_alg=_Searcher(self),
                 scheduler=_Scheduler(self),
@@ -281,6 +287,11 @@ class Search:
             self._write_tables(now=True)
             self.journal.close()
             shutil.rmtree(ray_folder, ignore_errors=True)
+
+    def _resources(self, config: dict[str, Any]) -> tune.PlacementGroupFactory:
+        """What Ray gives to the trial of a configuration."""
+        bundle = {"CPU": self.resources.cpus} | ({"GPU": config["gpus"]} if config["gpus"] else {})
+        return tune.PlacementGroupFactory([bundle])
 
 
 def stop_reason(metric: str, decision: dict[str, Any]) -> str:

@@ -83,6 +83,7 @@ def run(flags: Flags) -> Path:
     from tuning.features import FeatureCache, run_folder
     from tuning.finetune import EVALUATION_BATCH, finetune, join, predict, preparer
     from tuning.model_folder import save_model
+    from tuning.models import keep_memory
     from tuning.weights import find_weights
 
     data = join(table, open_images(folders[config.image_size]))
@@ -91,6 +92,7 @@ def run(flags: Flags) -> Path:
     # Train: same schedule and epochs, best epoch on validation.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(os.cpu_count() or 1)
+    keep_memory()
     snapshot = None
     with run_folder(cache_folder(), folder) as outputs:
         features = FeatureCache(outputs, plan.cache_bytes)

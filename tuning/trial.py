@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from tuning.config import TrialConfig
 from tuning.features import FeatureCache
-from tuning.finetune import Data, Row, State, finetune, join
+from tuning.finetune import Data, Row, State, finetune, join, out_of_memory, placed
 from tuning.images import open_images
-from tuning.models import Models
+from tuning.models import Models, keep_memory
 from tuning.tables import read_table, replacing
 
 CHECKPOINT_SECONDS = 30.0
@@ -39,6 +39,7 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
 
     def setup(self, config: dict[str, Any]) -> None:
         torch.set_num_threads(config["threads"])
+        keep_memory()
         self._data: dict[int, Data] = {}
         self._models = Models()
         self._features = FeatureCache(Path(config["features"]), config["cache_bytes"])
@@ -69,10 +70,9 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
             return {"row": json.dumps(row | {"checkpoint": self._saved})}
         except Exception as error:
             self._models.clear()  # one that failed in a strange state, or takes memory
-            memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
             lines = traceback.format_exception(error)
             row = {
-                "ends": "out_of_memory" if memory else "failed",
+                "ends": "out_of_memory" if out_of_memory(error) else "failed",
                 "reason": lines[-1].strip(),
                 "error": "".join(lines),
             }
@@ -93,16 +93,16 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
         state = load_state(self._config["run"], self._config["trial_id"])
         self._replay = list(state.history) if state else []
         trial = TrialConfig(**self._config["config"])
+        device = torch.device(self._config["device"])
         if trial.image_size not in self._data:
             samples = read_table(Path(self._config["run"]) / "samples.parquet")
-            self._data[trial.image_size] = join(
-                samples, open_images(Path(self._config["images"][str(trial.image_size)]))
-            )
+            images = open_images(Path(self._config["images"][str(trial.image_size)]))
+            self._data[trial.image_size] = join(samples, placed(images, device))
         weights = self._config["weights"][trial.backbone]
         return finetune(
             trial,
             self._data[trial.image_size],
-            device=torch.device(self._config["device"]),
+            device=device,
             weights=None if weights is None else Path(weights),
             state=state,
             features=self._features,
