@@ -260,7 +260,7 @@ class Search:
     def _fit(self) -> None:
         ray_folder = tempfile.mkdtemp(prefix="finetune-search-")
         tuner = tune.Tuner(
-            tune.with_resources(FinetuneTrial, self._resources),
+            FinetuneTrial,
             tune_config=tune.TuneConfig(
                 search_alg=_Searcher(self),
                 scheduler=_Scheduler(self),
@@ -287,11 +287,6 @@ class Search:
             self._write_tables(now=True)
             self.journal.close()
             shutil.rmtree(ray_folder, ignore_errors=True)
-
-    def _resources(self, config: dict[str, Any]) -> tune.PlacementGroupFactory:
-        """What Ray gives to the trial of a configuration."""
-        bundle = {"CPU": self.resources.cpus} | ({"GPU": config["gpus"]} if config["gpus"] else {})
-        return tune.PlacementGroupFactory([bundle])
 
 
 def stop_reason(metric: str, decision: dict[str, Any]) -> str:

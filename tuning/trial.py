@@ -37,6 +37,11 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
     _replay: list[Row]
     _saved_at: float  # monotonic seconds
 
+    @classmethod
+    def default_resource_request(cls, config: dict[str, Any]) -> tune.PlacementGroupFactory:
+        bundle = {"CPU": config["threads"]} | ({"GPU": config["gpus"]} if config["gpus"] else {})
+        return tune.PlacementGroupFactory([bundle])
+
     def setup(self, config: dict[str, Any]) -> None:
         torch.set_num_threads(config["threads"])
         keep_memory()
