@@ -44,7 +44,7 @@ def test_more_than_there_is_is_refused(settings, said):
         ({"concurrent": 3}, 16, 4.0, Slots(4, 1.0, 3)),
         ({"gpus_per_trial": 0.4}, 16, 4.0, Slots(2, 0.4, 8)),
         ({"trials": 1}, 16, 4.0, Slots(4, 1.0, 1)),
-        ({"gpus_per_trial": "auto"}, 16, 2.0, Slots(2, 1.0, 8, packed=True)),
+        ({"gpus_per_trial": "auto"}, 16, 2.0, Slots(2, 1.0, 8, packed=2)),
         ({"gpus_per_trial": "auto"}, 2, 0.0, Slots(1, 0.0, 2)),
     ],
 )

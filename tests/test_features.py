@@ -10,7 +10,7 @@ import torch
 from conftest import CPU, losses, make_data, on_each_device
 
 from tuning import features
-from tuning.config import TrialConfig
+from tuning.config import InputError, TrialConfig
 from tuning.features import CHUNK, FeatureCache, Frozen, Inputs, Key, run_folder
 from tuning.finetune import finetune, preparer
 from tuning.models import Models
@@ -28,15 +28,19 @@ FAMILIES = [
 BUDGET = 10**9
 
 
-def slow_chunks(array, size=CHUNK):
-    """Chunks that take longer to compute than to read."""
+def chunks_of(array, size=CHUNK):
     for first in range(0, len(array), size):
-        time.sleep(0.02)
         yield array[first : first + size]
 
 
 @pytest.fixture
-def cache(tmp_path):
+def keep_all(monkeypatch):
+    """Whatever the machine does meanwhile, reading counts as faster than computing."""
+    monkeypatch.setattr(features, "MOST_READING", np.inf)
+
+
+@pytest.fixture
+def store(tmp_path, keep_all):
     return FeatureCache(tmp_path, BUDGET)
 
 
@@ -48,11 +52,11 @@ def outputs():
 # ---- the outputs, by whatever way they come -------------------------------------------------------------------------
 
 
-def make_frozen(network, backbone, depth, data, cache):
+def make_frozen(network, backbone, depth, data, store):
     prepare = preparer(data.images, backbone, CPU)
     network.begin(depth, batch_norm="train", head_dropout=0.0)
     network.model.eval()
-    return Frozen(network, depth, prepare, NO_AUTOCAST, CPU, cache, backbone=backbone, weights="random 0")
+    return Frozen(network, depth, prepare, NO_AUTOCAST, CPU, store, backbone=backbone, weights="random 0")
 
 
 def everything(inputs, count, size=16):
@@ -60,7 +64,7 @@ def everything(inputs, count, size=16):
 
 
 @pytest.mark.parametrize("backbone", FAMILIES)
-def test_cached_derived_and_recomputed_outputs_and_losses_are_equal_to_the_bit(backbone, tmp_path):
+def test_cached_derived_and_recomputed_outputs_and_losses_are_equal_to_the_bit(backbone, tmp_path, keep_all):
     data = make_data(count=72, side=64)
     weights = find_weights([backbone], "auto" if "lite" in backbone else "random")[backbone]
     models = Models()
@@ -74,9 +78,9 @@ def test_cached_derived_and_recomputed_outputs_and_losses_are_equal_to_the_bit(b
         make_frozen(network, backbone, further, data, FeatureCache(folder, BUDGET)).inputs(*view)
         assert len(list(folder.glob("*.npy"))) == 1
         derived = make_frozen(network, backbone, depth, data, FeatureCache(folder, BUDGET))
-        before = derived.data_seconds
+        derived._prepare = lambda *_: pytest.fail("an image went in, not the outputs of the further cut")
         first = derived.inputs(*view)
-        assert first.hits == 0 and derived.data_seconds == before  # no image was prepared: it came from the further cut
+        assert first.hits == 0
         cached = make_frozen(network, backbone, depth, data, FeatureCache(folder, BUDGET)).inputs(*view)
         assert cached.hits == len(data.train)
         for inputs in (first, cached):
@@ -103,26 +107,26 @@ def test_cached_derived_and_recomputed_outputs_and_losses_are_equal_to_the_bit(b
 
 
 @on_each_device
-def test_a_trial_on_cached_outputs_trains_as_one_without(device, tmp_path):
+def test_a_trial_on_cached_outputs_trains_as_one_without(device, tmp_path, keep_all):
     """On CUDA within what autocast rounds: the cache keeps outputs in its type."""
     config = TrialConfig(backbone="test_resnet", unfreeze_depth=2, image_size=32, batch_size=8, epochs=2)
     data = make_data()
-    cache = FeatureCache(tmp_path, BUDGET)
+    store = FeatureCache(tmp_path, BUDGET)
     plain = losses(finetune(config, data, device=device, weights=None))
     for _ in range(2):
-        cached = losses(finetune(config, data, device=device, weights=None, features=cache))
+        cached = losses(finetune(config, data, device=device, weights=None, features=store))
         assert np.array(cached) == pytest.approx(np.array(plain), rel=0 if device.type == "cpu" else 0.05)
     kept = np.load(next(tmp_path.glob("*.npy")), mmap_mode="r")
     assert (kept.dtype == np.float32) == (device.type == "cpu")
 
 
-def test_head_dropout_acts_on_cached_outputs(cache):
+def test_head_dropout_acts_on_cached_outputs(store):
     """Two passes at depth 0 over the same outputs differ: dropout sits above the cut."""
     data = make_data()
     network = Models().get("test_resnet", classes=2, image_size=32, seed=0, weights=None, device=CPU)
     network.begin(0, batch_norm="train", head_dropout=0.5)
     frozen = Frozen(
-        network, 0, preparer(data.images, "test_resnet", CPU), NO_AUTOCAST, CPU, cache, backbone="a", weights="b"
+        network, 0, preparer(data.images, "test_resnet", CPU), NO_AUTOCAST, CPU, store, backbone="a", weights="b"
     )
     network.model.get_submodule("fc" if hasattr(network.model, "fc") else "head").train()
     batch = next(frozen.inputs(data.train).batches(np.arange(32), 32))
@@ -159,12 +163,12 @@ def test_a_prefix_pass_always_takes_as_many_images(monkeypatch):
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def test_outputs_are_written_once_and_read_back(cache, outputs):
-    kept, there = cache.get(KEY, 70, lambda: slow_chunks(outputs))
+def test_outputs_are_written_once_and_read_back(store, outputs):
+    kept, there = store.get(KEY, 70, lambda: chunks_of(outputs))
     assert not there and np.array_equal(kept, outputs) and not kept.flags.writeable
-    kept, there = cache.get(KEY, 70, lambda: pytest.fail("computed twice"))
+    kept, there = store.get(KEY, 70, lambda: pytest.fail("computed twice"))
     assert there and np.array_equal(kept, outputs)
-    assert cache.find(replace(KEY, moment=(0, 2))) is None
+    assert store.find(replace(KEY, moment=(0, 2))) is None
 
 
 @pytest.mark.parametrize(
@@ -179,41 +183,48 @@ def test_outputs_are_written_once_and_read_back(cache, outputs):
         {"moment": (1, 1)},
     ],
 )
-def test_whatever_outputs_depend_on_is_in_their_key(cache, outputs, other):
-    cache.get(KEY, 70, lambda: slow_chunks(outputs))
-    assert cache.find(replace(KEY, **other)) is None
+def test_whatever_outputs_depend_on_is_in_their_key(store, outputs, other):
+    store.get(KEY, 70, lambda: chunks_of(outputs))
+    assert store.find(replace(KEY, **other)) is None
 
 
 def test_too_large_outputs_are_not_kept_nor_tried_again(tmp_path, outputs):
-    cache = FeatureCache(tmp_path, 2 * outputs.nbytes - 1)
-    assert cache.get(KEY, 70, lambda: slow_chunks(outputs)) is None
-    assert cache.get(replace(KEY, moment=(0, 2)), 70, lambda: pytest.fail("tried again")) is None
+    store = FeatureCache(tmp_path, 2 * outputs.nbytes - 1)
+    assert store.get(KEY, 70, lambda: chunks_of(outputs)) is None
+    assert store.get(replace(KEY, moment=(0, 2)), 70, lambda: pytest.fail("tried again")) is None
     assert not list(tmp_path.glob("*.n*"))
 
 
-def test_outputs_that_are_sooner_computed_than_read_are_not_kept(cache, tmp_path):
-    large = np.zeros((CHUNK, 512, 512), dtype=np.float32)
-    assert cache.get(KEY, CHUNK, lambda: iter([large])) is None
+def test_outputs_that_are_sooner_computed_than_read_are_not_kept(tmp_path):
+    large, asked = np.zeros((CHUNK, 256, 256), dtype=np.float32), []
+
+    def chunks():
+        for number in range(20):
+            asked.append(number)
+            yield large
+
+    assert FeatureCache(tmp_path, 10 * BUDGET).get(KEY, 20 * CHUNK, chunks) is None
+    assert asked == [0, 1, 2]  # the rest was not computed in vain
     assert not list(tmp_path.glob("*.n*"))
 
 
-def test_the_least_recently_used_go_first(tmp_path, outputs):
-    cache = FeatureCache(tmp_path, 3 * outputs.nbytes)
+def test_the_least_recently_used_go_first(tmp_path, outputs, keep_all):
+    store = FeatureCache(tmp_path, 3 * outputs.nbytes)
     keys = [replace(KEY, moment=(0, epoch)) for epoch in range(4)]
     for index, key in enumerate(keys[:2]):
-        cache.get(key, 70, lambda: slow_chunks(outputs))
-        os.utime(cache._path(key), (index, index))
-    held = cache.find(keys[1])
-    assert cache.find(keys[0]) is not None  # so the second is the older one now
-    cache.get(keys[2], 70, lambda: slow_chunks(outputs))
-    assert [cache.find(key) is not None for key in keys] == [True, False, True, False]
+        store.get(key, 70, lambda: chunks_of(outputs))
+        os.utime(store._path(key), (index, index))
+    held = store.find(keys[1])
+    assert store.find(keys[0]) is not None  # so the second is the older one now
+    store.get(keys[2], 70, lambda: chunks_of(outputs))
+    assert [store.find(key) is not None for key in keys] == [True, False, True, False]
     assert np.array_equal(held, outputs)  # a reader keeps what was evicted meanwhile
 
 
 def _write(folder, outputs, done, pause):
     def chunks():
         done.put("computing")
-        for chunk in slow_chunks(outputs):
+        for chunk in chunks_of(outputs):
             time.sleep(pause)
             yield chunk
 
@@ -229,7 +240,7 @@ def _start(folder, outputs, pause):
     return process, done
 
 
-def test_two_processes_that_want_the_same_compute_it_once(tmp_path, outputs):
+def test_two_processes_that_want_the_same_compute_it_once(tmp_path, outputs, keep_all):
     both = [_start(tmp_path, outputs, 0.1) for _ in range(2)]
     said = []
     for process, done in both:
@@ -240,22 +251,42 @@ def test_two_processes_that_want_the_same_compute_it_once(tmp_path, outputs):
     assert sorted(map(str, said)) == ["True", "True", "computing"]
 
 
-def test_a_killed_writer_leaves_nothing_that_is_taken_for_whole(tmp_path, outputs):
+def test_a_killed_writer_leaves_nothing_that_is_taken_for_whole(tmp_path, outputs, keep_all):
     process, done = _start(tmp_path, outputs, 30)
     assert done.get() == "computing"
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    cache = FeatureCache(tmp_path, BUDGET)
-    assert cache.find(KEY) is None
-    kept, there = cache.get(KEY, 70, lambda: slow_chunks(outputs))
+    store = FeatureCache(tmp_path, BUDGET)
+    assert store.find(KEY) is None
+    kept, there = store.get(KEY, 70, lambda: chunks_of(outputs))
     assert not there and np.array_equal(kept, outputs)
     assert not list(tmp_path.glob("*.new"))
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_costs_the_cache_not_the_trial(cache, tmp_path, outputs):
-    cache._path(KEY).with_suffix(".new").symlink_to("/dev/full")
-    assert cache.get(KEY, 70, lambda: slow_chunks(outputs)) is None
+def test_a_full_disk_costs_the_cache_not_the_trial(store, tmp_path, outputs):
+    store._path(KEY).with_suffix(".new").symlink_to("/dev/full")
+    assert store.get(KEY, 70, lambda: chunks_of(outputs)) is None
+
+
+@pytest.mark.parametrize("folder", ["/proc/nowhere/features", "file"])
+def test_a_folder_that_cannot_be_costs_the_cache_not_the_trial(tmp_path, outputs, folder):
+    (tmp_path / "file").touch()
+    store = FeatureCache(tmp_path / folder, BUDGET)
+    assert store.find(KEY) is None
+    assert store.get(KEY, 70, lambda: chunks_of(outputs)) is None
+
+
+def test_augmented_outputs_are_kept_only_where_others_may_use_them(tmp_path, outputs, keep_all):
+    store = FeatureCache(tmp_path, BUDGET, augmented=False)
+    assert store.get(KEY, 70, lambda: pytest.fail("computed")) is None
+    assert store.get(replace(KEY, policy="none", moment=None), 70, lambda: chunks_of(outputs)) is not None
+
+
+def test_a_second_process_on_a_run_is_refused(tmp_path):
+    with run_folder(tmp_path, tmp_path / "run"), pytest.raises(InputError, match="another process"):
+        with run_folder(tmp_path, tmp_path / "run"):
+            pass
 
 
 def test_a_runs_folder_is_empty_and_goes_with_it_and_with_dead_ones(tmp_path):
@@ -270,8 +301,8 @@ def test_a_runs_folder_is_empty_and_goes_with_it_and_with_dead_ones(tmp_path):
     assert not list((tmp_path / "features").iterdir())
 
 
-def test_bfloat16_survives(cache):
+def test_bfloat16_survives(store):
     wanted = torch.randn(40, 5, 3, 3).to(torch.bfloat16)
     stored = features._stored(wanted)
-    kept, _ = cache.get(KEY, 40, lambda: slow_chunks(stored))
+    kept, _ = store.get(KEY, 40, lambda: chunks_of(stored))
     assert torch.equal(features._loaded(kept[np.arange(40)], CPU), wanted)

@@ -11,7 +11,17 @@ from hypothesis.extra.numpy import arrays
 from sklearn import metrics
 
 from tuning.config import TrialConfig
-from tuning.finetune import Data, State, divergence, finetune, learning_rate_factor, placed, preparer, score
+from tuning.finetune import (
+    Data,
+    State,
+    divergence,
+    finetune,
+    learning_rate_factor,
+    out_of_memory,
+    placed,
+    preparer,
+    score,
+)
 from tuning.models import Models
 
 
@@ -155,6 +165,24 @@ def test_out_of_memory_halves_the_micro_batch_and_trains_the_same(weighting):
     assert [row["micro_batch"] for row, _ in halved] == [4, 4]
     assert [row["micro_batch"] for row, _ in whole] == [8, 8]
     assert np.array(losses(halved)) == pytest.approx(np.array(losses(whole)), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("error", "memory"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (MemoryError(), True),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            True,
+        ),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("shapes cannot be multiplied"), False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error, memory):
+    assert out_of_memory(error) == memory
 
 
 def test_a_halved_micro_batch_stays_after_going_on():

@@ -278,22 +278,28 @@ def test_the_tables_are_the_journal(whole):
 
 
 def test_trials_are_packed_once_one_has_been_measured(tmp_path, folder):
-    """As Ray asks and tells, without it: the second trial is asked for before, the third after the first's epoch."""
-    same = {"unfreeze_depth": 1, "learning_rate": 1e-3, "augmentation": "none"}
-    make = make_run(
-        tmp_path / "run", folder, start=[same, same | {"learning_rate": 1e-2}, same | {"learning_rate": 2e-3}]
-    )
-    search = make()
-    search.resources = Slots(1, 1.0, 4, packed=True)
-    given = [search.next_trial(f"ray{number}")["gpus"] for number in range(2)]
+    """As Ray asks and tells, without it: two trials fill two GPUs, the third waits until the first has ended."""
+    rates = (1e-3, 2e-3, 3e-3, 4e-3)
+    start = [{"unfreeze_depth": 1, "learning_rate": rate, "augmentation": "none"} for rate in rates]
+    search = make_run(tmp_path / "run", folder, start=start)()
+    search.resources = Slots(1, 1.0, 8, packed=2)
+    given = [search.next_trial(f"ray{number}") for number in range(3)]
     search.started("ray0")
     row = dict.fromkeys(("train_loss", "train_eval_loss", "val_accuracy", "val_balanced_accuracy", "val_auroc"), 0.5)
     row |= {"epoch": 1, "val_loss": 0.5, "learning_rate": 0.1, "seconds": 2.0, "data_seconds": 0.5, "images": 30}
-    row |= {"prefix_seconds": 0.0, "train_seconds": 1.0, "evaluate_seconds": 0.5, "cache_hits": 0, "micro_batch": 8}
+    row |= {
+        "prefix_seconds": 0.0,
+        "train_seconds": 1.0,
+        "evaluate_seconds": 0.5,
+        "cache_hits": 0,
+        "micro_batch": 8,
+        "batch_size": 8,
+    }
     row |= {"peak_memory_mb": 500.0, "gpu_memory_mb": 80_000.0, "trained_parameters": 9, "unfreeze_depth": 1}
-    search.result("ray0", row | {"ends": None, "reason": None})
-    given.append(search.next_trial("ray2")["gpus"])
-    search.started("ray2")
+    search.result("ray0", row | {"ends": "completed", "reason": "all 1 epochs"})
+    given += [search.next_trial(f"ray{number}") for number in (3, 4)]
+    search.started("ray3")
     search.journal.close()
-    assert given == [1.0, 1.0, 0.25]
+    assert [trial and trial["gpus"] for trial in given] == [1.0, 1.0, None, 0.25, 0.25]
+    assert [trial and trial["number"] for trial in given] == [0, 1, None, 2, 3]
     assert search.record.trials["t00002"].gpus == 0.25

@@ -16,6 +16,7 @@ from tuning.config import InputError, SearchPlan
 
 SHARES = (1.0, 0.5, 0.25)  # of a GPU; few, since an actor serves trials of one share only
 MEMORY_MARGIN = 1.25  # over the peak of what tensors took: the allocator's blocks are not all full
+MOST_PRELOADING = 16  # cores; Ray starts a worker on each, and on a machine with GPUs most would load torch for nothing
 CONTEXT_MB = 600.0  # what a process takes on a GPU before its first tensor, roughly
 
 
@@ -26,7 +27,7 @@ class Slots:
     cpus: int
     gpus: float
     count: int
-    packed: bool = False  # trials are given the share of a GPU that `gpu_share` finds
+    packed: int = 0  # GPUs on which each trial is given the share that `gpu_share` finds
 
 
 @contextmanager
@@ -38,7 +39,7 @@ def ray_running(plan: SearchPlan) -> Iterator[Callable[[], tuple[int, float]]]:
     Yields:
         A function that waits for Ray and gives its cores and GPUs.
     """
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool:  # its thread must live on: Ray's processes end with the one that started them
         starting = pool.submit(_start, plan)
         try:
             yield starting.result
@@ -60,9 +61,11 @@ def _start(plan: SearchPlan) -> tuple[int, float]:
     if "RAY_ADDRESS" in os.environ:
         options["runtime_env"] = {"py_modules": [str(package)]}
     else:
-        # Workers begin to load torch at once: when a trial starts, that is done (12.9 s to the first epoch became 7).
-        environment["RAY_preload_python_modules"] = "tuning.trial"
-        environment["RAY_prestart_worker_first_driver"] = "0"  # those would be others, and the first ones wait in vain
+        cores = os.cpu_count() or 1
+        if cores <= MOST_PRELOADING and 2 * min(plan.concurrent or cores, plan.trials) >= cores:
+            # Workers load torch at once, not when a trial starts: 7.9 s to the first epoch instead of 10.4.
+            environment["RAY_preload_python_modules"] = "tuning.trial"
+            environment["RAY_prestart_worker_first_driver"] = "0"  # those would be others, and the first wait in vain
         if str(package.parent) not in site.getsitepackages():
             paths = [str(package.parent), os.environ.get("PYTHONPATH", "")]
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -82,7 +85,7 @@ def slots(plan: SearchPlan, *, cpus: int, gpus: float) -> Slots:
     """
     asked = plan.gpus_per_trial
     per_trial = min(gpus, 1.0) if asked is None or asked == "auto" else asked
-    packed = asked == "auto" and gpus >= 1
+    packed = int(gpus) if asked == "auto" else 0
     faults = []
     if per_trial > 1 and per_trial != int(per_trial):
         faults.append(f"--gpus-per-trial {per_trial:g}: above 1 only whole GPUs can be given; use {int(per_trial)}")
@@ -110,7 +113,8 @@ def gpu_share(config: Mapping[str, Any], measured: Iterable[tuple[Mapping[str, A
 
     Args:
         config: of the trial.
-        measured: config of other trials, with the peak of their memory and what their GPU has, both in MiB.
+        measured: config of other trials that took whole batches, with the peak of their memory and what their GPU
+            has, in MiB.
 
     Returns:
         1 where no trial of the same backbone and image size, with as many stages and images a step, has been measured.

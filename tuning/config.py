@@ -2,11 +2,11 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator
 
 DEPTH_ALL = 5  # stages from the head that make up a whole network; the word `all` means this
 
@@ -35,6 +35,13 @@ def parse_duration(value: Any) -> Any:
     if parts is None or not any(parts.groups()):
         raise ValueError("a duration is written like 90s, 45m, 2h or 1h30m")
     return sum(float(number or 0) * unit for number, unit in zip(parts.groups(), (3600, 60, 1), strict=True))
+
+
+def _number_or_auto(value: Any, check: Callable[[Any], Any]) -> Any:
+    try:
+        return check(value)
+    except ValidationError:
+        raise ValueError("must be greater than or equal to 0, or `auto`") from None
 
 
 _MODEL = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -99,7 +106,9 @@ class SearchPlan(BaseModel):
         gt=0,
         description="the search ends cleanly after this (90s, 45m, 2h), at the end of the epochs then running",
     )
-    gpus_per_trial: Annotated[float, Field(ge=0)] | Literal["auto"] | None = Field(
+    gpus_per_trial: Annotated[
+        Annotated[float, Field(ge=0)] | Literal["auto"] | None, WrapValidator(_number_or_auto)
+    ] = Field(
         None,
         description="a fraction up to 1, a whole number, or `auto`: by measured memory; default 1, or 0 without a GPU",
     )

@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,12 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tuning.config import InputError
 from tuning.models import Network
 
 # A convolution's last bit depends on how many images it is given (seen with lite0, VGG, DenseNet and resnet18), but not
 # on which, so every pass through a prefix takes exactly this many: cached, derived and recomputed outputs are equal.
 CHUNK = 32
 BLOCK = 256  # about so many images go through the prefix at once where their outputs are not cached
+MOST_READING = 1.0  # outputs are kept where reading them takes less than this share of computing them
 HELD_BYTES = 2**28  # vectors up to this size are held in memory, on the trial's device
 Array = np.ndarray[Any, Any]
 Prepare = Callable[[NDArray[np.int64], Tensor | None, str], Tensor]
@@ -54,6 +56,9 @@ def run_folder(cache: Path, run: Path) -> Iterator[Path]:
     Args:
         cache: as `images.cache_folder` gives it.
         run: the run's folder, which names it.
+
+    Raises:
+        InputError: another process works on the same run.
     """
     folders = cache / "features"
     folders.mkdir(parents=True, exist_ok=True)
@@ -67,15 +72,19 @@ def run_folder(cache: Path, run: Path) -> Iterator[Path]:
             shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
             if lock.stem != name:
                 lock.unlink(missing_ok=True)
-    with open(folders / f"{name}.lock", "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        folder = folders / name
+    folder, lock = folders / name, folders / f"{name}.lock"
+    with open(lock, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{run}: another process works on it; wait for it or stop it") from None
         folder.mkdir(exist_ok=True)
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-            (folders / f"{name}.lock").unlink(missing_ok=True)
+            if not folder.exists():  # else a killed worker was still writing: the next run cleans up
+                lock.unlink(missing_ok=True)
 
 
 class FeatureCache:
@@ -85,13 +94,18 @@ class FeatureCache:
     not at all, and is written once even if several trials want it at the same time: the others wait.
 
     Args:
-        folder: from `run_folder`.
+        folder: on this node; made where it is missing.
         cache_bytes: budget.
+        device: where outputs are used: what reading them costs is measured up to there.
+        augmented: whether to keep outputs of augmented images, which only other trials use again.
     """
 
-    def __init__(self, folder: Path, cache_bytes: int):
-        self._folder, self._cache_bytes = folder, cache_bytes
+    def __init__(self, folder: Path, cache_bytes: int, device: torch.device | None = None, *, augmented: bool = True):
+        self._folder, self._cache_bytes, self._augmented = folder, cache_bytes, augmented
+        self._device = device or torch.device("cpu")
         self._refused: set[Key] = set()
+        with suppress(OSError):  # nothing is kept then
+            folder.mkdir(parents=True, exist_ok=True)
 
     def find(self, key: Key) -> Array | None:
         """The outputs [n, ...] if they are there, memory-mapped; images with channels last."""
@@ -99,7 +113,7 @@ class FeatureCache:
         try:
             array: Array = np.load(path, mmap_mode="r")
             os.utime(path)
-        except FileNotFoundError:  # evicted, perhaps this moment
+        except OSError:  # not there, or evicted this moment
             return None
         return array
 
@@ -118,47 +132,58 @@ class FeatureCache:
         found = self.find(key)
         if found is not None:
             return found, True
-        if self._family(key) in self._refused:
+        if self._family(key) in self._refused or (key.moment is not None and not self._augmented):
             return None
         path = self._path(key)
-        with open(path.with_suffix(".lock"), "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # given back by the system if this process is killed
-            found = self.find(key)
-            if found is not None:
-                return found, True
-            temporary = path.with_suffix(".new")
-            try:
-                worth = self._write(temporary, count, chunks())
-                if worth:
-                    os.replace(temporary, path)
-            except OSError:  # a full disk costs the cache, not the trial
-                worth = False
-            finally:
-                temporary.unlink(missing_ok=True)
-        found = self.find(key) if worth else None
-        if found is None:
+        try:
+            with open(path.with_suffix(".lock"), "a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # given back by the system if this process is killed
+                found = self.find(key)
+                if found is not None:
+                    return found, True
+                temporary = path.with_suffix(".new")
+                try:
+                    worth = self._write(temporary, count, chunks())
+                    if worth:
+                        os.replace(temporary, path)
+                finally:
+                    temporary.unlink(missing_ok=True)
+        except OSError:  # a full disk or a folder without locks costs the cache, not the trial
+            worth = False
+        if not worth:
             self._refused.add(self._family(key))
             return None
         self._evict(path)
-        return found, False
+        found = self.find(key)
+        return None if found is None else (found, False)
 
     def _write(self, path: Path, count: int, chunks: Iterator[Array]) -> bool:
-        computing, started, parts = 0.0, time.perf_counter(), 0
         # By ordinary writes: through a memory map a full disk would kill the process.
         with open(path, "wb") as file:
-            for chunk in chunks:
-                computing, parts = computing + time.perf_counter() - started, parts + 1
-                if parts == 1:
+            started = time.perf_counter()
+            for number, chunk in enumerate(chunks):
+                computing = time.perf_counter() - started
+                if number == 0:
                     n_bytes = count * chunk[0].nbytes
                     if n_bytes > min(self._cache_bytes / 2, shutil.disk_usage(path.parent).free - n_bytes):
                         return False
                     header = {"descr": chunk.dtype.str, "fortran_order": False, "shape": (count, *chunk.shape[1:])}
                     np.lib.format.write_array_header_1_0(file, header)
+                offset = file.tell()
                 file.write(np.ascontiguousarray(chunk).data)
+                if number == min(2, math.ceil(count / CHUNK) - 1):  # the first ones warm up
+                    file.flush()
+                    started = time.perf_counter()
+                    self._read(path, offset, chunk)
+                    if time.perf_counter() - started > computing * MOST_READING:
+                        return False
                 started = time.perf_counter()
-        started = time.perf_counter()
-        np.array(np.load(path, mmap_mode="r")[:CHUNK])
-        return time.perf_counter() - started < computing / parts
+        return True
+
+    def _read(self, path: Path, offset: int, like: Array) -> None:
+        _loaded(np.fromfile(path, like.dtype, like.size, offset=offset).reshape(like.shape), self._device)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def _evict(self, kept: Path) -> None:
         files = []
@@ -218,7 +243,7 @@ class Inputs:
     """What the trained part of a model is given for a set of images, batch by batch."""
 
     fetch: Callable[[NDArray[np.int64]], Tensor]  # from positions in the set
-    hits: int = 0  # images of the set that needed no pass through the prefix
+    hits: int | None = None  # images of the set that needed no pass through the prefix; null where none are kept
     blocks: bool = False  # whether `fetch` passes images through the prefix, CHUNK at a time
 
     def batches(self, positions: NDArray[np.int64], size: int) -> Iterator[Tensor]:
@@ -332,7 +357,9 @@ class Frozen:
             yield _stored(derived[: len(positions)])
 
     def _reader(self, array: Array) -> Fetch:
+        started = time.perf_counter()
         held = _loaded(np.array(array), self._device) if array.ndim == 2 and array.nbytes <= HELD_BYTES else None
+        self.data_seconds += time.perf_counter() - started
 
         def fetch(positions: NDArray[np.int64]) -> Tensor:
             if held is not None:

@@ -103,7 +103,8 @@ def finetune(
         torch.cuda.reset_peak_memory_stats(device)
 
     # The model: frozen below the cut, and the optimizer over what is above it.
-    network = (models or Models()).get(
+    models = models or Models()
+    network = models.get(
         config.backbone,
         classes=len(data.classes),
         image_size=config.image_size,
@@ -205,6 +206,7 @@ def finetune(
                     if not out_of_memory(error) or micro_batch < batch_size:
                         raise
                 micro_batch = math.ceil(batch_size / 2)
+                models.keep_only(network)
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
             scaler.step(optimizer)
@@ -240,6 +242,7 @@ def finetune(
             "cache_hits": inputs.hits,
             "peak_memory_mb": torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None,
             "gpu_memory_mb": torch.cuda.mem_get_info(device)[1] / 2**20 if device.type == "cuda" else None,
+            "batch_size": batch_size,
             "micro_batch": micro_batch,
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "unfreeze_depth": DEPTH_ALL if depth == len(stages) else depth,
@@ -271,7 +274,13 @@ def finetune(
 
 def out_of_memory(error: Exception) -> bool:
     """Whether an error says that the device, or the machine, has no memory left."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    said = (
+        "DefaultCPUAllocator",
+        "CUDA error: out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUDNN_STATUS_ALLOC_FAILED",
+    )
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in said)
 
 
 def learning_rate_factor(config: TrialConfig, epochs: float) -> float:

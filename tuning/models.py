@@ -93,6 +93,10 @@ class Models:
         self._networks[key] = network
         return network
 
+    def keep_only(self, network: Network) -> None:
+        """Forget all others, for their memory."""
+        self._networks = {key: other for key, other in self._networks.items() if other is network}
+
     def clear(self) -> None:
         """Forget all networks; whoever holds one can go on using it."""
         self._networks.clear()

@@ -130,9 +130,10 @@ def _search(
         _write_yaml(folder / "plan.yaml", document | {"settings": plan.model_dump()})
     else:
         write_run(folder, plan, space, table, fingerprint)
+    at_most = "up to " if resources.packed else ""
     what = f"{resources.gpus:g} GPU" if resources.gpus else f"{resources.cpus} core{'s' * (resources.cpus > 1)}"
     what = "a whole, a half or a quarter GPU" if resources.packed else what
-    console.print(f"{'up to ' * resources.packed}{resources.count} trials at once, {what} each\n")
+    console.print(f"{at_most}{resources.count} trials at once, {what} each\n")
     show = Progress(plan)
     search = Search(plan, space, folder, images=image_folders, weights=weights, resources=resources, show=show)
     try:
@@ -401,11 +402,11 @@ def _summary(
         names = {"data": "images", "prefix": "frozen layers", "train": "training", "evaluate": "evaluation"}
         parts = analysis.spent(epochs)
         shares = ", ".join(f"{names[part]} {value / max(spent, 1e-9):.0%}" for part, value in parts.items())
-        hits = epochs["cache_hits"].sum()
+        hits = int(epochs["cache_hits"].sum())
         console.print(f"Time: {shares}. Frozen layers' outputs of {hits:,} images came from the cache.")
         busy = None if slots is None else analysis.utilisation(epochs, slots)
         if busy is not None:
-            console.print(f"Slots were training {busy:.0%} of the time until the last trial began.")
+            console.print(f"Slots were in use {busy:.0%} of the time until the last trial began.")
 
     # The best, and what to type next.
     if top is None:
@@ -432,4 +433,7 @@ def _number(value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # taking torch and its like down takes 1.4 s

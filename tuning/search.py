@@ -104,8 +104,8 @@ class Search:
 
     # What Ray asks and tells.
 
-    def next_trial(self, ray_id: str) -> dict[str, Any] | str:
-        """The next trial's configuration for Ray, or FINISHED."""
+    def next_trial(self, ray_id: str) -> dict[str, Any] | str | None:
+        """The next trial's configuration for Ray, or FINISHED; null: not now, for no GPU has room for it."""
         if self.halted is None and self._budget_over():
             self.halted = "the time budget is over"
         if self.halted is not None:
@@ -116,15 +116,27 @@ class Search:
             trial = self._ask(len(self.record.trials))
         else:
             return str(Searcher.FINISHED)
+        gpus = self.resources.gpus
+        if self.resources.packed:
+            gpus = self._gpu_share(trial)
+            in_use = sum(share for other, share in self._gpus.items() if not self.record.trials[other].ended)
+            if in_use + gpus > self.resources.packed:
+                self._unfinished.insert(0, trial)  # its share may be smaller when it is looked at again
+                return None
         self._ray_ids[ray_id] = trial.trial_id
-        self._gpus[trial.trial_id] = self._gpu_share(trial) if self.resources.packed else self.resources.gpus
+        self._gpus[trial.trial_id] = gpus
         named = {"trial_id": trial.trial_id, "origin": trial.origin, "number": trial.number, "config": trial.config}
-        return named | self._context | {"gpus": self._gpus[trial.trial_id]}
+        return named | self._context | {"gpus": gpus}
 
     def _gpu_share(self, trial: Trial) -> float:
         others = self.record.trials.values()
-        rows = [(other.config, row) for other in others for row in other.rows if row["peak_memory_mb"] is not None]
-        return gpu_share(trial.config, [(config, row["peak_memory_mb"], row["gpu_memory_mb"]) for config, row in rows])
+        measured = [
+            (other.config, row["peak_memory_mb"], row["gpu_memory_mb"])
+            for other in others
+            for row in other.rows
+            if row["peak_memory_mb"] is not None and row["micro_batch"] == row["batch_size"]
+        ]
+        return gpu_share(trial.config, measured)
 
     def _ask(self, number: int) -> Trial:
         start = self.space.start[number] if number < len(self.space.start) else None
@@ -304,7 +316,7 @@ class _Searcher(Searcher):  # type: ignore[misc]
         super().__init__()
         self._search = search
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         return self._search.next_trial(trial_id)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:

@@ -92,10 +92,11 @@ def run(flags: Flags) -> Path:
     # Train: same schedule and epochs, best epoch on validation.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(os.cpu_count() or 1)
-    keep_memory()
+    if device.type == "cpu":
+        keep_memory()
     snapshot = None
     with run_folder(cache_folder(), folder) as outputs:
-        features = FeatureCache(outputs, plan.cache_bytes)
+        features = FeatureCache(outputs, plan.cache_bytes, device, augmented=False)
         for row, snapshot in finetune(  # noqa: B007
             config, data, device=device, weights=weights, metric=plan.metric, features=features
         ):

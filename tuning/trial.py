@@ -2,6 +2,7 @@
 
 import gc
 import json
+import platform
 import sys
 import time
 import traceback
@@ -44,10 +45,13 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
 
     def setup(self, config: dict[str, Any]) -> None:
         torch.set_num_threads(config["threads"])
-        keep_memory()
+        self._device = torch.device(config["device"])
+        if self._device.type == "cpu":
+            keep_memory()
         self._data: dict[int, Data] = {}
         self._models = Models()
-        self._features = FeatureCache(Path(config["features"]), config["cache_bytes"])
+        folder = Path(config["features"]) / platform.node()  # nodes may share the disk that the cache is on
+        self._features = FeatureCache(folder, config["cache_bytes"], self._device)
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -98,16 +102,15 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
         state = load_state(self._config["run"], self._config["trial_id"])
         self._replay = list(state.history) if state else []
         trial = TrialConfig(**self._config["config"])
-        device = torch.device(self._config["device"])
         if trial.image_size not in self._data:
             samples = read_table(Path(self._config["run"]) / "samples.parquet")
             images = open_images(Path(self._config["images"][str(trial.image_size)]))
-            self._data[trial.image_size] = join(samples, placed(images, device))
+            self._data[trial.image_size] = join(samples, placed(images, self._device))
         weights = self._config["weights"][trial.backbone]
         return finetune(
             trial,
             self._data[trial.image_size],
-            device=device,
+            device=self._device,
             weights=None if weights is None else Path(weights),
             state=state,
             features=self._features,

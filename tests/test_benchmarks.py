@@ -1,0 +1,33 @@
+"""The smaller benchmarks run, on next to nothing; `test_speed.py` is about the large one."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def run(script, *arguments):
+    command = [sys.executable, str(BENCHMARKS / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_decoding_is_compared_with_the_library(folder, tmp_path):
+    for file in folder.glob("*/*.png"):
+        (tmp_path / "jpegs" / file.parent.name).mkdir(parents=True, exist_ok=True)
+        Image.open(file).save(tmp_path / "jpegs" / file.parent.name / f"{file.stem}.jpg")
+    said = run("decode.py", "--data", str(tmp_path / "jpegs"), "--image-size", "32", "--rounds", "2")
+    assert "60 files, 32 px" in said and re.search(r"share +\d+%", said)
+
+
+@pytest.mark.slow
+def test_memory_is_seen(tmp_path):
+    arguments = ["--images", "60", "--image-size", "32", "--epochs", "2", "--out", str(tmp_path)]
+    said = run("memory.py", *arguments)
+    assert "exit status 0" in said
+    for name in ("driver", "trial"):
+        assert float(re.search(rf"{name} +(\d+) MiB of its own", said).group(1)) > 100
