@@ -21,7 +21,7 @@ def test_decoding_is_compared_with_the_library(folder, tmp_path):
         (tmp_path / "jpegs" / file.parent.name).mkdir(parents=True, exist_ok=True)
         Image.open(file).save(tmp_path / "jpegs" / file.parent.name / f"{file.stem}.jpg")
     said = run("decode.py", "--data", str(tmp_path / "jpegs"), "--image-size", "32", "--rounds", "2")
-    assert "60 files, 32 px" in said and re.search(r"share +\d+%", said)
+    assert "60 files, 32 px" in said and re.search(r"resized .* share \d+%", said)
 
 
 @pytest.mark.slow
