@@ -117,7 +117,7 @@ def main() -> int:
             }
             for pid, name in names.items():
                 peaks[name] = tuple(map(max, peaks.get(name, (0.0, 0.0)), resident(pid)))
-            files = (out / "cache" / "features").glob("*/*.n*")
+            files = (out / "cache" / "features").glob("*/*/*.n*")
             cached = max(cached, sum(file.stat().st_size for file in files if file.exists()) / MIB)
             time.sleep(0.25)
     decoded = sum(file.stat().st_size for file in (out / "cache" / "images").glob("*/*.npy")) / MIB
