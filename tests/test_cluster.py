@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import ray
 
@@ -13,11 +15,13 @@ def test_workers_have_loaded_what_trials_need_before_the_first():
 
             return "tuning.trial" in sys.modules
 
+    environment = dict(os.environ)
     with ray_running(SearchPlan(name="test")) as resources:
         cpus, _ = resources()
         assert cpus >= 1
         assert ray.get(Worker.remote().loaded.remote())
     assert not ray.is_initialized()
+    assert dict(os.environ) == environment
 
 
 @pytest.mark.parametrize(

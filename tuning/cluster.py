@@ -39,6 +39,7 @@ def ray_running(plan: SearchPlan) -> Iterator[Callable[[], tuple[int, float]]]:
     Yields:
         A function that waits for Ray and gives its cores and GPUs.
     """
+    environment = dict(os.environ)
     with ThreadPoolExecutor(1) as pool:  # its thread must live on: Ray's processes end with the one that started them
         starting = pool.submit(_start, plan)
         try:
@@ -46,6 +47,9 @@ def ray_running(plan: SearchPlan) -> Iterator[Callable[[], tuple[int, float]]]:
         finally:
             starting.exception()  # wait: what is half started can't be shut down
             ray.shutdown()
+            for name in os.environ.keys() - environment.keys():
+                del os.environ[name]
+            os.environ.update(environment)
 
 
 def _start(plan: SearchPlan) -> tuple[int, float]:
