@@ -11,8 +11,9 @@ from conftest import CPU, losses, make_data, on_each_device
 
 from tuning import features
 from tuning.config import InputError, TrialConfig
-from tuning.features import CHUNK, FeatureCache, Frozen, Inputs, Key, run_folder
+from tuning.features import CHUNK, FeatureCache, Key, run_folder
 from tuning.finetune import finetune, preparer
+from tuning.frozen import BLOCK, Frozen, Inputs
 from tuning.models import Models
 from tuning.weights import find_weights
 
@@ -146,7 +147,7 @@ def test_batches_come_in_order_whatever_their_size(size):
         batches = list(Inputs(fetch, blocks=blocks).batches(order, size))
         assert torch.equal(torch.cat(batches), torch.from_numpy(order))
         assert all(len(batch) == size for batch in batches[:-1])
-    assert max(asked) <= max(2 * features.BLOCK, size)
+    assert max(asked) <= max(2 * BLOCK, size)
 
 
 def test_a_prefix_pass_always_takes_as_many_images(monkeypatch):
@@ -303,6 +304,6 @@ def test_a_runs_folder_is_empty_and_goes_with_it_and_with_dead_ones(tmp_path):
 
 def test_bfloat16_survives(store):
     wanted = torch.randn(40, 5, 3, 3).to(torch.bfloat16)
-    stored = features._stored(wanted)
+    stored = features.stored(wanted)
     kept, _ = store.get(KEY, 40, lambda: chunks_of(stored))
-    assert torch.equal(features._loaded(kept[np.arange(40)], CPU), wanted)
+    assert torch.equal(features.loaded(kept[np.arange(40)], CPU), wanted)

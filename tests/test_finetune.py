@@ -20,9 +20,9 @@ from tuning.finetune import (
     out_of_memory,
     placed,
     preparer,
-    score,
 )
 from tuning.models import Models
+from tuning.scores import score
 
 
 def config(**values):

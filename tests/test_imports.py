@@ -29,8 +29,10 @@ ALLOWED = {
     "backbones": {"config", "weights"},
     "prefix": {"config", "weights", "backbones"},
     "models": {"config", "backbones", "prefix"},
-    "features": {"config", "models"},
-    "finetune": {"config", "tables", "images", "augment", "backbones", "models", "features"},
+    "features": {"config"},
+    "frozen": {"models", "features"},
+    "scores": set(),
+    "finetune": {"config", "tables", "images", "augment", "backbones", "models", "features", "frozen", "scores"},
     "trial": {"config", "tables", "images", "models", "features", "finetune"},
     "model_folder": {"config", "images", "backbones", "finetune"},
 }

@@ -19,8 +19,10 @@ from torch.nn import functional
 from tuning import backbones
 from tuning.augment import SHUFFLE, augment, epoch_table
 from tuning.config import DEPTH_ALL, TrialConfig
-from tuning.features import FeatureCache, Frozen, Prepare, to_device
+from tuning.features import FeatureCache, to_device
+from tuning.frozen import Frozen, Inputs, Prepare
 from tuning.models import Models
+from tuning.scores import score
 from tuning.tables import best_epoch
 
 MOMENTUM = 0.9
@@ -356,6 +358,13 @@ def predict(
     return torch.cat(logits).numpy()
 
 
+def predict_images(network: nn.Module, prepare: Prepare, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Logits [n, classes] of a whole network for images as they are; the network is put in eval mode."""
+    network.eval()
+    batches = Inputs(lambda part: prepare(part, None, "none")).batches(indices, EVALUATION_BATCH)
+    return predict(network, batches, torch.autocast("cpu", enabled=False))
+
+
 def evaluate(
     frozen: Frozen, labels: NDArray[np.int64], indices: NDArray[np.int64], autocast: torch.autocast
 ) -> dict[str, float | None]:
@@ -366,37 +375,6 @@ def evaluate(
     size = EVALUATION_VECTORS if frozen.head_only else EVALUATION_BATCH
     batches = frozen.inputs(indices).batches(np.arange(len(indices)), size)
     return score(predict(frozen.trained, batches, autocast), labels[indices])
-
-
-def score(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> dict[str, float | None]:
-    """The measures of `evaluate` from logits [n, classes] and class indices [n]."""
-    tensor = torch.from_numpy(logits)
-    loss = float(functional.cross_entropy(tensor, torch.from_numpy(targets)))
-    if not math.isfinite(loss):
-        return dict.fromkeys(("loss", "accuracy", "balanced_accuracy", "auroc"))
-    predicted = logits.argmax(axis=1)
-    probabilities = torch.softmax(tensor.double(), dim=1).numpy()
-    classes = np.unique(targets)
-    return {
-        "loss": loss,
-        "accuracy": float((predicted == targets).mean()),
-        "balanced_accuracy": float(np.mean([(predicted[targets == index] == index).mean() for index in classes])),
-        "auroc": float(np.mean([auroc(targets == index, probabilities[:, index]) for index in classes]))
-        if 1 < len(classes) == logits.shape[1]
-        else None,
-    }
-
-
-def auroc(positive: NDArray[np.bool_], values: NDArray[np.float64]) -> float:
-    """The chance that a positive has a higher value than a negative, ties counting half (the Mann-Whitney statistic).
-
-    scikit-learn's takes half a second to load and milliseconds a call, more than an epoch of a head-only trial.
-    """
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks = np.cumsum(counts) - (counts - 1) / 2
-    n_positive = int(positive.sum())
-    above = float(ranks[inverse][positive].sum()) - n_positive * (n_positive + 1) / 2
-    return above / (n_positive * (len(positive) - n_positive))
 
 
 def _finite(value: float | None) -> float | None:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:  # torch and timm take seconds to load, and --help needs neith
     from torch import nn
 
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
-BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Model:
         """
         import torch
 
-        from tuning.finetune import preparer
+        from tuning.finetune import predict_images, preparer
 
         decoded, faults = [], []
         for file in files:
@@ -57,12 +56,8 @@ class Model:
         if faults:
             raise InputError(faults)
         prepare = preparer(np.stack(decoded), self.config.backbone, torch.device("cpu"))
-        with torch.no_grad():
-            logits = [
-                self.network(prepare(np.arange(first, min(first + BATCH, len(decoded))), None, "none"))
-                for first in range(0, len(decoded), BATCH)
-            ]
-        probabilities: NDArray[np.float64] = torch.softmax(torch.cat(logits).double(), dim=1).numpy()
+        logits = torch.from_numpy(predict_images(self.network, prepare, np.arange(len(decoded))))
+        probabilities: NDArray[np.float64] = torch.softmax(logits.double(), dim=1).numpy()
         return probabilities
 
 

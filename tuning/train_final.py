@@ -81,7 +81,7 @@ def run(flags: Flags) -> Path:
 
     from tuning import backbones
     from tuning.features import FeatureCache, run_folder
-    from tuning.finetune import EVALUATION_BATCH, finetune, join, predict, preparer
+    from tuning.finetune import finetune, join, predict_images, preparer
     from tuning.model_folder import save_model
     from tuning.models import keep_memory
     from tuning.weights import find_weights
@@ -120,11 +120,8 @@ def run(flags: Flags) -> Path:
     # Test, once.
     tested = None
     if len(data.test):
-        autocast = torch.autocast(device.type, enabled=False)
         prepare = preparer(data.images, config.backbone, device)
-        network.to(device).eval()
-        parts = [data.test[first : first + EVALUATION_BATCH] for first in range(0, len(data.test), EVALUATION_BATCH)]
-        tested = measure(predict(network, (prepare(part, None, "none") for part in parts), autocast), data)
+        tested = measure(predict_images(network.to(device), prepare, data.test), data)
     metrics = {
         "best_epoch": best["epoch"],
         "validation": {name: best[name] for name in best if name.startswith("val_")},
@@ -172,7 +169,7 @@ def measure(logits: NDArray[np.float32], data: "Data") -> dict[str, Any]:
     from scipy.stats import binomtest
     from sklearn.metrics import confusion_matrix, roc_auc_score
 
-    from tuning.finetune import score
+    from tuning.scores import score
 
     targets, predicted = data.labels[data.test], logits.argmax(axis=1)
     right = int((predicted == targets).sum())

@@ -1,0 +1,39 @@
+"""What is measured of predictions."""
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+
+def score(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> dict[str, float | None]:
+    """Cross-entropy (nats), accuracy, balanced accuracy and AUROC from logits [n, classes] and class indices [n]."""
+    tensor = torch.from_numpy(logits)
+    loss = float(functional.cross_entropy(tensor, torch.from_numpy(targets)))
+    if not math.isfinite(loss):
+        return dict.fromkeys(("loss", "accuracy", "balanced_accuracy", "auroc"))
+    predicted = logits.argmax(axis=1)
+    probabilities = torch.softmax(tensor.double(), dim=1).numpy()
+    classes = np.unique(targets)
+    return {
+        "loss": loss,
+        "accuracy": float((predicted == targets).mean()),
+        "balanced_accuracy": float(np.mean([(predicted[targets == index] == index).mean() for index in classes])),
+        "auroc": float(np.mean([auroc(targets == index, probabilities[:, index]) for index in classes]))
+        if 1 < len(classes) == logits.shape[1]
+        else None,
+    }
+
+
+def auroc(positive: NDArray[np.bool_], values: NDArray[np.float64]) -> float:
+    """The chance that a positive has a higher value than a negative, ties counting half (the Mann-Whitney statistic).
+
+    scikit-learn's takes half a second to load and milliseconds a call, more than an epoch of a head-only trial.
+    """
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks = np.cumsum(counts) - (counts - 1) / 2
+    n_positive = int(positive.sum())
+    above = float(ranks[inverse][positive].sum()) - n_positive * (n_positive + 1) / 2
+    return above / (n_positive * (len(positive) - n_positive))
