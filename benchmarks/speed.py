@@ -79,7 +79,8 @@ def configs(count: int) -> list[dict[str, Any]]:
     """Configurations spread evenly over the depths 0 to 5; even and odd ones are the two halves of the benchmark.
 
     From 13 on a half has the same head-only configuration twice but for its learning rate, so the views of the first
-    serve the second; from 8 on there is a head-only one without augmentation.
+    serve the second; from 8 on there is a head-only one without augmentation. A half begins with its first, so that
+    those views are there in time, and goes on with the deepest, so that no slot stands idle for long at its end.
     """
     chosen = []
     for place, half in (divmod(number, 2) for number in range(count)):
@@ -92,6 +93,8 @@ def configs(count: int) -> list[dict[str, Any]]:
                 "augmentation": POLICIES[(place + 2 * half) % 3],
             }
         )
+    for half in (0, 1):
+        chosen[half + 2 :: 2] = sorted(chosen[half + 2 :: 2], key=lambda trial: -trial["unfreeze_depth"])
     return chosen
 
 
