@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tuning.finetune import Data
+from tuning.data import Data
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")

@@ -18,13 +18,29 @@ def trials():
             *("trial_id", "config_backbone", "config_unfreeze_depth", "val_loss", "train_eval_loss"),
             *("status", "epochs", "seconds"),
         ],
-    ).assign(gap=lambda frame: frame["val_loss"] - frame["train_eval_loss"], val_auroc=[0.9, 0.8, None, 0.5, 0.7])
+    ).assign(
+        origin="suggested",
+        gap=lambda frame: frame["val_loss"] - frame["train_eval_loss"],
+        val_auroc=[0.9, 0.8, None, 0.5, 0.7],
+    )
 
 
 def test_best_by_either_direction(trials):
     assert analysis.best(trials, "val_loss")["trial_id"] == "t1"
     assert analysis.best(trials, "val_auroc")["trial_id"] == "t0"
     assert analysis.best(trials[trials["val_loss"].isna()], "val_loss") is None
+
+
+def test_a_probe_is_not_the_best_but_costs(trials):
+    trials.loc[1, "origin"] = "probe"
+    assert analysis.best(trials, "val_loss")["trial_id"] == "t4"
+    costs = analysis.cost(trials)
+    assert costs.to_dict("list") == {
+        "backbone": ["a", "b"],
+        "trials": [3, 2],
+        "epochs": [5, 3],
+        "seconds": [10.0, 7.0],
+    }
 
 
 def test_overfitting_by_backbone_and_part(trials):

@@ -1,9 +1,11 @@
 import os
+import time
 
 import pytest
 import ray
+from ray.cluster_utils import Cluster
 
-from tuning.cluster import Slots, gpu_share, ray_running, slots
+from tuning.cluster import Slots, cluster_map, gpu_share, ray_running, slots
 from tuning.config import InputError, SearchPlan
 
 
@@ -22,6 +24,24 @@ def test_workers_have_loaded_what_trials_need_before_the_first():
         assert ray.get(Worker.remote().loaded.remote())
     assert not ray.is_initialized()
     assert dict(os.environ) == environment
+
+
+def test_a_map_over_two_nodes_keeps_the_order_and_uses_both(monkeypatch):
+    def node_and_double(number: int) -> tuple[str, int]:
+        time.sleep(0.02)
+        return ray.get_runtime_context().get_node_id(), 2 * number
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        cluster.add_node(num_cpus=1)
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        with ray_running(SearchPlan(name="test")) as resources:
+            assert resources() == (2, 0.0)
+            nodes, doubles = zip(*cluster_map(node_and_double, range(100)), strict=True)
+    finally:
+        cluster.shutdown()
+    assert list(doubles) == list(range(0, 200, 2))
+    assert len(set(nodes)) == 2
 
 
 @pytest.mark.parametrize(

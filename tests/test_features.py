@@ -11,8 +11,9 @@ from conftest import CPU, losses, make_data, on_each_device
 
 from tuning import features
 from tuning.config import InputError, TrialConfig
+from tuning.data import preparer
 from tuning.features import CHUNK, FeatureCache, Key, run_folder
-from tuning.finetune import finetune, preparer
+from tuning.finetune import finetune
 from tuning.frozen import BLOCK, Frozen, Inputs
 from tuning.models import Models
 from tuning.weights import find_weights

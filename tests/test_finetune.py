@@ -11,15 +11,13 @@ from hypothesis.extra.numpy import arrays
 from sklearn import metrics
 
 from tuning.config import TrialConfig
+from tuning.data import Data, placed, preparer
 from tuning.finetune import (
-    Data,
     State,
     divergence,
     finetune,
     learning_rate_factor,
     out_of_memory,
-    placed,
-    preparer,
 )
 from tuning.models import Models
 from tuning.scores import score

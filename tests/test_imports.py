@@ -20,10 +20,10 @@ ALLOWED = {
     "audit": {"config", "tables", "samples", "images", "phantoms"},
     "conditions": {"config"},
     "space": {"config", "conditions"},
-    "cluster": {"config"},
+    "cluster": {"config", "images"},
     "optimizer": {"config", "space", "tables"},
-    "stopping": {"config", "tables"},
-    "analysis": {"config", "tables", "stopping"},
+    "stopping": {"config"},
+    "analysis": {"config", "tables"},
     "augment": {"config"},
     "weights": {"config"},
     "backbones": {"config", "weights"},
@@ -32,9 +32,13 @@ ALLOWED = {
     "features": {"config"},
     "frozen": {"models", "features"},
     "scores": set(),
-    "finetune": {"config", "tables", "images", "augment", "backbones", "models", "features", "frozen", "scores"},
-    "trial": {"config", "tables", "images", "models", "features", "finetune"},
-    "model_folder": {"config", "images", "backbones", "finetune"},
+    "data": {"backbones", "augment", "features", "frozen"},
+    "averaging": set(),
+    "probe": {"config", "data", "features", "frozen", "models", "scores"},
+    "finetune": {"config", "tables", "augment", "averaging", "backbones", "data", "models", "features", "frozen"}
+    | {"scores", "probe"},
+    "trial": {"config", "tables", "images", "data", "models", "features", "probe", "finetune"},
+    "model_folder": {"config", "images", "backbones", "data", "finetune"},
 }
 COMMANDS = {"search", "run_search", "train_final"}  # may import all of the above
 TORCHLESS = ["config", "conditions", "space", "samples", "tables", "stopping", "analysis"]

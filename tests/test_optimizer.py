@@ -1,9 +1,14 @@
 import math
 
+import optuna
+import pandas as pd
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from tuning.optimizer import Optimizer
+from tuning.config import InputError
+from tuning.optimizer import LiveStudy, Optimizer, read_priors
 from tuning.space import parse
 from tuning.tables import Trial
 
@@ -83,3 +88,109 @@ def test_a_region_that_diverges_is_avoided():
         bridge.tell(ended(number, params, "completed" if loss < 1 else "diverged", [loss] if loss < 1 else [None]))
     later = [1e-5 < bridge.ask(number)["learning_rate"] < 1e-3 for number in range(40, 60)]
     assert sum(later) >= 16
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "random"])
+def test_every_sampler_suggests_and_learns_or_does_not(sampler):
+    bridge = Optimizer(SPACE, seed=0, metric="val_loss", sampler=sampler)
+    rates = []
+    for number in range(40):
+        params = bridge.ask(number)
+        rates.append(params["learning_rate"])
+        bridge.tell(ended(number, params, "completed", [abs(math.log10(params["learning_rate"]) + 4)]))
+    near = sum(3e-5 < rate < 3e-4 for rate in rates[20:])  # by chance 5
+    assert near >= {"tpe": 8, "gp": 10, "random": 0}[sampler]
+
+
+def test_of_many_trials_the_best_and_the_newest_are_seen(monkeypatch):
+    monkeypatch.setattr("tuning.optimizer.MOST_SEEN", 10)
+    monkeypatch.setattr("tuning.optimizer.SLACK", 4)
+    bridge, again = optimizer(), optimizer()
+    running = bridge.ask(100)
+    trials = []
+    for number in range(14):
+        params = bridge.ask(number)
+        trials.append(ended(number, params, "stopped" if number == 0 else "completed", [(number * 5) % 14 + 1.0]))
+        bridge.tell(trials[-1])
+    told = bridge.study.get_trials(states=[TrialState.COMPLETE])
+    values = [(number * 5) % 14 + 1.0 for number in range(14)]
+    best_of_older = sorted(values[1:9])[:5]
+    assert sorted(trial.value for trial in told) == sorted([*best_of_older, *values[9:]])
+    assert [trial.params for trial in bridge.study.get_trials(states=[TrialState.RUNNING])] == [running]
+    again.ask(100)
+    for trial in trials:
+        again.remember(trial)
+    assert [trial.value for trial in again.study.get_trials(states=[TrialState.COMPLETE])] == [
+        trial.value for trial in told
+    ]
+    bridge.tell(ended(100, running, "completed", [0.1]))
+    again.tell(ended(100, running, "completed", [0.1]))
+    assert bridge.ask(101) == again.ask(101)
+
+
+def other_run(rates, **changed):
+    rows = [
+        {
+            "origin": "suggested",
+            "status": "completed",
+            "epochs": 4,
+            "val_loss": abs(math.log10(rate) + 2),
+            "config_backbone": "test_resnet",
+            "config_unfreeze_depth": 1,
+            "config_learning_rate": rate,
+            "config_stage_lr_decay": 1.0,
+        }
+        | changed
+        for rate in rates
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_another_run_is_read_by_rank_thinned_and_held_to_the_space():
+    priors, outside = read_priors(other_run([1e-2, 1e-3, 1e-4, 0.5]), SPACE, "val_loss", 1.0)
+    assert [prior["params"]["learning_rate"] for prior in priors] == [1e-2, 1e-3, 1e-4]
+    assert [prior["rank"] for prior in priors] == pytest.approx([0.0, 1 / 3 * 1, 1.0], abs=0.4)
+    assert outside == 1
+    few, _ = read_priors(other_run([10.0**-power for power in (1.5, 2, 2.5, 3, 3.5, 4)]), SPACE, "val_loss", 0.5)
+    assert len(few) == 3
+    assert read_priors(other_run([1e-3], config_backbone="resnet18"), SPACE, "val_loss", 1.0) == ([], 1)
+    for changed in ({"status": "failed"}, {"status": "running"}, {"origin": "probe"}):
+        assert read_priors(other_run([1e-3], **changed), SPACE, "val_loss", 1.0) == ([], 0)
+
+
+def test_what_another_run_knows_guides_the_first_suggestions_and_is_outweighed():
+    rates = [10 ** -(1 + number / 10) for number in range(40)]
+    priors, _ = read_priors(other_run(rates), SPACE, "val_loss", 1.0)
+    bridge = Optimizer(SPACE, seed=0, metric="val_loss", priors=priors)
+    first = [bridge.ask(number)["learning_rate"] for number in range(10)]
+    assert sum(2e-3 < rate < 5e-2 for rate in first) >= 7  # the other run's best was at 0.01
+    for number in range(60):  # here it is at 0.0001
+        params = {"unfreeze_depth": 1, "learning_rate": 10 ** -(1.5 + number / 20)}
+        bridge.ask(100 + number, params)
+        bridge.tell(ended(100 + number, params, "completed", [abs(math.log10(params["learning_rate"]) + 4)]))
+    later = [bridge.ask(number)["learning_rate"] for number in range(200, 220)]
+    assert sum(2e-5 < rate < 5e-4 for rate in later) >= 12
+
+
+@pytest.mark.parametrize("url", ["sqlite:///{}/study.db", "{}/study.log"])
+def test_a_live_study_shows_every_trial(tmp_path, url):
+    url = url.format(tmp_path)
+    live = LiveStudy(url, "run", SPACE, anew=False)
+    for number, status in enumerate(["completed", "stopped", "failed", "running"]):
+        params = {"unfreeze_depth": 0, "learning_rate": 1e-3}
+        trial = ended(number, params, status, [0.5, 0.4])
+        live.show({"event": "asked"}, trial, "val_loss")
+        for row in trial.rows:
+            live.show({"event": "epoch"} | row, trial, "val_loss")
+        live.show({"event": "ended"}, trial, "val_loss")
+    storage = url if url.startswith("sqlite") else JournalStorage(JournalFileBackend(url))
+    shown = optuna.load_study(study_name="run", storage=storage).trials
+    assert [trial.state.name for trial in shown] == ["COMPLETE", "PRUNED", "FAIL", "RUNNING"]
+    assert [trial.value for trial in shown[:2]] == [0.4, 0.4]
+    assert shown[0].intermediate_values == {1: 0.5, 2: 0.4} and shown[0].params["learning_rate"] == 1e-3
+    assert shown[3].user_attrs["trial_id"] == "t00003"
+    with pytest.raises(InputError, match="has a study run already"):
+        LiveStudy(url, "run", SPACE, anew=False)
+    LiveStudy(url, "run", SPACE, anew=True)
+    with pytest.raises(InputError, match="optuna_storage"):
+        LiveStudy("nonsense://", "run", SPACE, anew=False)

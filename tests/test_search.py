@@ -6,6 +6,7 @@ import signal
 from contextlib import suppress
 from pathlib import Path
 
+import optuna
 import pytest
 from optuna.trial import TrialState
 from ray.tune.error import TuneError
@@ -37,12 +38,13 @@ def make_run(folder, data, *, parameters=PARAMETERS, fixed=FIXED, start=(), weig
     """A run ready to be searched: returns a function that makes its Search."""
     space = parse({"parameters": parameters, "fixed": fixed, "start": list(start)}, "test")
     given = {"name": folder.name, "data": str(data), "trials": 8, "epochs": 4, "grace_epochs": 1, "weights": "random"}
+    given |= {"probe": False}
     plan = SearchPlan(**given | settings)
     table, folders, fingerprint = load_checked(plan, [32])
     write_run(folder, plan, space, table, fingerprint)
     ended = []
 
-    def search(count=1, **changed):
+    def search(count=1, priors=(), **changed):
         return Search(
             plan.model_copy(update=changed),
             space,
@@ -51,6 +53,7 @@ def make_run(folder, data, *, parameters=PARAMETERS, fixed=FIXED, start=(), weig
             weights=weights or {"test_resnet": None},
             resources=Slots(1, 0.0, count),
             show=lambda search, trial: ended.append(trial.trial_id) if trial.ended else None,
+            priors=priors,
         )
 
     search.ended = ended
@@ -303,3 +306,40 @@ def test_trials_are_packed_once_one_has_been_measured(tmp_path, folder):
     assert [trial and trial["gpus"] for trial in given] == [1.0, 1.0, None, 0.25, 0.25]
     assert [trial and trial["number"] for trial in given] == [0, 1, None, 2, 3]
     assert search.record.trials["t00002"].gpus == 0.25
+
+
+def test_probes_come_first_count_as_no_trial_and_are_made_once(tmp_path, folder):
+    parameters = PARAMETERS | {"backbone": {"type": "categorical", "choices": ["test_resnet", "test_vit"]}}
+    fixed = {name: value for name, value in FIXED.items() if name != "backbone"}
+    weights = {"test_resnet": None, "test_vit": None}
+    run = tmp_path / "run"
+    make = make_run(run, folder, parameters=parameters, fixed=fixed, weights=weights, probe=True, trials=3)
+    search = make()
+    assert search.run()
+    trials = read_table(run / "trials.parquet")
+    assert list(trials["trial_id"]) == ["p00000", "p00001", "t00000", "t00001", "t00002"]
+    probes = trials[trials["origin"] == "probe"]
+    assert list(probes["config_backbone"]) == ["test_resnet", "test_vit"]
+    assert list(probes["status"]) == ["completed"] * 2 and list(probes["epochs"]) == [1, 1]
+    assert probes["number"].isna().all() and probes["val_loss"].notna().all()
+    told = [trial.params["backbone"] for trial in search.optimizer.study.trials]
+    assert told[:2] == ["test_resnet", "test_vit"] and len(told) == 5
+
+    again = make(trials=4)
+    assert again.run()
+    assert list(read_table(run / "trials.parquet")["trial_id"])[5:] == ["t00003"]
+
+
+def test_what_another_run_knows_is_journalled_and_outlives_a_restart(tmp_path, folder):
+    run = tmp_path / "run"
+    make = make_run(run, folder, trials=2, optuna_storage=f"sqlite:///{tmp_path}/study.db")
+    prior = {"params": {"unfreeze_depth": 0, "learning_rate": 1e-3, "augmentation": "none"}, "status": "completed"}
+    search = make(priors=[prior | {"epochs": 4, "rank": 0.0}])
+    assert search.run()
+    again = make(trials=3)
+    assert again.run()
+    for bridge in (search.optimizer, again.optimizer):
+        assert bridge.study.trials[0].params == prior["params"]
+    live = optuna.load_study(study_name="run", storage=f"sqlite:///{tmp_path}/study.db").trials
+    assert [trial.user_attrs["trial_id"] for trial in live] == ["t00000", "t00001", "t00002"]
+    assert all(trial.state.is_finished() and trial.intermediate_values for trial in live)

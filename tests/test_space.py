@@ -18,6 +18,7 @@ from tuning.space import (
     fix,
     image_sizes,
     load,
+    middle,
     parse,
     suggest,
     trial_values,
@@ -499,6 +500,7 @@ WORDS = {
     "optimizer": ["adamw", "sgd"],
     "schedule": ["constant", "cosine"],
     "class_weighting": ["none", "balanced"],
+    "head_init": ["random", "probe"],
     "batch_norm": ["train", "frozen"],
     "augmentation": ["none", "light", "medium", "strong"],
 }
@@ -669,3 +671,21 @@ def test_garbage_files_raise_input_errors_only(garbage_path, content):
     garbage_path.write_bytes(content)
     with pytest.raises(InputError):
         load(str(garbage_path))
+
+
+def test_the_middle_has_what_is_wanted_where_the_space_allows_it():
+    space = parse(
+        {
+            "parameters": {
+                "backbone": {"type": "categorical", "choices": ["resnet18", "vgg16"]},
+                "unfreeze_depth": {"type": "int", "low": 1, "high": 5},
+                "learning_rate": {"type": "float", "low": 1e-5, "high": 1e-1, "log": True},
+                "stage_lr_decay": {"type": "float", "low": 0.3, "high": 1.0, "when": "unfreeze_depth > 1"},
+                "batch_size": {"type": "int", "low": 8, "high": 64, "step": 8},
+            }
+        },
+        "test",
+    )
+    found = middle(space, {"backbone": "vgg16", "unfreeze_depth": 0})
+    assert found == {"backbone": "vgg16", "unfreeze_depth": 1, "learning_rate": pytest.approx(1e-3), "batch_size": 32}
+    assert middle(space, {"backbone": "x", "unfreeze_depth": 2})["stage_lr_decay"] == pytest.approx(0.65)

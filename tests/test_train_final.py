@@ -13,7 +13,7 @@ from conftest import draw_folder
 
 from tuning.audit import load_checked
 from tuning.config import InputError, SearchPlan, TrialConfig
-from tuning.finetune import Data
+from tuning.data import Data
 from tuning.run_search import write_run
 from tuning.space import parse
 from tuning.train_final import Flags, measure, run

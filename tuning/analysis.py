@@ -2,24 +2,21 @@
 
 import pandas as pd
 
-from tuning.config import DEPTH_ALL
+from tuning.config import UNFROZEN, unfrozen
 from tuning.tables import loss_like
 
-HEAD, PART, ALL = "head", "part", "all"
+
+def searched(trials: pd.DataFrame) -> pd.DataFrame:
+    """Start points and suggested trials: without probes."""
+    return trials[trials["origin"] != "probe"]
 
 
 def best(trials: pd.DataFrame, metric: str) -> pd.Series | None:
-    """The row of the best trial by `metric` at its best epoch; null where no trial has a finite loss."""
-    finite = trials[trials["val_loss"].notna() & trials[metric].notna()]
+    """The row of the best trial by `metric` at its best epoch, probes apart; null where no trial has a finite loss."""
+    finite = searched(trials[trials["val_loss"].notna() & trials[metric].notna()])
     if finite.empty:
         return None
     return finite.loc[finite[metric].map(lambda value: loss_like(metric, value)).idxmin()]
-
-
-def unfrozen(trials: pd.DataFrame) -> pd.Series:
-    """How much each trial unfroze: head, part or all."""
-    depth = trials["config_unfreeze_depth"]
-    return depth.map(lambda value: HEAD if value == 0 else ALL if value == DEPTH_ALL else PART).rename("unfrozen")
 
 
 def overfitting(trials: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -29,13 +26,13 @@ def overfitting(trials: pd.DataFrame, metric: str) -> pd.DataFrame:
         Columns backbone, unfrozen, trials, trial_id, train_eval_loss, val_loss, gap; null where no loss was finite.
     """
     rows = []
-    for (backbone, part), group in trials.groupby([trials["config_backbone"], unfrozen(trials)]):
+    for (backbone, part), group in trials.groupby(["config_backbone", trials["config_unfreeze_depth"].map(unfrozen)]):
         top = best(group, metric)
         values = {
             name: None if top is None else top[name] for name in ("trial_id", "train_eval_loss", "val_loss", "gap")
         }
         rows.append({"backbone": backbone, "unfrozen": part, "trials": len(group), **values})
-    rows.sort(key=lambda row: (row["backbone"], (HEAD, PART, ALL).index(row["unfrozen"])))
+    rows.sort(key=lambda row: (row["backbone"], UNFROZEN.index(row["unfrozen"])))
     return pd.DataFrame(rows)
 
 
@@ -56,6 +53,13 @@ def saved(trials: pd.DataFrame, epochs: int) -> pd.DataFrame:
     frame = trials.assign(trials=1, epochs_saved=left, seconds_saved=seconds)
     columns = ["trials", "epochs", "epochs_saved", "seconds_saved"]
     return frame.groupby("status", as_index=False)[columns].sum()
+
+
+def cost(trials: pd.DataFrame) -> pd.DataFrame:
+    """What each backbone's trials took, probes included: columns backbone, trials, epochs, seconds; dearest first."""
+    frame = trials.rename(columns={"config_backbone": "backbone"}).assign(trials=1)
+    sums = frame.groupby("backbone", as_index=False)[["trials", "epochs", "seconds"]].sum()
+    return sums.sort_values("seconds", ascending=False, ignore_index=True)
 
 
 def spent(epochs: pd.DataFrame) -> dict[str, float]:

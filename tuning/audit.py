@@ -1,7 +1,9 @@
 """What is wrong with the data, found on the decoding pass before any trial."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -12,7 +14,11 @@ MOST_SIZES = 8  # image sizes of one search
 
 
 def load_checked(
-    plan: SearchPlan, image_sizes: list[int], *, table: pd.DataFrame | None = None
+    plan: SearchPlan,
+    image_sizes: list[int],
+    *,
+    table: pd.DataFrame | None = None,
+    map: Callable[..., Any] = images.parallel_map,
 ) -> tuple[pd.DataFrame, dict[int, Path], str]:
     """Samples with their images decoded, once.
 
@@ -20,6 +26,7 @@ def load_checked(
         plan: names the data; without any the generated radiographs are drawn.
         image_sizes: sides in pixels.
         table: the samples of an earlier run, used as they are.
+        map: decodes images by it; see `images.decode_all`.
 
     Returns:
         Samples, the folder of decoded images by size, and the data's fingerprint.
@@ -53,10 +60,10 @@ def load_checked(
             folder=cache,
             disk_cache_bytes=plan.disk_cache_bytes,
             keep=set(folders.values()),
-            map=images.parallel_map,
+            map=map,
         )
         if unreadable:  # rows go, so every size begins anew
-            return load_checked(plan, image_sizes, table=_without(table, unreadable, plan.skip_unreadable))
+            return load_checked(plan, image_sizes, table=_without(table, unreadable, plan.skip_unreadable), map=map)
     return table, folders, samples.fingerprint(table, hashes)
 
 

@@ -3,20 +3,24 @@
 import logging
 import os
 import site
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from tuning.config import InputError, SearchPlan
+from tuning.images import Item, Result, parallel_map
 
 SHARES = (1.0, 0.5, 0.25)  # of a GPU; few, since an actor serves trials of one share only
 MEMORY_MARGIN = 1.25  # over the peak of what tensors took: the allocator's blocks are not all full
 MOST_PRELOADING = 16  # cores; Ray starts a worker on each, and on a machine with GPUs most would load torch for nothing
+PART = 16  # items of one of `cluster_map`'s tasks
 CONTEXT_MB = 600.0  # what a process takes on a GPU before its first tensor, roughly
 
 
@@ -79,6 +83,25 @@ def _start(plan: SearchPlan) -> tuple[int, float]:
     ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", **options)
     resources = ray.cluster_resources()
     return int(resources.get("CPU", 0)), float(resources.get("GPU", 0))
+
+
+def cluster_map(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+    """Map over the cores of all nodes, in order; whatever `function` reads has to be readable on each of them."""
+    if sum(node["Alive"] for node in ray.nodes()) == 1:
+        yield from parallel_map(function, items)
+        return
+    task = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(_call_each)
+    ahead = 2 * int(ray.cluster_resources()["CPU"])
+    pending: deque[Any] = deque()
+    for first in range(0, len(items), PART):
+        pending.append(task.remote(function, items[first : first + PART]))
+        if len(pending) > ahead:
+            yield from ray.get(pending.popleft())
+    yield from chain.from_iterable(map(ray.get, pending))
+
+
+def _call_each(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    return [function(item) for item in items]
 
 
 def slots(plan: SearchPlan, *, cpus: int, gpus: float) -> Slots:

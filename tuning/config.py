@@ -9,6 +9,12 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator
 
 DEPTH_ALL = 5  # stages from the head that make up a whole network; the word `all` means this
+UNFROZEN = ("head", "part", "all")  # what a depth comes to
+
+
+def unfrozen(unfreeze_depth: int) -> str:
+    """How much of a network a depth unfreezes: head, part or all."""
+    return UNFROZEN[0 if unfreeze_depth == 0 else 2 if unfreeze_depth == DEPTH_ALL else 1]
 
 
 class InputError(ValueError):
@@ -68,6 +74,9 @@ class TrialConfig(BaseModel):
     warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear warm-up; fractions allowed")
     weight_decay: float = Field(0.01, ge=0, description="not applied to biases and norms")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the training loss; validation is never smoothed")
+    head_init: Literal["random", "probe"] = Field(
+        "random", description="the new classifier: drawn, or, where more than it is trained, a linear probe's"
+    )
     head_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the classifier")
     class_weighting: Literal["none", "balanced"] = Field(
         "none", description="`balanced` weights the training loss by inverse class frequency"
@@ -122,7 +131,33 @@ class SearchPlan(BaseModel):
     metric: Literal["val_loss", "val_balanced_accuracy", "val_auroc"] = Field(
         "val_loss", description="drives ASHA, the sampler and the choice of the best trial"
     )
+    probe: bool = Field(
+        True,
+        description="begin with a linear probe of each backbone, unless early_stopping is off",
+    )
+    sampler: Literal["tpe", "gp", "random"] = Field("tpe", description="Optuna's sampler of suggested trials")
+    warm_start: str | None = Field(None, description="folder of another run, from whose trials the sampler learns")
+    warm_start_weight: float = Field(
+        0.3,
+        gt=0,
+        le=1,
+        description="what a trial of that run counts beside one of this: so large a share is taken",
+    )
+    optuna_storage: str | None = Field(
+        None, description="where a copy of the study is kept for optuna-dashboard: a database's URL, or a path in .log"
+    )
     grace_epochs: int = Field(2, ge=1, description="epochs before ASHA may stop a trial: its first rung")
+    strata: Literal["none", "unfrozen", "backbone", "both"] = Field(
+        "none",
+        description="what ASHA compares a trial with: all, those with as much unfrozen, of its backbone, or both",
+    )
+    compared: Literal["early_loss", "best", "last", "mean"] = Field(
+        "early_loss",
+        description="what ASHA compares: `early_loss`, or `metric`: of the best epoch, the last, or the mean of two",
+    )
+    early_loss: Literal["rungs", "always"] = Field(
+        "rungs", description="epochs in which `early_loss` is measured: those where ASHA compares it, or all"
+    )
     reduction_factor: int = Field(3, ge=2, description="ASHA keeps the best 1/reduction_factor of each rung")
     patience: int = Field(5, ge=1, description="a trial with no better epoch for so many is `converged`")
     divergence_factor: float = Field(

@@ -3,26 +3,28 @@ more rows stops the trial."""
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tuning import backbones
-from tuning.augment import SHUFFLE, augment, epoch_table
+from tuning.augment import SHUFFLE, epoch_table
+from tuning.averaging import Averaged
 from tuning.config import DEPTH_ALL, TrialConfig
-from tuning.features import FeatureCache, to_device
-from tuning.frozen import Frozen, Inputs, Prepare
+from tuning.data import Data, preparer, train_eval_set
+from tuning.features import FeatureCache
+from tuning.frozen import Frozen, Inputs, Prepare, mixed_precision
 from tuning.models import Models
-from tuning.scores import score
+from tuning.probe import probed_head
+from tuning.scores import calibrated_loss, score
 from tuning.tables import best_epoch
 
 MOMENTUM = 0.9
@@ -32,39 +34,11 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Data:
-    """Decoded images with their labels and splits."""
-
-    images: NDArray[np.uint8] | Tensor  # [n, side, side, channels], channels 1 or 3; memory-mapped, or on a GPU
-    labels: NDArray[np.int64]  # [n], index into `classes`
-    train: NDArray[np.int64]  # indices of the images in each split
-    val: NDArray[np.int64]
-    test: NDArray[np.int64]
-    classes: tuple[str, ...]
-
-
-def placed(images: NDArray[np.uint8], device: torch.device) -> NDArray[np.uint8] | Tensor:
-    """Decoded images on the GPU, where they take at most a quarter of what is free there; else as they are."""
-    if device.type == "cuda" and images.nbytes <= torch.cuda.mem_get_info(device)[0] / 4:
-        return torch.from_numpy(np.array(images)).to(device)
-    return images
-
-
-def join(samples: pd.DataFrame, images: NDArray[np.uint8] | Tensor) -> Data:
-    """Samples (as `samples.load_samples` gives them) and their decoded images, in the same order."""
-    assert len(samples) == len(images)
-    classes = tuple(sorted(samples["label"].unique()))
-    labels = np.array([classes.index(label) for label in samples["label"]], dtype=np.int64)
-    splits = {name: np.flatnonzero(samples["split"] == name) for name in ("train", "val", "test")}
-    return Data(images, labels, **splits, classes=classes)
-
-
-@dataclass(frozen=True)
 class State:
     """All that a trial needs to go on from the end of an epoch; every tensor is a copy on the CPU."""
 
     history: list[Row]
-    tensors: dict[str, Tensor]  # model/<name>, best/<name> and optimizer/<parameter>/<key>
+    tensors: dict[str, Tensor]  # model/<name>, best/<name>, averaged/<name> and optimizer/<parameter>/<key>
 
 
 def finetune(
@@ -76,6 +50,7 @@ def finetune(
     metric: str = "val_loss",
     patience: int | None = None,
     divergence_factor: float = math.inf,
+    early_loss_epochs: Collection[int] = (),
     state: State | None = None,
     features: FeatureCache | None = None,
     models: Models | None = None,
@@ -90,6 +65,8 @@ def finetune(
         metric: chooses the best epoch.
         patience: epochs without a better one after which the trial has converged; null: never.
         divergence_factor: see `divergence`; infinite: only a loss that is not finite ends the trial.
+        early_loss_epochs: after which `early_loss` is measured: the validation loss of weights averaged over about an
+            epoch, calibrated. It ranks unfinished trials better than the loss itself; see benchmarks/README.md.
         state: where to go on from.
         features: keeps the outputs of frozen layers for this trial and others; null: they are computed in each epoch.
         models: keeps the model for the next trial. A trial that uses it ends the one before.
@@ -131,13 +108,9 @@ def finetune(
     else:
         optimizer = torch.optim.AdamW(groups)
     peak_rates = [group["lr"] for group in optimizer.param_groups]
-    half = (
-        torch.bfloat16
-        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        else torch.float16
-    )
-    autocast = torch.autocast(device.type, dtype=half, enabled=device.type == "cuda")
-    scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and half == torch.float16)
+    autocast = mixed_precision(device)
+    scaled = device.type == "cuda" and autocast.fast_dtype == torch.float16
+    scaler = torch.amp.GradScaler(device.type, enabled=scaled)
 
     # The batches: an incomplete last one is dropped; with too few images the batch is the whole set.
     labels = torch.from_numpy(data.labels)
@@ -149,7 +122,7 @@ def finetune(
     if config.class_weighting == "balanced":
         inverse = 1 / np.maximum(frequencies, 1 / len(data.train)) / len(data.classes)
         class_weights = torch.tensor(inverse, dtype=torch.float32, device=device)
-    train_eval = data.train[np.random.default_rng(0).permutation(len(data.train))[: len(data.val)]]
+    train_eval = train_eval_set(data)
     frozen = Frozen(
         network,
         depth,
@@ -177,12 +150,21 @@ def finetune(
             total += loss.detach()
         return total
 
-    # Where to go on from.
+    # Where to begin, or to go on from.
+    if config.head_init == "probe" and depth and state is None:
+        weight, bias, _ = probed_head(network, config, data, device=device, weights=weights, features=features)
+        classifier = model.get_submodule(backbones.classifier_name(model))[1]  # type: ignore[index]
+        with torch.no_grad():
+            classifier.weight.copy_(weight.view_as(classifier.weight))
+            classifier.bias.copy_(bias)
+    averaged = Averaged(model, changed, steps) if early_loss_epochs else None
     history: list[Row] = []
     best: dict[str, Tensor] = {}
     if state is not None:
         history = list(state.history)
-        best = _restore(state, model, optimizer, scaler)
+        best, mean = _restore(state, model, optimizer, scaler)
+        if averaged is not None:
+            averaged.restore(mean, len(history) * steps)
     micro_batch = history[-1]["micro_batch"] if history else batch_size
 
     for epoch in range(len(history) + 1, config.epochs + 1):
@@ -213,6 +195,8 @@ def finetune(
                     torch.cuda.empty_cache()
             scaler.step(optimizer)
             scaler.update()
+            if averaged is not None:
+                averaged.update()
             if step % 16 == 15 and not math.isfinite(float(total)):  # each look waits for the GPU
                 break
         train_loss = float(total) / steps
@@ -222,12 +206,16 @@ def finetune(
         # Evaluate, unless the loss is lost already.
         model.eval()
         measured: Row = dict.fromkeys(
-            ("val_loss", "val_accuracy", "val_balanced_accuracy", "val_auroc", "train_eval_loss")
+            ("val_loss", "val_accuracy", "val_balanced_accuracy", "val_auroc", "train_eval_loss", "early_loss")
         )
         if math.isfinite(train_loss):
             found = evaluate(frozen, data.labels, data.val, autocast)
             measured |= {f"val_{name}": value for name, value in found.items()}
             measured["train_eval_loss"] = evaluate(frozen, data.labels, train_eval, autocast)["loss"]
+            if averaged is not None and epoch in early_loss_epochs:
+                with averaged.in_place():
+                    logits = logits_of(frozen, data.val, autocast)
+                measured["early_loss"] = calibrated_loss(logits, data.labels[data.val])
 
         # The row, and whether the trial ends with it.
         row: Row = {
@@ -250,26 +238,19 @@ def finetune(
             "unfreeze_depth": DEPTH_ALL if depth == len(stages) else depth,
         }
         history = [*history, row]
-        best_row = best_epoch(history, metric)
-        row["ends"], row["reason"] = (
-            None,
-            divergence(
-                row["train_loss"],
-                [row["val_loss"] for row in history],
-                class_entropy=class_entropy,
-                factor=divergence_factor,
-            ),
+        row["ends"], row["reason"] = ending(
+            history,
+            epochs=config.epochs,
+            metric=metric,
+            patience=patience,
+            class_entropy=class_entropy,
+            divergence_factor=divergence_factor,
         )
-        if row["reason"] is not None:
-            row["ends"] = "diverged"
-        elif epoch == config.epochs:
-            row["ends"], row["reason"] = "completed", f"all {epoch} epochs"
-        elif patience is not None and best_row is not None and epoch - best_row["epoch"] >= patience:
-            row["ends"], row["reason"] = "converged", f"no epoch better than {best_row['epoch']} for {patience} epochs"
-        if best_row is row:
+        if best_epoch(history, metric) is row:
             tensors = model.state_dict()
             best = {name: tensors[name].detach().cpu().clone() for name in changed}
-        yield row, partial(_snapshot, model, changed, best, optimizer, scaler, history)
+        mean = {} if averaged is None else averaged.mean
+        yield row, partial(_snapshot, model, changed, best, mean, optimizer, scaler, history)
         if row["ends"] is not None:
             return
 
@@ -293,6 +274,28 @@ def learning_rate_factor(config: TrialConfig, epochs: float) -> float:
         return 1.0
     progress = (epochs - config.warmup_epochs) / max(config.epochs - config.warmup_epochs, 1e-9)
     return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def ending(
+    history: list[Row],
+    *,
+    epochs: int,
+    metric: str,
+    patience: int | None,
+    class_entropy: float,
+    divergence_factor: float,
+) -> tuple[str | None, str | None]:
+    """How and why a trial ends with the last row of its history; nulls where it goes on. Arguments as in `finetune`."""
+    epoch, best_row = len(history), best_epoch(history, metric)
+    losses = [row["val_loss"] for row in history]
+    reason = divergence(history[-1]["train_loss"], losses, class_entropy=class_entropy, factor=divergence_factor)
+    if reason is not None:
+        return "diverged", reason
+    if epoch == epochs:
+        return "completed", f"all {epoch} epochs"
+    if patience is not None and best_row is not None and epoch - best_row["epoch"] >= patience:
+        return "converged", f"no epoch better than {best_row['epoch']} for {patience} epochs"
+    return None, None
 
 
 def divergence(
@@ -329,23 +332,6 @@ def divergence(
     return None
 
 
-def preparer(images: NDArray[np.uint8] | Tensor, backbone: str, device: torch.device) -> Prepare:
-    """A function from indices (and their rows of the epoch's table) to the network's input [batch, 3, side, side]."""
-    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in backbones.input_mean_std(backbone))
-
-    def prepare(indices: NDArray[np.int64], table: Tensor | None, policy: str) -> Tensor:
-        if isinstance(images, Tensor):
-            chosen = images[torch.from_numpy(indices).to(device)]
-        else:
-            chosen = to_device(images[indices], device)
-        pixels = chosen.permute(0, 3, 1, 2).float() / 255
-        if table is not None:
-            pixels = augment(pixels, table.to(device), policy)
-        return ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
-
-    return prepare
-
-
 @torch.no_grad()
 def predict(
     forward: Callable[[Tensor], Tensor], batches: Iterable[Tensor], autocast: torch.autocast
@@ -372,9 +358,13 @@ def evaluate(
 
     AUROC is null where a class is missing from the set or the logits are not finite.
     """
+    return score(logits_of(frozen, indices, autocast), labels[indices])
+
+
+def logits_of(frozen: Frozen, indices: NDArray[np.int64], autocast: torch.autocast) -> NDArray[np.float32]:
+    """Logits [n, classes] of a set of images as they are."""
     size = EVALUATION_VECTORS if frozen.head_only else EVALUATION_BATCH
-    batches = frozen.inputs(indices).batches(np.arange(len(indices)), size)
-    return score(predict(frozen.trained, batches, autocast), labels[indices])
+    return predict(frozen.trained, frozen.inputs(indices).batches(np.arange(len(indices)), size), autocast)
 
 
 def _finite(value: float | None) -> float | None:
@@ -385,14 +375,15 @@ def _snapshot(
     model: nn.Module,
     changed: list[str],
     best: dict[str, Tensor],
+    mean: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     history: list[Row],
 ) -> State:
     tensors = model.state_dict()
-    saved = {f"model/{name}": tensors[name] for name in changed} | {
-        f"best/{name}": tensor for name, tensor in best.items()
-    }
+    saved = {f"model/{name}": tensors[name] for name in changed}
+    saved |= {f"best/{name}": tensor for name, tensor in best.items()}
+    saved |= {f"averaged/{name}": tensor for name, tensor in mean.items()}
     for index, values in optimizer.state_dict()["state"].items():
         saved |= {f"optimizer/{index}/{key}": value for key, value in values.items() if isinstance(value, Tensor)}
     if scaler.is_enabled():
@@ -405,9 +396,9 @@ def _snapshot(
 
 def _restore(
     state: State, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-) -> dict[str, Tensor]:
-    """Put a snapshot back; returns the best epoch's weights."""
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}, "scaler": {}}
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Put a snapshot back; returns the best epoch's weights and the averaged ones."""
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "averaged": {}, "optimizer": {}, "scaler": {}}
     for name, tensor in state.tensors.items():
         part, _, rest = name.partition("/")
         parts[part][rest] = tensor
@@ -419,4 +410,4 @@ def _restore(
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
     if scaler.is_enabled():
         scaler.load_state_dict(scaler.state_dict() | {name: value.item() for name, value in parts["scaler"].items()})
-    return parts["best"]
+    return parts["best"], parts["averaged"]

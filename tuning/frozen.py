@@ -170,3 +170,10 @@ def _chunks(positions: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
 def _filled(positions: NDArray[np.int64]) -> NDArray[np.int64]:
     """CHUNK positions: the last one repeated where there are fewer."""
     return np.pad(positions, (0, CHUNK - len(positions)), mode="edge")
+
+
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """What models are run under: on CUDA bfloat16 where the GPU has it, else float16; on the CPU nothing."""
+    cuda = device.type == "cuda"
+    half = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.autocast(device.type, dtype=half, enabled=cuda)

@@ -50,6 +50,7 @@ DECODER_ERRORS = (OSError, SyntaxError, LookupError, TypeError, ArithmeticError,
 DECODING = ".decoding-"  # prefix of a folder that is being written
 ABANDONED_S = 3600.0  # a folder that is being written is touched every TOUCH_IMAGES, which takes seconds
 TOUCH_IMAGES = 100
+DISK_CURE = "free some or set FINETUNE_SEARCH_CACHE to a folder on a larger disk"
 
 Pixels: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 Item = TypeVar("Item")
@@ -253,18 +254,8 @@ def decode_all(
     unfinished.mkdir()
     unreadable: dict[int, str] = {}
     try:
-        array = _create_array(unfinished, (len(files), image_size, image_size, 1))
-        for index, pixels in enumerate(map(partial(_decode_or_reason, image_size=image_size), files)):
-            if index % TOUCH_IMAGES == 0:
-                os.utime(unfinished)
-            if isinstance(pixels, str):
-                unreadable[index] = pixels
-                continue
-            if pixels.ndim == 3 and array.shape[3] == 1:
-                array = _with_three_channels(array, index, unfinished)
-            array[index] = pixels if pixels.ndim == 3 else pixels[:, :, None]
-        array.flush()
-        del array
+        decoded = map(partial(_decode_or_reason, image_size=image_size), files)
+        _write_array(unfinished / "images.npy", (len(files), image_size, image_size), decoded, unreadable)
         if not unreadable:
             _rename_folder(unfinished, target)
     finally:
@@ -288,22 +279,58 @@ def _decode_or_reason(file: str, image_size: int) -> Pixels | str:
         return str(error)
 
 
-def _create_array(folder: Path, shape: tuple[int, int, int, int], name: str = "images.npy") -> np.memmap[Any, Any]:
-    # Writing to a memory map on a full disk kills the process with SIGBUS, so the space is looked for first.
-    free_bytes = shutil.disk_usage(folder).free
+def _write_array(
+    path: Path, shape: tuple[int, int, int], decoded: Iterable[Pixels | str], unreadable: dict[int, str]
+) -> None:
+    """Write images as they come, with three channels from the first coloured one on; those before it are rewritten.
+
+    Written as a file, not through a memory map: that took longer, and a full disk would end the process with SIGBUS.
+    """
+    channels = 1
+    file = _begin_array(path, (*shape, channels))
+    try:
+        for index, pixels in enumerate(decoded):
+            if index % TOUCH_IMAGES == 0:
+                os.utime(path.parent)
+            if isinstance(pixels, str):
+                unreadable[index] = pixels
+                continue
+            if pixels.ndim == 3 and channels == 1:
+                file.close()
+                channels = 3
+                file = _with_three_channels(path, shape)
+            whole = pixels if pixels.ndim == 3 or channels == 1 else np.repeat(pixels, 3)
+            file.write(whole.data)
+        file.flush()
+        os.fsync(file.fileno())
+    except OSError as error:
+        raise InputError(f"{path}: can't be written ({error.strerror}); {DISK_CURE}") from error
+    finally:
+        file.close()
+
+
+def _begin_array(path: Path, shape: tuple[int, int, int, int]) -> BinaryIO:
+    """A new NumPy file with its header, to which pixels are written in order."""
+    free_bytes = shutil.disk_usage(path.parent).free
     if math.prod(shape) > free_bytes:
-        raise InputError(
-            f"{folder.parent}: the decoded images take {math.prod(shape):,} bytes, {free_bytes:,} are free; free some "
-            "or set FINETUNE_SEARCH_CACHE to a folder on a larger disk"
-        )
-    return np.lib.format.open_memmap(folder / name, mode="w+", dtype=np.uint8, shape=shape)
+        needed = f"the decoded images take {math.prod(shape):,} bytes, {free_bytes:,} are free"
+        raise InputError(f"{path.parent.parent}: {needed}; {DISK_CURE}")
+    file = open(path, "wb")
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return file
 
 
-def _with_three_channels(grey: np.memmap[Any, Any], n_done: int, folder: Path) -> np.memmap[Any, Any]:
-    array = _create_array(folder, (*grey.shape[:3], 3), "coloured.npy")
-    array[:n_done] = grey[:n_done]
-    os.replace(folder / "coloured.npy", folder / "images.npy")
-    return array
+def _with_three_channels(path: Path, shape: tuple[int, int, int]) -> BinaryIO:
+    """Take a grey array's place by the same images in three channels; gives the file to go on with."""
+    coloured = path.with_name("coloured.npy")
+    file = _begin_array(coloured, (*shape, 3))
+    with open(path, "rb") as grey:
+        np.lib.format.read_magic(grey)
+        np.lib.format.read_array_header_1_0(grey)
+        while part := grey.read(2**20):
+            file.write(np.repeat(np.frombuffer(part, np.uint8), 3).data)
+    os.replace(coloured, path)
+    return file
 
 
 def _rename_folder(unfinished: Path, target: Path) -> None:

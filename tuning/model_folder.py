@@ -43,7 +43,8 @@ class Model:
         """
         import torch
 
-        from tuning.finetune import predict_images, preparer
+        from tuning.data import preparer
+        from tuning.finetune import predict_images
 
         decoded, faults = [], []
         for file in files:

@@ -7,6 +7,7 @@ if __name__ == "__main__":  # this folder would come first on the path, and its 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import dataclasses
+import math
 import os
 import platform
 import re
@@ -32,6 +33,7 @@ from tuning.space import Space, fix, image_sizes, load, parse
 from tuning.space import backbones as backbones_in
 
 DONE, BAD_INPUT, NO_FINITE_LOSS, INTERRUPTED = 0, 2, 3, 130
+HOPELESS = 0.95  # of the class entropy: a probe with a higher loss is warned of
 HEARTBEAT_SECONDS = 30.0  # between lines where the output is no terminal
 console = Console(highlight=False, soft_wrap=True)
 
@@ -110,17 +112,25 @@ def _search(
 ) -> int:
     # What it is to be done with. All of it is checked before anything is written.
     from tuning import backbones
-    from tuning.cluster import slots
+    from tuning.cluster import cluster_map, slots
+    from tuning.images import parallel_map
     from tuning.search import Search
     from tuning.weights import find_weights
 
     weights = find_weights(backbones_in(space), plan.weights)
-    table, image_folders, fingerprint = _data(plan, space)
+    joining = (
+        "RAY_ADDRESS" in os.environ
+    )  # a cluster of many nodes; Ray on this machine starts while images are decoded
+    if joining:
+        ray_resources()
+    table, image_folders, fingerprint = _data(plan, space, map=cluster_map if joining else parallel_map)
     if flags.resume:
         _check_same_data(folder, plan, fingerprint)
     for backbone, file in weights.items():  # a damaged file or an image size that can't be is found here, not in trials
         size = image_sizes(space)[0]
         backbones.build(backbone, classes=2, image_size=size, head_dropout=0.0, seed=0, weights=file)
+
+    priors = [] if flags.resume else _priors(plan, space)
 
     # Search.
     cpus, gpus = ray_resources()
@@ -134,8 +144,17 @@ def _search(
     what = f"{resources.gpus:g} GPU" if resources.gpus else f"{resources.cpus} core{'s' * (resources.cpus > 1)}"
     what = "a whole, a half or a quarter GPU" if resources.packed else what
     console.print(f"{at_most}{resources.count} trials at once, {what} each\n")
-    show = Progress(plan)
-    search = Search(plan, space, folder, images=image_folders, weights=weights, resources=resources, show=show)
+    show = Progress(plan, class_entropy(table))
+    search = Search(
+        plan,
+        space,
+        folder,
+        images=image_folders,
+        weights=weights,
+        resources=resources,
+        show=show,
+        priors=priors,
+    )
     try:
         finished = search.run()
     finally:
@@ -146,7 +165,7 @@ def _search(
     top = analysis.best(trials, plan.metric)
     if top is not None:
         _write_best(folder, plan, search.record.trials[top["trial_id"]], fingerprint)
-    _summary(folder, plan, trials, top, search.halted, None if resources.packed else resources.count)
+    _summary(folder, plan, analysis.searched(trials), top, search.halted, None if resources.packed else resources.count)
     if not finished:
         storage = "" if plan.storage == "results" else f" --storage {plan.storage}"
         console.print(f"\nInterrupted. To go on: python tuning/run_search.py --resume --name {plan.name}{storage}")
@@ -176,7 +195,11 @@ def _given(flags: Flags) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings whose paths hold in any folder: a run goes on from another one, and workers run elsewhere."""
-    paths = {key: settings[key] for key in ("data", "weights") if settings.get(key) not in (None, "auto", "random")}
+    paths = {
+        key: settings[key]
+        for key in ("data", "weights", "warm_start")
+        if settings.get(key) not in (None, "auto", "random")
+    }
     return settings | {key: os.path.abspath(os.path.expanduser(path)) for key, path in paths.items()}
 
 
@@ -231,14 +254,28 @@ def check_new(folder: Path, plan: SearchPlan) -> None:
         raise InputError(f"--storage {plan.storage}: no permission to write there; choose another")
 
 
-def _data(plan: SearchPlan, space: Space) -> tuple[pd.DataFrame, dict[int, Path], str]:
+def _data(plan: SearchPlan, space: Space, map: Callable[..., Any]) -> tuple[pd.DataFrame, dict[int, Path], str]:
     console.print(f"data: {plan.data or 'generated chest radiographs'}")
     started = time.perf_counter()
-    table, folders, fingerprint = load_checked(plan, image_sizes(space))
+    table, folders, fingerprint = load_checked(plan, image_sizes(space), map=map)
     for label, row in table.groupby(["label", "split"]).size().unstack(fill_value=0).iterrows():
         console.print(f"  {label}: " + ", ".join(f"{count} {split}" for split, count in row.items()), markup=False)
     console.print(f"  read and decoded in {time.perf_counter() - started:.1f} s")
     return table, folders, fingerprint
+
+
+def _priors(plan: SearchPlan, space: Space) -> list[Any]:
+    """What the sampler learns from another run."""
+    if plan.warm_start is None:
+        return []
+    from tuning.optimizer import read_priors
+
+    trials = tables.read_table(Path(plan.warm_start) / "trials.parquet")
+    priors, outside = read_priors(trials, space, plan.metric, plan.warm_start_weight)
+    console.print(f"warm start: {len(priors)} trials of {plan.warm_start}")
+    if outside:
+        console.print(f"  {outside} of its trials lie outside this space and are left out")
+    return priors
 
 
 def _check_same_data(folder: Path, plan: SearchPlan, fingerprint: str) -> None:
@@ -289,18 +326,24 @@ def _write_best(folder: Path, plan: SearchPlan, trial: tables.Trial, fingerprint
         "run": plan.name,
         "trial_id": trial.trial_id,
         "metric": plan.metric,
-        "best_epoch": tables.best_epoch(trial.rows, plan.metric),
+        "best_epoch": dict(tables.best_epoch(trial.rows, plan.metric) or {}),
         "fingerprint": fingerprint,
         "settings": plan.model_dump(),
     }
     _write_yaml(folder / "best.yaml", trial.config | {"provenance": provenance})
 
 
+def class_entropy(samples: pd.DataFrame) -> float:
+    """What predicting the classes' shares of the training set would cost, in nats."""
+    shares = samples[samples["split"] == "train"]["label"].value_counts(normalize=True)
+    return -math.fsum(share * math.log(share) for share in shares)
+
+
 class Progress:
     """A line for each trial that ends, and what runs: on a terminal as a status line, else now and then."""
 
-    def __init__(self, plan: SearchPlan):
-        self._plan = plan
+    def __init__(self, plan: SearchPlan, class_entropy: float):
+        self._plan, self._class_entropy = plan, class_entropy
         self._status = console.status("") if console.is_terminal else None
         self._best: tuple[float, str] | None = None
         self._begun = False
@@ -308,7 +351,10 @@ class Progress:
 
     def __call__(self, search: Any, trial: tables.Trial) -> None:
         """Take in a trial that has reported an epoch or ended."""
-        everything = search.record.trials.values()
+        if trial.origin == "probe":
+            self._probe(trial)
+            return
+        everything = [other for other in search.record.trials.values() if other.number is not None]
         ended = sum(other.ended for other in everything)
         clock = time.strftime("%H:%M:%S", time.gmtime(search.journal.wall_s))
         count = f"{clock}  {ended:>{len(str(self._plan.trials))}}/{self._plan.trials}"
@@ -332,6 +378,16 @@ class Progress:
             (self._status.start if running else self._status.stop)()
         elif running and time.monotonic() - self._said_at > HEARTBEAT_SECONDS:
             self._say(f"{count}  {now}")
+
+    def _probe(self, trial: tables.Trial) -> None:
+        if not trial.rows:
+            self._say(f"probe     {trial.config['backbone']} {trial.status}: {trial.reason}")
+            return
+        row = trial.rows[-1]
+        hopeless = row["val_loss"] > HOPELESS * self._class_entropy
+        warning = ": hardly better than guessing the classes' shares" if hopeless else ""
+        measured = f"val_loss {row['val_loss']:.4f}, accuracy {row['val_accuracy']:.2f}"
+        self._say(f"probe     {trial.config['backbone']} {measured}{warning}")
 
     def stop(self) -> None:
         """Give the terminal its cursor back."""
@@ -395,6 +451,11 @@ def _summary(
         f"Ending trials early saved {saved['epochs_saved'].sum():.0f} epochs, about {kept:.0f} s "
         f"({kept / max(spent + kept, 1e-9):.0%} of what all epochs would have taken)."
     )
+
+    # What each backbone cost.
+    costs = analysis.cost(tables.read_table(folder / "trials.parquet"))
+    shares = ", ".join(f"{row.backbone} {row.seconds:.0f} s in {row.epochs} epochs" for row in costs.itertuples())
+    console.print(f"By backbone, probes included: {shares}.")
 
     # Where the time went.
     epochs = tables.read_table(folder / "epochs.parquet")

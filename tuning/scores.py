@@ -5,6 +5,7 @@ import math
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import minimize
 from torch.nn import functional
 
 
@@ -37,3 +38,26 @@ def auroc(positive: NDArray[np.bool_], values: NDArray[np.float64]) -> float:
     n_positive = int(positive.sum())
     above = float(ranks[inverse][positive].sum()) - n_positive * (n_positive + 1) / 2
     return above / (n_positive * (len(positive) - n_positive))
+
+
+def calibrated_loss(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> float | None:
+    """Cross-entropy (nats) left when logits [n, classes] are scaled and shifted by class as serves them best.
+
+    Early in fine-tuning, batch norm's lagging statistics put logits out of scale; what they tell apart is seen sooner
+    than their plain cross-entropy shows. Null where a logit is not finite.
+    """
+    if not np.isfinite(logits).all():
+        return None
+    scale = float(np.abs(logits - logits.mean(axis=1, keepdims=True)).max()) or 1.0
+    inputs = torch.from_numpy(logits).double() / scale
+    wanted = torch.from_numpy(targets)
+
+    def loss(parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        tensor = torch.from_numpy(parameters).requires_grad_()
+        found = functional.cross_entropy(inputs * tensor[0] + tensor[1:], wanted)
+        (gradient,) = torch.autograd.grad(found, tensor)
+        return float(found.detach()), gradient.numpy()
+
+    bounds = [(0.0, None)] + [(None, None)] * logits.shape[1]
+    start = np.concatenate([[1.0], np.zeros(logits.shape[1])])
+    return float(minimize(loss, start, jac=True, bounds=bounds).fun)

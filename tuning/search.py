@@ -3,9 +3,10 @@
 import json
 import math
 import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from tuning.cluster import Slots, gpu_share
 from tuning.config import SearchPlan, TrialConfig
 from tuning.features import run_folder
 from tuning.images import cache_folder
-from tuning.optimizer import Optimizer
-from tuning.space import Space, trial_values
-from tuning.stopping import Rungs
+from tuning.optimizer import LiveStudy, Optimizer, Prior
+from tuning.space import Space, backbones, middle, trial_values
+from tuning.stopping import Rungs, compared_value, stratum
 from tuning.tables import Journal, Record, Trial, best_epoch, loss_like, make_tables, read_journal, write_tables
 from tuning.trial import FinetuneTrial, best_file, state_file
 
@@ -40,6 +41,8 @@ class Search:
         weights: weight file by backbone.
         resources: what a trial is given.
         show: called with each trial that has reported or ended.
+        priors: of `optimizer.read_priors`; a search that goes on has them in its journal.
+        clock: seconds; simulated ones in benchmarks.
     """
 
     def __init__(
@@ -52,13 +55,26 @@ class Search:
         weights: dict[str, Path | None],
         resources: Slots,
         show: Callable[["Search", Trial], None],
+        priors: Iterable[Prior] = (),
+        clock: Callable[[], float] = time.monotonic,
     ):
         self.plan, self.space, self.run_folder, self.resources, self.show = plan, space, run, resources, show
         path = run / "journal.jsonl"
-        self.journal = Journal(path)
-        self.record = Record.of(read_journal(path))
+        self.journal = Journal(path, clock)
+        events = read_journal(path)
+        self.record = Record.of(events)
         self.started_wall_s = self.journal.wall_s
-        self.optimizer = Optimizer(space, seed=plan.seed, metric=plan.metric)
+        self._live = None
+        if plan.optuna_storage is not None:
+            self._live = LiveStudy(plan.optuna_storage, plan.name, space, anew=bool(events))
+            for event in events:
+                self._show_live(event)
+        if not events:
+            for prior in priors:
+                self._write("prior", **prior)
+        self.optimizer = Optimizer(
+            space, seed=plan.seed, metric=plan.metric, sampler=plan.sampler, priors=self.record.priors
+        )
         self.rungs = Rungs(grace_epochs=plan.grace_epochs, reduction_factor=plan.reduction_factor, epochs=plan.epochs)
         self.halted: str | None = None  # why no more trials are to be started
         self._tables_at = -math.inf
@@ -75,11 +91,25 @@ class Search:
                 "metric": plan.metric,
                 "patience": plan.patience if plan.early_stopping else None,
                 "divergence_factor": plan.divergence_factor if plan.early_stopping else math.inf,
+                "early_loss_epochs": self._early_loss_epochs(),
             },
         }
         for unfinished in (run / "checkpoints").glob(".*"):  # what a killed writer left
             unfinished.unlink()
         self._unfinished = self._rebuild()
+        probed = {trial.config["backbone"] for trial in self.record.trials.values() if trial.origin == "probe"}
+        wanted = backbones(space) if plan.probe and plan.early_stopping else []
+        self._unprobed = [backbone for backbone in wanted if backbone not in probed]
+
+    def _early_loss_epochs(self) -> list[int]:
+        if self.plan.early_loss == "always":
+            return list(range(1, self.plan.epochs + 1))
+        return self.rungs.rungs if self.plan.early_stopping and self.plan.compared == "early_loss" else []
+
+    @property
+    def searched(self) -> int:
+        """Start points and suggested trials so far."""
+        return sum(trial.number is not None for trial in self.record.trials.values())
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Ray pickles what it is given for a `Tuner.restore`, which is never called."""
@@ -89,14 +119,14 @@ class Search:
         """Bring rungs and study to where the journal ends; returns the trials that have to go on."""
         decisions = [decision for trial in self.record.trials.values() for decision in trial.decisions]
         for row in sorted(decisions, key=lambda row: int(row["seq"])):
-            self.rungs.enter(row["trial_id"], row["rung"], row["stratum"], self._compared(row["value"]))
+            self.rungs.enter(row["trial_id"], row["rung"], row["stratum"], self._less_is_better(row["value"]))
         unfinished = []
         for trial in self.record.trials.values():
             if not trial.ended:  # a journalled stop or end is final even where the crash came before `ended`
                 if trial.rows and trial.rows[-1]["ends"] is not None:
                     self._write_end(trial, trial.rows[-1]["ends"], trial.rows[-1]["reason"])
                 elif trial.decisions and trial.decisions[-1]["verdict"] == "stop":
-                    self._write_end(trial, "stopped", stop_reason(self.plan.metric, trial.decisions[-1]))
+                    self._write_end(trial, "stopped", stop_reason(self.plan, trial.decisions[-1]))
                 else:
                     unfinished.append(trial)
             self.optimizer.remember(trial)
@@ -112,8 +142,10 @@ class Search:
             return str(Searcher.FINISHED)
         if self._unfinished:
             trial = self._unfinished.pop(0)
-        elif len(self.record.trials) < self.plan.trials:
-            trial = self._ask(len(self.record.trials))
+        elif self._unprobed:
+            trial = self._ask_probe(self._unprobed.pop(0))
+        elif (number := self.searched) < self.plan.trials:
+            trial = self._ask(number)
         else:
             return str(Searcher.FINISHED)
         gpus = self.resources.gpus
@@ -147,6 +179,15 @@ class Search:
         self._write("asked", trial_id=trial_id, number=number, origin=origin, params=params, config=config.model_dump())
         return self.record.trials[trial_id]
 
+    def _ask_probe(self, backbone: str) -> Trial:
+        params = middle(self.space, {"backbone": backbone, "unfreeze_depth": 0, "augmentation": "none"})
+        values = trial_values(self.space, params) | {"backbone": backbone, "unfreeze_depth": 0, "augmentation": "none"}
+        config = TrialConfig(**values, epochs=1, seed=self.plan.seed)
+        trial_id = f"p{sum(trial.number is None for trial in self.record.trials.values()):05d}"
+        named = {"trial_id": trial_id, "number": None, "origin": "probe"}
+        self._write("asked", **named, params=params, config=config.model_dump())
+        return self.record.trials[trial_id]
+
     def started(self, ray_id: str) -> None:
         self._write("started", trial_id=self._ray_ids[ray_id], gpus=self._gpus[self._ray_ids[ray_id]])
 
@@ -167,7 +208,7 @@ class Search:
             return self._end(trial, row["ends"], row["reason"])
         decision = self._decide(trial, row["epoch"])
         if decision is not None and decision["verdict"] == "stop":
-            return self._end(trial, "stopped", stop_reason(self.plan.metric, decision))
+            return self._end(trial, "stopped", stop_reason(self.plan, decision))
         if self.halted is not None or self._budget_over():
             return self._end(
                 trial, "interrupted", f"{self.halted or 'the time budget is over'}; --resume goes on with it"
@@ -185,16 +226,15 @@ class Search:
 
     # What follows.
 
-    def _decide(self, trial: Trial, epoch: int) -> dict[str, Any] | None:
+    def _decide(self, trial: Trial, epoch: int) -> Mapping[str, Any] | None:
         """ASHA's decision at this epoch, journalled; the one of an earlier start where there is one."""
         if not self.plan.early_stopping:
             return None
         for made in trial.decisions:
             if made["epoch"] == epoch:
                 return made
-        best = best_epoch(trial.rows[:epoch], self.plan.metric)
-        value = None if best is None else best[self.plan.metric]
-        decision = self.rungs.decide(trial.trial_id, epoch, self._compared(value))
+        value = self._compared_at(trial.rows[:epoch])
+        decision = self.rungs.decide(trial.trial_id, epoch, value, stratum(self.plan.strata, trial.config))
         if decision is None:
             return None
         return self._write(
@@ -203,19 +243,29 @@ class Search:
             epoch=epoch,
             rung=decision.rung,
             stratum=decision.stratum,
-            value=value,
-            cutoff=self._compared(decision.cutoff),
+            value=self._less_is_better(value),
+            cutoff=self._less_is_better(decision.cutoff),
             verdict=decision.verdict,
         )
 
-    def _compared(self, value: float | None) -> float | None:
-        """From the metric's units to less-is-better, and back."""
-        return None if value is None else loss_like(self.plan.metric, value)
+    def _compared_at(self, rows: Sequence[Mapping[str, Any]]) -> float | None:
+        """What a rung compares after these epochs, less being better."""
+        if self.plan.compared == "early_loss":
+            return rows[-1]["early_loss"]  # type: ignore[no-any-return]
+        metric = self.plan.metric
+        losses = [self._less_is_better(None if row["val_loss"] is None else row[metric]) for row in rows]
+        return compared_value(losses, self.plan.compared)
+
+    def _less_is_better(self, value: float | None) -> float | None:
+        """From the units of what is compared to less-is-better, and back."""
+        if value is None or self.plan.compared == "early_loss":
+            return value
+        return loss_like(self.plan.metric, value)
 
     def _end(self, trial: Trial, status: str, reason: str, error: str | None = None) -> bool:
         self._write_end(trial, status, reason, error)
         self.optimizer.tell(trial)
-        first = [other.status for other in self.record.trials.values() if other.ended]
+        first = [other.status for other in self.record.trials.values() if other.ended and other.number is not None]
         if len(first) == FAILURES_AT_FIRST and set(first) == {"failed"}:
             self.halted = f"the first {FAILURES_AT_FIRST} trials all failed; the last one: {reason}"
         self.show(self, trial)
@@ -228,7 +278,18 @@ class Search:
     def _write(self, event: str, **fields: Any) -> dict[str, Any]:
         entry = self.journal.append(event, **fields)
         self.record.apply(entry)
+        self._show_live(entry)
         return entry
+
+    def _show_live(self, event: dict[str, Any]) -> None:
+        """Copy an event to the live study; a storage that fails costs the copy, not the search."""
+        if self._live is None or "trial_id" not in event:
+            return
+        try:
+            self._live.show(event, self.record.trials[event["trial_id"]], self.plan.metric)
+        except Exception as error:
+            print(f"optuna_storage: {type(error).__name__}: the live study ends here", file=sys.stderr)
+            self._live = None
 
     def _budget_over(self) -> bool:
         budget = self.plan.time_budget
@@ -242,7 +303,7 @@ class Search:
 
     def _delete_checkpoints(self) -> None:
         """Of ended trials keep the best few's best weights, within `checkpoint_bytes`; the worst of them go first."""
-        ended = [trial for trial in self.record.trials.values() if trial.ended]
+        ended = [trial for trial in self.record.trials.values() if trial.ended and trial.number is not None]
         running = [trial for trial in self.record.trials.values() if not trial.ended]
         states = [state_file(self.run_folder, trial.trial_id) for trial in running]
         total = sum(path.stat().st_size for path in states if path.exists())
@@ -266,7 +327,7 @@ class Search:
         with run_folder(cache_folder(), self.run_folder) as features:
             self._context["features"] = str(features)
             self._fit()
-        everything = len(self.record.trials) >= self.plan.trials
+        everything = self.searched >= self.plan.trials
         return self.halted is not None or (everything and all(trial.ended for trial in self.record.trials.values()))
 
     def _fit(self) -> None:
@@ -301,12 +362,15 @@ class Search:
             shutil.rmtree(ray_folder, ignore_errors=True)
 
 
-def stop_reason(metric: str, decision: dict[str, Any]) -> str:
+def stop_reason(plan: SearchPlan, decision: Mapping[str, Any]) -> str:
     """Why ASHA stopped a trial, in a sentence with the numbers."""
+    words = {"best": "best {}", "last": "{}", "mean": "mean of the last two {}", "early_loss": "early_loss"}
+    what = words[plan.compared].format(plan.metric)
     if decision["value"] is None:
-        return f"{metric} could not be computed by epoch {decision['rung']}"
+        return f"{what} could not be computed by epoch {decision['rung']}"
+    among = "" if decision["stratum"] == "all" else f" of {decision['stratum']}"
     value, cutoff = f"{decision['value']:.4g}", f"{decision['cutoff']:.4g}"
-    return f"best {metric} {value} by epoch {decision['rung']}, where the cut-off was {cutoff}"
+    return f"{what} {value} by epoch {decision['rung']}, where the cut-off{among} was {cutoff}"
 
 
 class _Searcher(Searcher):  # type: ignore[misc]

@@ -89,6 +89,30 @@ def _draw(name: str, parameter: Parameter, trial: Trial) -> Any:
     return float(trial.suggest_float(name, low, high, step=step, log=log))
 
 
+class _Middle:
+    """A trial that has the values wanted where they can be had, and the middle of everything else."""
+
+    def __init__(self, wanted: Mapping[str, Any]):
+        self._wanted = wanted
+
+    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> Any:
+        middle = math.sqrt(low * high) if log else (low + high) / 2
+        value = self._wanted.get(name, middle if step is None else low + (middle - low) // step * step)
+        return min(max(value, low), high)
+
+    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> Any:
+        return min(max(self._wanted.get(name, low + (high - low) // 2 // step * step), low), high)
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        value = self._wanted.get(name, choices[0])
+        return value if value in choices else choices[0]
+
+
+def middle(space: Space, wanted: Mapping[str, Any]) -> dict[str, Value]:
+    """The parameters of a trial that has the values wanted where the space allows them, and middling ones elsewhere."""
+    return suggest(space, _Middle(wanted))
+
+
 def active(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `values` that are parameters of the space and whose condition holds.
 

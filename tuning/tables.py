@@ -4,12 +4,12 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import pandas as pd
 import pyarrow as pa
@@ -26,6 +26,7 @@ FINAL = (
     "out_of_memory",
     "failed",
 )  # the ends that resume never undoes
+AnyRow = TypeVar("AnyRow", bound=Mapping[str, Any])
 METRICS = ("train_loss", "train_eval_loss", "val_loss", "val_accuracy", "val_balanced_accuracy", "val_auroc")
 
 _ARROW = {int: pa.int64(), float: pa.float64(), str: pa.string()}
@@ -57,7 +58,7 @@ TRIALS = _schema(
 )
 EPOCHS = _schema(
     {"seq": _WHOLE, "trial_id": _TEXT, "epoch": _WHOLE}
-    | dict.fromkeys((*METRICS, "learning_rate", "seconds", "data_seconds", "prefix_seconds"), _REAL)
+    | dict.fromkeys((*METRICS, "early_loss", "learning_rate", "seconds", "data_seconds", "prefix_seconds"), _REAL)
     | dict.fromkeys(("train_seconds", "evaluate_seconds"), _REAL)
     | {"cache_hits": _WHOLE, "wall_s": _REAL}
 )
@@ -109,7 +110,7 @@ class Journal:
         InputError: the journal is damaged, or another process writes it.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic):
         self._file = open(path, "ab")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -123,11 +124,11 @@ class Journal:
         self._file.truncate(path.read_bytes().rfind(b"\n") + 1)
         self._seq = len(events)
         self._wall_before = float(events[-1]["wall_s"]) if events else 0.0
-        self._opened = time.monotonic()
+        self._clock, self._opened = clock, clock()
 
     @property
     def wall_s(self) -> float:
-        return self._wall_before + time.monotonic() - self._opened
+        return self._wall_before + self._clock() - self._opened
 
     def append(self, event: str, **fields: Any) -> dict[str, Any]:
         """Write one event and return it with its `seq`, `wall_s` and `time` (Unix seconds)."""
@@ -142,12 +143,34 @@ class Journal:
         self._file.close()
 
 
+class Row(Mapping[str, Any]):
+    """The fields of an event, in a third of a dict's memory: a search has hundreds of thousands of them."""
+
+    __slots__ = ("_places", "_values")
+    _layouts: ClassVar[dict[tuple[str, ...], dict[str, int]]] = {}
+
+    def __init__(self, fields: Mapping[str, Any]):
+        names = tuple(fields)
+        if names not in self._layouts:
+            self._layouts[names] = {name: place for place, name in enumerate(names)}
+        self._places, self._values = self._layouts[names], tuple(fields.values())
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[self._places[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
 @dataclass
 class Trial:
     """What the journal says of one trial; `status` is null until it starts."""
 
     trial_id: str
-    number: int
+    number: int | None  # of a start point or suggested trial
     origin: str
     params: dict[str, Any]
     config: dict[str, Any]
@@ -157,8 +180,8 @@ class Trial:
     started_at: float | None = None
     ended_at: float | None = None
     gpus: float = 0.0
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    decisions: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    decisions: list[Row] = field(default_factory=list)
 
     @property
     def ended(self) -> bool:
@@ -170,7 +193,7 @@ def loss_like(metric: str, value: float) -> float:
     return value if metric == "val_loss" else -value
 
 
-def best_epoch(rows: list[dict[str, Any]], metric: str) -> dict[str, Any] | None:
+def best_epoch(rows: Iterable[AnyRow], metric: str) -> AnyRow | None:
     """The row of the best epoch, the earliest of equals; null where no epoch has finite losses."""
     finite = [row for row in rows if row["val_loss"] is not None and row[metric] is not None]
     return min(finite, key=lambda row: loss_like(metric, row[metric])) if finite else None
@@ -181,6 +204,7 @@ class Record:
     """The journal folded into trials, in the order in which they were asked."""
 
     trials: dict[str, Trial] = field(default_factory=dict)
+    priors: list[dict[str, Any]] = field(default_factory=list)  # what the sampler knows of another run
 
     @classmethod
     def of(cls, events: Iterable[dict[str, Any]]) -> "Record":
@@ -191,7 +215,11 @@ class Record:
 
     def apply(self, event: dict[str, Any]) -> None:
         """Take in one event."""
-        kind, trial_id = event["event"], event["trial_id"]
+        kind = event["event"]
+        if kind == "prior":
+            self.priors.append(event)
+            return
+        trial_id = event["trial_id"]
         if kind == "asked":
             fields = {name: event[name] for name in ("number", "origin", "params", "config")}
             self.trials[trial_id] = Trial(trial_id, **fields)
@@ -205,17 +233,17 @@ class Record:
             trial.rows = [row for row in trial.rows if row["epoch"] <= event["from_epoch"]]
             trial.decisions = [row for row in trial.decisions if row["epoch"] <= event["from_epoch"]]
         elif kind == "epoch":
-            trial.rows.append(event)
+            trial.rows.append(Row(event))
         elif kind == "decision":
-            trial.decisions.append(event)
+            trial.decisions.append(Row(event))
         elif kind == "ended":
             trial.status, trial.reason, trial.error = event["status"], event["reason"], event["error"]
             trial.ended_at = event["time"]
 
 
 def _trial_row(trial: Trial, metric: str) -> dict[str, Any]:
-    best = best_epoch(trial.rows, metric) or {}
-    last = trial.rows[-1] if trial.rows else {}
+    best: Mapping[str, Any] = best_epoch(trial.rows, metric) or {}
+    last: Mapping[str, Any] = trial.rows[-1] if trial.rows else {}
     seconds = sum(row["seconds"] for row in trial.rows)
     training = sum(row["seconds"] - row["evaluate_seconds"] for row in trial.rows)
     values = {name: best.get(name) for name in METRICS}
@@ -251,12 +279,16 @@ def make_tables(record: Record, metric: str) -> dict[str, pa.Table]:
     epochs = sorted((row for trial in trials for row in trial.rows), key=lambda row: int(row["seq"]))
     decisions = sorted((row for trial in trials for row in trial.decisions), key=lambda row: int(row["seq"]))
     return {
-        "trials": pa.Table.from_pylist([_trial_row(trial, metric) for trial in trials], TRIALS),
-        "epochs": pa.Table.from_pylist([{name: row.get(name) for name in EPOCHS.names} for row in epochs], EPOCHS),
-        "decisions": pa.Table.from_pylist(
-            [{name: row[name] for name in DECISIONS.names} for row in decisions], DECISIONS
-        ),
+        "trials": _table([_trial_row(trial, metric) for trial in trials], TRIALS),
+        "epochs": _table(epochs, EPOCHS),
+        "decisions": _table(decisions, DECISIONS),
     }
+
+
+def _table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+    """Column by column: a list of dicts would take more memory for a moment than all rows do."""
+    columns = [pa.array([row.get(field.name) for row in rows], field.type) for field in schema]
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def write_tables(tables: dict[str, pa.Table], folder: Path) -> None:

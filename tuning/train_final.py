@@ -25,7 +25,7 @@ from tuning.config import InputError, SearchPlan, TrialConfig, build, command_li
 from tuning.images import cache_folder, open_images
 
 if TYPE_CHECKING:
-    from tuning.finetune import Data
+    from tuning.data import Data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +80,9 @@ def run(flags: Flags) -> Path:
     import torch  # takes seconds to load, and timm more: bad input and --help are told before
 
     from tuning import backbones
+    from tuning.data import join, preparer
     from tuning.features import FeatureCache, run_folder
-    from tuning.finetune import finetune, join, predict_images, preparer
+    from tuning.finetune import finetune, predict_images
     from tuning.model_folder import save_model
     from tuning.models import keep_memory
     from tuning.weights import find_weights

@@ -16,10 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from tuning.config import TrialConfig
+from tuning.data import Data, join, placed
 from tuning.features import FeatureCache
-from tuning.finetune import Data, Row, State, finetune, join, out_of_memory, placed
+from tuning.finetune import Row, State, finetune, out_of_memory
 from tuning.images import open_images
 from tuning.models import Models, keep_memory
+from tuning.probe import probe
 from tuning.tables import read_table, replacing
 
 CHECKPOINT_SECONDS = 30.0
@@ -107,16 +109,16 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
             images = open_images(Path(self._config["images"][str(trial.image_size)]))
             self._data[trial.image_size] = join(samples, placed(images, self._device))
         weights = self._config["weights"][trial.backbone]
-        return finetune(
-            trial,
-            self._data[trial.image_size],
-            device=self._device,
-            weights=None if weights is None else Path(weights),
-            state=state,
-            features=self._features,
-            models=self._models,
-            **self._config["ending"],
-        )
+        given: dict[str, Any] = {
+            "device": self._device,
+            "weights": None if weights is None else Path(weights),
+            "features": self._features,
+            "models": self._models,
+        }
+        if self._config["origin"] == "probe":
+            row = probe(trial, self._data[trial.image_size], **given)
+            return iter([(row, lambda: State([row], {}))])
+        return finetune(trial, self._data[trial.image_size], state=state, **given, **self._config["ending"])
 
     def _save(self, state: State, *, final: bool = False) -> bool:
         """Write the best weights, then, unless the trial has ended, the state; true if they are on disk.

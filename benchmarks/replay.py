@@ -1,0 +1,392 @@
+"""Compare ways to search, by replaying recorded learning curves instead of training.
+
+Every method chooses from the grid that `record.py` trained and is answered from its curves, in simulated time, with any
+number of simulated slots. The product is the real one: `search.Search` with its journal, its rungs and its Optuna
+bridge, told of epochs by this file instead of by Ray. Stock Ray Tune, Optuna alone and Syne Tune run their own code.
+
+A loss that is not finite is told to Ray Tune as it is, to Syne Tune, which has no word for it, as 10.
+"""
+
+if __name__ == "__main__":  # this folder would come first on the path, and its modules would shadow others
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import dataclasses
+import heapq
+import itertools
+import json
+import logging
+import math
+import multiprocessing
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import numpy as np
+import optuna
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tyro
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search.optuna import OptunaSearch
+
+from benchmarks.record import CURVES, EPOCHS, GRID, space
+from tuning.cluster import Slots
+from tuning.config import SearchPlan
+from tuning.finetune import ending
+from tuning.search import Search
+from tuning.space import parse
+
+BEST = (0.05, 0.01)  # shares of the grid's configurations that a method is timed to
+MAX_EPOCHS = 900
+Key = tuple[Any, ...]
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Compare ways to search on recorded curves."""
+
+    curves: tuple[str, ...] = ("generated", "xrays")
+    """Files in benchmarks/curves."""
+    methods: tuple[str, ...] = ()
+    """Names of methods. Default: all."""
+    slots: tuple[int, ...] = (1, 4, 16)
+    """Simulated trials at once."""
+    seeds: int = 30
+    """Replays of each."""
+    out: str = "results/replay"
+    """Folder of the traces; those that are there are not run again."""
+
+
+# ---- the curves -------------------------------------------------------------------------------------------------
+
+
+class Curves:
+    """Recorded epochs by configuration."""
+
+    def __init__(self, name: str):
+        table = pq.read_table(CURVES / f"{name}.parquet")
+        self.class_entropy: float = json.loads(table.schema.metadata[b"recorded"])["class_entropy"]
+        self.rows: dict[Key, list[Row]] = {}
+        self.seconds: dict[Key, float] = {}
+        for key, frame in table.to_pandas().groupby(list(GRID)):
+            rows = frame.sort_values("epoch").astype(object).where(frame.notna(), None).to_dict("records")
+            self.rows[key], self.seconds[key] = rows, float(frame["seconds"].iloc[0])
+        best = np.sort([self.best(key) for key in self.rows])
+        self.least = float(best[0])
+        self.goals = {share: float(best[math.ceil(share * len(best)) - 1]) for share in BEST}
+
+    def best(self, key: Key) -> float:
+        return min((row["val_loss"] for row in self.rows[key] if row["val_loss"] is not None), default=math.inf)
+
+    def probed(self, backbone: str) -> float:
+        """What a linear probe is taken to give: the best of the classifiers trained alone without augmentation."""
+        alone = {"backbone": backbone, "augmentation": "none", "unfreeze_depth": 0}
+        return min(self.best(self.key(alone | {"learning_rate": rate})) for rate in GRID["learning_rate"])
+
+    @staticmethod
+    def key(params: Row) -> Key:
+        """The grid's nearest configuration."""
+        rates = GRID["learning_rate"]
+        rate = min(rates, key=lambda other: abs(math.log(other / params["learning_rate"])))
+        return tuple(rate if name == "learning_rate" else params[name] for name in GRID)
+
+    def row(self, key: Key, epoch: int) -> Row:
+        """An epoch; one after the last recorded, which was not finite, is like that."""
+        rows = self.rows[key]
+        return rows[min(epoch, len(rows)) - 1]
+
+
+@cache
+def curves_of(name: str) -> Curves:
+    return Curves(name)
+
+
+# ---- the methods ------------------------------------------------------------------------------------------------
+
+
+class Method(Protocol):
+    """A way to search; trials are named by tickets, which count from 0."""
+
+    def suggest(self, ticket: int) -> Row | None: ...
+
+    def report(self, ticket: int, epoch: int, row: Row) -> bool:
+        """Take in an epoch; true if the trial goes on."""
+
+
+class Product:
+    """The search of this project; `changed` are its settings, `start` its start points."""
+
+    def __init__(
+        self,
+        curves: Curves,
+        seed: int,
+        slots: int,
+        clock: SimpleNamespace,
+        start: list[Row] | None = None,
+        **changed: Any,
+    ):
+        self._folder = tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+        settings = {name: value for name, value in changed.items() if name in SearchPlan.model_fields}
+        self._plan = SearchPlan(name="replay", trials=100_000, epochs=EPOCHS, seed=seed, **settings)
+        self.search = Search(
+            self._plan,
+            parse(space() | {"start": START if start is None else start}, "grid"),
+            Path(self._folder.name),
+            images={},
+            weights={},
+            resources=Slots(1, 0.0, slots),
+            show=lambda search, trial: None,
+            clock=lambda: float(clock.now),
+        )
+        for name in changed.keys() - settings.keys():  # what the bridge can do and no setting says
+            assert hasattr(self.search.optimizer, name)
+            setattr(self.search.optimizer, name, changed[name])
+        self._curves = curves
+        self._histories: dict[int, list[Row]] = {}
+        self._probes: dict[int, float] = {}
+
+    def suggest(self, ticket: int) -> Row | None:
+        named = self.search.next_trial(str(ticket))
+        if not isinstance(named, dict):
+            return None
+        self.search.started(str(ticket))
+        self._histories[ticket] = []
+        config: Row = named["config"]
+        if named["origin"] == "probe":
+            self._probes[ticket] = self._curves.probed(config["backbone"])
+        return config
+
+    def report(self, ticket: int, epoch: int, row: Row) -> bool:
+        history = self._histories[ticket]
+        compared = self._plan.compared == "early_loss" and epoch in self.search.rungs.rungs
+        early_loss = row["early_loss"] if compared else None  # as the product measures it
+        history.append(row | {"val_loss": self._probes.get(ticket, row["val_loss"]), "early_loss": early_loss})
+        row = history[-1]
+        stopping = self._plan.early_stopping
+        ends, reason = ending(
+            history,
+            epochs=1 if ticket in self._probes else EPOCHS,
+            metric=self._plan.metric,
+            patience=self._plan.patience if stopping else None,
+            class_entropy=self._curves.class_entropy,
+            divergence_factor=self._plan.divergence_factor if stopping else math.inf,
+        )
+        named = {"epoch": epoch, "ends": ends, "reason": reason, "batch_size": 32, "micro_batch": 32, "images": 0}
+        named |= dict.fromkeys(("data_seconds", "prefix_seconds", "train_seconds", "evaluate_seconds"), 0.0)
+        named |= {"learning_rate": 0.0, "cache_hits": 0, "peak_memory_mb": None}
+        return self.search.result(str(ticket), row | named)
+
+
+class StockRay:
+    """`OptunaSearch` and `ASHAScheduler` with their defaults, called as Ray's controller calls them."""
+
+    def __init__(self, curves: Curves, seed: int, slots: int, clock: SimpleNamespace):
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+        self._searcher = OptunaSearch(distributions(), metric="val_loss", mode="min", seed=seed)
+        self._scheduler = ASHAScheduler(metric="val_loss", mode="min", max_t=EPOCHS)
+
+    def suggest(self, ticket: int) -> Row | None:
+        self._scheduler.on_trial_add(None, SimpleNamespace(trial_id=str(ticket)))
+        params: Row = self._searcher.suggest(str(ticket))
+        return params
+
+    def report(self, ticket: int, epoch: int, row: Row) -> bool:
+        loss = math.nan if row["val_loss"] is None else row["val_loss"]
+        result = {"training_iteration": epoch, "val_loss": loss}
+        decision = self._scheduler.on_trial_result(None, SimpleNamespace(trial_id=str(ticket)), result)
+        if decision == ASHAScheduler.CONTINUE:
+            self._searcher.on_trial_result(str(ticket), result)
+            return True
+        try:
+            self._searcher.on_trial_complete(str(ticket), result)
+        except ValueError:  # of a loss that is not a number; Ray logs it and goes on
+            pass
+        return False
+
+
+class OptunaAlone:
+    """Optuna's TPE with one of its own pruners, each with its defaults; a trial's value is its best epoch."""
+
+    def __init__(self, curves: Curves, seed: int, slots: int, clock: SimpleNamespace, pruner: str):
+        pruners = {
+            "hyperband": partial(optuna.pruners.HyperbandPruner, max_resource=EPOCHS),
+            "halving": optuna.pruners.SuccessiveHalvingPruner,
+        }
+        sampler = optuna.samplers.TPESampler(seed=seed)
+        self._study = optuna.create_study(sampler=sampler, pruner=pruners[pruner]())
+        self._trials: dict[int, optuna.Trial] = {}
+
+    def suggest(self, ticket: int) -> Row | None:
+        self._trials[ticket] = trial = self._study.ask(distributions())
+        return dict(trial.params)
+
+    def report(self, ticket: int, epoch: int, row: Row) -> bool:
+        trial = self._trials[ticket]
+        if row["val_loss"] is None:
+            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            return False
+        trial.report(row["val_loss"], epoch)
+        if epoch < EPOCHS and trial.should_prune():
+            self._study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            return False
+        if epoch == EPOCHS:
+            values = trial.storage.get_trial(trial._trial_id).intermediate_values
+            self._study.tell(trial, min(values.values()))
+        return epoch < EPOCHS
+
+
+class SyneTune:
+    """One of Syne Tune's baselines with its defaults."""
+
+    def __init__(self, curves: Curves, seed: int, slots: int, clock: SimpleNamespace, baseline: str):
+        from syne_tune.config_space import choice, loguniform
+        from syne_tune.optimizer import baselines
+
+        low, high = rate_range()
+        config_space = {name: choice(list(choices)) for name, choices in GRID.items()}
+        config_space["learning_rate"] = loguniform(low, high)
+        named = {"time_attr": "epoch", "max_t": EPOCHS, "random_seed": seed}
+        self._scheduler = getattr(baselines, baseline)(config_space, metric="val_loss", **named)
+        self._trials: dict[int, Any] = {}
+
+    def suggest(self, ticket: int) -> Row | None:
+        from datetime import datetime
+
+        from syne_tune.backend.trial_status import Trial
+
+        suggestion = self._scheduler.suggest()
+        self._trials[ticket] = Trial(ticket, suggestion.config, datetime.now())
+        self._scheduler.on_trial_add(self._trials[ticket])
+        params: Row = suggestion.config
+        return params
+
+    def report(self, ticket: int, epoch: int, row: Row) -> bool:
+        result = {"epoch": epoch, "val_loss": 10.0 if row["val_loss"] is None else row["val_loss"]}
+        if epoch == EPOCHS:
+            self._scheduler.on_trial_complete(self._trials[ticket], result)
+            return False
+        return str(self._scheduler.on_trial_result(self._trials[ticket], result)) == "CONTINUE"
+
+
+def rate_range() -> tuple[float, float]:
+    rates = GRID["learning_rate"]
+    return rates[0] / 2, rates[-1] * 2
+
+
+def distributions() -> dict[str, optuna.distributions.BaseDistribution]:
+    named: dict[str, optuna.distributions.BaseDistribution] = {
+        name: optuna.distributions.CategoricalDistribution(choices) for name, choices in GRID.items()
+    }
+    return named | {"learning_rate": optuna.distributions.FloatDistribution(*rate_range(), log=True)}
+
+
+START: list[Row] = []
+METHODS: dict[str, Callable[..., Method]] = {
+    "product": Product,
+    "ray-optuna-asha": StockRay,
+    "optuna-hyperband": partial(OptunaAlone, pruner="hyperband"),
+    "optuna-halving": partial(OptunaAlone, pruner="halving"),
+    "syne-asha": partial(SyneTune, baseline="ASHA"),
+    "syne-bohb": partial(SyneTune, baseline="BOHB"),
+    "syne-cqr": partial(SyneTune, baseline="ASHACQR"),
+}
+
+
+# ---- one replay -------------------------------------------------------------------------------------------------
+
+
+def replay(curves_name: str, method_name: str, slots: int, seed: int) -> pd.DataFrame:
+    """Search until MAX_EPOCHS are trained.
+
+    Returns:
+        A row per epoch: seconds (simulated, at its end) and best (val_loss so far).
+    """
+    warnings.simplefilter("ignore")
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+    np.random.seed(seed)  # of peers that draw from the global generator
+    curves, clock = curves_of(curves_name), SimpleNamespace(now=0.0)
+    method = METHODS[method_name](curves, seed, slots, clock)
+    running: list[tuple[float, int, int]] = []  # end of the epoch, ticket, epoch
+    keys: dict[int, Key] = {}
+    tickets, best = itertools.count(), math.inf
+    trace: list[tuple[float, float]] = []
+    while len(trace) < MAX_EPOCHS:
+        while len(running) < slots:
+            ticket = next(tickets)
+            params = method.suggest(ticket)
+            if params is None:
+                break
+            keys[ticket] = Curves.key(params)
+            heapq.heappush(running, (clock.now + curves.seconds[keys[ticket]], ticket, 1))
+        if not running:
+            break
+        clock.now, ticket, epoch = heapq.heappop(running)
+        row = curves.row(keys[ticket], epoch)
+        best = min(best, math.inf if row["val_loss"] is None else row["val_loss"])
+        trace.append((clock.now, best))
+        if method.report(ticket, epoch, row):
+            heapq.heappush(running, (clock.now + curves.seconds[keys[ticket]], ticket, epoch + 1))
+    return pd.DataFrame(trace, columns=["seconds", "best"])
+
+
+def replayed(task: tuple[str, str, int, int], out: Path) -> pd.DataFrame:
+    """A replay's trace: the one that is there, or a new one."""
+    path = out / ("-".join(map(str, task)) + ".parquet")
+    if not path.exists():
+        temporary = path.with_suffix(f".{os.getpid()}")
+        pq.write_table(pa.Table.from_pandas(replay(*task)), temporary)
+        os.replace(temporary, path)
+    return pd.read_parquet(path)
+
+
+# ---- report -----------------------------------------------------------------------------------------------------
+
+
+def reached(trace: pd.DataFrame, goal: float) -> tuple[float, float]:
+    """Epochs and seconds until a loss was seen that is at most the goal; infinite where it was not."""
+    there = np.flatnonzero(trace["best"].to_numpy() <= goal)
+    return (float(there[0] + 1), float(trace["seconds"].iloc[there[0]])) if len(there) else (math.inf, math.inf)
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """Median with its 95% bootstrap interval."""
+    drawn = np.random.default_rng(0).choice(values, (2000, len(values)))
+    medians = np.sort(np.quantile(drawn, 0.5, axis=1, method="lower"))
+    return float(np.quantile(values, 0.5, method="lower")), float(medians[50]), float(medians[1949])
+
+
+def main() -> None:
+    """Replay what isn't there yet, and print the figures."""
+    flags = tyro.cli(Flags)
+    out = Path(flags.out)
+    out.mkdir(parents=True, exist_ok=True)
+    methods = flags.methods or tuple(METHODS)
+    tasks = list(itertools.product(flags.curves, methods, flags.slots, range(flags.seeds)))
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        traces = dict(zip(tasks, pool.imap(partial(replayed, out=out), tasks), strict=True))
+    for name, slots in itertools.product(flags.curves, flags.slots):
+        goals = curves_of(name).goals
+        print(f"\n{name}, {slots} slots: median of {flags.seeds} [95% interval], ratio to ray-optuna-asha")
+        for method in methods:
+            cells = []
+            for goal in goals.values():
+                found = [reached(traces[name, method, slots, seed], goal) for seed in range(flags.seeds)]
+                for place, unit in enumerate(("epochs", "s")):
+                    middle, low, high = interval([each[place] for each in found])
+                    cells.append(f"{middle:.0f} [{low:.0f}, {high:.0f}] {unit}")
+            print(f"{method:<24} " + "  ".join(f"{cell:<24}" for cell in cells))
+
+
+if __name__ == "__main__":
+    main()
