@@ -47,9 +47,10 @@ from tuning.search import Search
 from tuning.space import parse
 
 BEST = (0.05, 0.01)  # shares of the grid's configurations that a method is timed to
-MAX_EPOCHS = 900
+MAX_EPOCHS = 600
 Key = tuple[Any, ...]
 Row = dict[str, Any]
+Task = tuple[str, str, int, int]  # curves, method, slots, seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,7 +301,25 @@ METHODS: dict[str, Callable[..., Method]] = {
     "syne-asha": partial(SyneTune, baseline="ASHA"),
     "syne-bohb": partial(SyneTune, baseline="BOHB"),
     "syne-cqr": partial(SyneTune, baseline="ASHACQR"),
+    # The product with one thing changed.
+    "no probe": partial(Product, probe=False),
+    "compare best": partial(Product, compared="best"),
+    "compare last": partial(Product, compared="last"),
+    "compare mean": partial(Product, compared="mean"),
+    "grace 2": partial(Product, grace_epochs=2),
+    "grace 3": partial(Product, grace_epochs=3),
+    "reduction 3": partial(Product, reduction_factor=3),
+    "reduction 4": partial(Product, reduction_factor=4),
+    "strata unfrozen": partial(Product, strata="unfrozen"),
+    "strata backbone": partial(Product, strata="backbone"),
+    "strata both": partial(Product, strata="both"),
+    "stopped as pruned": partial(Product, stopped_as="pruned"),
+    "stopped not told": partial(Product, stopped_as="fail"),
+    "stopped as complete": partial(Product, stopped_as="complete"),
+    "random": partial(Product, sampler="random"),
+    "random, no stopping": partial(Product, sampler="random", early_stopping=False),
 }
+PLOTTED = tuple(METHODS)[:7]  # the product's default and the peers
 
 
 # ---- one replay -------------------------------------------------------------------------------------------------
@@ -340,7 +359,7 @@ def replay(curves_name: str, method_name: str, slots: int, seed: int) -> pd.Data
     return pd.DataFrame(trace, columns=["seconds", "best"])
 
 
-def replayed(task: tuple[str, str, int, int], out: Path) -> pd.DataFrame:
+def replayed(task: Task, out: Path) -> pd.DataFrame:
     """A replay's trace: the one that is there, or a new one."""
     path = out / ("-".join(map(str, task)) + ".parquet")
     if not path.exists():
@@ -366,6 +385,37 @@ def interval(values: list[float]) -> tuple[float, float, float]:
     return float(np.quantile(values, 0.5, method="lower")), float(medians[50]), float(medians[1949])
 
 
+def plot(traces: dict[Task, pd.DataFrame], flags: Flags, methods: tuple[str, ...]) -> None:
+    """Regret against simulated time, median and quartiles of the seeds: a panel for each table and slot count."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    size = (4 * len(flags.slots), 3.4 * len(flags.curves))
+    figure, axes = pyplot.subplots(len(flags.curves), len(flags.slots), figsize=size, squeeze=False, sharey="row")
+    for (row, name), (column, slots) in itertools.product(enumerate(flags.curves), enumerate(flags.slots)):
+        panel, least = axes[row][column], curves_of(name).least
+        ends = [
+            traces[name, method, slots, seed]["seconds"].iloc[-1] for method in methods for seed in range(flags.seeds)
+        ]
+        times = np.geomspace(min(ends) / 50, min(ends), 200)
+        for method in methods:
+            regrets = []
+            for seed in range(flags.seeds):
+                trace = traces[name, method, slots, seed]
+                place = np.searchsorted(trace["seconds"].to_numpy(), times, side="right") - 1
+                regrets.append(np.where(place < 0, np.inf, trace["best"].to_numpy()[place] - least))
+            low, middle, high = np.quantile(np.array(regrets), [0.25, 0.5, 0.75], axis=0, method="lower")
+            (line,) = panel.plot(times, middle, label=method, linewidth=2.5 if method == "product" else 1.2)
+            panel.fill_between(times, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+        panel.set(xscale="log", ylim=(0, 0.6), title=f"{name}, {slots} slots", xlabel="simulated seconds")
+    axes[0][0].set_ylabel("val_loss above the table's least")
+    axes[0][-1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(Path(flags.out) / "replay.png", dpi=110)
+
+
 def main() -> None:
     """Replay what isn't there yet, and print the figures."""
     flags = tyro.cli(Flags)
@@ -377,7 +427,7 @@ def main() -> None:
         traces = dict(zip(tasks, pool.imap(partial(replayed, out=out), tasks), strict=True))
     for name, slots in itertools.product(flags.curves, flags.slots):
         goals = curves_of(name).goals
-        print(f"\n{name}, {slots} slots: median of {flags.seeds} [95% interval], ratio to ray-optuna-asha")
+        print(f"\n{name}, {slots} slots: median of {flags.seeds} seeds [95% interval] to the best 5% and the best 1%")
         for method in methods:
             cells = []
             for goal in goals.values():
@@ -386,6 +436,7 @@ def main() -> None:
                     middle, low, high = interval([each[place] for each in found])
                     cells.append(f"{middle:.0f} [{low:.0f}, {high:.0f}] {unit}")
             print(f"{method:<24} " + "  ".join(f"{cell:<24}" for cell in cells))
+    plot(traces, flags, tuple(method for method in methods if method in PLOTTED))
 
 
 if __name__ == "__main__":

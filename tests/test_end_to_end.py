@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tuning.stopping import Rungs
 from tuning.tables import FINAL, read_journal, read_table
 
 ROOT = Path(__file__).parent.parent
@@ -97,6 +98,31 @@ def test_a_driver_killed_at_twenty_instants_goes_on_as_if_never_killed(workplace
             return
 
 
+@pytest.mark.timeout(600)
+def test_with_two_slots_a_killed_driver_loses_and_repeats_nothing(workplace):
+    folder, arguments = workplace
+    run = folder / "results" / "two"
+    journal = run / "journal.jsonl"
+    process = start(folder, *arguments, "--concurrent", "2", "--name", run.name)
+    rng = random.Random(1)
+    for _ in range(4):
+        known = journal.read_bytes().count(b"\n") if journal.exists() else 0
+        if not wait_for_events(journal, known + rng.randrange(4, 20), process):
+            break
+        process.kill()
+        process.wait()
+        process = start(folder, "--resume", "--name", run.name)
+    assert process.wait(timeout=240) == 0
+    events = read_journal(journal)
+    finals = [event["trial_id"] for event in events if event["event"] == "ended" and event["status"] in FINAL]
+    assert sorted(finals) == ["p00000", *(f"t{number:05d}" for number in range(10))]
+    rungs = Rungs(grace_epochs=1, reduction_factor=3, epochs=6)
+    for event in events:
+        if event["event"] == "decision":
+            decided = rungs.decide(event["trial_id"], event["epoch"], event["value"], event["stratum"])
+            assert (decided.verdict, decided.cutoff) == (event["verdict"], event["cutoff"])
+
+
 def test_ctrl_c_leaves_a_run_that_goes_on(workplace):
     folder, arguments = workplace
     run = folder / "results" / "stopped"
@@ -109,7 +135,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(workplace):
     assert "running" not in set(trials["status"]) and "interrupted" in set(trials["status"])
     assert start(folder, "--resume", "--name", run.name).wait(timeout=240) == 0
     trials = read_table(run / "trials.parquet")
-    assert len(trials) == 10 and trials["status"].isin(FINAL).all()
+    assert len(trials) == 11 and trials["status"].isin(FINAL).all()
 
 
 def test_a_second_driver_is_refused(workplace):
@@ -138,6 +164,8 @@ def test_the_default_search_on_generated_radiographs(tmp_path):
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "results").iterdir()
     trials = read_table(run / "trials.parquet")
+    assert list(trials["origin"]).count("probe") == 3
+    trials = trials[trials["origin"] != "probe"]
     assert len(trials) == 20 and trials["status"].isin(FINAL).all() and not (trials["status"] == "failed").any()
     assert {"completed", "stopped"} <= set(trials["status"])
     top = trials.loc[trials["val_loss"].idxmin()]

@@ -95,7 +95,7 @@ def test_stops_follow_from_the_decisions(whole):
     run, _, _ = whole
     trials = read_table(run / "trials.parquet").set_index("trial_id")
     table = read_table(run / "decisions.parquet")
-    assert set(table["rung"]) <= {1, 3}
+    assert set(table["rung"]) <= {1, 2}
     for trial_id, verdicts in table.groupby("trial_id")["verdict"]:
         stopped = trials.loc[trial_id, "status"] == "stopped"
         assert list(verdicts) == ["continue"] * (len(verdicts) - stopped) + ["stop"] * stopped

@@ -146,7 +146,7 @@ class SearchPlan(BaseModel):
     optuna_storage: str | None = Field(
         None, description="where a copy of the study is kept for optuna-dashboard: a database's URL, or a path in .log"
     )
-    grace_epochs: int = Field(2, ge=1, description="epochs before ASHA may stop a trial: its first rung")
+    grace_epochs: int = Field(1, ge=1, description="epochs before ASHA may stop a trial: its first rung")
     strata: Literal["none", "unfrozen", "backbone", "both"] = Field(
         "none",
         description="what ASHA compares a trial with: all, those with as much unfrozen, of its backbone, or both",
@@ -158,7 +158,7 @@ class SearchPlan(BaseModel):
     early_loss: Literal["rungs", "always"] = Field(
         "rungs", description="epochs in which `early_loss` is measured: those where ASHA compares it, or all"
     )
-    reduction_factor: int = Field(3, ge=2, description="ASHA keeps the best 1/reduction_factor of each rung")
+    reduction_factor: int = Field(2, ge=2, description="ASHA keeps the best 1/reduction_factor of each rung")
     patience: int = Field(5, ge=1, description="a trial with no better epoch for so many is `converged`")
     divergence_factor: float = Field(
         10.0, gt=1, description="a loss so many times the class entropy, or its own best, twice running is `diverged`"

@@ -18,6 +18,8 @@ from tuning.space import Space, active, suggest
 from tuning.tables import Trial, best_epoch, loss_like
 
 MOST_SEEN = 1000  # told trials that the sampler sees; a suggestion's time grows with them
+# Of TPE, less greedy than Optuna's 1 and 24: settled by benchmarks/replay.py. Optuna 6 will have no prior weight.
+PRIOR_WEIGHT, CANDIDATES = 5.0, 4
 SLACK = 200  # so many more before some are left out again
 Prior = Mapping[str, Any]  # of another run's trial: params, status, epochs, rank (0 the best, 1 the worst)
 
@@ -25,12 +27,12 @@ Prior = Mapping[str, Any]  # of another run's trial: params, status, epochs, ran
 class Optimizer:
     """An in-memory study, rebuilt from the journal at each start.
 
-    Ended trials are told by status: completed and converged ones with their best value; stopped ones as PRUNED with
-    what was compared at each epoch, which TPE ranks below the complete ones, the later stopped first; diverged and
-    out-of-memory ones as PRUNED without a value, which TPE ranks last, so that their region is avoided; failed and
-    interrupted ones as FAIL, which it ignores. Probes are told like completed trials. Each ask has a fresh sampler
-    seeded by (seed, trial number): a resumed search asks the same. Of many trials the sampler sees the best half and
-    the newest half.
+    Ended trials are told by status: completed and converged ones with their best value; stopped ones with their least
+    `early_loss`, which is near to where they would have come (without one, as PRUNED, which TPE ranks below all
+    others, the later stopped first); diverged and out-of-memory ones as PRUNED without a value, which TPE ranks last,
+    so that their region is avoided; failed and interrupted ones as FAIL, which it ignores. Probes are told like
+    completed trials. Each ask has a fresh sampler seeded by (seed, trial number): a resumed search asks the same. Of
+    many trials the sampler sees the best half and the newest half.
 
     Trials of another run are told with the value that has their rank among this run's values so far.
 
@@ -53,7 +55,7 @@ class Optimizer:
     ):
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # a line per told trial otherwise
         self._space, self._seed, self._metric, self._sampler = space, seed, metric, sampler
-        self.stopped_as = "pruned"
+        self.stopped_as = "early_loss"
         self._priors = list(priors)
         self._told: list[FrozenTrial] = []  # in the order of their ends
         self._values: list[float] = []  # best values of this run's trials
@@ -80,12 +82,19 @@ class Optimizer:
 
     def _new_sampler(self, number: int) -> optuna.samplers.BaseSampler:
         seed = (self._seed * 1_000_003 + number) % 2**32
-        with warnings.catch_warnings(category=optuna.exceptions.ExperimentalWarning, action="ignore"):
+        with warnings.catch_warnings(action="ignore"):  # of group=True, which is experimental, and of the prior weight
             if self._sampler == "gp":
                 return optuna.samplers.GPSampler(seed=seed)
             if self._sampler == "random":
                 return optuna.samplers.RandomSampler(seed=seed)
-            return optuna.samplers.TPESampler(multivariate=True, group=True, constant_liar=True, seed=seed)
+            return optuna.samplers.TPESampler(
+                multivariate=True,
+                group=True,
+                constant_liar=True,
+                prior_weight=PRIOR_WEIGHT,
+                n_ei_candidates=CANDIDATES,
+                seed=seed,
+            )
 
     def _begin(self, number: int, params: dict[str, Any] | None) -> dict[str, Any]:
         """Make a trial of the study."""
@@ -135,16 +144,17 @@ class Optimizer:
     def _outcome(self, trial: Trial) -> tuple[TrialState, float | None, dict[int, float]]:
         best = best_epoch(trial.rows, self._metric)
         ended_well = ("completed", "converged", *(["stopped"] if self.stopped_as == "complete" else []))
+        early = [row["early_loss"] for row in trial.rows if row.get("early_loss") is not None]
+        if trial.status == "stopped" and self.stopped_as == "early_loss" and early:
+            return TrialState.COMPLETE, min(early), {}
         if trial.status in ended_well and best is not None:
             return TrialState.COMPLETE, loss_like(self._metric, best[self._metric]), {}
         if trial.status in ("failed", "interrupted") or (trial.status == "stopped" and self.stopped_as == "fail"):
             return TrialState.FAIL, None, {}
         if trial.status != "stopped":
             return TrialState.PRUNED, None, {}
-        losses = {row["epoch"]: row["early_loss"] for row in trial.rows if row.get("early_loss") is not None}
-        if not losses:
-            rows = [row for row in trial.rows if row[self._metric] is not None]
-            losses = {row["epoch"]: loss_like(self._metric, row[self._metric]) for row in rows}
+        rows = [row for row in trial.rows if row[self._metric] is not None]
+        losses = {row["epoch"]: loss_like(self._metric, row[self._metric]) for row in rows}
         return TrialState.PRUNED, next(reversed(losses.values()), None), losses
 
 
@@ -231,6 +241,7 @@ class LiveStudy:
     """
 
     def __init__(self, url: str, name: str, space: Space, *, anew: bool):
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space, self._trials = space, dict[str, optuna.Trial]()
         try:
             storage: str | BaseStorage = JournalStorage(JournalFileBackend(url)) if url.endswith(".log") else url

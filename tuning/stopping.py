@@ -25,8 +25,9 @@ class Decision:
 class Rungs:
     """The values that trials showed at each rung, from which the next trial there is judged.
 
-    A trial goes on while it is among the best 1/reduction_factor (rounded up) of those of its stratum that have reached
-    the rung, itself included, or of all that have. A missing value (a metric that can't be computed) is worse than any.
+    A trial goes on while it is among the best 1/reduction_factor (rounded down, but at least the best) of those of its
+    stratum that have reached the rung, itself included, or of all that have. A missing value (a metric that can't be
+    computed) is worse than any.
     """
 
     def __init__(self, *, grace_epochs: int, reduction_factor: int, epochs: int):
@@ -58,7 +59,7 @@ class Rungs:
 
     def _cutoff(self, values: Iterable[float]) -> float:
         ordered = sorted(values)
-        return ordered[math.ceil(len(ordered) / self.reduction_factor) - 1]
+        return ordered[max(1, len(ordered) // self.reduction_factor) - 1]
 
 
 def stratum(strata: str, config: Mapping[str, Any]) -> str:
