@@ -23,7 +23,7 @@ SPACE = {
         "learning_rate": {"type": "float", "low": 1e-4, "high": 1e-1, "log": True},
     },
     "fixed": {"backbone": "test_resnet", "image_size": 32, "batch_size": 8},
-    "search": {"trials": 10, "epochs": 6, "grace_epochs": 1, "weights": "random", "concurrent": 1},
+    "search": {"trials": 10, "epochs": 6, "reduction_factor": 3, "weights": "random", "concurrent": 1},
 }
 
 pytestmark = pytest.mark.slow
