@@ -5,10 +5,10 @@ Trains partly and wholly unfrozen networks at several learning rates and prints,
 
 - last, best, mean: the validation loss of an epoch, the best so far, the mean of the last two;
 - line, power: extrapolated to the last epoch by the last step, and by a power law through the losses so far;
-- train, mixed: the training loss, and its mean with the validation loss;
+- training loss, alone and as a sum of ranks with others;
 - averaged: the validation loss of exponentially averaged weights (and batch-norm statistics), over about an epoch;
 - in epoch 1 also after a quarter and half of the steps, plain and averaged;
-- short: a cosine schedule that ends there, against the best of the long one; constant: no schedule at all.
+- short: a cosine schedule that ends there, against the best of the long one.
 """
 
 if __name__ == "__main__":  # this folder would come first on the path, and its modules would shadow others
@@ -17,15 +17,12 @@ if __name__ == "__main__":  # this folder would come first on the path, and its 
 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import copy
 import dataclasses
 import itertools
 import json
 import math
 import multiprocessing
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,11 +31,11 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
-from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from benchmarks.record import EPOCHS, FIXED, GRID
 from tuning.audit import load_checked
+from tuning.averaging import Averaged
 from tuning.backbones import evaluating
 from tuning.config import SearchPlan, TrialConfig
 from tuning.data import Data, join, preparer
@@ -68,7 +65,7 @@ class Flags:
 
 
 def tasks(backbones: tuple[str, ...]) -> list[Task]:
-    """Configurations, each with the long schedule, the short ones and none."""
+    """Configurations, each with the long schedule and the short ones."""
     chosen = []
     for backbone, depth, policy, rate in itertools.product(
         backbones, (5, 3, 1), ("light", "none"), GRID["learning_rate"]
@@ -77,34 +74,6 @@ def tasks(backbones: tuple[str, ...]) -> list[Task]:
         for epochs, schedule in [(EPOCHS, "cosine"), *((epochs, "cosine") for epochs in SHORT)]:
             chosen.append(tuple((base | {"epochs": epochs, "schedule": schedule}).items()))
     return chosen
-
-
-class Averaged:
-    """An exponential average of a model's tensors, taken after each optimizer step."""
-
-    def __init__(self, model: nn.Module, steps: int):
-        self._model, self._keep = model, math.exp(-1 / steps)
-        self._mean: dict[str, Tensor] = {}
-        self.steps = 0
-
-    def update(self) -> None:
-        self.steps += 1
-        for name, tensor in self._model.state_dict().items():
-            if name not in self._mean or not tensor.is_floating_point():
-                self._mean[name] = tensor.clone()
-            else:  # an average over the first steps at first, not weighed towards the very first
-                share = max(1 - self._keep, 1 / self.steps)
-                self._mean[name].lerp_(tensor, share)
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """The model with the averages for its tensors."""
-        own = copy.deepcopy(self._model.state_dict())
-        self._model.load_state_dict(self._mean)
-        try:
-            yield
-        finally:
-            self._model.load_state_dict(own)
 
 
 def measure(task: Task, data: Data, weights: dict[str, Path | None], out: Path) -> list[dict[str, Any]]:
@@ -127,7 +96,8 @@ def measure(task: Task, data: Data, weights: dict[str, Path | None], out: Path) 
     )
     model, prepare = network.model, preparer(data.images, config.backbone, device)
     steps = len(data.train) // config.batch_size
-    averaged = Averaged(model, steps)
+    averaged = Averaged(model, model.state_dict(), steps)
+    taken = itertools.count(1)
     inside: dict[str, float | None] = {}
 
     def scores(kind: str) -> dict[str, float | None]:
@@ -141,8 +111,9 @@ def measure(task: Task, data: Data, weights: dict[str, Path | None], out: Path) 
 
     def after_step(*_: Any) -> None:
         averaged.update()
+        step = next(taken)
         for share in INSIDE:
-            if averaged.steps == round(share * steps):
+            if step == round(share * steps):
                 inside.update({f"{name} {share:g}": value for name, value in scores("last").items()})
                 with averaged.in_place():
                     inside.update({f"{name} {share:g}": value for name, value in scores("averaged").items()})

@@ -62,7 +62,7 @@ def main() -> None:
     """Search and print."""
     flags = tyro.cli(Flags)
     settings = {"trials": flags.trials, "epochs": flags.epochs, "early_stopping": flags.early_stopping}
-    plan = SearchPlan(name="scale", **settings)
+    plan = SearchPlan(name="scale", probe=False, **settings)
     constant = dict.fromkeys(
         ("train_loss", "train_eval_loss", "val_accuracy", "val_balanced_accuracy", "val_auroc"), 0.5
     )
@@ -103,7 +103,12 @@ def main() -> None:
             # As it comes from a worker: with strings and numbers of its own.
             value = loss(configs[ticket], epoch)
             ends = "completed" if epoch == flags.epochs else None
-            row = {"epoch": epoch, "val_loss": value, "unfreeze_depth": configs[ticket]["unfreeze_depth"]}
+            row = {
+                "epoch": epoch,
+                "val_loss": value,
+                "early_loss": value,
+                "unfreeze_depth": configs[ticket]["unfreeze_depth"],
+            }
             row |= constant | {"ends": ends, "reason": ends}
             epochs += 1
             if search.result(str(ticket), json.loads(json.dumps(row))):

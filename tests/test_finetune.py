@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from sklearn import metrics
+from torch.nn import functional
 
 from tuning.config import TrialConfig
 from tuning.data import Data, placed, preparer
@@ -20,7 +21,7 @@ from tuning.finetune import (
     out_of_memory,
 )
 from tuning.models import Models
-from tuning.scores import score
+from tuning.scores import calibrated_loss, score
 
 
 def config(**values):
@@ -259,3 +260,41 @@ def test_scores_are_those_of_scikit_learn(drawn):
     predicted = logits.argmax(axis=1)
     assert found["balanced_accuracy"] == pytest.approx(metrics.balanced_accuracy_score(targets, predicted))
     assert found["loss"] == pytest.approx(metrics.log_loss(targets, probabilities), rel=1e-5)
+
+
+@pytest.mark.parametrize("depth", [0, 2, 5])
+def test_early_loss_is_measured_where_it_is_asked_for_and_changes_nothing(depth):
+    plan = config(unfreeze_depth=depth, epochs=4)
+    plain, measured = train(plan), train(plan, early_loss_epochs=[1, 3])
+    assert losses(plain) == losses(measured)
+    assert [row["early_loss"] is not None for row, _ in measured] == [True, False, True, False]
+    assert all(row["early_loss"] is None for row, _ in plain)
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_early_loss_is_the_same_from_any_checkpoint(after):
+    plan = config(epochs=4)
+    whole = train(plan, early_loss_epochs=[1, 2, 3])
+    begun = finetune(plan, make_data(), device=CPU, weights=None, early_loss_epochs=[1, 2, 3])
+    state = [next(begun)[1]() for _ in range(after)][-1]
+    rest = train(plan, state=state, early_loss_epochs=[1, 2, 3])
+    assert [row["early_loss"] for row, _ in rest] == [row["early_loss"] for row, _ in whole[after:]]
+
+
+@given(arrays(np.float32, (30, 3), elements=st.floats(-20, 20, width=32)), st.floats(0.1, 10), st.floats(-5, 5))
+def test_calibration_undoes_scale_and_shift_and_never_hurts(logits, scale, shift):
+    logits += np.random.default_rng(0).normal(size=logits.shape).astype(np.float32)  # never all alike
+    targets = np.arange(30) % 3
+    best = calibrated_loss(logits, targets)
+    changed = calibrated_loss((logits * scale + [0, shift, -shift]).astype(np.float32), targets)
+    assert changed == pytest.approx(best, abs=5e-3)
+    plain = functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(targets), label_smoothing=1 / 32)
+    assert 0 < best <= float(plain) + 1e-3
+
+
+def test_calibration_of_what_is_told_apart_and_of_what_is_not_finite():
+    targets = np.arange(30) % 2
+    logits = np.stack([-targets, targets], axis=1).astype(np.float32)
+    told = [calibrated_loss(logits * scale, targets) for scale in (1e-3, 1.0, 1e3)]
+    assert told == pytest.approx([told[0]] * 3, rel=1e-3) and 0.01 < told[0] < 0.3
+    assert calibrated_loss(np.full((4, 2), np.nan, np.float32), targets[:4]) is None

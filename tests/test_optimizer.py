@@ -66,6 +66,12 @@ def test_a_stopped_trial_is_told_with_what_it_showed_early():
     bridge.tell(trial)
     assert (bridge.study.trials[0].state, bridge.study.trials[0].value) == (TrialState.COMPLETE, 0.6)
 
+    by_auroc = Optimizer(SPACE, seed=3, metric="val_auroc")
+    trial = ended(0, by_auroc.ask(0), "stopped", [15.0])
+    trial.rows = [trial.rows[0] | {"early_loss": 0.9, "val_auroc": 0.8}]
+    by_auroc.tell(trial)
+    assert (by_auroc.study.trials[0].state, by_auroc.study.trials[0].value) == (TrialState.PRUNED, -0.8)
+
 
 def test_start_points_are_taken_as_they_are():
     assert optimizer().ask(0, SPACE.start[0]) == SPACE.start[0]
@@ -191,7 +197,8 @@ def test_a_live_study_shows_every_trial(tmp_path, url):
         live.show({"event": "asked"}, trial, "val_loss")
         for row in trial.rows:
             live.show({"event": "epoch"} | row, trial, "val_loss")
-        live.show({"event": "ended"}, trial, "val_loss")
+        live.show({"event": "ended", "status": "interrupted"}, trial, "val_loss")  # as by an earlier start
+        live.show({"event": "ended", "status": status}, trial, "val_loss")
     storage = url if url.startswith("sqlite") else JournalStorage(JournalFileBackend(url))
     shown = optuna.load_study(study_name="run", storage=storage).trials
     assert [trial.state.name for trial in shown] == ["COMPLETE", "PRUNED", "FAIL", "RUNNING"]

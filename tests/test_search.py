@@ -62,7 +62,8 @@ def make_run(folder, data, *, parameters=PARAMETERS, fixed=FIXED, start=(), weig
 
 def losses(run):
     epochs = read_table(run / "epochs.parquet").sort_values(["trial_id", "epoch"])
-    return epochs[["trial_id", "epoch", "train_loss", "val_loss", "train_eval_loss"]].to_dict("records")
+    columns = ["trial_id", "epoch", "train_loss", "val_loss", "train_eval_loss", "early_loss"]
+    return epochs[columns].astype(object).where(epochs[columns].notna(), None).to_dict("records")
 
 
 def decisions(run):
@@ -157,6 +158,7 @@ def test_going_on_from_a_checkpoint_sends_its_history_first(whole, tmp_path, fol
     (cut / "journal.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events if event["seq"] <= 3))
     assert make().run()
     assert losses(cut) == losses(run)
+    assert decisions(cut) == decisions(run)
 
 
 def workers():

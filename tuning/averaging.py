@@ -26,6 +26,7 @@ class Averaged:
 
     def restore(self, mean: Mapping[str, Tensor], steps: int) -> None:
         """Go on from what `mean` was after so many steps."""
+        assert mean.keys() == self.mean.keys()
         self._steps = steps
         for name, tensor in mean.items():
             self.mean[name].copy_(tensor)

@@ -129,7 +129,8 @@ class SearchPlan(BaseModel):
     early_stopping: bool = Field(True, description="false: only a non-finite loss ends a trial early")
 
     metric: Literal["val_loss", "val_balanced_accuracy", "val_auroc"] = Field(
-        "val_loss", description="drives ASHA, the sampler and the choice of the best trial"
+        "val_loss",
+        description="drives the sampler and the choice of the best trial, and ASHA where `compared` says so",
     )
     probe: bool = Field(
         True,
@@ -186,7 +187,7 @@ class SearchPlan(BaseModel):
 
 # Where a run lives and what it is called is said by flags alone.
 SETTINGS = tuple(name for name in SearchPlan.model_fields if name not in ("name", "data", "space", "storage"))
-RESUME_MAY_CHANGE = ("trials", "time_budget", "concurrent", "gpus_per_trial", "cpus_per_trial")
+RESUME_MAY_CHANGE = ("trials", "time_budget", "concurrent", "gpus_per_trial", "cpus_per_trial", "optuna_storage")
 
 Model = TypeVar("Model", bound=BaseModel)
 

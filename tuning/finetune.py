@@ -157,13 +157,13 @@ def finetune(
         with torch.no_grad():
             classifier.weight.copy_(weight.view_as(classifier.weight))
             classifier.bias.copy_(bias)
-    averaged = Averaged(model, changed, steps) if early_loss_epochs else None
+    averaged = Averaged(model, changed, steps) if early_loss_epochs else None  # goes on until the last of them
     history: list[Row] = []
     best: dict[str, Tensor] = {}
     if state is not None:
         history = list(state.history)
         best, mean = _restore(state, model, optimizer, scaler)
-        if averaged is not None:
+        if averaged is not None and len(history) < max(early_loss_epochs):
             averaged.restore(mean, len(history) * steps)
     micro_batch = history[-1]["micro_batch"] if history else batch_size
 
@@ -195,7 +195,7 @@ def finetune(
                     torch.cuda.empty_cache()
             scaler.step(optimizer)
             scaler.update()
-            if averaged is not None:
+            if averaged is not None and epoch <= max(early_loss_epochs):
                 averaged.update()
             if step % 16 == 15 and not math.isfinite(float(total)):  # each look waits for the GPU
                 break
@@ -249,7 +249,7 @@ def finetune(
         if best_epoch(history, metric) is row:
             tensors = model.state_dict()
             best = {name: tensors[name].detach().cpu().clone() for name in changed}
-        mean = {} if averaged is None else averaged.mean
+        mean = {} if averaged is None or epoch >= max(early_loss_epochs) else averaged.mean
         yield row, partial(_snapshot, model, changed, best, mean, optimizer, scaler, history)
         if row["ends"] is not None:
             return

@@ -1,5 +1,6 @@
 """Decode every image once, into one uint8 array per data set and size that is kept on disk by content."""
 
+import errno
 import hashlib
 import json
 import math
@@ -304,6 +305,8 @@ def _write_array(
         file.flush()
         os.fsync(file.fileno())
     except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise
         raise InputError(f"{path}: can't be written ({error.strerror}); {DISK_CURE}") from error
     finally:
         file.close()

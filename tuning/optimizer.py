@@ -15,9 +15,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tuning.config import InputError
 from tuning.space import Space, active, suggest
-from tuning.tables import Trial, best_epoch, loss_like
+from tuning.tables import FINAL, Trial, best_epoch, loss_like
 
-MOST_SEEN = 1000  # told trials that the sampler sees; a suggestion's time grows with them
+MOST_SEEN = 1000  # told trials that the sampler sees, and SLACK more; a suggestion's time grows with them
 # Of TPE, less greedy than Optuna's 1 and 24: settled by benchmarks/replay.py. Optuna 6 will have no prior weight.
 PRIOR_WEIGHT, CANDIDATES = 5.0, 4
 SLACK = 200  # so many more before some are left out again
@@ -28,11 +28,11 @@ class Optimizer:
     """An in-memory study, rebuilt from the journal at each start.
 
     Ended trials are told by status: completed and converged ones with their best value; stopped ones with their least
-    `early_loss`, which is near to where they would have come (without one, as PRUNED, which TPE ranks below all
-    others, the later stopped first); diverged and out-of-memory ones as PRUNED without a value, which TPE ranks last,
-    so that their region is avoided; failed and interrupted ones as FAIL, which it ignores. Probes are told like
-    completed trials. Each ask has a fresh sampler seeded by (seed, trial number): a resumed search asks the same. Of
-    many trials the sampler sees the best half and the newest half.
+    `early_loss`, which is near to where they would have come (without one, or where another metric is optimized, as
+    PRUNED, which TPE ranks below all others, the later stopped first); diverged and out-of-memory ones as PRUNED
+    without a value, which TPE ranks last, so that their region is avoided; failed and interrupted ones as FAIL, which
+    it ignores. Probes are told like completed trials. Each ask has a fresh sampler seeded by (seed, trial number): a
+    resumed search asks the same. Of many trials the sampler sees the best half and the newest half.
 
     Trials of another run are told with the value that has their rank among this run's values so far.
 
@@ -55,7 +55,7 @@ class Optimizer:
     ):
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # a line per told trial otherwise
         self._space, self._seed, self._metric, self._sampler = space, seed, metric, sampler
-        self.stopped_as = "early_loss"
+        self.stopped_as = "early_loss"  # or complete, pruned, fail: for comparison in benchmarks
         self._priors = list(priors)
         self._told: list[FrozenTrial] = []  # in the order of their ends
         self._values: list[float] = []  # best values of this run's trials
@@ -105,7 +105,8 @@ class Optimizer:
 
     def _remember(self, trial: Trial, params: dict[str, Any]) -> None:
         """Put an ended trial in the study; not a probe where no trial can have the classifier alone trained."""
-        if trial.number is None and params.get("unfreeze_depth", self._space.fixed.get("unfreeze_depth", 0)) != 0:
+        depth = params.get("unfreeze_depth", self._space.fixed.get("unfreeze_depth", 0))
+        if trial.number is None and (depth != 0 or trial.status != "completed"):
             return
         state, value, intermediate = self._outcome(trial)
         told = frozen_trial(self._space, params, state, value, intermediate)
@@ -117,8 +118,7 @@ class Optimizer:
                 running.report(loss, epoch)
             self.study.tell(running, value if state == TrialState.COMPLETE else None, state)
         self._told.append(told)
-        best = best_epoch(trial.rows, self._metric)
-        self._values += [] if best is None else [loss_like(self._metric, best[self._metric])]
+        self._values += [] if value is None else [value]
         count = len(self._told)
         if count >= MOST_SEEN + SLACK or (self._priors and (count < 16 or count & (count - 1) == 0)):
             self._renew()
@@ -145,7 +145,8 @@ class Optimizer:
         best = best_epoch(trial.rows, self._metric)
         ended_well = ("completed", "converged", *(["stopped"] if self.stopped_as == "complete" else []))
         early = [row["early_loss"] for row in trial.rows if row.get("early_loss") is not None]
-        if trial.status == "stopped" and self.stopped_as == "early_loss" and early:
+        comparable = self.stopped_as == "early_loss" and self._metric == "val_loss"
+        if trial.status == "stopped" and comparable and early:
             return TrialState.COMPLETE, min(early), {}
         if trial.status in ended_well and best is not None:
             return TrialState.COMPLETE, loss_like(self._metric, best[self._metric]), {}
@@ -250,8 +251,9 @@ class LiveStudy:
             self._study = optuna.create_study(storage=storage, study_name=name, direction="minimize")
         except optuna.exceptions.DuplicatedStudyError:
             raise InputError(f"optuna_storage: has a study {name} already; choose another --name") from None
-        except Exception as error:  # of whichever database
-            raise InputError(f"optuna_storage: {type(error).__name__}; see README, section Settings") from error
+        except Exception as error:  # of whichever database; its message may hold a password
+            cure = "give sqlite:///FILE.db, postgresql://..., or a path ending in .log"
+            raise InputError(f"optuna_storage: can't be opened ({type(error).__name__}); {cure}") from error
 
     def show(self, event: Mapping[str, Any], trial: Trial, metric: str) -> None:
         """Show an event of the journal: a trial asked for, an epoch, an end. Raises whatever the storage does."""
@@ -262,11 +264,11 @@ class LiveStudy:
             suggest(self._space, running)
         elif event["event"] == "epoch" and event[metric] is not None:
             self._trials[trial.trial_id].report(loss_like(metric, event[metric]), event["epoch"])
-        elif event["event"] == "ended" and trial.ended:
+        elif event["event"] == "ended" and event["status"] in FINAL:
             running, best = self._trials.pop(trial.trial_id), best_epoch(trial.rows, metric)
-            running.set_user_attr("status", trial.status)
-            if best is not None and trial.status in ("completed", "converged"):
+            running.set_user_attr("status", event["status"])
+            if best is not None and event["status"] in ("completed", "converged"):
                 self._study.tell(running, loss_like(metric, best[metric]))
             else:
-                failed = trial.status == "failed"
+                failed = event["status"] == "failed"
                 self._study.tell(running, state=TrialState.FAIL if failed else TrialState.PRUNED)

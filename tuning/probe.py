@@ -1,4 +1,4 @@
-"""Linear probes: a linear classifier on a backbone's frozen features, which costs one pass over the images.
+"""Linear probes: a linear classifier on a backbone's frozen features, which costs a pass or two over the images.
 
 They say what each backbone is worth before the search proper, and give a head to start fine-tuning from: linear
 probing, then fine-tuning (Kumar et al. 2022, https://arxiv.org/abs/2202.10054).
@@ -99,7 +99,7 @@ def probed_head(
     best, least = None, math.inf
     for weight, bias in fit_head(train, labels[data.train], len(data.classes)):
         loss = float(functional.cross_entropy(val @ weight.T + bias, labels[data.val]))
-        if best is None or loss < least:
+        if best is None or not loss >= least:
             best, least = (weight, bias), loss
     assert best is not None
     return *best, frozen
@@ -157,6 +157,6 @@ def probe(
         "micro_batch": None,
         "trained_parameters": weight.numel() + bias.numel(),
         "unfreeze_depth": 0,
-        "ends": "completed",
+        "ends": "diverged" if scores["val"]["loss"] is None else "completed",
         "reason": "a linear probe",
     }

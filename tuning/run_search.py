@@ -130,7 +130,8 @@ def _search(
         size = image_sizes(space)[0]
         backbones.build(backbone, classes=2, image_size=size, head_dropout=0.0, seed=0, weights=file)
 
-    priors = [] if flags.resume else _priors(plan, space)
+    journal = folder / "journal.jsonl"
+    priors = [] if journal.exists() and journal.stat().st_size else _priors(plan, space)
 
     # Search.
     cpus, gpus = ray_resources()
@@ -154,6 +155,7 @@ def _search(
         resources=resources,
         show=show,
         priors=priors,
+        resumed=flags.resume,
     )
     try:
         finished = search.run()
@@ -170,7 +172,8 @@ def _search(
         storage = "" if plan.storage == "results" else f" --storage {plan.storage}"
         console.print(f"\nInterrupted. To go on: python tuning/run_search.py --resume --name {plan.name}{storage}")
         return INTERRUPTED
-    interrupted = (trials["status"] == "interrupted").all()  # by a time budget shorter than an epoch
+    # By a time budget shorter than an epoch.
+    interrupted = (analysis.searched(trials)["status"] == "interrupted").all()
     return NO_FINITE_LOSS if top is None and not interrupted else DONE
 
 
@@ -200,6 +203,10 @@ def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
         for key in ("data", "weights", "warm_start")
         if settings.get(key) not in (None, "auto", "random")
     }
+    url = settings.get("optuna_storage") or ""
+    prefix = "sqlite:///" if url.startswith("sqlite:///") else ""
+    if prefix or url.endswith(".log"):
+        settings = settings | {"optuna_storage": prefix + os.path.abspath(url.removeprefix(prefix))}
     return settings | {key: os.path.abspath(os.path.expanduser(path)) for key, path in paths.items()}
 
 
@@ -216,7 +223,12 @@ def _resumed(flags: Flags) -> tuple[SearchPlan, Space, Path]:
     journal = folder / "journal.jsonl"
     if journal.exists():  # another search that writes this run is told of before Ray starts
         tables.Journal(journal).close()
-    document = yaml.safe_load((folder / "plan.yaml").read_text())
+    plan_path = folder / "plan.yaml"
+    document = yaml.safe_load(plan_path.read_text())
+    missing = SearchPlan.model_fields.keys() - document["settings"].keys()
+    if missing:
+        cure = "go on with it by the version that began it, or start a run under another --name"
+        raise InputError(f"--resume: {plan_path} is of an older version (without {', '.join(sorted(missing))}); {cure}")
     given, overrides = _given(flags)
     faults = []
     settings = document["settings"]
@@ -384,6 +396,9 @@ class Progress:
             self._say(f"probe     {trial.config['backbone']} {trial.status}: {trial.reason}")
             return
         row = trial.rows[-1]
+        if row["val_loss"] is None:
+            self._say(f"probe     {trial.config['backbone']}: its loss is not finite")
+            return
         hopeless = row["val_loss"] > HOPELESS * self._class_entropy
         warning = ": hardly better than guessing the classes' shares" if hopeless else ""
         measured = f"val_loss {row['val_loss']:.4f}, accuracy {row['val_accuracy']:.2f}"
@@ -462,7 +477,8 @@ def _summary(
     if not epochs.empty:
         names = {"data": "images", "prefix": "frozen layers", "train": "training", "evaluate": "evaluation"}
         parts = analysis.spent(epochs)
-        shares = ", ".join(f"{names[part]} {value / max(spent, 1e-9):.0%}" for part, value in parts.items())
+        total = max(sum(parts.values()), 1e-9)
+        shares = ", ".join(f"{names[part]} {value / total:.0%}" for part, value in parts.items())
         hits = int(epochs["cache_hits"].sum())
         console.print(f"Time: {shares}. Frozen layers' outputs of {hits:,} images came from the cache.")
         busy = None if slots is None else analysis.utilisation(epochs, slots)

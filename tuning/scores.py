@@ -44,17 +44,19 @@ def calibrated_loss(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> 
     """Cross-entropy (nats) left when logits [n, classes] are scaled and shifted by class as serves them best.
 
     Early in fine-tuning, batch norm's lagging statistics put logits out of scale; what they tell apart is seen sooner
-    than their plain cross-entropy shows. Null where a logit is not finite.
+    than their plain cross-entropy shows. One image's worth of label smoothing keeps it from 0. Null where a logit is
+    not finite.
     """
     if not np.isfinite(logits).all():
         return None
     scale = float(np.abs(logits - logits.mean(axis=1, keepdims=True)).max()) or 1.0
     inputs = torch.from_numpy(logits).double() / scale
     wanted = torch.from_numpy(targets)
+    smoothing = 1 / (len(targets) + 2)  # else classes that are told apart without a fault would have no best scale
 
     def loss(parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         tensor = torch.from_numpy(parameters).requires_grad_()
-        found = functional.cross_entropy(inputs * tensor[0] + tensor[1:], wanted)
+        found = functional.cross_entropy(inputs * tensor[0] + tensor[1:], wanted, label_smoothing=smoothing)
         (gradient,) = torch.autograd.grad(found, tensor)
         return float(found.detach()), gradient.numpy()
 

@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Search:
         resources: what a trial is given.
         show: called with each trial that has reported or ended.
         priors: of `optimizer.read_priors`; a search that goes on has them in its journal.
+        resumed: whether the run was there before.
         clock: seconds; simulated ones in benchmarks.
     """
 
@@ -55,7 +56,8 @@ class Search:
         weights: dict[str, Path | None],
         resources: Slots,
         show: Callable[["Search", Trial], None],
-        priors: Iterable[Prior] = (),
+        priors: Sequence[Prior] = (),
+        resumed: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.plan, self.space, self.run_folder, self.resources, self.show = plan, space, run, resources, show
@@ -66,12 +68,13 @@ class Search:
         self.started_wall_s = self.journal.wall_s
         self._live = None
         if plan.optuna_storage is not None:
-            self._live = LiveStudy(plan.optuna_storage, plan.name, space, anew=bool(events))
-            for event in events:
-                self._show_live(event)
-        if not events:
-            for prior in priors:
-                self._write("prior", **prior)
+            self._live = LiveStudy(plan.optuna_storage, plan.name, space, anew=resumed or bool(events))
+            for trial in self.record.trials.values():
+                ends = [{"event": "ended", "trial_id": trial.trial_id, "status": trial.status}] if trial.ended else []
+                for event in ({"event": "asked", "trial_id": trial.trial_id}, *trial.rows, *ends):
+                    self._show_live(event)
+        if not events and priors:
+            self._write("priors", priors=list(priors))
         self.optimizer = Optimizer(
             space, seed=plan.seed, metric=plan.metric, sampler=plan.sampler, priors=self.record.priors
         )
@@ -281,7 +284,7 @@ class Search:
         self._show_live(entry)
         return entry
 
-    def _show_live(self, event: dict[str, Any]) -> None:
+    def _show_live(self, event: Mapping[str, Any]) -> None:
         """Copy an event to the live study; a storage that fails costs the copy, not the search."""
         if self._live is None or "trial_id" not in event:
             return

@@ -216,8 +216,8 @@ class Record:
     def apply(self, event: dict[str, Any]) -> None:
         """Take in one event."""
         kind = event["event"]
-        if kind == "prior":
-            self.priors.append(event)
+        if kind == "priors":
+            self.priors = event["priors"]
             return
         trial_id = event["trial_id"]
         if kind == "asked":
