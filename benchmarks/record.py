@@ -13,7 +13,6 @@ if __name__ == "__main__":  # this folder would come first on the path, and its 
 import dataclasses
 import itertools
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +24,7 @@ import pyarrow.parquet as pq
 import tyro
 import yaml
 
+from tuning.analysis import class_entropy
 from tuning.tables import read_table, replacing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,8 +104,7 @@ def main() -> int:
     CURVES.mkdir(exist_ok=True)
     table = pa.Table.from_pandas(curves(run), preserve_index=False)
     samples = read_table(run / "samples.parquet")
-    shares = samples[samples["split"] == "train"]["label"].value_counts(normalize=True)
-    entropy = -sum(share * math.log(share) for share in shares)
+    entropy = class_entropy(samples)
     how = json.dumps({"grid": GRID, "fixed": FIXED, "epochs": EPOCHS, "seed": 0, "class_entropy": entropy})
     with replacing(CURVES / f"{flags.name}.parquet") as temporary:
         pq.write_table(table.replace_schema_metadata({"recorded": how}), temporary)

@@ -1,9 +1,17 @@
 """Pure functions from tables to tables: what a search found, and why."""
 
+import math
+
 import pandas as pd
 
 from tuning.config import UNFROZEN, unfrozen
 from tuning.tables import loss_like
+
+
+def class_entropy(samples: pd.DataFrame) -> float:
+    """What predicting the classes' shares of the training set would cost, in nats."""
+    shares = samples[samples["split"] == "train"]["label"].value_counts(normalize=True)
+    return -math.fsum(share * math.log(share) for share in shares)
 
 
 def searched(trials: pd.DataFrame) -> pd.DataFrame:

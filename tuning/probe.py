@@ -64,7 +64,7 @@ def probed_head(
     device: torch.device,
     weights: Path | None,
     features: FeatureCache | None,
-) -> tuple[Tensor, Tensor, Frozen]:
+) -> tuple[Tensor, Tensor, Frozen, Tensor, Tensor]:
     """The linear classifier on a network's frozen features whose penalty serves validation best.
 
     Args:
@@ -76,7 +76,7 @@ def probed_head(
         features: keeps the frozen layers' outputs.
 
     Returns:
-        Weight [classes, width], bias [classes], and what makes the features.
+        Weight [classes, width], bias [classes], what makes the features, and training's and validation's [n, width].
 
     Raises:
         InputError: the network can't be cut below its classifier.
@@ -102,7 +102,7 @@ def probed_head(
         if best is None or not loss >= least:
             best, least = (weight, bias), loss
     assert best is not None
-    return *best, frozen
+    return *best, frozen, train, val
 
 
 def vectors(frozen: Frozen, indices: NDArray[np.int64]) -> Tensor:
@@ -131,10 +131,18 @@ def probe(
         device=device,
     )
     network.begin(0, batch_norm="frozen", head_dropout=0.0)
-    weight, bias, frozen = probed_head(network, config, data, device=device, weights=weights, features=features)
+    weight, bias, frozen, train, val = probed_head(
+        network, config, data, device=device, weights=weights, features=features
+    )
+    train_eval = train_eval_set(data)
+    features_of = {
+        "train": (train, data.train),
+        "train_eval": (vectors(frozen, train_eval), train_eval),
+        "val": (val, data.val),
+    }
     scores = {
-        name: score((vectors(frozen, indices) @ weight.T + bias).cpu().numpy(), data.labels[indices])
-        for name, indices in (("train", data.train), ("train_eval", train_eval_set(data)), ("val", data.val))
+        name: score((found @ weight.T + bias).cpu().numpy(), data.labels[indices])
+        for name, (found, indices) in features_of.items()
     }
     seconds = time.perf_counter() - started
     return {

@@ -7,7 +7,6 @@ if __name__ == "__main__":  # this folder would come first on the path, and its 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import dataclasses
-import math
 import os
 import platform
 import re
@@ -145,7 +144,7 @@ def _search(
     what = f"{resources.gpus:g} GPU" if resources.gpus else f"{resources.cpus} core{'s' * (resources.cpus > 1)}"
     what = "a whole, a half or a quarter GPU" if resources.packed else what
     console.print(f"{at_most}{resources.count} trials at once, {what} each\n")
-    show = Progress(plan, class_entropy(table))
+    show = Progress(plan, analysis.class_entropy(table))
     search = Search(
         plan,
         space,
@@ -167,7 +166,7 @@ def _search(
     top = analysis.best(trials, plan.metric)
     if top is not None:
         _write_best(folder, plan, search.record.trials[top["trial_id"]], fingerprint)
-    _summary(folder, plan, analysis.searched(trials), top, search.halted, None if resources.packed else resources.count)
+    _summary(folder, plan, trials, top, search.halted, None if resources.packed else resources.count)
     if not finished:
         storage = "" if plan.storage == "results" else f" --storage {plan.storage}"
         console.print(f"\nInterrupted. To go on: python tuning/run_search.py --resume --name {plan.name}{storage}")
@@ -345,12 +344,6 @@ def _write_best(folder: Path, plan: SearchPlan, trial: tables.Trial, fingerprint
     _write_yaml(folder / "best.yaml", trial.config | {"provenance": provenance})
 
 
-def class_entropy(samples: pd.DataFrame) -> float:
-    """What predicting the classes' shares of the training set would cost, in nats."""
-    shares = samples[samples["split"] == "train"]["label"].value_counts(normalize=True)
-    return -math.fsum(share * math.log(share) for share in shares)
-
-
 class Progress:
     """A line for each trial that ends, and what runs: on a terminal as a status line, else now and then."""
 
@@ -426,9 +419,11 @@ def _summary(
     console.print()
     if halted is not None:
         console.print(f"[bold]The search ended early[/bold]: {halted}\n")
-    if trials.empty:
+    if analysis.searched(trials).empty:
         console.print("No trial has begun.")
         return
+    costs = analysis.cost(trials)
+    trials = analysis.searched(trials)
 
     # Why each trial ended.
     console.print("[bold]Trials, best first[/bold]")
@@ -468,7 +463,6 @@ def _summary(
     )
 
     # What each backbone cost.
-    costs = analysis.cost(tables.read_table(folder / "trials.parquet"))
     shares = ", ".join(f"{row.backbone} {row.seconds:.0f} s in {row.epochs} epochs" for row in costs.itertuples())
     console.print(f"By backbone, probes included: {shares}.")
 
