@@ -40,6 +40,7 @@ from torch.nn import functional
 
 from tuning import backbones, config
 from tuning.config import DEPTH_ALL, InputError, TrialConfig
+from tuning.depthwise import speed_up
 from tuning.models import keep_memory
 from tuning.phantoms import write_phantoms
 from tuning.prefix import split
@@ -196,6 +197,7 @@ def batch_seconds(trial: TrialConfig, classes: int, train: int, weights: Path | 
     """Seconds that a batch of random images takes in frozen layers, in a training step and in evaluation."""
     size, depth = trial.image_size, trial.unfreeze_depth
     model = backbones.build(trial.backbone, classes=classes, image_size=size, head_dropout=0.0, seed=0, weights=weights)
+    speed_up(model)
     stages = backbones.stages(model, size)
     backbones.unfreeze(model, stages, depth, batch_norm=trial.batch_norm)
     rates = {name: getattr(trial, name) for name in ("learning_rate", "stage_lr_decay", "weight_decay")}

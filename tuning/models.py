@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tuning import backbones
+from tuning.depthwise import speed_up
 from tuning.prefix import Cut, split
 
 KEPT_MODELS = 3  # of one actor; the least recently used goes first
@@ -89,6 +90,8 @@ class Models:
             model = backbones.build(
                 backbone, classes=classes, image_size=image_size, head_dropout=0.0, seed=seed, weights=weights
             ).to(device)
+            if device.type == "cpu":
+                speed_up(model)
             network = Network(model, backbones.stages(model, image_size), image_size)
         self._networks[key] = network
         return network
