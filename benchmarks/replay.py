@@ -43,11 +43,15 @@ from benchmarks.record import CURVES, EPOCHS, GRID, space
 from tuning.cluster import Slots
 from tuning.config import SearchPlan
 from tuning.finetune import ending
+from tuning.optimizer import Prior, read_priors
 from tuning.search import Search
 from tuning.space import parse
+from tuning.tables import make_tables
 
 BEST = (0.05, 0.01)  # shares of the grid's configurations that a method is timed to
 MAX_EPOCHS = 600
+WARM_EPOCHS = 200
+SHOWN_AFTER = (60, 200)  # epochs after which the best loss found is printed
 Key = tuple[Any, ...]
 Row = dict[str, Any]
 Task = tuple[str, str, int, int]  # curves, method, slots, seed
@@ -66,7 +70,7 @@ class Flags:
     seeds: int = 30
     """Replays of each."""
     out: str = "results/replay"
-    """Folder of the traces; those that are there are not run again."""
+    """Folder of the traces; those that are there are not run again, so take a new one when the product has changed."""
 
 
 # ---- the curves -------------------------------------------------------------------------------------------------
@@ -77,6 +81,7 @@ class Curves:
 
     def __init__(self, name: str):
         table = pq.read_table(CURVES / f"{name}.parquet")
+        self.name = name
         self.class_entropy: float = json.loads(table.schema.metadata[b"recorded"])["class_entropy"]
         self.rows: dict[Key, list[Row]] = {}
         self.seconds: dict[Key, float] = {}
@@ -126,7 +131,10 @@ class Method(Protocol):
 
 
 class Product:
-    """The search of this project; `changed` are its settings, `start` its start points."""
+    """The search of this project; `changed` are its settings, `start` its start points.
+
+    With `warm_start` it knows of a search of WARM_EPOCHS epochs on the other data set.
+    """
 
     def __init__(
         self,
@@ -135,6 +143,7 @@ class Product:
         slots: int,
         clock: SimpleNamespace,
         start: list[Row] | None = None,
+        warm_start: bool = False,
         **changed: Any,
     ):
         self._folder = tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
@@ -148,6 +157,7 @@ class Product:
             weights={},
             resources=Slots(1, 0.0, slots),
             show=lambda search, trial: None,
+            priors=priors(*[other for other in ("generated", "xrays") if other != curves.name]) if warm_start else (),
             clock=lambda: float(clock.now),
         )
         for name in changed.keys() - settings.keys():  # what the bridge can do and no setting says
@@ -316,6 +326,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "stopped as pruned": partial(Product, stopped_as="pruned"),
     "stopped not told": partial(Product, stopped_as="fail"),
     "stopped as complete": partial(Product, stopped_as="complete"),
+    "warm start": partial(Product, warm_start=True),
     "random": partial(Product, sampler="random"),
     "random, no stopping": partial(Product, sampler="random", early_stopping=False),
 }
@@ -336,11 +347,18 @@ def replay(curves_name: str, method_name: str, slots: int, seed: int) -> pd.Data
     np.random.seed(seed)  # of peers that draw from the global generator
     curves, clock = curves_of(curves_name), SimpleNamespace(now=0.0)
     method = METHODS[method_name](curves, seed, slots, clock)
+    return pd.DataFrame(searched(method, curves, slots, clock, MAX_EPOCHS), columns=["seconds", "best"])
+
+
+def searched(
+    method: Method, curves: Curves, slots: int, clock: SimpleNamespace, epochs: int
+) -> list[tuple[float, float]]:
+    """Search until so many epochs are trained; the rows of `replay`."""
     running: list[tuple[float, int, int]] = []  # end of the epoch, ticket, epoch
     keys: dict[int, Key] = {}
     tickets, best = itertools.count(), math.inf
     trace: list[tuple[float, float]] = []
-    while len(trace) < MAX_EPOCHS:
+    while len(trace) < epochs:
         while len(running) < slots:
             ticket = next(tickets)
             params = method.suggest(ticket)
@@ -356,7 +374,17 @@ def replay(curves_name: str, method_name: str, slots: int, seed: int) -> pd.Data
         trace.append((clock.now, best))
         if method.report(ticket, epoch, row):
             heapq.heappush(running, (clock.now + curves.seconds[keys[ticket]], ticket, epoch + 1))
-    return pd.DataFrame(trace, columns=["seconds", "best"])
+    return trace
+
+
+@cache
+def priors(curves_name: str) -> list[Prior]:
+    """What the product's trials on a data set, of seed 0 on one slot, tell a search on another."""
+    curves, clock = curves_of(curves_name), SimpleNamespace(now=0.0)
+    method = Product(curves, 0, 1, clock)
+    searched(method, curves, 1, clock, WARM_EPOCHS)
+    trials = make_tables(method.search.record, "val_loss")["trials"].to_pandas()
+    return read_priors(trials, method.search.space, "val_loss", SearchPlan(name="replay").warm_start_weight)[0]
 
 
 def replayed(task: Task, out: Path) -> pd.DataFrame:
@@ -427,7 +455,10 @@ def main() -> None:
         traces = dict(zip(tasks, pool.imap(partial(replayed, out=out), tasks), strict=True))
     for name, slots in itertools.product(flags.curves, flags.slots):
         goals = curves_of(name).goals
-        print(f"\n{name}, {slots} slots: median of {flags.seeds} seeds [95% interval] to the best 5% and the best 1%")
+        print(
+            f"\n{name}, {slots} slots: median of {flags.seeds} seeds [95% interval] to the best 5% and the best 1%; "
+            f"least val_loss after {' and '.join(map(str, SHOWN_AFTER))} epochs"
+        )
         for method in methods:
             cells = []
             for goal in goals.values():
@@ -435,6 +466,9 @@ def main() -> None:
                 for place, unit in enumerate(("epochs", "s")):
                     middle, low, high = interval([each[place] for each in found])
                     cells.append(f"{middle:.0f} [{low:.0f}, {high:.0f}] {unit}")
+            for epochs in SHOWN_AFTER:
+                best = [traces[name, method, slots, seed]["best"].iloc[:epochs].iloc[-1] for seed in range(flags.seeds)]
+                cells.append("{:.3f} [{:.3f}, {:.3f}]".format(*interval(best)))
             print(f"{method:<24} " + "  ".join(f"{cell:<24}" for cell in cells))
     plot(traces, flags, tuple(method for method in methods if method in PLOTTED))
 

@@ -73,6 +73,37 @@ def test_a_stopped_trial_is_told_with_what_it_showed_early():
     assert (by_auroc.study.trials[0].state, by_auroc.study.trials[0].value) == (TrialState.PRUNED, -0.8)
 
 
+def test_a_running_trial_is_told_with_what_it_has_shown_at_its_rungs():
+    bridge, again = optimizer(), optimizer()
+    trial = ended(0, bridge.ask(0), "running", [15.0])
+    bridge.passed_rung(trial)  # without an early_loss nothing can be said
+    assert [there.state for there in bridge.study.trials] == [TrialState.RUNNING]
+    decision = {"epoch": 1, "verdict": "continue"}
+    trial = ended(0, trial.params, "running", [15.0, 17.0])
+    trial.rows = [row | {"early_loss": loss} for row, loss in zip(trial.rows, [0.6, 0.9], strict=True)]
+    trial.decisions = [decision]
+    bridge.passed_rung(trial)
+    assert [(there.state, there.value) for there in bridge.study.trials] == [(TrialState.COMPLETE, 0.6)]
+
+    # One that shows more at its next rung, and what another start makes of it.
+    trial.rows = [*trial.rows, {"epoch": 3, "val_loss": 0.9, "early_loss": 0.5}]
+    bridge.passed_rung(trial)
+    again.remember(trial)
+    suggested = [bridge.ask(1), again.ask(1)]
+    assert suggested[0] == suggested[1]
+    for rebuilt in (bridge, again):
+        assert sorted((there.state.name, there.value) for there in rebuilt.study.trials) == [
+            ("COMPLETE", 0.5),
+            ("RUNNING", None),
+        ]
+
+    # Its end takes the place of all that.
+    bridge.tell(ended(0, trial.params, "completed", [0.9, 0.3]))
+    bridge.ask(2)
+    assert [there.value for there in bridge.study.get_trials(states=[TrialState.COMPLETE])] == [0.3]
+    assert len(bridge.study.get_trials(states=[TrialState.RUNNING])) == 2
+
+
 def test_start_points_are_taken_as_they_are():
     assert optimizer().ask(0, SPACE.start[0]) == SPACE.start[0]
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tuning.config import InputError, TrialConfig
-from tuning.tables import Journal, Record, make_tables, read_journal, read_table, replacing, write_tables
+from tuning.tables import Journal, Record, Row, make_tables, read_journal, read_table, replacing, write_tables
 
 CONFIG = TrialConfig(backbone="test_resnet", epochs=3).model_dump()
 
@@ -31,6 +31,18 @@ def journal(tmp_path):
     journal = Journal(tmp_path / "journal.jsonl")
     yield journal
     journal.close()
+
+
+@given(
+    st.dictionaries(
+        st.text(),
+        st.one_of(st.none(), st.booleans(), st.text(), st.integers(-(2**53), 2**53), st.floats(allow_nan=False)),
+    )
+)
+def test_a_row_is_what_the_event_was(fields):
+    kept = Row(fields)
+    assert dict(kept) == fields and len(kept) == len(fields)
+    assert [type(value) for value in kept.values()] == [type(value) for value in fields.values()]
 
 
 def test_best_epoch_gap_and_sums(journal, tmp_path):

@@ -31,7 +31,9 @@ class Optimizer:
     `early_loss`, which is near to where they would have come (without one, or where another metric is optimized, as
     PRUNED, which TPE ranks below all others, the later stopped first); diverged and out-of-memory ones as PRUNED
     without a value, which TPE ranks last, so that their region is avoided; failed and interrupted ones as FAIL, which
-    it ignores. Probes are told like completed trials. Each ask has a fresh sampler seeded by (seed, trial number): a
+    it ignores. A trial that has passed a rung and still runs is told as if it had been stopped there: the constant lie
+    that TPE tells of other running trials, that they are bad, would make it avoid those that do best. Probes are told
+    like completed trials. Each ask has a fresh sampler seeded by (seed, trial number): a
     resumed search asks the same. Of many trials the sampler sees the best half and the newest half.
 
     Trials of another run are told with the value that has their rank among this run's values so far.
@@ -61,10 +63,13 @@ class Optimizer:
         self._values: list[float] = []  # best values of this run's trials
         self._open: dict[int, dict[str, Any]] = {}  # our trial number -> parameters
         self._running: dict[int, optuna.Trial] = {}  # our trial number -> the study's
+        self._shown: dict[int, float] = {}  # our trial number -> what an open trial was told with
         self._renew()
 
     def ask(self, number: int, params: dict[str, Any] | None = None) -> dict[str, Any]:
         """Parameters for the trial with this number: `params` where given, else suggested."""
+        if self._stale:
+            self._renew()
         self.study.sampler = self._new_sampler(number)
         self._open[number] = self._begin(number, params)
         return self._open[number]
@@ -73,12 +78,26 @@ class Optimizer:
         """Tell how a trial ended; a probe was never asked for."""
         self._remember(trial, trial.params if trial.number is None else self._open.pop(trial.number))
 
+    def passed_rung(self, trial: Trial) -> None:
+        """Tell what a trial that goes on has shown so far, if that can be compared with how others end."""
+        shown = self._least_early_loss(trial)
+        if shown is None or trial.number is None:
+            return
+        self._shown[trial.number] = shown
+        running = self._running.pop(trial.number, None)
+        if running is None:  # what is told in a study stays as it is told
+            self._stale = True
+        else:
+            self.study.tell(running, shown)
+
     def remember(self, trial: Trial) -> None:
         """Take in a trial of an earlier start; one that has not ended is left open."""
         if trial.ended:
             self._remember(trial, trial.params)
         elif trial.number is not None:
             self.ask(trial.number, trial.params)
+            if trial.decisions:
+                self.passed_rung(trial)
 
     def _new_sampler(self, number: int) -> optuna.samplers.BaseSampler:
         seed = (self._seed * 1_000_003 + number) % 2**32
@@ -111,7 +130,9 @@ class Optimizer:
         state, value, intermediate = self._outcome(trial)
         told = frozen_trial(self._space, params, state, value, intermediate)
         running = None if trial.number is None else self._running.pop(trial.number, None)
-        if running is None:
+        if trial.number is not None and self._shown.pop(trial.number, None) is not None:
+            self._stale = True
+        elif running is None:
             self.study.add_trial(told)
         else:
             for epoch, loss in intermediate.items():
@@ -132,7 +153,11 @@ class Optimizer:
         self.study = optuna.create_study(direction="minimize", sampler=optuna.samplers.RandomSampler(seed=0))
         self.study.add_trials([*map(self._prior, self._priors), *self._told])
         for number, params in self._open.items():
-            self._begin(number, params)
+            if number in self._shown:
+                self.study.add_trial(frozen_trial(self._space, params, TrialState.COMPLETE, self._shown[number], {}))
+            else:
+                self._begin(number, params)
+        self._stale = False  # whether a trial is told otherwise than it is known by now
 
     def _prior(self, prior: Prior) -> FrozenTrial:
         value = float(np.quantile(self._values, prior["rank"])) if self._values else prior["rank"]
@@ -144,10 +169,8 @@ class Optimizer:
     def _outcome(self, trial: Trial) -> tuple[TrialState, float | None, dict[int, float]]:
         best = best_epoch(trial.rows, self._metric)
         ended_well = ("completed", "converged", *(["stopped"] if self.stopped_as == "complete" else []))
-        early = [row["early_loss"] for row in trial.rows if row.get("early_loss") is not None]
-        comparable = self.stopped_as == "early_loss" and self._metric == "val_loss"
-        if trial.status == "stopped" and comparable and early:
-            return TrialState.COMPLETE, min(early), {}
+        if trial.status == "stopped" and (shown := self._least_early_loss(trial)) is not None:
+            return TrialState.COMPLETE, shown, {}
         if trial.status in ended_well and best is not None:
             return TrialState.COMPLETE, loss_like(self._metric, best[self._metric]), {}
         if trial.status in ("failed", "interrupted") or (trial.status == "stopped" and self.stopped_as == "fail"):
@@ -157,6 +180,12 @@ class Optimizer:
         rows = [row for row in trial.rows if row[self._metric] is not None]
         losses = {row["epoch"]: loss_like(self._metric, row[self._metric]) for row in rows}
         return TrialState.PRUNED, next(reversed(losses.values()), None), losses
+
+    def _least_early_loss(self, trial: Trial) -> float | None:
+        """Null where it is not measured, or is no value of what is optimized."""
+        if self.stopped_as != "early_loss" or self._metric != "val_loss":
+            return None
+        return min((row["early_loss"] for row in trial.rows if row.get("early_loss") is not None), default=None)
 
 
 def frozen_trial(

@@ -24,7 +24,7 @@ from tuning.stopping import Rungs, compared_value, stratum
 from tuning.tables import Journal, Record, Trial, best_epoch, loss_like, make_tables, read_journal, write_tables
 from tuning.trial import FinetuneTrial, best_file, state_file
 
-TABLE_SECONDS = 5.0
+TABLE_SECONDS, TABLE_SHARE = 5.0, 0.05  # between writings of the tables; the driver's time for it, at most
 KEPT_CHECKPOINTS = 5  # ended trials whose best weights are kept
 LOST_ACTOR_RETRIES = 3
 FAILURES_AT_FIRST = 4  # if the first so many trials all fail, something is wrong with all of them
@@ -80,7 +80,7 @@ class Search:
         )
         self.rungs = Rungs(grace_epochs=plan.grace_epochs, reduction_factor=plan.reduction_factor, epochs=plan.epochs)
         self.halted: str | None = None  # why no more trials are to be started
-        self._tables_at = -math.inf
+        self._tables_due = -math.inf
         self._ray_ids: dict[str, str] = {}
         self._gpus: dict[str, float] = {}  # what each trial is given
         self._context = {
@@ -212,6 +212,8 @@ class Search:
         decision = self._decide(trial, row["epoch"])
         if decision is not None and decision["verdict"] == "stop":
             return self._end(trial, "stopped", stop_reason(self.plan, decision))
+        if decision is not None:
+            self.optimizer.passed_rung(trial)
         if self.halted is not None or self._budget_over():
             return self._end(
                 trial, "interrupted", f"{self.halted or 'the time budget is over'}; --resume goes on with it"
@@ -299,18 +301,21 @@ class Search:
         return budget is not None and self.journal.wall_s - self.started_wall_s >= budget
 
     def _write_tables(self, *, now: bool = False) -> None:
-        if now or time.monotonic() - self._tables_at > TABLE_SECONDS:
+        started = time.monotonic()
+        if now or started > self._tables_due:
             write_tables(make_tables(self.record, self.plan.metric), self.run_folder)
             self._delete_checkpoints()
-            self._tables_at = time.monotonic()
+            ended = time.monotonic()
+            self._tables_due = ended + max(TABLE_SECONDS, (ended - started) / TABLE_SHARE)
 
     def _delete_checkpoints(self) -> None:
         """Of ended trials keep the best few's best weights, within `checkpoint_bytes`; the worst of them go first."""
-        ended = [trial for trial in self.record.trials.values() if trial.ended and trial.number is not None]
-        running = [trial for trial in self.record.trials.values() if not trial.ended]
-        states = [state_file(self.run_folder, trial.trial_id) for trial in running]
+        folder = self.run_folder / "checkpoints"
+        there = sorted({path.name.partition(".")[0] for path in folder.glob("[!.]*")})  # trials with files
+        trials = [self.record.trials[trial_id] for trial_id in there if trial_id in self.record.trials]
+        states = [state_file(self.run_folder, trial.trial_id) for trial in trials if not trial.ended]
         total = sum(path.stat().st_size for path in states if path.exists())
-        for place, trial in enumerate(sorted(ended, key=self._rank)):
+        for place, trial in enumerate(sorted((trial for trial in trials if trial.ended), key=self._rank)):
             state_file(self.run_folder, trial.trial_id).unlink(missing_ok=True)
             best = best_file(self.run_folder, trial.trial_id)
             if best.exists():

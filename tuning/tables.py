@@ -1,9 +1,11 @@
 """The journal, which is the truth while a search runs, and the Parquet tables made from it."""
 
 import fcntl
+import itertools
 import json
 import os
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -144,19 +146,28 @@ class Journal:
 
 
 class Row(Mapping[str, Any]):
-    """The fields of an event, in a third of a dict's memory: a search has hundreds of thousands of them."""
+    """The fields of an event, in a fifth of a dict's memory: a search has hundreds of thousands of them.
 
-    __slots__ = ("_places", "_values")
-    _layouts: ClassVar[dict[tuple[str, ...], dict[str, int]]] = {}
+    Numbers lie in one array, unboxed; where each field lies is kept once for all events of a kind.
+    """
+
+    __slots__ = ("_numbers", "_others", "_places")
+    _layouts: ClassVar[dict[tuple[tuple[str, type], ...], dict[str, tuple[type, int]]]] = {}
 
     def __init__(self, fields: Mapping[str, Any]):
-        names = tuple(fields)
-        if names not in self._layouts:
-            self._layouts[names] = {name: place for place, name in enumerate(names)}
-        self._places, self._values = self._layouts[names], tuple(fields.values())
+        kinds = tuple((name, type(value)) for name, value in fields.items())
+        if kinds not in self._layouts:
+            counts = {True: itertools.count(), False: itertools.count()}
+            self._layouts[kinds] = {name: (kind, next(counts[kind in (int, float)])) for name, kind in kinds}
+        self._places = self._layouts[kinds]
+        self._numbers = array("d", [value for value in fields.values() if type(value) in (int, float)])
+        self._others = tuple(value for value in fields.values() if type(value) not in (int, float))
 
     def __getitem__(self, name: str) -> Any:
-        return self._values[self._places[name]]
+        kind, place = self._places[name]
+        if kind is float:
+            return self._numbers[place]
+        return int(self._numbers[place]) if kind is int else self._others[place]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
