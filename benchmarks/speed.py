@@ -201,7 +201,7 @@ def batch_seconds(trial: TrialConfig, classes: int, train: int, weights: Path | 
     stages = backbones.stages(model, size)
     backbones.unfreeze(model, stages, depth, batch_norm=trial.batch_norm)
     rates = {name: getattr(trial, name) for name in ("learning_rate", "stage_lr_decay", "weight_decay")}
-    optimizer = torch.optim.AdamW(backbones.parameter_groups(model, stages, depth, **rates))
+    optimizer = torch.optim.AdamW(backbones.parameter_groups(model, stages, depth, **rates), fused=True)
     images = torch.randn(min(trial.batch_size, train), 3, size, size).contiguous(memory_format=torch.channels_last)
     targets = torch.randint(classes, (len(images),))
 
