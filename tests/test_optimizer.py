@@ -241,3 +241,5 @@ def test_a_live_study_shows_every_trial(tmp_path, url):
     LiveStudy(url, "run", SPACE, anew=True)
     with pytest.raises(InputError, match="optuna_storage"):
         LiveStudy("nonsense://", "run", SPACE, anew=False)
+    with pytest.raises(InputError, match="install the database's driver"):
+        LiveStudy("mysql://user@127.0.0.1/studies", "run", SPACE, anew=False)

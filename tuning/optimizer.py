@@ -280,6 +280,9 @@ class LiveStudy:
             self._study = optuna.create_study(storage=storage, study_name=name, direction="minimize")
         except optuna.exceptions.DuplicatedStudyError:
             raise InputError(f"optuna_storage: has a study {name} already; choose another --name") from None
+        except ImportError as error:
+            cure = "install the database's driver (for postgresql://: pip install 'psycopg[binary]')"
+            raise InputError(f"optuna_storage: {cure}") from error
         except Exception as error:  # of whichever database; its message may hold a password
             cure = "give sqlite:///FILE.db, postgresql://..., or a path ending in .log"
             raise InputError(f"optuna_storage: can't be opened ({type(error).__name__}); {cure}") from error
