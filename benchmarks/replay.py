@@ -51,6 +51,7 @@ from tuning.tables import make_tables
 BEST = (0.05, 0.01)  # shares of the grid's configurations that a method is timed to
 MAX_EPOCHS = 600
 WARM_EPOCHS = 200
+SIGNALS_AT = (1, 2, 3, 4)  # epochs whose signals are compared with how trials end
 SHOWN_AFTER = (60, 200)  # epochs after which the best loss found is printed
 Key = tuple[Any, ...]
 Row = dict[str, Any]
@@ -157,7 +158,7 @@ class Product:
             weights={},
             resources=Slots(1, 0.0, slots),
             show=lambda search, trial: None,
-            priors=priors(*[other for other in ("generated", "xrays") if other != curves.name]) if warm_start else (),
+            priors=priors("xrays" if curves.name == "generated" else "generated", seed) if warm_start else (),
             clock=lambda: float(clock.now),
         )
         for name in changed.keys() - settings.keys():  # what the bridge can do and no setting says
@@ -378,10 +379,10 @@ def searched(
 
 
 @cache
-def priors(curves_name: str) -> list[Prior]:
-    """What the product's trials on a data set, of seed 0 on one slot, tell a search on another."""
+def priors(curves_name: str, seed: int) -> list[Prior]:
+    """What the product's trials on a data set, on one slot, tell a search on another."""
     curves, clock = curves_of(curves_name), SimpleNamespace(now=0.0)
-    method = Product(curves, 0, 1, clock)
+    method = Product(curves, seed, 1, clock)
     searched(method, curves, 1, clock, WARM_EPOCHS)
     trials = make_tables(method.search.record, "val_loss")["trials"].to_pandas()
     return read_priors(trials, method.search.space, "val_loss", SearchPlan(name="replay").warm_start_weight)[0]
@@ -411,6 +412,16 @@ def interval(values: list[float]) -> tuple[float, float, float]:
     drawn = np.random.default_rng(0).choice(values, (2000, len(values)))
     medians = np.sort(np.quantile(drawn, 0.5, axis=1, method="lower"))
     return float(np.quantile(values, 0.5, method="lower")), float(medians[50]), float(medians[1949])
+
+
+def rank_correlations(curves: Curves, signal: str) -> list[float]:
+    """Spearman's, of a signal in each of the first epochs with the best loss that the configuration reaches."""
+    best = pd.Series({key: curves.best(key) for key in curves.rows}).rank()
+    found = []
+    for epoch in SIGNALS_AT:
+        values = pd.Series({key: curves.row(key, epoch)[signal] for key in curves.rows}, dtype=float)
+        found.append(float(values.fillna(math.inf).rank().corr(best)))
+    return found
 
 
 def plot(traces: dict[Task, pd.DataFrame], flags: Flags, methods: tuple[str, ...]) -> None:
@@ -453,6 +464,9 @@ def main() -> None:
     tasks = list(itertools.product(flags.curves, methods, flags.slots, range(flags.seeds)))
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         traces = dict(zip(tasks, pool.imap(partial(replayed, out=out), tasks), strict=True))
+    for name, signal in itertools.product(flags.curves, ("val_loss", "early_loss")):
+        found = ", ".join(f"{value:.2f}" for value in rank_correlations(curves_of(name), signal))
+        print(f"{name}: rank correlation of {signal} at epochs {SIGNALS_AT} with the best val_loss: {found}")
     for name, slots in itertools.product(flags.curves, flags.slots):
         goals = curves_of(name).goals
         print(

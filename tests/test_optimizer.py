@@ -73,35 +73,60 @@ def test_a_stopped_trial_is_told_with_what_it_showed_early():
     assert (by_auroc.study.trials[0].state, by_auroc.study.trials[0].value) == (TrialState.PRUNED, -0.8)
 
 
+def passed(trial, early_losses):
+    """The trial, which goes on after having shown these at its first epochs."""
+    trial.rows = [{"epoch": epoch, "val_loss": 15.0, "early_loss": loss} for epoch, loss in enumerate(early_losses, 1)]
+    trial.decisions = [{"epoch": len(early_losses), "verdict": "continue"}]
+    return trial
+
+
+def told(bridge):
+    return sorted((trial.state.name, trial.value or 0) for trial in bridge.study.trials)
+
+
 def test_a_running_trial_is_told_with_what_it_has_shown_at_its_rungs():
     bridge, again = optimizer(), optimizer()
     trial = ended(0, bridge.ask(0), "running", [15.0])
     bridge.passed_rung(trial)  # without an early_loss nothing can be said
-    assert [there.state for there in bridge.study.trials] == [TrialState.RUNNING]
-    decision = {"epoch": 1, "verdict": "continue"}
-    trial = ended(0, trial.params, "running", [15.0, 17.0])
-    trial.rows = [row | {"early_loss": loss} for row, loss in zip(trial.rows, [0.6, 0.9], strict=True)]
-    trial.decisions = [decision]
-    bridge.passed_rung(trial)
-    assert [(there.state, there.value) for there in bridge.study.trials] == [(TrialState.COMPLETE, 0.6)]
+    bridge.ask(1)
+    assert told(bridge) == [("RUNNING", 0), ("RUNNING", 0)]
+    bridge.passed_rung(passed(trial, [0.6]))
+    bridge.ask(2)
+    assert told(bridge) == [("COMPLETE", 0.6), ("RUNNING", 0), ("RUNNING", 0)]
 
-    # One that shows more at its next rung, and what another start makes of it.
-    trial.rows = [*trial.rows, {"epoch": 3, "val_loss": 0.9, "early_loss": 0.5}]
+    # One that shows more at its next rung, and what another start makes of it; rows after the rung don't count.
+    passed(trial, [0.6, 0.9, 0.5]).rows.append({"epoch": 4, "val_loss": 15.0, "early_loss": 0.1})
     bridge.passed_rung(trial)
     again.remember(trial)
-    suggested = [bridge.ask(1), again.ask(1)]
-    assert suggested[0] == suggested[1]
-    for rebuilt in (bridge, again):
-        assert sorted((there.state.name, there.value) for there in rebuilt.study.trials) == [
-            ("COMPLETE", 0.5),
-            ("RUNNING", None),
-        ]
+    bridge.ask(3)
+    again.ask(3)
+    assert told(bridge)[0] == told(again)[0] == ("COMPLETE", 0.5)
 
     # Its end takes the place of all that.
     bridge.tell(ended(0, trial.params, "completed", [0.9, 0.3]))
-    bridge.ask(2)
-    assert [there.value for there in bridge.study.get_trials(states=[TrialState.COMPLETE])] == [0.3]
-    assert len(bridge.study.get_trials(states=[TrialState.RUNNING])) == 2
+    bridge.ask(4)
+    assert told(bridge) == [("COMPLETE", 0.3), *[("RUNNING", 0)] * 4]
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_with_one_slot_a_rebuilt_study_asks_the_same_after_rungs_and_from_another_run(warm):
+    priors = read_priors(other_run([1e-1, 1e-2, 1e-3, 1e-4]), SPACE, "val_loss", 1.0)[0] if warm else []
+    bridge = Optimizer(SPACE, seed=3, metric="val_loss", priors=priors)
+    trials = []
+    for number in range(25):
+        again = Optimizer(SPACE, seed=3, metric="val_loss", priors=priors)
+        for trial in trials:
+            again.remember(trial)
+        params = bridge.ask(number)
+        assert again.ask(number) == params
+        loss = abs(math.log10(params["learning_rate"]) + 3)
+        trial = ended(number, params, "running", [loss])
+        if number % 4:
+            bridge.passed_rung(passed(trial, [loss + 0.5]))
+        trial.status = ("completed", "stopped", "diverged")[number % 3]
+        trial.rows = [*trial.rows, {"epoch": len(trial.rows) + 1, "val_loss": loss, "early_loss": None}]
+        bridge.tell(trial)
+        trials.append(trial)
 
 
 def test_start_points_are_taken_as_they_are():
@@ -241,5 +266,5 @@ def test_a_live_study_shows_every_trial(tmp_path, url):
     LiveStudy(url, "run", SPACE, anew=True)
     with pytest.raises(InputError, match="optuna_storage"):
         LiveStudy("nonsense://", "run", SPACE, anew=False)
-    with pytest.raises(InputError, match="install the database's driver"):
-        LiveStudy("mysql://user@127.0.0.1/studies", "run", SPACE, anew=False)
+    with pytest.raises(InputError, match="install the database's driver, "):
+        LiveStudy("oracle://user@127.0.0.1/studies", "run", SPACE, anew=False)

@@ -152,7 +152,7 @@ def finetune(
 
     # Where to begin, or to go on from.
     if config.head_init == "probe" and depth and state is None:
-        weight, bias, *_ = probed_head(network, config, data, device=device, weights=weights, features=features)
+        weight, bias = probed_head(network, config, data, device=device, weights=weights, features=features)[:2]
         classifier = model.get_submodule(backbones.classifier_name(model))[1]  # type: ignore[index]
         with torch.no_grad():
             classifier.weight.copy_(weight.view_as(classifier.weight))

@@ -33,8 +33,8 @@ class Optimizer:
     without a value, which TPE ranks last, so that their region is avoided; failed and interrupted ones as FAIL, which
     it ignores. A trial that has passed a rung and still runs is told as if it had been stopped there: the constant lie
     that TPE tells of other running trials, that they are bad, would make it avoid those that do best. Probes are told
-    like completed trials. Each ask has a fresh sampler seeded by (seed, trial number): a
-    resumed search asks the same. Of many trials the sampler sees the best half and the newest half.
+    like completed trials. Each ask has a fresh sampler seeded by (seed, trial number): a resumed search asks the same.
+    Of many trials the sampler sees the best half and the newest half.
 
     Trials of another run are told with the value that has their rank among this run's values so far.
 
@@ -68,7 +68,9 @@ class Optimizer:
 
     def ask(self, number: int, params: dict[str, Any] | None = None) -> dict[str, Any]:
         """Parameters for the trial with this number: `params` where given, else suggested."""
-        if self._stale:
+        for open_number in sorted(self._shown.keys() & self._running.keys()):
+            self.study.tell(self._running.pop(open_number), self._shown[open_number])
+        if self._stale > len(self._told) // 100:  # not at each ask of a large study: 1,000 trials take 0.1 s
             self._renew()
         self.study.sampler = self._new_sampler(number)
         self._open[number] = self._begin(number, params)
@@ -79,16 +81,13 @@ class Optimizer:
         self._remember(trial, trial.params if trial.number is None else self._open.pop(trial.number))
 
     def passed_rung(self, trial: Trial) -> None:
-        """Tell what a trial that goes on has shown so far, if that can be compared with how others end."""
+        """Take in what a trial that goes on has shown so far, if that can be compared with how others end."""
         shown = self._least_early_loss(trial)
         if shown is None or trial.number is None:
             return
+        told = trial.number not in self._running  # and what is told in a study stays as it is told
+        self._stale += told and shown != self._shown[trial.number]
         self._shown[trial.number] = shown
-        running = self._running.pop(trial.number, None)
-        if running is None:  # what is told in a study stays as it is told
-            self._stale = True
-        else:
-            self.study.tell(running, shown)
 
     def remember(self, trial: Trial) -> None:
         """Take in a trial of an earlier start; one that has not ended is left open."""
@@ -130,8 +129,9 @@ class Optimizer:
         state, value, intermediate = self._outcome(trial)
         told = frozen_trial(self._space, params, state, value, intermediate)
         running = None if trial.number is None else self._running.pop(trial.number, None)
-        if trial.number is not None and self._shown.pop(trial.number, None) is not None:
-            self._stale = True
+        shown = None if trial.number is None else self._shown.pop(trial.number, None)
+        if running is None and shown is not None:
+            self._stale += 1
         elif running is None:
             self.study.add_trial(told)
         else:
@@ -157,7 +157,7 @@ class Optimizer:
                 self.study.add_trial(frozen_trial(self._space, params, TrialState.COMPLETE, self._shown[number], {}))
             else:
                 self._begin(number, params)
-        self._stale = False  # whether a trial is told otherwise than it is known by now
+        self._stale = 0  # trials that are told otherwise than they are known by now
 
     def _prior(self, prior: Prior) -> FrozenTrial:
         value = float(np.quantile(self._values, prior["rank"])) if self._values else prior["rank"]
@@ -185,7 +185,9 @@ class Optimizer:
         """Null where it is not measured, or is no value of what is optimized."""
         if self.stopped_as != "early_loss" or self._metric != "val_loss":
             return None
-        return min((row["early_loss"] for row in trial.rows if row.get("early_loss") is not None), default=None)
+        until = trial.decisions[-1]["epoch"] if trial.decisions else math.inf
+        early = [row.get("early_loss") for row in trial.rows if row["epoch"] <= until]
+        return min((loss for loss in early if loss is not None), default=None)
 
 
 def frozen_trial(
@@ -281,8 +283,8 @@ class LiveStudy:
         except optuna.exceptions.DuplicatedStudyError:
             raise InputError(f"optuna_storage: has a study {name} already; choose another --name") from None
         except ImportError as error:
-            cure = "install the database's driver (for postgresql://: pip install 'psycopg[binary]')"
-            raise InputError(f"optuna_storage: {cure}") from error
+            package = getattr(error.__cause__, "name", None) or "for which see SQLAlchemy's manual"
+            raise InputError(f"optuna_storage: install the database's driver, {package}") from error
         except Exception as error:  # of whichever database; its message may hold a password
             cure = "give sqlite:///FILE.db, postgresql://..., or a path ending in .log"
             raise InputError(f"optuna_storage: can't be opened ({type(error).__name__}); {cure}") from error
