@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import optuna
 import pandas as pd
 import pytest
@@ -127,6 +128,29 @@ def test_with_one_slot_a_rebuilt_study_asks_the_same_after_rungs_and_from_anothe
         trial.rows = [*trial.rows, {"epoch": len(trial.rows) + 1, "val_loss": loss, "early_loss": None}]
         bridge.tell(trial)
         trials.append(trial)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_with_several_slots_the_study_knows_every_trial_once(monkeypatch, warm):
+    monkeypatch.setattr("tuning.optimizer.MOST_SEEN", 20)
+    monkeypatch.setattr("tuning.optimizer.SLACK", 6)
+    priors = read_priors(other_run([1e-2, 1e-3]), SPACE, "val_loss", 1.0)[0] if warm else []
+    bridge = Optimizer(SPACE, seed=3, metric="val_loss", priors=priors)
+    random, running = np.random.default_rng(0), {}
+    for number in range(60):
+        running[number] = ended(number, bridge.ask(number), "running", [])
+        shown = [other for other, trial in running.items() if trial.rows]
+        states = [trial.state for trial in bridge.study.trials]
+        assert states.count(TrialState.RUNNING) == len(running) - len(shown)
+        if number < 20:
+            assert len(states) == number + 1 + len(priors)
+        for other in list(running):
+            trial = running[other]
+            if random.random() < 0.5:
+                bridge.passed_rung(passed(trial, [*[row["early_loss"] for row in trial.rows], random.random()]))
+            elif random.random() < 0.4:
+                bridge.tell(ended(other, trial.params, "completed", [random.random()]))
+                del running[other]
 
 
 def test_start_points_are_taken_as_they_are():

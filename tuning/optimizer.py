@@ -62,8 +62,8 @@ class Optimizer:
         self._told: list[FrozenTrial] = []  # in the order of their ends
         self._values: list[float] = []  # best values of this run's trials
         self._open: dict[int, dict[str, Any]] = {}  # our trial number -> parameters
-        self._running: dict[int, optuna.Trial] = {}  # our trial number -> the study's
-        self._shown: dict[int, float] = {}  # our trial number -> what an open trial was told with
+        self._running: dict[int, optuna.Trial]  # our trial number -> the study's, until it is told there
+        self._shown: dict[int, float] = {}  # our trial number -> what it has shown, while it is open
         self._renew()
 
     def ask(self, number: int, params: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -152,6 +152,7 @@ class Optimizer:
             self._told = [told for told in older if _order(told) <= limit][: MOST_SEEN // 2] + newest
         self.study = optuna.create_study(direction="minimize", sampler=optuna.samplers.RandomSampler(seed=0))
         self.study.add_trials([*map(self._prior, self._priors), *self._told])
+        self._running = {}
         for number, params in self._open.items():
             if number in self._shown:
                 self.study.add_trial(frozen_trial(self._space, params, TrialState.COMPLETE, self._shown[number], {}))
