@@ -24,6 +24,7 @@ ALLOWED = {
     "optimizer": {"config", "space", "tables"},
     "stopping": {"config"},
     "analysis": {"config", "tables"},
+    "finalists": {"config", "tables", "analysis"},
     "augment": {"config"},
     "weights": {"config"},
     "backbones": {"config", "weights"},
@@ -38,11 +39,11 @@ ALLOWED = {
     "probe": {"config", "data", "features", "frozen", "models", "scores"},
     "finetune": {"config", "tables", "augment", "averaging", "backbones", "data", "models", "features", "frozen"}
     | {"scores", "probe"},
-    "trial": {"config", "tables", "images", "data", "models", "features", "probe", "finetune"},
+    "trial": {"config", "tables", "samples", "cluster", "images", "data", "models", "features", "probe", "finetune"},
     "model_folder": {"config", "images", "backbones", "data", "finetune"},
 }
 COMMANDS = {"search", "run_search", "train_final"}  # may import all of the above
-TORCHLESS = ["config", "conditions", "space", "samples", "tables", "stopping", "analysis"]
+TORCHLESS = ["config", "conditions", "space", "samples", "tables", "stopping", "analysis", "finalists"]
 
 
 def imports(module: str) -> tuple[set[str], set[str]]:

@@ -15,12 +15,12 @@ def class_entropy(samples: pd.DataFrame) -> float:
 
 
 def searched(trials: pd.DataFrame) -> pd.DataFrame:
-    """Start points and suggested trials: without probes."""
-    return trials[trials["origin"] != "probe"]
+    """Start points and suggested trials: without probes and the finalists' runs."""
+    return trials[~trials["origin"].isin(["probe", "finalist"])]
 
 
 def best(trials: pd.DataFrame, metric: str) -> pd.Series | None:
-    """The row of the best trial by `metric` at its best epoch, probes apart; null where no trial has a finite loss."""
+    """The row of the best searched trial by `metric` at its best epoch; null where none has a finite loss."""
     finite = searched(trials[trials["val_loss"].notna() & trials[metric].notna()])
     if finite.empty:
         return None

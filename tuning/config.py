@@ -164,6 +164,15 @@ class SearchPlan(BaseModel):
     divergence_factor: float = Field(
         10.0, gt=1, description="a loss so many times the class entropy, or its own best, twice running is `diverged`"
     )
+    finalists: int = Field(
+        2, ge=0, description="best trials that are trained again beside the default, with the same seeds; 0: no verdict"
+    )
+    finalist_seeds: int = Field(
+        5, ge=3, description="runs of each of them; fewer where `finalist_epochs` allows no more"
+    )
+    finalist_epochs: int | None = Field(
+        None, ge=0, description="epochs of all these runs, at most; default a quarter of what the search took"
+    )
     weights: str = Field("auto", description="`auto`, a folder of weight files, or `random`")
     skip_unreadable: bool = Field(False, description="leave out images that can't be read instead of stopping")
     path_column: str = Field("path", description="column of a manifest")

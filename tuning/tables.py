@@ -51,6 +51,7 @@ TRIALS = _schema(
     dict.fromkeys(("trial_id",), _TEXT)
     | {"number": _WHOLE}
     | dict.fromkeys(("origin", "status", "reason"), _TEXT)
+    | {"seed": _WHOLE, "finalist_of": _TEXT}
     | {f"config_{name}": _config_type(name) for name in PARAMETERS}
     | dict.fromkeys(("epochs", "best_epoch"), _WHOLE)
     | dict.fromkeys(("val_loss", "val_accuracy", "val_auroc", "val_balanced_accuracy", "train_loss"), _REAL)
@@ -67,6 +68,10 @@ EPOCHS = _schema(
 DECISIONS = _schema(
     {"seq": _WHOLE, "trial_id": _TEXT, "epoch": _WHOLE, "rung": _WHOLE, "stratum": _TEXT}
     | {"value": _REAL, "cutoff": _REAL, "verdict": _TEXT}
+)
+FINALISTS = _schema(
+    {"trial_id": _TEXT, "role": _TEXT, "chosen": pa.bool_(), "runs": _WHOLE}
+    | dict.fromkeys(("mean", "sd", "searched", "luck", "difference", "low", "high", "p_value", "seconds"), _REAL)
 )
 SAMPLES = _schema(dict.fromkeys(("path", "file", "label", "split", "group"), _TEXT))
 
@@ -185,6 +190,7 @@ class Trial:
     origin: str
     params: dict[str, Any]
     config: dict[str, Any]
+    finalist_of: str | None = None  # the trial whose configuration a finalist's run trains again
     status: str | None = None
     reason: str | None = None
     error: str | None = None
@@ -233,7 +239,7 @@ class Record:
         trial_id = event["trial_id"]
         if kind == "asked":
             fields = {name: event[name] for name in ("number", "origin", "params", "config")}
-            self.trials[trial_id] = Trial(trial_id, **fields)
+            self.trials[trial_id] = Trial(trial_id, **fields, finalist_of=event.get("finalist_of"))
             return
         trial = self.trials[trial_id]
         if kind == "started":
@@ -264,6 +270,8 @@ def _trial_row(trial: Trial, metric: str) -> dict[str, Any]:
     config = trial.config | {"unfreeze_depth": last.get("unfreeze_depth", trial.config["unfreeze_depth"])}
     return {
         **{name: getattr(trial, name) for name in ("trial_id", "number", "origin", "status", "reason", "error")},
+        "seed": config["seed"],
+        "finalist_of": trial.finalist_of,
         **{f"config_{name}": config[name] for name in PARAMETERS},
         **values,
         "epochs": len(trial.rows),

@@ -15,6 +15,7 @@ from ray import tune
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from tuning.cluster import images_here
 from tuning.config import TrialConfig
 from tuning.data import Data, join, placed
 from tuning.features import FeatureCache
@@ -22,6 +23,7 @@ from tuning.finetune import Row, State, finetune, out_of_memory
 from tuning.images import open_images
 from tuning.models import Models, keep_memory
 from tuning.probe import probe
+from tuning.samples import redrawn
 from tuning.tables import read_table, replacing
 
 CHECKPOINT_SECONDS = 30.0
@@ -104,10 +106,7 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
         state = load_state(self._config["run"], self._config["trial_id"])
         self._replay = list(state.history) if state else []
         trial = TrialConfig(**self._config["config"])
-        if trial.image_size not in self._data:
-            samples = read_table(Path(self._config["run"]) / "samples.parquet")
-            images = open_images(Path(self._config["images"][str(trial.image_size)]))
-            self._data[trial.image_size] = join(samples, placed(images, self._device))
+        data = self._load(trial)
         weights = self._config["weights"][trial.backbone]
         given: dict[str, Any] = {
             "device": self._device,
@@ -116,9 +115,17 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
             "models": self._models,
         }
         if self._config["origin"] == "probe":
-            row = probe(trial, self._data[trial.image_size], **given)
+            row = probe(trial, data, **given)
             return iter([(row, lambda: State([row], {}))])
-        return finetune(trial, self._data[trial.image_size], state=state, **given, **self._config["ending"])
+        return finetune(trial, data, state=state, **given, **self._config["ending"])
+
+    def _load(self, trial: TrialConfig) -> Data:
+        samples = Path(self._config["run"]) / "samples.parquet"
+        if trial.image_size not in self._data:
+            images = open_images(images_here(Path(self._config["images"][str(trial.image_size)])))
+            self._data[trial.image_size] = join(read_table(samples), placed(images, self._device))
+        data = self._data[trial.image_size]
+        return join(redrawn(read_table(samples), trial.seed), data.images) if self._config["redraw"] else data
 
     def _save(self, state: State, *, final: bool = False) -> bool:
         """Write the best weights, then, unless the trial has ended, the state; true if they are on disk.
