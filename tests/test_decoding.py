@@ -287,10 +287,11 @@ def test_an_even_image_stays_even_in_any_fit(tmp_path_factory, width, height, si
     pixels = shown(write(tmp_path_factory.getbasetemp() / "even", even), side, fit=fit)
     assert pixels.shape == (side, side)
     if fit == "letterbox":
-        across, down = (max(round(length * side / max(width, height)), 1) for length in (width, height))
-        assert (pixels > 0).sum() == across * down
+        down, across = (int((pixels > 0).any(axis).sum()) for axis in (1, 0))
         left, top = (side - across) // 2, (side - down) // 2
         pixels = pixels[top : top + down, left : left + across]
+        for found, length in ((down, height), (across, width)):  # a JPEG decoded at a half may be a pixel off
+            assert abs(found - max(round(length * side / max(width, height)), 1)) <= (kind == "JPEG")
     assert abs(pixels.astype(int) - 200).max() <= 1
 
 

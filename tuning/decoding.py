@@ -260,8 +260,8 @@ def _square(image: Image.Image, image_size: int, fit: str) -> Image.Image:
         left, top = (width - side) // 2, (height - side) // 2
         image = image.crop((left, top, left + side, top + side))
     elif fit == "letterbox":
-        scale = image_size / max(width, height)
-        target = (max(round(width * scale), 1), max(round(height * scale), 1))
+        longer = max(width, height)
+        target = (max(round(width * image_size / longer), 1), max(round(height * image_size / longer), 1))
     image = image.resize(target, Image.Resampling.LANCZOS, reducing_gap=3.0)
     if image.size == (image_size, image_size):
         return image
