@@ -148,6 +148,9 @@ def test_without_a_window_the_whole_range_is_shown(tmp_path):
     assert abs(pixels[:, 5:] - (rest - rest.min()) / (rest.max() - rest.min()) * 255).max() <= 1
     even = decode(write(tmp_path / "even.dcm", np.full_like(RAMP, 7)), 32)
     assert (even[0] == 0).all()
+    wide = np.linspace(0, 65535, 1024).round().reshape(32, 32)
+    for number, all16 in enumerate((wide.astype(np.uint16), (wide - 32768).astype(np.int16))):
+        assert abs(shown(write(tmp_path / f"{number}.dcm", all16, bits=16)) - wide / 257).max() <= 1
     byte = (RAMP >> 5).astype(np.uint8)
     pixels, facts = decode(write(tmp_path / "byte.dcm", byte, bits=8), 32)
     assert (pixels == byte).all() and facts.mode == "L" and facts.told is None
