@@ -16,11 +16,13 @@ ALLOWED = {
     "tables": {"config"},
     "samples": {"config", "tables"},
     "phantoms": {"config", "samples"},
-    "images": {"config", "tables"},
-    "audit": {"config", "tables", "samples", "images", "phantoms"},
+    "dicom": {"config"},
+    "decoding": {"config", "dicom"},
+    "images": {"config", "tables", "decoding"},
+    "audit": {"config", "tables", "samples", "decoding", "images", "phantoms"},
     "conditions": {"config"},
     "space": {"config", "conditions"},
-    "cluster": {"config", "images"},
+    "cluster": {"config", "decoding", "images"},
     "optimizer": {"config", "space", "tables"},
     "stopping": {"config"},
     "analysis": {"config", "tables"},
@@ -40,7 +42,7 @@ ALLOWED = {
     "finetune": {"config", "tables", "augment", "averaging", "backbones", "data", "models", "features", "frozen"}
     | {"scores", "probe"},
     "trial": {"config", "tables", "samples", "cluster", "images", "data", "models", "features", "probe", "finetune"},
-    "model_folder": {"config", "images", "backbones", "data", "finetune"},
+    "model_folder": {"config", "decoding", "backbones", "data", "finetune"},
 }
 COMMANDS = {"search", "run_search", "train_final"}  # may import all of the above
 TORCHLESS = ["config", "conditions", "space", "samples", "tables", "stopping", "analysis", "finalists"]

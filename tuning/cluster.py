@@ -21,7 +21,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tuning.config import InputError, SearchPlan
-from tuning.images import DECODING, Item, Pixels, Result, cache_folder, open_images, parallel_map
+from tuning.decoding import Pixels
+from tuning.images import DECODING, Item, Result, cache_folder, open_images, parallel_map
 
 SHARES = (1.0, 0.5, 0.25)  # of a GPU; few, since an actor serves trials of one share only
 MEMORY_MARGIN = 1.25  # over the peak of what tensors took: the allocator's blocks are not all full
