@@ -69,6 +69,10 @@ DECISIONS = _schema(
     | {"value": _REAL, "cutoff": _REAL, "verdict": _TEXT}
 )
 SAMPLES = _schema(dict.fromkeys(("path", "file", "label", "split", "group"), _TEXT))
+AUDIT = _schema(
+    dict.fromkeys(("finding", "severity", "path_a", "path_b"), _TEXT)
+    | {"value": _REAL, "p_value": _REAL, "detail": _TEXT}
+)
 
 
 @contextmanager
