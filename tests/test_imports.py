@@ -16,8 +16,9 @@ ALLOWED = {
     "tables": {"config"},
     "samples": {"config", "tables"},
     "phantoms": {"config", "samples"},
-    "images": {"config", "tables"},
-    "audit": {"config", "tables", "samples", "images", "phantoms"},
+    "decoding": {"config"},
+    "images": {"config", "tables", "decoding"},
+    "audit": {"config", "tables", "samples", "decoding", "images", "phantoms"},
     "conditions": {"config"},
     "space": {"config", "conditions"},
     "cluster": {"config", "images"},
@@ -39,7 +40,7 @@ ALLOWED = {
     "finetune": {"config", "tables", "augment", "averaging", "backbones", "data", "models", "features", "frozen"}
     | {"scores", "probe"},
     "trial": {"config", "tables", "images", "data", "models", "features", "probe", "finetune"},
-    "model_folder": {"config", "images", "backbones", "data", "finetune"},
+    "model_folder": {"config", "decoding", "backbones", "data", "finetune"},
 }
 COMMANDS = {"search", "run_search", "train_final"}  # may import all of the above
 TORCHLESS = ["config", "conditions", "space", "samples", "tables", "stopping", "analysis"]

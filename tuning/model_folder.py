@@ -19,7 +19,7 @@ import yaml
 from numpy.typing import NDArray
 
 from tuning.config import InputError, TrialConfig, build
-from tuning.images import decode
+from tuning.decoding import decode
 
 if TYPE_CHECKING:  # torch and timm take seconds to load, and --help needs neither
     from torch import nn
@@ -49,7 +49,7 @@ class Model:
         decoded, faults = [], []
         for file in files:
             try:
-                image = decode(str(file), self.config.image_size)
+                image, _ = decode(str(file), self.config.image_size)
             except (ValueError, OSError) as error:
                 faults.append(f"{file}: {error}")
                 continue
