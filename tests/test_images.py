@@ -125,13 +125,32 @@ def test_a_cached_set_is_not_decoded_again(tmp_path):
     assert decode_all(files[::-1], hash_all(files)[::-1], 16, folder=tmp_path, disk_cache_bytes=10**9)[0] != folder
 
 
+def test_whatever_changes_pixels_or_facts_is_decoded_anew(tmp_path):
+    files = draw_set(tmp_path / "set", 3, coloured=(0,))
+    decoded = partial(decode_all, hashes=hash_all(files), image_size=16, folder=tmp_path, disk_cache_bytes=10**9)
+    kinds = [{}, {"fit": "crop"}, {"fit": "letterbox"}, {"drop_colour": True}, {"fit": "crop", "drop_colour": True}]
+    folders = [decoded(files, **kind)[0] for kind in kinds]
+    assert len(set(folders)) == len(kinds)
+    assert [open_images(folder).shape[3] for folder in folders] == [3, 3, 3, 1, 1]
+    for folder, kind in zip(folders, kinds, strict=True):
+        assert (open_images(folder)[1] == decode(files[1], 16, **kind)[0].reshape(16, 16, -1)).all()
+
+    renamed = [os.path.splitext(file)[0] + ".jpg" for file in files]
+    for file, other in zip(files, renamed, strict=True):
+        os.rename(file, other)
+    folder, _ = decoded(renamed)
+    assert folder not in folders
+    assert list(read_facts(folder)["told"]) == ["is a PNG file named .jpg"] * 3
+    assert list(read_facts(folder)["pixels_sha256"]) == list(read_facts(folders[0])["pixels_sha256"])
+
+
 def test_with_unreadable_files_nothing_is_cached(tmp_path):
     files = draw_set(tmp_path / "set", 4, coloured=(3,))
     Path(files[0]).write_bytes(b"")
     Path(files[2]).write_text("hello")
     folder, unreadable = decode_all(files, hash_all(files), 16, folder=tmp_path, disk_cache_bytes=10**9)
     assert not folder.exists() and not list((tmp_path / "images").iterdir())
-    assert {index: reason.split()[1] for index, reason in unreadable.items()} == {0: "empty", 2: "neither"}
+    assert {index: reason.split()[1] for index, reason in unreadable.items()} == {0: "empty", 2: "no"}
 
 
 def test_an_interrupted_decoding_leaves_nothing(tmp_path):

@@ -98,7 +98,7 @@ def test_links_in_a_circle_end(tmp_path):
         ([], ["no class folders"]),
         (["1.png", "2.JPG"], ["2 images lie directly in it (1.png, 2.JPG)", "folder of its class"]),
         (["a/1.png", "b/1.png", "1.png"], ["1 images lie directly in it"]),
-        (["a/1.png", "b/1.dcm", "b/2.tif", "c/1.png"], ["/b: no images", "2 files with other suffixes: .dcm, .tif"]),
+        (["a/1.png", "b/1.nii", "b/2.txt", "c/1.png"], ["/b: no images", "2 files with other suffixes: .nii, .txt"]),
         (["a/1.png", "b/.1.png", "c/1.png"], ["/b: no images in this class folder (no files)"]),
         (["a/1.png", "a/2.png"], ["only one class, 'a'"]),
         (["train/a/1.png", "train/b/1.png", "val/a/1.png", "val/c/1.png"], ["'c' not in train, 'b' not in val"]),
@@ -128,7 +128,7 @@ def test_dangling_links_and_unlistable_names_are_told(tmp_path):
 
 
 def test_all_faults_come_at_once(tmp_path):
-    touch(tmp_path, "train/a/1.png", "train/b/1.gif", "val/a/1.png", "val/loose.png")
+    touch(tmp_path, "train/a/1.png", "train/b/1.txt", "val/a/1.png", "val/loose.png")
     found = faults(str(tmp_path), val_fraction=0.6, test_fraction=0.5)
     assert len(found) == 4
     for fault, word in zip(

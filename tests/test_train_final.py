@@ -14,6 +14,7 @@ from conftest import draw_folder
 from tuning.audit import load_checked
 from tuning.config import InputError, SearchPlan, TrialConfig
 from tuning.data import Data
+from tuning.model_folder import load_model
 from tuning.run_search import write_run
 from tuning.space import parse
 from tuning.train_final import Flags, measure, run
@@ -72,6 +73,7 @@ def test_settings_can_be_changed(best):
     document = yaml.safe_load((model / "config.yaml").read_text())
     assert (document["config"]["epochs"], document["config"]["unfreeze_depth"]) == (1, 0)
     assert document["classes"] == ["dark", "light"]
+    assert document["preprocessing"]["fit"] == "squash" and document["preprocessing"]["drop_colour"] is False
 
 
 @pytest.mark.parametrize(
@@ -91,9 +93,10 @@ def test_bad_input(best, change, said):
     assert not (best / "model").exists()
 
 
-def test_other_data(best, tmp_path):
+def test_other_data_in_another_shape(best, tmp_path):
     other = draw_folder(tmp_path / "other", count=15)
-    assert run(Flags(str(best), data=str(other), set=(("epochs=1",),))).exists()
+    model = run(Flags(str(best), data=str(other), set=(("epochs=1", "fit=letterbox", "drop_colour=true"),)))
+    assert load_model(model).fit == "letterbox" and load_model(model).drop_colour
 
 
 def test_measures_by_hand():

@@ -9,6 +9,18 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator
 
 DEPTH_ALL = 5  # stages from the head that make up a whole network; the word `all` means this
+FORMATS = {  # of images, by the suffix of their files
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".png": "PNG",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".gif": "GIF",
+    ".dcm": "DICOM",
+    ".dicom": "DICOM",
+}
 UNFROZEN = ("head", "part", "all")  # what a depth comes to
 
 
@@ -165,6 +177,10 @@ class SearchPlan(BaseModel):
         10.0, gt=1, description="a loss so many times the class entropy, or its own best, twice running is `diverged`"
     )
     weights: str = Field("auto", description="`auto`, a folder of weight files, or `random`")
+    fit: Literal["squash", "crop", "letterbox"] = Field(
+        "squash", description="how images become square: squashed, cropped to the centre, or with black bars"
+    )
+    drop_colour: bool = Field(False, description="make every image grey, so that colour can't give a class away")
     skip_unreadable: bool = Field(False, description="leave out images that can't be read instead of stopping")
     on_leak: Literal["stop", "warn", "move"] = Field(
         "stop",

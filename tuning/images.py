@@ -117,6 +117,8 @@ def decode_all(
     hashes: Sequence[str],
     image_size: int,
     *,
+    fit: str = "squash",
+    drop_colour: bool = False,
     folder: Path,
     disk_cache_bytes: int,
     keep: Collection[Path] = (),
@@ -128,9 +130,9 @@ def decode_all(
     stays bounded; the folder appears whole or not at all.
 
     Args:
-        files: paths of JPEG and PNG images.
+        files: paths of images.
         hashes: content hash of each file.
-        image_size: side, in pixels.
+        image_size, fit, drop_colour: of `decode`.
         folder: the cache; arrays lie in its `images/<key>/`.
         disk_cache_bytes: least recently used arrays beyond this go, but never the one returned.
         keep: folders that never go either.
@@ -144,7 +146,8 @@ def decode_all(
     """
     sets = folder / "images"
     suffixes = [os.path.splitext(file)[1].lower() for file in files]  # a fact tells of a wrong one
-    key = hashlib.sha256(json.dumps([DECODER_VERSION, image_size, list(hashes), suffixes]).encode()).hexdigest()
+    what = [DECODER_VERSION, image_size, fit, drop_colour, list(hashes), suffixes]
+    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
     target = sets / key
     if (target / "images.npy").is_file():
         os.utime(target)
@@ -156,7 +159,8 @@ def decode_all(
     facts: list[Facts] = []
     unreadable: dict[int, str] = {}
     try:
-        decoded = map(partial(_decode_or_reason, image_size=image_size), files)
+        one = partial(_decode_or_reason, image_size=image_size, fit=fit, drop_colour=drop_colour)
+        decoded = map(one, files)
         pixels = _sort_out(decoded, facts, unreadable)
         with _full_disk_told(unfinished):
             _write_array(unfinished / "images.npy", (len(files), image_size, image_size), pixels)
@@ -192,10 +196,10 @@ def read_facts(folder: Path) -> pd.DataFrame:
     return pq.read_table(folder / "facts.parquet").to_pandas()
 
 
-def _decode_or_reason(file: str, image_size: int) -> Decoded | str:
+def _decode_or_reason(file: str, image_size: int, fit: str, drop_colour: bool) -> Decoded | str:
     try:
-        return decode(file, image_size)
-    except ValueError as error:
+        return decode(file, image_size, fit=fit, drop_colour=drop_colour)
+    except InputError as error:
         return str(error)
 
 

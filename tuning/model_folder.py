@@ -18,13 +18,14 @@ import tyro
 import yaml
 from numpy.typing import NDArray
 
-from tuning.config import InputError, TrialConfig, build
+from tuning.config import InputError, SearchPlan, TrialConfig, build, check_value
 from tuning.decoding import decode
 
 if TYPE_CHECKING:  # torch and timm take seconds to load, and --help needs neither
     from torch import nn
 
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
+FITS = {"squash": "squashed to", "crop": "the centre square, at", "letterbox": "in a black square of"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Model:
     network: "nn.Module"
     config: TrialConfig
     classes: tuple[str, ...]
+    fit: str = "squash"
+    drop_colour: bool = False
 
     def predict(self, files: Sequence[str | Path]) -> NDArray[np.float64]:
         """Probabilities [files, classes] for image files.
@@ -49,8 +52,8 @@ class Model:
         decoded, faults = [], []
         for file in files:
             try:
-                image, _ = decode(str(file), self.config.image_size)
-            except (ValueError, OSError) as error:
+                image, _ = decode(str(file), self.config.image_size, fit=self.fit, drop_colour=self.drop_colour)
+            except InputError as error:
                 faults.append(f"{file}: {error}")
                 continue
             decoded.append(image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2))
@@ -63,7 +66,14 @@ class Model:
 
 
 def save_model(
-    folder: Path, network: "nn.Module", config: TrialConfig, classes: Sequence[str], **described: Any
+    folder: Path,
+    network: "nn.Module",
+    config: TrialConfig,
+    classes: Sequence[str],
+    *,
+    fit: str = "squash",
+    drop_colour: bool = False,
+    **described: Any,
 ) -> None:
     """Write weights and `config.yaml` (configuration, classes, preprocessing, what is `described`) to a new folder."""
     from safetensors.torch import save_file
@@ -74,8 +84,10 @@ def save_model(
     save_file({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}, folder / WEIGHTS)
     mean, std = backbones.input_mean_std(config.backbone)
     preprocessing = {
-        "resize": f"squashed to {config.image_size} x {config.image_size} pixels, antialiased",
-        "channels": "RGB; grey is repeated three times",
+        "fit": fit,
+        "drop_colour": drop_colour,
+        "resize": f"{FITS[fit]} {config.image_size} x {config.image_size} pixels, antialiased",
+        "channels": f"{'grey' if drop_colour else 'RGB; grey is'} repeated three times",
         "scale": "0 to 1",
         "mean": list(mean),
         "std": list(std),
@@ -99,8 +111,12 @@ def load_model(folder: str | Path) -> Model:
     try:
         document = yaml.safe_load((folder / CONFIG).read_text())
         config, classes = build(TrialConfig, document["config"], str(folder / CONFIG)), tuple(document["classes"])
+        told = document["preprocessing"]
+        shaping = {key: check_value(SearchPlan, key, told[key]) for key in ("fit", "drop_colour") if key in told}
         tensors = load_file(folder / WEIGHTS)
-    except (OSError, yaml.YAMLError, KeyError, TypeError, SafetensorError) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(f"{folder}: not a model folder ({error}); train_final.py writes one") from None
     network = backbones.build(
         config.backbone,
@@ -114,7 +130,7 @@ def load_model(folder: str | Path) -> Model:
         network.load_state_dict(tensors)
     except RuntimeError as error:
         raise InputError(f"{folder / WEIGHTS}: not the weights of {config.backbone} ({error})") from None
-    return Model(network.eval(), config, classes)
+    return Model(network.eval(), config, classes, **shaping)
 
 
 @dataclasses.dataclass(frozen=True)

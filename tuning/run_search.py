@@ -28,6 +28,7 @@ from rich.console import Console
 from tuning import analysis, tables
 from tuning.audit import load_checked
 from tuning.config import DEPTH_ALL, PARAMETERS, RESUME_MAY_CHANGE, InputError, SearchPlan, build, command_line
+from tuning.images import parallel_map, read_facts
 from tuning.space import Space, fix, image_sizes, load, parse
 from tuning.space import backbones as backbones_in
 
@@ -112,7 +113,6 @@ def _search(
     # What it is to be done with. All of it is checked before anything is written.
     from tuning import backbones
     from tuning.cluster import cluster_map, slots
-    from tuning.images import parallel_map
     from tuning.search import Search
     from tuning.weights import find_weights
 
@@ -272,7 +272,18 @@ def _data(plan: SearchPlan, space: Space, map: Callable[..., Any]) -> tuple[pd.D
     for label, row in table.groupby(["label", "split"]).size().unstack(fill_value=0).iterrows():
         console.print(f"  {label}: " + ", ".join(f"{count} {split}" for split, count in row.items()), markup=False)
     console.print(f"  read and decoded in {time.perf_counter() - started:.1f} s")
+    for note in notes(table, read_facts(next(iter(folders.values())))):
+        console.print(f"  {note}", markup=False)
     return table, folders, fingerprint
+
+
+def notes(table: pd.DataFrame, facts: pd.DataFrame) -> list[str]:
+    """What decoding has to tell, a line for each kind of note: how many images, an example, and the note."""
+    told = pd.DataFrame({"path": table["path"], "note": facts["told"].str.split("; ")}).explode("note").dropna()
+    return [
+        f"{count} image{'s' * (count > 1)} ({path}{', ...' * (count > 1)}): {note}"
+        for note, count, path in told.groupby("note")["path"].agg(["size", "first"]).itertuples()
+    ]
 
 
 def _priors(plan: SearchPlan, space: Space) -> list[Any]:

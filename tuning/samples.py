@@ -12,9 +12,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tuning.config import InputError
+from tuning.config import FORMATS, InputError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_SUFFIXES = tuple(FORMATS)
 SPLIT_WORDS = {"train": "train", "training": "train"}
 SPLIT_WORDS |= {"val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test"}
 SHOWN = 5  # examples in one message
@@ -161,8 +161,8 @@ def _read_folder(root: str, faults: list[str]) -> list[Sample]:
                 suffixes = sorted({os.path.splitext(file)[1] or "none" for file in files})
                 found = f"{len(files)} files with other suffixes: {_examples(suffixes)}" if files else "no files"
                 faults.append(
-                    f"{entry.path}: no images in this class folder ({found}); put .jpg, .jpeg or .png files into it "
-                    "or take it away"
+                    f"{entry.path}: no images in this class folder ({found}); put images into it "
+                    f"({', '.join(IMAGE_SUFFIXES)}) or take it away"
                 )
             for file in images:
                 path = os.path.relpath(file, root).replace(os.sep, "/")

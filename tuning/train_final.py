@@ -131,7 +131,15 @@ def run(flags: Flags) -> Path:
     provenance = {"trained_from": path.name, "metric": plan.metric, "fingerprint": found, "epochs": config.epochs}
     unfinished = folder.with_name(".model")
     shutil.rmtree(unfinished, ignore_errors=True)
-    save_model(unfinished, network, config, data.classes, provenance=provenance)
+    save_model(
+        unfinished,
+        network,
+        config,
+        data.classes,
+        fit=plan.fit,
+        drop_colour=plan.drop_colour,
+        provenance=provenance,
+    )
     (unfinished / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     unfinished.rename(folder)
     _tell(folder, metrics)
