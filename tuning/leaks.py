@@ -33,7 +33,7 @@ def torn(splits: Sequence[str], unit: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 
 def brought_together(splits: Sequence[str], unit: NDArray[np.int64]) -> list[str]:
-    """Splits with each unit in the one that holds most of its images, so that the fewest move; see `SPLITS` for ties."""
+    """Splits with each unit in the one that holds most of its images, so that few move; see `SPLITS` for ties."""
     home = _counts(splits, unit).argmax(axis=1)
     return [SPLITS[index] for index in home[unit]]
 
@@ -41,5 +41,5 @@ def brought_together(splits: Sequence[str], unit: NDArray[np.int64]) -> list[str
 def _counts(splits: Sequence[str], unit: NDArray[np.int64]) -> NDArray[np.int64]:
     """Images of each unit in each of `SPLITS`."""
     counts = np.zeros((int(unit.max(initial=-1)) + 1, len(SPLITS)), dtype=np.int64)
-    np.add.at(counts, (unit, [SPLITS.index(split) for split in splits]), 1)
+    np.add.at(counts, (unit, np.array([SPLITS.index(split) for split in splits], dtype=np.int64)), 1)
     return counts
