@@ -220,7 +220,7 @@ def main() -> None:
     flags = tyro.cli(Flags)
     out = Path(flags.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    table, folders, _ = load_checked(SearchPlan(name="early", data=flags.data), [FIXED["image_size"]])
+    table, folders, *_ = load_checked(SearchPlan(name="early", data=flags.data), [FIXED["image_size"]])
     data = join(table, open_images(folders[FIXED["image_size"]]))
     weights = find_weights(list(flags.backbones), "auto")
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:

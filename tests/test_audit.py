@@ -10,11 +10,11 @@ from tuning.images import open_images
 
 def test_images_are_decoded_once(folder):
     plan = SearchPlan(name="x", data=str(folder))
-    table, folders, fingerprint = load_checked(plan, [32, 48])
+    table, folders, fingerprint, *_ = load_checked(plan, [32, 48])
     assert open_images(folders[32]).shape == (60, 32, 32, 1)
     assert open_images(folders[48]).shape == (60, 48, 48, 1)
     before = folders[32].stat().st_ino
-    again, same_folders, same_fingerprint = load_checked(plan, [32], table=table)
+    again, same_folders, same_fingerprint, *_ = load_checked(plan, [32], table=table)
     assert (same_folders[32].stat().st_ino, same_fingerprint) == (before, fingerprint)
     assert again.equals(table)
 
@@ -38,18 +38,18 @@ def test_fit_and_colour_reach_the_decoder(tmp_path):
 
 def test_leaving_out_unreadable_images_keeps_the_rest_in_place(tmp_path):
     folder = draw_folder(tmp_path / "images", count=20)
-    whole, _, _ = load_checked(SearchPlan(name="x", data=str(folder)), [32])
+    whole, *_ = load_checked(SearchPlan(name="x", data=str(folder)), [32])
     lost = whole["path"][3]
     (folder / lost).write_bytes(b"no image")
     plan = SearchPlan(name="x", data=str(folder), skip_unreadable=True)
-    table, folders, _ = load_checked(plan, [32])
+    table, folders, *_ = load_checked(plan, [32])
     assert list(table["path"]) == [path for path in whole["path"] if path != lost]
     assert len(open_images(folders[32])) == 39
 
 
 def test_a_class_may_not_vanish_from_a_split(tmp_path):
     folder = draw_folder(tmp_path / "images", count=5)
-    table, _, _ = load_checked(SearchPlan(name="x", data=str(folder)), [32])
+    table, *_ = load_checked(SearchPlan(name="x", data=str(folder)), [32])
     for file in table.loc[(table["split"] == "val") & (table["label"] == "dark"), "file"]:
         open(file, "w").close()
     with pytest.raises(InputError, match="no readable image is left of dark in val"):

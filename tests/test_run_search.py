@@ -161,16 +161,16 @@ def test_what_was_told_of_images_is_a_line_a_kind(tmp_path):
     frames = Image.new("L", (40, 40), 200)
     frames.save(folder / "light" / "005.jpg", format="GIF", save_all=True, append_images=[Image.new("L", (40, 40))])
     plan = SearchPlan(name="x", data=str(folder))
-    table, folders, _ = load_checked(plan, [32])
+    table, folders, *_ = load_checked(plan, [32])
     assert notes(table, read_facts(folders[32])) == [
         "1 image (light/005.jpg): has several frames, of which the first is used",
         "1 image (light/005.jpg): is a GIF file named .jpg",
         "2 images (dark/003.jpg, ...): is a PNG file named .jpg",
     ]
-    table, folders, _ = load_checked(SearchPlan(name="x", data=str(folder), fit="crop", drop_colour=True), [32])
+    table, folders, *_ = load_checked(SearchPlan(name="x", data=str(folder), fit="crop", drop_colour=True), [32])
     assert len(notes(table, read_facts(folders[32]))) == 3
     clean = draw_folder(tmp_path / "clean", count=10)
-    table, folders, _ = load_checked(SearchPlan(name="x", data=str(clean)), [32])
+    table, folders, *_ = load_checked(SearchPlan(name="x", data=str(clean)), [32])
     assert notes(table, read_facts(folders[32])) == []
 
 
@@ -181,10 +181,9 @@ def test_more_gpus_than_there_are(space, folder):
 
 def test_a_run_once_made_is_not_touched(space, folder, tmp_path):
     plan = SearchPlan(name="once", data=str(folder), space=space, trials=2, epochs=2)
-    table, _, fingerprint = load_checked(plan, [32])
     (tmp_path / "results").mkdir()
     run_folder = tmp_path / "results" / "once"
-    write_run(run_folder, plan, load(space), table, fingerprint)
+    write_run(run_folder, plan, load(space), load_checked(plan, [32]))
     before = {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}
     assert "results/once exists" in faults(space=space, name="once")[0]
     assert "epochs is 2 in this run, not 3" in faults(resume=True, name="once", epochs=3)[0]

@@ -40,8 +40,8 @@ def make_run(folder, data, *, parameters=PARAMETERS, fixed=FIXED, start=(), weig
     given = {"name": folder.name, "data": str(data), "trials": 8, "epochs": 4, "grace_epochs": 1, "weights": "random"}
     given |= {"probe": False}
     plan = SearchPlan(**given | settings)
-    table, folders, fingerprint = load_checked(plan, [32])
-    write_run(folder, plan, space, table, fingerprint)
+    checked = load_checked(plan, [32])
+    write_run(folder, plan, space, checked)
     ended = []
 
     def search(count=1, priors=(), redraw=False, **changed):
@@ -49,7 +49,7 @@ def make_run(folder, data, *, parameters=PARAMETERS, fixed=FIXED, start=(), weig
             plan.model_copy(update=changed),
             space,
             folder,
-            images=folders,
+            images=checked.folders,
             weights=weights or {"test_resnet": None},
             resources=Slots(1, 0.0, count),
             show=lambda search, trial: ended.append(trial.trial_id) if trial.ended else None,

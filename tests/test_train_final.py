@@ -35,10 +35,10 @@ CONFIG = TrialConfig(
 def best(tmp_path, folder):
     """A run's folder as a search leaves it."""
     plan = SearchPlan(name="run", data=str(folder), weights="random")
-    table, _, fingerprint = load_checked(plan, [32])
+    checked = load_checked(plan, [32])
     space = parse({"fixed": {"backbone": "test_resnet"}, "parameters": {}}, "test")
-    write_run(tmp_path / "run", plan, space, table, fingerprint)
-    provenance = {"run": "run", "trial_id": "t00000", "fingerprint": fingerprint, "settings": plan.model_dump()}
+    write_run(tmp_path / "run", plan, space, checked)
+    provenance = {"run": "run", "trial_id": "t00000", "fingerprint": checked.fingerprint, "settings": plan.model_dump()}
     (tmp_path / "run" / "best.yaml").write_text(yaml.safe_dump(CONFIG.model_dump() | {"provenance": provenance}))
     return tmp_path / "run"
 

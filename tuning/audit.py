@@ -1,16 +1,104 @@
-"""What is wrong with the data, found on the decoding pass before any trial."""
+"""What is wrong with the data, found on the decoding pass before any trial; as a command of its own too."""
 
+if __name__ == "__main__":  # this folder would come first on the path, and its modules would shadow others
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import dataclasses
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tyro
+from threadpoolctl import threadpool_limits
 
-from tuning import images, phantoms, samples
-from tuning.config import SETTINGS, InputError, SearchPlan
+from tuning import findings, images, leaks, phantoms, samples, tables
+from tuning.alignment import SIDE, Floats, in_batches, resampling
+from tuning.config import SETTINGS, InputError, SearchPlan, build, command_line
+from tuning.decoding import Pixels
+from tuning.duplicates import VERSION, Pairs, near_duplicates
+from tuning.findings import Finding
 
 MOST_SIZES = 8  # image sizes of one search
+MOST_IMAGES = 60_000  # among which near duplicates are sought: all pairs are looked at
+IMAGE_SIZE = 128  # of the images that the command decodes
+
+
+class Checked(NamedTuple):
+    """Data that can be searched on."""
+
+    samples: pd.DataFrame
+    folders: dict[int, Path]  # of decoded images, by size
+    fingerprint: str
+    audit: pa.Table | None  # the findings; null where the samples are an earlier run's, which was audited
+    told: list[str]  # and in words
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Audit images: duplicates, leaks between splits, labels in conflict, shortcuts, imbalance.
+
+    Example: python tuning/audit.py chest_xrays/
+
+    Tells what it finds and writes all of it to audit.parquet. Exit code 2 where a search would not begin.
+    """
+
+    data: Annotated[str, tyro.conf.Positional]
+    """Folder of class folders (with or without train/val/test above them), or CSV or Parquet manifest."""
+    out: str = "."
+    """Folder for audit.parquet."""
+    set: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
+    """Settings about the data: --set group_column=patient_id on_leak=warn image_size=224."""
+
+
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        return run(tyro.cli(Flags))
+    except InputError as error:
+        for fault in error.faults:
+            print(f"error: {fault}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+
+
+def run(flags: Flags) -> int:
+    """Audit, tell and write; returns the exit code.
+
+    Raises:
+        InputError: anything the user gave is wrong.
+    """
+    given, overrides = command_line({"data": flags.data}, flags.set)
+    size = overrides.pop("image_size", IMAGE_SIZE)
+    if overrides:
+        raise InputError([f"--set {key}: has no bearing on an audit; leave it out" for key in overrides])
+    out = Path(flags.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out}: can't be made ({error.strerror}); choose another") from None
+    if not os.access(out, os.W_OK | os.X_OK, effective_ids=True):
+        raise InputError(f"--out {out}: no permission to write there; choose another")
+    plan = build(SearchPlan, {"name": "audit"} | given, "command line")
+    decoded = _decoded(plan, [size], None, images.parallel_map, skip=True)
+    found, _, moved = _audited(plan, decoded)
+    table = findings.table(found)
+    tables.write_tables({"audit": table}, out)
+    for label, row in decoded.samples.groupby(["label", "split"]).size().unstack(fill_value=0).iterrows():
+        print(f"{label}: " + ", ".join(f"{count} {split}" for split, count in row.items()))
+    print("\n".join(findings.summary(found, moved)))
+    print(f"written: {out / 'audit.parquet'}")
+    return 2 if any(row.severity == "stop" for row in found) else 0
 
 
 def load_checked(
@@ -19,31 +107,47 @@ def load_checked(
     *,
     table: pd.DataFrame | None = None,
     map: Callable[..., Any] = images.parallel_map,
-) -> tuple[pd.DataFrame, dict[int, Path], str]:
-    """Samples with their images decoded, once.
+) -> Checked:
+    """Samples with their images decoded, once, and audited.
 
     Args:
         plan: names the data; without any the generated radiographs are drawn.
         image_sizes: sides in pixels.
-        table: the samples of an earlier run, used as they are.
+        table: the samples of an earlier run, used as they are and not audited again.
         map: decodes images by it; see `images.decode_all`.
 
-    Returns:
-        Samples, the folder of decoded images by size, and the data's fingerprint.
-
     Raises:
-        InputError: the data is unusable; all unreadable images are listed together.
+        InputError: the data is unusable: all unreadable images are listed together, and all leaks are counted.
     """
+    decoded = _decoded(plan, image_sizes, table, map, skip=plan.skip_unreadable)
+    checked, found, told = decoded.samples, None, []
+    if table is None:
+        rows, checked, moved = _audited(plan, decoded)
+        told = findings.summary(rows, moved)
+        stops = findings.stops(rows)
+        if stops:
+            raise InputError(stops)
+        found = findings.table(rows)
+    return Checked(checked, decoded.folders, samples.fingerprint(checked, decoded.hashes), found, told)
+
+
+# --- Decoding --------------------------------------------------------------------------------------------------------
+
+
+class _Decoded(NamedTuple):
+    samples: pd.DataFrame
+    folders: dict[int, Path]
+    hashes: list[str]
+    lost: list[tuple[str, str]]  # path and reason of each image that was left out
+
+
+def _decoded(
+    plan: SearchPlan, image_sizes: list[int], table: pd.DataFrame | None, map: Callable[..., Any], *, skip: bool
+) -> _Decoded:
     if len(image_sizes) > MOST_SIZES:
         cure = "give a few choices, or a range with a step"
         raise InputError(f"image_size: takes {len(image_sizes)} values, each of which is decoded and kept; {cure}")
-    cache = images.cache_folder()
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{cache}: {error.strerror}; set FINETUNE_SEARCH_CACHE to a folder of yours") from None
-    if not os.access(cache, os.W_OK | os.X_OK, effective_ids=True):
-        raise InputError(f"{cache}: no permission to write there; set FINETUNE_SEARCH_CACHE to a folder of yours")
+    cache = _cache()
     if table is None:
         data = (
             plan.data if plan.data is not None else str(phantoms.write_phantoms(cache / f"phantoms-{phantoms.VERSION}"))
@@ -65,8 +169,21 @@ def load_checked(
             map=map,
         )
         if unreadable:  # rows go, so every size begins anew
-            return load_checked(plan, image_sizes, table=_without(table, unreadable, plan.skip_unreadable), map=map)
-    return table, folders, samples.fingerprint(table, hashes)
+            lost = [(str(table["path"][index]), reason) for index, reason in sorted(unreadable.items())]
+            again = _decoded(plan, image_sizes, _without(table, unreadable, skip), map, skip=skip)
+            return again._replace(lost=lost + again.lost)
+    return _Decoded(table, folders, hashes, [])
+
+
+def _cache() -> Path:
+    cache = images.cache_folder()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{cache}: {error.strerror}; set FINETUNE_SEARCH_CACHE to a folder of yours") from None
+    if not os.access(cache, os.W_OK | os.X_OK, effective_ids=True):
+        raise InputError(f"{cache}: no permission to write there; set FINETUNE_SEARCH_CACHE to a folder of yours")
+    return cache
 
 
 def _without(table: pd.DataFrame, unreadable: dict[int, str], skip: bool) -> pd.DataFrame:
@@ -80,3 +197,77 @@ def _without(table: pd.DataFrame, unreadable: dict[int, str], skip: bool) -> pd.
         lost = ", ".join(f"{label} in {split}" for label, split in sorted(gone))
         raise InputError([*listed, f"no readable image is left of {lost}; repair some of these"])
     return kept
+
+
+# --- Auditing --------------------------------------------------------------------------------------------------------
+
+
+def _audited(plan: SearchPlan, decoded: _Decoded) -> tuple[list[Finding], pd.DataFrame, int]:
+    """All findings, the samples as the search is to take them, and how many of them are in another split now."""
+    from tuning import shortcuts  # takes a second to load
+
+    table, groups = decoded.samples, [None if pd.isna(group) else group for group in decoded.samples["group"]]
+    folder = decoded.folders[_size(list(decoded.folders))]
+    facts = images.read_facts(folder)
+    equal = findings.equal_images(facts["pixels_sha256"].tolist())
+    with threadpool_limits(1):  # work is shared out among threads of our own, which those of BLAS would only hinder
+        near = _near(folder, equal)
+        copies = np.column_stack([near.a, near.b])[near.copies]
+        unit = leaks.units(groups, np.concatenate([np.array(equal, dtype=np.int64).reshape(-1, 2), copies]))
+        pictures = _shrunk(images.open_images(folder), shortcuts.SIDE)
+        rules = shortcuts.shortcuts(pictures, facts, table["label"].tolist(), unit)
+    found = findings.of_unreadable(decoded.lost, plan.skip_unreadable)
+    found += findings.of_groups(table, plan.on_leak)
+    found += findings.of_copies(table, equal, decoded.hashes, near, plan.on_leak)
+    found += findings.of_imbalance(table["label"])
+    found += findings.of_shortcuts(rules, plan.fit, plan.drop_colour)
+    if plan.on_leak != "move":
+        return found, table, 0
+    splits = leaks.brought_together(table["split"].tolist(), unit)
+    found = findings.with_moves(found, table, splits, unit)
+    moved = table.assign(split=pd.Series(splits, dtype=object))
+    _check_classes(table, moved)
+    return found, moved, int((moved["split"] != table["split"]).sum())
+
+
+def _size(sizes: list[int]) -> int:
+    """The size that is audited: the smallest that shows the details."""
+    return min((size for size in sizes if size >= SIDE), default=max(sizes))
+
+
+def _near(folder: Path, equal: list[tuple[int, int]]) -> Pairs:
+    """Near duplicates among images that equal no other, kept beside the decoded images."""
+    kept = folder / f"near-{VERSION}.parquet"
+    if not kept.exists():
+        shown = images.open_images(folder)
+        if len(shown) > MOST_IMAGES:
+            return Pairs(*(np.empty(0, dtype) for dtype in (np.int64, np.int64, np.float32, bool)))
+        alone = np.setdiff1d(np.arange(len(shown)), [later for _, later in equal])
+        pairs = near_duplicates(_shrunk(shown, SIDE)[alone].mean(axis=3))
+        pairs = pairs._replace(a=alone[pairs.a], b=alone[pairs.b])
+        with tables.replacing(kept) as temporary:
+            pq.write_table(pa.table(pairs._asdict()), temporary)
+    return Pairs(*(column.to_numpy() for column in pq.read_table(kept).itercolumns()))
+
+
+def _shrunk(shown: Pixels, side: int) -> Floats:
+    """Images [n, side, side, channels] of another side, each pixel the mean of what it covers."""
+    weights = resampling(shown.shape[1], side)
+
+    def one(part: Pixels) -> tuple[Floats]:
+        channels = part.transpose(0, 3, 1, 2).astype(np.float32)
+        return ((weights @ channels @ weights.T).transpose(0, 2, 3, 1).astype(np.float32, copy=False),)
+
+    return in_batches(one, shown)[0]
+
+
+def _check_classes(before: pd.DataFrame, after: pd.DataFrame) -> None:
+    had, has = (set(zip(table["label"], table["split"], strict=True)) for table in (before, after))
+    if had - has:
+        lost = ", ".join(f"{label} in {split}" for label, split in sorted(had - has))
+        cure = "move groups by hand, or take the split column out to have the splits drawn by group"
+        raise InputError(f"on_leak=move: bringing groups and copies together would leave no image of {lost}; {cure}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -191,6 +191,10 @@ class SearchPlan(BaseModel):
     )
     drop_colour: bool = Field(False, description="make every image grey, so that colour can't give a class away")
     skip_unreadable: bool = Field(False, description="leave out images that can't be read instead of stopping")
+    on_leak: Literal["stop", "warn", "move"] = Field(
+        "stop",
+        description="equal images or groups in several splits: stop, go on with them, or bring each into one split",
+    )
     path_column: str = Field("path", description="column of a manifest")
     label_column: str = Field("label", description="column of a manifest")
     split_column: str = Field("split", description="column of a manifest; optional there")

@@ -26,7 +26,7 @@ import yaml
 from rich.console import Console
 
 from tuning import analysis, finalists, tables
-from tuning.audit import load_checked
+from tuning.audit import Checked, load_checked
 from tuning.config import DEPTH_ALL, PARAMETERS, RESUME_MAY_CHANGE, InputError, SearchPlan, build, command_line
 from tuning.images import parallel_map, read_facts
 from tuning.space import Space, fix, image_sizes, load, parse
@@ -122,9 +122,10 @@ def _search(
     )  # a cluster of many nodes; Ray on this machine starts while images are decoded
     if joining:
         ray_resources()
-    table, image_folders, fingerprint = _data(plan, space, map=cluster_map if joining else parallel_map)
+    recorded = tables.read_table(folder / "samples.parquet") if flags.resume else None
+    data = _data(plan, space, recorded, map=cluster_map if joining else parallel_map)
     if flags.resume:
-        _check_same_data(folder, plan, fingerprint)
+        _check_same_data(folder, plan, data.fingerprint)
     for backbone, file in weights.items():  # a damaged file or an image size that can't be is found here, not in trials
         size = image_sizes(space)[0]
         backbones.build(backbone, classes=2, image_size=size, head_dropout=0.0, seed=0, weights=file)
@@ -139,18 +140,18 @@ def _search(
         document = yaml.safe_load((folder / "plan.yaml").read_text())
         _write_yaml(folder / "plan.yaml", document | {"settings": plan.model_dump()})
     else:
-        write_run(folder, plan, space, table, fingerprint)
+        write_run(folder, plan, space, data)
     at_most = "up to " if resources.packed else ""
     what = f"{resources.gpus:g} GPU" if resources.gpus else f"{resources.cpus} core{'s' * (resources.cpus > 1)}"
     what = "a whole, a half or a quarter GPU" if resources.packed else what
     console.print(f"{at_most}{resources.count} trials at once, {what} each\n")
-    _server = serve_images(image_folders.values()) if joining else None  # ends when nothing holds it
-    show = Progress(plan, analysis.class_entropy(table))
+    _server = serve_images(data.folders.values()) if joining else None  # ends when nothing holds it
+    show = Progress(plan, analysis.class_entropy(data.samples))
     search = Search(
         plan,
         space,
         folder,
-        images=image_folders,
+        images=data.folders,
         weights=weights,
         resources=resources,
         show=show,
@@ -170,7 +171,7 @@ def _search(
     judged, verdict = finalists.judge(trials, plan.metric, val_over_train=float(splits["val"] / splits["train"]))
     tables.write_tables({"finalists": pa.Table.from_pandas(judged, schema=tables.FINALISTS)}, folder)
     if verdict.trial_id is not None:
-        _write_best(folder, plan, search.record, verdict, fingerprint)
+        _write_best(folder, plan, search.record, verdict, data.fingerprint)
     _summary(folder, plan, trials, verdict, judged, search.halted, None if resources.packed else resources.count)
     if not finished:
         storage = "" if plan.storage == "results" else f" --storage {plan.storage}"
@@ -270,16 +271,17 @@ def check_new(folder: Path, plan: SearchPlan) -> None:
         raise InputError(f"--storage {plan.storage}: no permission to write there; choose another")
 
 
-def _data(plan: SearchPlan, space: Space, map: Callable[..., Any]) -> tuple[pd.DataFrame, dict[int, Path], str]:
+def _data(plan: SearchPlan, space: Space, recorded: pd.DataFrame | None, map: Callable[..., Any]) -> Checked:
     console.print(f"data: {plan.data or 'generated chest radiographs'}")
     started = time.perf_counter()
-    table, folders, fingerprint = load_checked(plan, image_sizes(space), map=map)
-    for label, row in table.groupby(["label", "split"]).size().unstack(fill_value=0).iterrows():
+    data = load_checked(plan, image_sizes(space), table=recorded, map=map)
+    for label, row in data.samples.groupby(["label", "split"]).size().unstack(fill_value=0).iterrows():
         console.print(f"  {label}: " + ", ".join(f"{count} {split}" for split, count in row.items()), markup=False)
-    console.print(f"  read and decoded in {time.perf_counter() - started:.1f} s")
-    for note in notes(table, read_facts(next(iter(folders.values())))):
+    audited = "decoded" if data.audit is None else "decoded, audited"
+    console.print(f"  read, {audited} in {time.perf_counter() - started:.1f} s")
+    for note in [*notes(data.samples, read_facts(next(iter(data.folders.values())))), *data.told]:
         console.print(f"  {note}", markup=False)
-    return table, folders, fingerprint
+    return data
 
 
 def notes(table: pd.DataFrame, facts: pd.DataFrame) -> list[str]:
@@ -311,15 +313,16 @@ def _check_same_data(folder: Path, plan: SearchPlan, fingerprint: str) -> None:
         raise InputError(f"--resume: the data ({plan.data}) has changed since {plan.name} began; {cure}")
 
 
-def write_run(folder: Path, plan: SearchPlan, space: Space, table: pd.DataFrame, fingerprint: str) -> None:
+def write_run(folder: Path, plan: SearchPlan, space: Space, data: Checked) -> None:
     unfinished = folder.with_name(f".{folder.name}")  # renamed when it is whole: a half-made run would block its name
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    rows = pa.Table.from_pandas(table[tables.SAMPLES.names], schema=tables.SAMPLES, preserve_index=False)
-    tables.write_tables({"samples": rows}, unfinished)
+    assert data.audit is not None  # new data is audited
+    rows = pa.Table.from_pandas(data.samples[tables.SAMPLES.names], schema=tables.SAMPLES, preserve_index=False)
+    tables.write_tables({"samples": rows, "audit": data.audit}, unfinished)
     provenance = {
-        "fingerprint": fingerprint,
-        "val_drawn": table.attrs.get("val_drawn", False),
+        "fingerprint": data.fingerprint,
+        "val_drawn": data.samples.attrs.get("val_drawn", False),
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "packages": {

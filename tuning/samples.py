@@ -44,7 +44,8 @@ def load_samples(
 
     A folder holds class folders, or train, val and test folders with class folders in them; folders beside a train
     folder that name no split are left out. A manifest's paths are absolute or relative to its own folder.
-    Given splits are kept; without val it is drawn from train; with no split at all every split is drawn.
+    Given splits are kept, even where they tear a group apart, which is for the audit to tell; without val it is drawn
+    from train; with no split at all every split is drawn.
 
     Args:
         data: folder, or CSV or Parquet manifest.
@@ -338,26 +339,15 @@ def _manifest_sample(root: str, path: str, label: str | None, split: str | None,
 
 
 def _manifest_faults(samples: list[Sample]) -> list[str]:
-    """What is wrong between rows: paths twice, groups in two splits, classes that differ between splits."""
+    """What is wrong between rows: paths twice, classes that differ between splits."""
     faults: list[str] = []
     twice = [path for path, count in Counter(sample.path for sample in samples).items() if count > 1]
     if twice:
         faults.append(f"{len(twice)} paths occur more than once ({_examples(twice)}); keep one row of each")
-    splits_of: dict[str, set[str]] = defaultdict(set)
     classes: dict[str | None, set[str]] = defaultdict(set)
     for sample in samples:
-        if sample.group is not None and sample.split is not None:
-            splits_of[sample.group].add(sample.split)
         if sample.label is not None:
             classes[sample.split].add(sample.label)
-    torn = [
-        f"{group} in {' and '.join(sorted(splits))}" for group, splits in sorted(splits_of.items()) if len(splits) > 1
-    ]
-    if torn:
-        faults.append(
-            f"{len(torn)} groups are in more than one split ({_examples(torn)}); move each into one split, or take the "
-            "split column out to have the splits drawn by group"
-        )
     given = {sample.split for sample in samples} - {None}
     if given and "train" not in given:
         faults.append(f"no image is in the split train, only in {', '.join(sorted(map(str, given)))}; give it some")

@@ -76,6 +76,10 @@ FINALISTS = _schema(
     | dict.fromkeys(("mean", "sd", "searched", "luck", "difference", "low", "high", "p_value", "seconds"), _REAL)
 )
 SAMPLES = _schema(dict.fromkeys(("path", "file", "label", "split", "group"), _TEXT))
+AUDIT = _schema(
+    dict.fromkeys(("finding", "severity", "path_a", "path_b"), _TEXT)
+    | {"value": _REAL, "p_value": _REAL, "detail": _TEXT}
+)
 
 
 @contextmanager

@@ -1,0 +1,183 @@
+"""Two pictures laid over each other, and how far their details agree then."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from tuning.images import parallel_map
+
+Floats: TypeAlias = NDArray[np.float32]
+Ints: TypeAlias = NDArray[np.int64]
+
+SIDE = 64  # of the pictures that are compared, in pixels
+STEPS = 3  # of an alignment
+WHITE = 250  # of 255
+WINDOW = 12  # pixels
+LEAST_WINDOWS = 20  # with details, of some 300
+
+
+def in_batches(function: Callable[..., tuple[Any, ...]], *arrays: NDArray[Any], size: int = 256) -> list[NDArray[Any]]:
+    """What a function of rows gives for all of them, computed a few at a time on all cores."""
+    batches = [tuple(array[first : first + size] for array in arrays) for first in range(0, len(arrays[0]), size)]
+    results = list(parallel_map(lambda batch: function(*batch), batches or [arrays]))
+    return [np.concatenate(parts) for parts in zip(*results, strict=True)]
+
+
+def resampling(side: int, wanted: int, start: float = 0.0, stop: float = 1.0) -> Floats:
+    """Weights [wanted, side] that average the pixels from `start` to `stop` (parts of the side) into `wanted` ones."""
+    edges = np.linspace(start * side, stop * side, wanted + 1)
+    pixels = np.arange(side)
+    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    weights = overlap.clip(0)
+    found: Floats = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    return found
+
+
+def blurred(pictures: Floats, sigma: float) -> Floats:
+    found: Floats = ndimage.gaussian_filter(pictures, (0, sigma, sigma), mode="nearest", truncate=2.5)
+    return found
+
+
+def details(pictures: Floats, side: int) -> Floats:
+    """Pictures of a smaller side, without their coarse shades, and of equal contrast everywhere."""
+    weights = resampling(SIDE, side)
+
+    def of(part: Floats) -> tuple[Floats]:
+        small = (weights @ part @ weights.T).astype(np.float32, copy=False)
+        band = blurred(small, max(0.5, side / 64)) - blurred(small, side / 16)
+        local = blurred(band * band, 3 * side / 32)
+        whole = (band * band).mean(axis=(1, 2), keepdims=True)
+        return (band / np.sqrt(local + 0.09 * whole + 1e-3),)
+
+    return in_batches(of, pictures)[0]
+
+
+# --- Alignment -------------------------------------------------------------------------------------------------------
+
+
+def _grid(side: int) -> Floats:
+    """x, y and 1 of each pixel's middle, from -1 to 1: [3, side * side]."""
+    middles = ((np.arange(side) + 0.5) / side * 2 - 1).astype(np.float32)
+    y, x = np.meshgrid(middles, middles, indexing="ij")
+    return np.stack([x.ravel(), y.ravel(), np.ones(side * side, dtype=np.float32)])
+
+
+def _margin(side: int) -> int:
+    return round(side * 6 / SIDE)  # pixels whose details the frame has shaped
+
+
+def align(details: Floats, a: Ints, b: Ints, warp: Floats) -> tuple[Floats, Floats]:
+    """Better affine warps from the places in `b` to those in `a`, and the correlation of their details under them.
+
+    Gauss-Newton steps, inverse compositional: Baker and Matthews 2004, Lucas-Kanade 20 years on.
+    """
+    side = details.shape[1]
+    grid, margin = _grid(side), _margin(side)
+    inner = np.zeros((side, side), dtype=bool)
+    inner[margin:-margin, margin:-margin] = True
+    fixed = details[b].reshape(len(b), -1)
+    down, across = (
+        slope.reshape(len(b), -1) * np.float32(side / 2) * inner.ravel()
+        for slope in np.gradient(details[b], axis=(1, 2))
+    )
+    slopes = np.stack(
+        [*(across * part for part in grid), *(down * part for part in grid)], axis=1
+    )  # [pairs, 6, pixels]
+    hessian = slopes @ slopes.transpose(0, 2, 1)
+    ridge = np.trace(hessian, axis1=1, axis2=2)[:, None, None] * np.eye(6, dtype=np.float32)
+    inverse = np.linalg.inv(hessian + 2e-4 * ridge + 1e-3 * np.eye(6, dtype=np.float32))
+    scale = np.sqrt((fixed**2).mean(axis=1, keepdims=True))
+    step = np.zeros((len(b), 3, 3), dtype=np.float32)
+    for _ in range(STEPS):
+        moved, valid = _sampled(details, a, warp, grid, margin)
+        moved, goal = _normal(moved, valid & inner.ravel()), _normal(fixed, valid & inner.ravel())
+        found = (inverse @ (slopes @ ((moved - goal) * scale)[:, :, None]))[:, :, 0].clip(-0.1, 0.1)
+        step[:] = np.eye(3)
+        step[:, :2] += found.reshape(-1, 2, 3)
+        warp = (warp @ np.linalg.inv(step)).astype(np.float32)
+    moved, valid = _sampled(details, a, warp, grid, margin)
+    valid &= inner.ravel()
+    likeness = (_normal(moved, valid) * _normal(fixed, valid)).sum(axis=1) / valid.sum(axis=1).clip(1)
+    return warp, likeness
+
+
+def _sampled(
+    details: Floats, chosen: Ints, warp: Floats, grid: Floats, margin: int
+) -> tuple[Floats, NDArray[np.bool_]]:
+    """Values of the chosen pictures where a warp puts the pixels, and which pixels it puts inside their margin."""
+    side = details.shape[1]
+    x, y = np.moveaxis((warp @ grid + 1) * np.float32(side / 2) - np.float32(0.5), 1, 0)
+    valid = (x >= margin) & (x <= side - 1 - margin) & (y >= margin) & (y <= side - 1 - margin)
+    x, y = x.clip(0, side - 1.001), y.clip(0, side - 1.001)
+    left, top = x.astype(np.int32), y.astype(np.int32)
+    x -= left
+    y -= top
+    corner = chosen[:, None] * side**2 + top * side + left
+    flat = details.reshape(-1)
+    upper = flat[corner] * (1 - x) + flat[corner + 1] * x
+    lower = flat[corner + side] * (1 - x) + flat[corner + side + 1] * x
+    return upper + y * (lower - upper), valid
+
+
+def _normal(values: Floats, valid: NDArray[np.bool_]) -> Floats:
+    """Values less their mean over the valid ones, by their spread; 0 elsewhere."""
+    weight = valid.astype(np.float32)
+    count = weight.sum(axis=1, keepdims=True).clip(1)
+    values = (values - (values * weight).sum(axis=1, keepdims=True) / count) * weight
+    normal: Floats = values / (np.sqrt((values**2).sum(axis=1, keepdims=True) / count) + 1e-6)
+    return normal
+
+
+def plausible(warp: Floats) -> NDArray[np.bool_]:
+    """Whether warps are those of a copy: hardly skewed, by at most a quarter larger or smaller, mostly overlapping."""
+    sizes = np.linalg.svd(warp[:, :, :2], compute_uv=False)
+    sane: NDArray[np.bool_] = (sizes > 0.75) & (sizes < 1.33) & (np.abs(warp[:, :, 2]) < 0.4)
+    return sane[:, 0] & sane[:, 1]
+
+
+# --- Agreement -------------------------------------------------------------------------------------------------------
+
+
+def agreement(pictures: Floats, a: Ints, b: Ints, warp: Floats) -> tuple[Floats]:
+    """Median correlation of the details in small windows of an aligned pair.
+
+    A median, since a copy may have a letter or an arrow drawn on it; windows without details say nothing. Pixels that
+    are white in only one of the two were blown out when it was made brighter.
+    """
+    x, y = np.moveaxis((warp @ _grid(SIDE) + 1) * (SIDE / 2) - 0.5, 1, 0)
+    moved = np.empty((len(a), SIDE, SIDE), dtype=np.float32)
+    for picture, chosen, across, down in zip(moved, a, x, y, strict=True):
+        ndimage.map_coordinates(pictures[chosen], [down, across], picture.reshape(-1), order=3, mode="nearest")
+    fixed = pictures[b]
+    valid = ((x >= 0) & (x <= SIDE - 1) & (y >= 0) & (y <= SIDE - 1)).reshape(moved.shape)
+    blown = ndimage.maximum_filter((moved >= WHITE) != (fixed >= WHITE), (1, 3, 3))
+    weight = (ndimage.minimum_filter(valid, (1, 3, 3), mode="constant") & ~blown).astype(np.float32)
+    moved, fixed = (_band(picture, weight) for picture in (moved, fixed))
+
+    def over(values: Floats) -> Floats:
+        sums = ndimage.uniform_filter(values * weight, (0, WINDOW, WINDOW), mode="constant")
+        found: Floats = sums[:, WINDOW // 2 : -WINDOW // 2 : 3, WINDOW // 2 : -WINDOW // 2 : 3].reshape(len(a), -1)
+        return found
+
+    count = over(np.ones_like(moved)) + 1e-6
+    mean_moved, mean_fixed = over(moved) / count, over(fixed) / count
+    var_moved, var_fixed = over(moved**2) / count - mean_moved**2, over(fixed**2) / count - mean_fixed**2
+    correlation = (over(moved * fixed) / count - mean_moved * mean_fixed) / np.sqrt(
+        (var_moved + 1e-6) * (var_fixed + 1e-6)
+    )
+    telling = count > 0.5
+    for var in (var_moved, var_fixed):
+        telling &= var > 0.1 * (var * count).sum(axis=1, keepdims=True) / count.sum(axis=1, keepdims=True)
+    few = telling.sum(axis=1) < LEAST_WINDOWS
+    correlation[~telling | few[:, None]] = np.nan
+    correlation[few] = 0.0
+    return (np.nanmedian(correlation, axis=1).astype(np.float32),)
+
+
+def _band(pictures: Floats, weight: Floats) -> Floats:
+    """Details between 0.7 and 2 pixels, of weighted pixels alone."""
+    fine, coarse = (blurred(pictures * weight, sigma) / (blurred(weight, sigma) + 1e-3) for sigma in (0.7, 2.0))
+    return (fine - coarse) * weight

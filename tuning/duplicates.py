@@ -1,0 +1,169 @@
+"""Copies of a picture among many: encoded or sized anew, mirrored or turned, brighter or darker, cropped a little.
+
+All chest films look alike, so that a hash or a correlation of small pictures finds hundreds of pairs of other films of
+one patient, or of patients in one pose. Here it only proposes candidates. Each is aligned, and then compared
+detail by detail: in a copy nearly every part agrees, in a look-alike only what all films have in common.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import fft
+
+from tuning.alignment import SIDE, Floats, Ints, agreement, align, details, in_batches, plausible, resampling
+
+VERSION = 1  # raised with any change of what is found
+NEAR = 0.965  # agreement from which a pair is a copy
+ALIKE = 0.9  # and from which it is worth a look, or a copy where nothing else resembles the two
+COARSE = 24  # pixels, of a first alignment
+LEAST = 0.88  # likeness after an alignment, else a pair is dropped
+CROWDED = 0.8  # likeness after the first from which pictures resemble each other
+NEIGHBOURS = 8  # candidates of each image
+FREQUENCIES = 12  # of the cosine transform, along each side
+CUT = 0.06  # of the side; where a copy lacks more at one side, it may not be found
+CROPS = (  # left, top, right, bottom: parts of an image that others may be copies of
+    (0.0, 0.0, 1.0, 1.0),
+    (0.025, 0.025, 0.975, 0.975),
+    (0.05, 0.05, 0.95, 0.95),
+    (CUT, 0.0, 1.0, 1.0),
+    (0.0, CUT, 1.0, 1.0),
+    (0.0, 0.0, 1 - CUT, 1.0),
+    (0.0, 0.0, 1.0, 1 - CUT),
+    (CUT, CUT, 1.0, 1.0),
+    (0.0, 0.0, 1 - CUT, 1 - CUT),
+    (CUT, 0.0, 1.0, 1 - CUT),
+    (0.0, CUT, 1 - CUT, 1.0),
+)
+TURNS = (  # where in the picture x and y of the turned one lie; each second one is the one before, mirrored
+    ((1, 0), (0, 1)),
+    ((-1, 0), (0, 1)),
+    ((1, 0), (0, -1)),
+    ((-1, 0), (0, -1)),
+    ((0, 1), (1, 0)),
+    ((0, 1), (-1, 0)),
+    ((0, -1), (1, 0)),
+    ((0, -1), (-1, 0)),
+)
+STARTS = [(crop, turn) for crop in range(len(CROPS)) for turn in (0, 1)] + [(0, turn) for turn in range(2, 8)]
+
+
+class Pairs(NamedTuple):
+    """Pairs of images, each once, `a` before `b`."""
+
+    a: Ints
+    b: Ints
+    agreement: Floats  # of their details, from ALIKE to 1
+    copies: NDArray[np.bool_]  # else look-alikes
+
+
+def near_duplicates(pictures: Floats) -> Pairs:
+    """Pairs whose details agree, each once, with `a` before `b`.
+
+    Args:
+        pictures: [n, SIDE, SIDE], grey levels from 0 to 255.
+    """
+    n = len(pictures)
+    if n < 2:
+        none = np.empty(0, dtype=np.int64)
+        return Pairs(none, none, none.astype(np.float32), none.astype(bool))
+    a, b, warp = _candidates(details(pictures, SIDE))
+    warp, likeness = in_batches(partial(align, details(pictures, COARSE)), a, b, warp)
+    alike = (a * n + b)[likeness >= CROWDED]
+    kept = likeness >= LEAST
+    a, b, warp = a[kept], b[kept], warp[kept]
+    warp, likeness = in_batches(partial(align, details(pictures, SIDE)), a, b, warp)
+    kept = (likeness >= LEAST) & plausible(warp)
+    a, b, warp = a[kept], b[kept], warp[kept]
+    (agree,) = in_batches(partial(agreement, pictures), a, b, warp)
+    kept = agree >= ALIKE
+    a, b, agree = a[kept], b[kept], agree[kept]
+    # Where nothing else so much as resembles the two, less is enough.
+    others = np.setdiff1d(alike, a * n + b)
+    crowded = np.zeros(n, dtype=bool)
+    crowded[others // n] = crowded[others % n] = True
+    copies = (agree >= NEAR) | ~(crowded[a] | crowded[b])
+    a, b = np.minimum(a, b), np.maximum(a, b)
+    order = np.lexsort((b, a))
+    return Pairs(a[order], b[order], agree[order], copies[order])
+
+
+def _candidates(shapes: Floats) -> tuple[Ints, Ints, Floats]:
+    """For each image those most like some turned crop of it, and the warp that lays them over each other.
+
+    Likeness is that of the lowest frequencies, each divided by its spread over all images, so that what all have in
+    common counts little. A mirrored picture differs only in the sign of its odd frequencies: one product gives both.
+    """
+    n = len(shapes)
+    spectra = _spectra(shapes)  # [crops, n, FREQUENCIES, FREQUENCIES]
+    (neighbours,) = in_batches(partial(_neighbours, spectra), np.arange(n))
+    a, b = np.repeat(np.arange(n), neighbours.shape[1]), neighbours.ravel()
+    start, likeness = in_batches(partial(_best_start, spectra), a, b, size=4096)
+    # Of the two ways round a pair the better one.
+    order = np.lexsort((-likeness, np.maximum(a, b), np.minimum(a, b)))
+    a, b, start = a[order], b[order], start[order]
+    pair = np.minimum(a, b) * n + np.maximum(a, b)
+    once = np.unique(pair, return_index=True)[1]
+    return a[once], b[once], _warps()[start[once]]
+
+
+def _neighbours(spectra: Floats, chosen: Ints) -> tuple[Ints]:
+    """For each of the chosen images those most like a turned crop of it."""
+    n = spectra.shape[1]
+    even, odd = spectra[0][:, :, 0::2].reshape(n, -1), spectra[0][:, :, 1::2].reshape(n, -1)
+    best = np.full((len(chosen), n), -np.inf, dtype=np.float32)
+    for crop, turn in STARTS:
+        if turn % 2 == 0:
+            query = _turned(spectra[crop][chosen], turn)
+            likeness = query[:, :, 1::2].reshape(len(chosen), -1) @ odd.T
+            np.abs(likeness, out=likeness)
+            likeness += query[:, :, 0::2].reshape(len(chosen), -1) @ even.T
+            np.maximum(best, likeness, out=best)
+    best[np.arange(len(chosen)), chosen] = -np.inf
+    wanted = min(NEIGHBOURS, n - 1)
+    return (np.argpartition(best, n - wanted, axis=1)[:, n - wanted :],)
+
+
+def _spectra(shapes: Floats) -> Floats:
+    spectra = np.empty((len(CROPS), len(shapes), FREQUENCIES, FREQUENCIES), dtype=np.float32)
+    for number, (left, top, right, bottom) in enumerate(CROPS):
+        across, down = resampling(SIDE, SIDE, left, right), resampling(SIDE, SIDE, top, bottom)
+
+        def spectrum(part: Floats, across: Floats = across, down: Floats = down) -> tuple[Floats]:
+            whole = fft.dctn(down @ part @ across.T, axes=(1, 2), norm="ortho")
+            return (whole[:, :FREQUENCIES, :FREQUENCIES],)
+
+        spectra[number] = in_batches(spectrum, shapes)[0]
+    spectra /= spectra[0].std(axis=0) + 1e-3
+    spectra[:, :, 0, 0] = 0
+    spectra /= np.sqrt((spectra**2).sum(axis=(2, 3), keepdims=True)) + 1e-6
+    return spectra
+
+
+def _turned(spectra: Floats, turn: int) -> Floats:
+    """Spectra of the turned pictures."""
+    matrix = np.array(TURNS[turn])
+    x_sign, y_sign = matrix.sum(axis=1)
+    odd = np.arange(FREQUENCIES) % 2
+    signed = spectra * (y_sign**odd)[:, None].astype(np.float32) * (x_sign**odd).astype(np.float32)
+    turned: Floats = signed if matrix[0, 0] else signed.transpose(0, 2, 1)
+    return turned
+
+
+def _best_start(spectra: Floats, a: Ints, b: Ints) -> tuple[Ints, Floats]:
+    scores = np.stack(
+        [np.einsum("pij,pij->p", _turned(spectra[crop][a], turn), spectra[0][b]) for crop, turn in STARTS]
+    )
+    best = scores.argmax(axis=0)
+    return best, scores[best, np.arange(len(a))]
+
+
+def _warps() -> Floats:
+    """For each of `STARTS` the matrix [2, 3] from places in the turned crop to those in the picture, from -1 to 1."""
+    warps = np.zeros((len(STARTS), 2, 3), dtype=np.float32)
+    for warp, (crop, turn) in zip(warps, STARTS, strict=True):
+        left, top, right, bottom = CROPS[crop]
+        warp[:, :2] = np.diag([right - left, bottom - top]) @ np.array(TURNS[turn])
+        warp[:, 2] = left + right - 1, top + bottom - 1
+    return warps

@@ -1,0 +1,261 @@
+"""What tells the class without looking at the picture: size, colour mode, file format, the border, a tiny thumbnail.
+
+A network takes the easiest way, and will have learnt the hospital instead of the disease (DeGrave et al. 2021, AI for
+radiographic COVID-19 detection selects shortcuts over signal).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+Ints: TypeAlias = NDArray[np.int64]
+Floats: TypeAlias = NDArray[np.float32]
+
+FOLDS = 5
+SHUFFLES = 199  # of the labels: the least p-value is 1/200
+P_VALUE = 0.01  # above it nothing is told
+PARTS = 16  # that a number is cut into
+MOST_IMAGES = 6000  # that a linear probe is fitted on; they tell its accuracy to within about one percent
+MOST_TARGETS = 4000  # classes times shuffles at once
+ALPHA = 0.1  # penalty of a linear probe by image, for features of unit variance; 0.03 and 0.3 told as much
+SIDE = 32  # of the pictures that the probes see, in pixels
+BORDER = 5  # of them
+
+# The skill from which a rule is told. No disease decides on size, colour mode or file format.
+STRANGE = 0.2
+# It may on the rest: on chest films of one source, normal against pneumonia, the skill of brightness was 0.39, of the
+# file's bytes 0.46, of the border 0.49. A mark of 5% of the side in a corner gave the border 0.97 and more, one that
+# lay anywhere within another 10% 0.74 and more.
+TELLING = 0.6
+# A thumbnail's was 0.53 there, 0.37 on the generated radiographs. From here on the task is suspiciously easy.
+EASY = 0.8
+
+
+SHAPE = "longer / shorter side"
+
+
+class Shortcut(NamedTuple):
+    """The best of a family of rules."""
+
+    finding: str
+    accuracy: float  # cross-validated
+    baseline: float  # of always guessing the most frequent
+    p_value: float
+    rule: str  # in words
+
+    @property
+    def skill(self) -> float:
+        """Share of the baseline's errors that the rule does not make."""
+        return (self.accuracy - self.baseline) / (1 - self.baseline)
+
+    @property
+    def honest(self) -> bool:
+        """Whether the disease itself may well show so."""
+        return self.finding == "shortcut_thumbnail" and self.skill < EASY
+
+
+class Folds(NamedTuple):
+    """Labels to be told and how that is tried: one draw for all rules, so that they compare."""
+
+    classes: tuple[str, ...]
+    labels: Ints  # [1 + shuffles, n]: the true ones, then shuffled ones
+    fold: Ints  # [n]
+
+
+def folds(labels: Sequence[str], units: Ints) -> Folds | None:
+    """Folds that tear no unit apart, stratified by class, and labels shuffled by whole units.
+
+    Args:
+        labels: class of each image.
+        units: number of the patient, say, that each image is of.
+
+    Returns:
+        None where a class has fewer than two units: nothing can be tried then.
+    """
+    classes = tuple(sorted(set(labels)))
+    true = np.array([classes.index(label) for label in labels], dtype=np.int64)
+    fewest = min(len(np.unique(units[true == index])) for index in range(len(classes)))
+    if fewest < 2:
+        return None
+    count = min(FOLDS, fewest)
+    alone = len(np.unique(units)) == len(units)  # the grouped one is slow
+    splitter = (StratifiedKFold if alone else StratifiedGroupKFold)(count, shuffle=True, random_state=0)
+    fold = np.empty(len(true), dtype=np.int64)
+    for number, (_, inside) in enumerate(splitter.split(true, true, None if alone else units)):
+        fold[inside] = number
+    return Folds(classes, _shuffled(true, units), fold)
+
+
+def _shuffled(true: Ints, units: Ints) -> Ints:
+    """The labels laid out unit after unit, the units in another order each time."""
+    order = np.argsort(units, kind="stable")
+    ends = np.flatnonzero(np.diff(units[order])) + 1
+    blocks = np.split(true[order], ends)
+    rng = np.random.default_rng(0)
+    labels = np.empty((1 + SHUFFLES, len(true)), dtype=np.int64)
+    labels[0] = true
+    for row in labels[1:]:
+        row[order] = np.concatenate([blocks[index] for index in rng.permutation(len(blocks))])
+    return labels
+
+
+# --- Tables: one fact, one class against the rest --------------------------------------------------------------------
+
+
+def best_table(finding: str, facts: Mapping[str, Sequence[str] | NDArray[np.float64]], folds: Folds) -> Shortcut:
+    """The fact that alone tells best some class from the rest.
+
+    Numbers are cut into at most `PARTS` parts of equal size; a part is of the class if most of its training images are.
+    The p-value is that of the best of all facts and classes.
+
+    Args:
+        facts: by name, words or numbers of each image.
+    """
+    n_classes = len(folds.classes)
+    found: list[tuple[float, Shortcut]] = []
+    best_shuffled = np.full(SHUFFLES, -np.inf)
+    for name, values in facts.items():
+        parts, part = _parts(values)
+        counts = _counts(part, len(parts), folds)  # [1 + shuffles, folds, parts, classes]
+        trained = counts.sum(axis=1, keepdims=True) - counts
+        called = 2 * trained > trained.sum(axis=-1, keepdims=True)
+        right = np.where(called, counts, counts.sum(axis=-1, keepdims=True) - counts).sum(axis=(1, 2))
+        accuracy, baseline, skill = _skills(right / len(part), counts[0].sum(axis=(0, 1)) / len(part))
+        best_shuffled = np.maximum(best_shuffled, skill[1:].max(axis=1))
+        target = int(skill[0].argmax()) if n_classes > 2 else int(counts[0].sum(axis=(0, 1)).argmin())
+        whole = counts[0, :, :, target].sum(axis=0) * 2 > counts[0].sum(axis=(0, 2))
+        rule = f"{_words(name, parts, whole)} means {folds.classes[target]}"
+        found.append((skill[0, target], Shortcut(finding, accuracy[0, target], baseline[target], 1.0, rule)))
+    skill_found, best = max(found, key=lambda pair: pair[0])
+    return best._replace(p_value=_p_value(skill_found, best_shuffled))
+
+
+def _parts(values: Sequence[str] | NDArray[np.float64]) -> tuple[list[str] | NDArray[np.float64], Ints]:
+    """The words there are, or the upper ends of a number's parts; and the part of each image."""
+    if not isinstance(values, np.ndarray):
+        words, part = np.unique(np.array(values, dtype=str), return_inverse=True)
+        return words.tolist(), part
+    ends = np.unique(values)
+    if len(ends) > PARTS:
+        ends = np.unique(np.quantile(values, np.linspace(0, 1, PARTS + 1)[1:], method="higher"))
+    return ends, np.searchsorted(ends, values).astype(np.int64)
+
+
+def _counts(part: Ints, n_parts: int, folds: Folds) -> Ints:
+    """Images by labelling, fold, part and class."""
+    shape = (len(folds.labels), int(folds.fold.max()) + 1, n_parts, len(folds.classes))
+    labelling = np.arange(shape[0])[:, None]
+    flat = np.ravel_multi_index((labelling, folds.fold[None], part[None], folds.labels), shape)
+    return np.bincount(flat.ravel(), minlength=int(np.prod(shape))).reshape(shape)
+
+
+def _words(name: str, parts: list[str] | NDArray[np.float64], called: NDArray[np.bool_]) -> str:
+    if isinstance(parts, list):
+        return f"{name} " + " or ".join(word for word, yes in zip(parts, called, strict=True) if yes)
+    if name == SHAPE and list(called) == [index > 0 for index in range(len(parts))]:
+        return "not square"
+    runs = np.flatnonzero(np.diff(np.r_[False, called, False])).reshape(-1, 2)  # begins, ends beyond
+    said = []
+    for begin, end in runs:
+        low, high = (None if begin == 0 else parts[begin - 1]), (None if end == len(parts) else parts[end - 1])
+        said.append((f"over {low:.4g}" if low is not None else "") + (f" up to {high:.4g}" if high is not None else ""))
+    return f"{name} " + " or ".join(text.strip() for text in said)
+
+
+# --- Linear probes ---------------------------------------------------------------------------------------------------
+
+
+def linear_probe(finding: str, what: str, features: Floats, folds: Folds) -> Shortcut:
+    """How well a ridge regression of the classes on pixels tells them, all at once or one against the rest.
+
+    Args:
+        what: the features in words.
+        features: [n, features].
+    """
+    n_classes = len(folds.classes)
+    features = (features - features.mean(axis=0)) / (features.std(axis=0) + 1e-3 * features.std() + 1e-6)
+    right = np.zeros((len(folds.labels), n_classes + 1))
+    step = max(1, MOST_TARGETS // n_classes)
+    for number in range(int(folds.fold.max()) + 1):
+        inside = folds.fold == number
+        for first in range(0, len(folds.labels), step):
+            labels = folds.labels[first : first + step]
+            targets = np.eye(n_classes, dtype=np.float32)[labels]  # [labellings, n, classes]
+            flat = targets[:, ~inside].transpose(1, 0, 2).reshape(int((~inside).sum()), -1)
+            ridge = Ridge(ALPHA * len(flat), solver="cholesky").fit(features[~inside], flat)
+            scores = ridge.predict(features[inside]).reshape(-1, len(labels), n_classes).transpose(1, 0, 2)
+            one = targets[:, inside] > 0.5
+            right[first : first + step, :n_classes] += ((scores > 0.5) == one).sum(axis=1)
+            right[first : first + step, n_classes] += (scores.argmax(axis=2) == labels[:, inside]).sum(axis=1)
+    shares = np.bincount(folds.labels[0]) / len(features)
+    accuracy, baseline, skill = _skills(right / len(features), shares)
+    target = int(skill[0].argmax())
+    told = folds.classes[target] + " from the rest" if target < n_classes else "the classes"
+    p_value = _p_value(skill[0, target], skill[1:].max(axis=1))
+    return Shortcut(finding, accuracy[0, target], baseline[target], p_value, f"{what} tells {told}")
+
+
+# --- Both ------------------------------------------------------------------------------------------------------------
+
+
+def _skills(
+    accuracy: NDArray[np.float64], shares: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Accuracy, that of guessing, and the share of guessing's errors that aren't made.
+
+    Args:
+        accuracy: [labellings, targets]: each class against the rest, then, where it is there, all classes at once.
+        shares: of each class.
+    """
+    baseline = np.r_[np.maximum(shares, 1 - shares), shares.max()][: accuracy.shape[1]]
+    return accuracy, baseline, (accuracy - baseline) / (1 - baseline)
+
+
+def _p_value(skill: float, shuffled: NDArray[np.float64]) -> float:
+    return float((1 + (shuffled >= skill).sum()) / (1 + len(shuffled)))
+
+
+# --- Of images -------------------------------------------------------------------------------------------------------
+
+
+def shortcuts(pictures: Floats, facts: pd.DataFrame, labels: Sequence[str], units: Ints) -> list[Shortcut]:
+    """Rules that are clearly better than guessing.
+
+    Args:
+        pictures: [n, SIDE, SIDE, channels], levels from 0 to 255.
+        facts: `width`, `height`, `mode`, `format` and `bytes` of each file.
+        labels: class of each image.
+        units: number of the patient, say, that each image is of.
+    """
+    tried = folds(labels, units)
+    if tried is None:
+        return []
+    width, height, size = (facts[name].to_numpy(np.float64) for name in ("width", "height", "bytes"))
+    grey = pictures.mean(axis=3)
+    colour = (pictures.max(axis=3) - pictures.min(axis=3)).mean(axis=(1, 2)).astype(np.float64)
+    shape = {SHAPE: np.maximum(width, height) / np.minimum(width, height), "width": width, "height": height}
+    light = {"brightness": grey.mean(axis=(1, 2)).astype(np.float64), "contrast": grey.std(axis=(1, 2)).astype(float)}
+    found = [
+        (best_table("shortcut_shape", shape | {"width / height": width / height}, tried), STRANGE),
+        (best_table("shortcut_colour", {"mode": facts["mode"].tolist(), "colourfulness": colour}, tried), STRANGE),
+        (best_table("shortcut_colour", light, tried), TELLING),
+        (best_table("shortcut_metadata", {"format": facts["format"].tolist()}, tried), STRANGE),
+        (best_table("shortcut_metadata", {"bytes": size, "bytes / pixel": size / (width * height)}, tried), TELLING),
+    ]
+    chosen = np.sort(np.random.default_rng(0).permutation(len(labels))[:MOST_IMAGES])
+    fewer = folds([labels[index] for index in chosen], units[chosen]) if len(chosen) < len(labels) else tried
+    if fewer is not None:
+        edge = np.ones((SIDE, SIDE), dtype=bool)
+        edge[BORDER:-BORDER, BORDER:-BORDER] = False
+        half = pictures[chosen].reshape(len(chosen), SIDE // 2, 2, SIDE // 2, 2, -1).mean(axis=(2, 4))
+        thumbnails = half.reshape(len(chosen), -1)
+        found += [
+            (linear_probe("shortcut_border", "the border alone", grey[chosen][:, edge], fewer), TELLING),
+            (linear_probe("shortcut_thumbnail", f"a thumbnail of {SIDE // 2} px", thumbnails, fewer), STRANGE),
+        ]
+    return [rule for rule, least in found if rule.p_value <= P_VALUE and rule.skill >= least]
