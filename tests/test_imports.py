@@ -23,6 +23,7 @@ ALLOWED = {
     "cluster": {"config", "images"},
     "optimizer": {"config", "space", "tables"},
     "stopping": {"config"},
+    "predictions": {"tables"},
     "analysis": {"config", "tables"},
     "augment": {"config"},
     "weights": {"config"},
@@ -38,11 +39,13 @@ ALLOWED = {
     "probe": {"config", "data", "features", "frozen", "models", "scores"},
     "finetune": {"config", "tables", "augment", "averaging", "backbones", "data", "models", "features", "frozen"}
     | {"scores", "probe"},
-    "trial": {"config", "tables", "images", "data", "models", "features", "probe", "finetune"},
+    "checkpoints": {"config", "tables", "finetune"},
+    "trial": {"config", "tables", "images", "data", "models", "features", "probe", "finetune", "checkpoints"}
+    | {"predictions"},
     "model_folder": {"config", "images", "backbones", "data", "finetune"},
 }
 COMMANDS = {"search", "run_search", "train_final"}  # may import all of the above
-TORCHLESS = ["config", "conditions", "space", "samples", "tables", "stopping", "analysis"]
+TORCHLESS = ["config", "conditions", "space", "samples", "tables", "stopping", "predictions", "analysis"]
 
 
 def imports(module: str) -> tuple[set[str], set[str]]:
