@@ -23,8 +23,11 @@ ALLOWED = {
     "cluster": {"config", "images"},
     "optimizer": {"config", "space", "tables"},
     "stopping": {"config"},
+    "calibration": set(),
+    "intervals": {"calibration"},
     "predictions": {"tables"},
-    "analysis": {"config", "tables"},
+    "ensemble": {"intervals", "predictions"},
+    "analysis": {"config", "tables", "calibration", "intervals", "predictions"},
     "augment": {"config"},
     "weights": {"config"},
     "backbones": {"config", "weights"},
@@ -45,7 +48,8 @@ ALLOWED = {
     "model_folder": {"config", "images", "backbones", "data", "finetune"},
 }
 COMMANDS = {"search", "run_search", "train_final"}  # may import all of the above
-TORCHLESS = ["config", "conditions", "space", "samples", "tables", "stopping", "predictions", "analysis"]
+TORCHLESS = ["config", "conditions", "space", "samples", "tables", "stopping"]
+TORCHLESS += ["calibration", "intervals", "predictions", "ensemble", "analysis"]
 
 
 def imports(module: str) -> tuple[set[str], set[str]]:
