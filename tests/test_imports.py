@@ -36,8 +36,8 @@ ALLOWED = {
     "models": {"config", "backbones", "prefix", "depthwise"},
     "features": {"config"},
     "frozen": {"models", "features"},
-    "scores": set(),
     "data": {"backbones", "augment", "features", "frozen"},
+    "scores": set(),
     "averaging": set(),
     "probe": {"config", "data", "features", "frozen", "models", "scores"},
     "finetune": {"config", "tables", "augment", "averaging", "backbones", "data", "models", "features", "frozen"}
@@ -45,7 +45,9 @@ ALLOWED = {
     "checkpoints": {"config", "tables", "finetune"},
     "trial": {"config", "tables", "images", "data", "models", "features", "probe", "finetune", "checkpoints"}
     | {"predictions"},
-    "model_folder": {"config", "images", "backbones", "data", "finetune"},
+    "model_folder": {"config", "images", "backbones", "data", "finetune", "calibration"},
+    "final": {"config", "tables", "backbones", "checkpoints", "data", "ensemble", "features", "finetune", "predictions"}
+    | {"calibration"},
 }
 COMMANDS = {"search", "run_search", "train_final"}  # may import all of the above
 TORCHLESS = ["config", "conditions", "space", "samples", "tables", "stopping"]

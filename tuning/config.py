@@ -164,6 +164,13 @@ class SearchPlan(BaseModel):
     divergence_factor: float = Field(
         10.0, gt=1, description="a loss so many times the class entropy, or its own best, twice running is `diverged`"
     )
+    final_data: Literal["train", "train+val"] = Field(
+        "train",
+        description="what train_final.py trains on: `train`, or `train+val` to the median best epoch of the finalists",
+    )
+    ensemble: bool = Field(
+        False, description="train_final.py makes its model of the kept trials that go together best, and trains none"
+    )
     weights: str = Field("auto", description="`auto`, a folder of weight files, or `random`")
     skip_unreadable: bool = Field(False, description="leave out images that can't be read instead of stopping")
     path_column: str = Field("path", description="column of a manifest")
