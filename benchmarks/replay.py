@@ -84,11 +84,14 @@ class Curves:
         table = pq.read_table(CURVES / f"{name}.parquet")
         self.name = name
         self.class_entropy: float = json.loads(table.schema.metadata[b"recorded"])["class_entropy"]
+        frame = table.to_pandas()
+        # Recorded when it was measured of averaged weights there too.
+        frame["early_loss"] = frame["early_loss"].where(frame["unfreeze_depth"] > 0, frame["val_loss"])
         self.rows: dict[Key, list[Row]] = {}
         self.seconds: dict[Key, float] = {}
-        for key, frame in table.to_pandas().groupby(list(GRID)):
-            rows = frame.sort_values("epoch").astype(object).where(frame.notna(), None).to_dict("records")
-            self.rows[key], self.seconds[key] = rows, float(frame["seconds"].iloc[0])
+        for key, group in frame.groupby(list(GRID)):
+            rows = group.sort_values("epoch").astype(object).where(group.notna(), None).to_dict("records")
+            self.rows[key], self.seconds[key] = rows, float(group["seconds"].iloc[0])
         best = np.sort([self.best(key) for key in self.rows])
         self.least = float(best[0])
         self.goals = {share: float(best[math.ceil(share * len(best)) - 1]) for share in BEST}

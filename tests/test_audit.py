@@ -1,5 +1,7 @@
+import numpy as np
 import pytest
 from conftest import draw_folder
+from PIL import Image
 
 from tuning.audit import load_checked
 from tuning.config import InputError, SearchPlan
@@ -15,6 +17,23 @@ def test_images_are_decoded_once(folder):
     again, same_folders, same_fingerprint = load_checked(plan, [32], table=table)
     assert (same_folders[32].stat().st_ino, same_fingerprint) == (before, fingerprint)
     assert again.equals(table)
+
+
+def test_fit_and_colour_reach_the_decoder(tmp_path):
+    folder = tmp_path / "images"
+    rng = np.random.default_rng(0)
+    for label in ("a", "b"):
+        (folder / label).mkdir(parents=True)
+        for number in range(5):
+            Image.fromarray(rng.integers(50, 255, (20, 40, 3), np.uint8)).save(folder / label / f"{number}.png")
+    plan = SearchPlan(name="x", data=str(folder))
+    squashed, boxed, grey = (
+        open_images(load_checked(plan.model_copy(update=changed), [32])[1][32])
+        for changed in ({}, {"fit": "letterbox"}, {"drop_colour": True})
+    )
+    assert squashed.shape == boxed.shape == (10, 32, 32, 3) and grey.shape == (10, 32, 32, 1)
+    assert (boxed[:, :8] == 0).all() and (boxed[:, 8:24].mean() > 100)
+    assert (squashed[:, :8] > 0).all()
 
 
 def test_leaving_out_unreadable_images_keeps_the_rest_in_place(tmp_path):

@@ -1,12 +1,18 @@
 import os
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
+import numpy as np
 import pytest
 import ray
+from PIL import Image
 from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tuning.cluster import Slots, cluster_map, gpu_share, ray_running, slots
+from tuning.cluster import Slots, cluster_map, gpu_share, images_here, ray_running, serve_images, slots
 from tuning.config import InputError, SearchPlan
+from tuning.images import content_hashes, decode_all, open_images
 
 
 def test_workers_have_loaded_what_trials_need_before_the_first():
@@ -42,6 +48,51 @@ def test_a_map_over_two_nodes_keeps_the_order_and_uses_both(monkeypatch):
         cluster.shutdown()
     assert list(doubles) == list(range(0, 200, 2))
     assert len(set(nodes)) == 2
+
+
+def test_a_node_that_cannot_read_the_drivers_images_gets_them_once_in_shards(tmp_path):
+    rng = np.random.default_rng(0)
+    files = [str(tmp_path / f"{number}.png") for number in range(10)]
+    for file in files:
+        Image.fromarray(rng.integers(0, 256, (32, 32), np.uint8)).save(file)
+    hashes = content_hashes(files, tmp_path / "driver")
+    folder, _ = decode_all(files, hashes, 32, folder=tmp_path / "driver", disk_cache_bytes=10**9)
+    expected = np.array(open_images(folder))
+    # In a process of its own: in one that had joined another Ray before, actors were seen to be lost.
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        fetched = pool.submit(fetched_on_another_node, folder, tmp_path / "node").result()
+    assert [path for path, _, _ in fetched] == [tmp_path / "node" / "images" / folder.name] * 2
+    assert fetched[0][1] == fetched[1][1]  # written once, although two wanted it at once
+    assert all((array == expected).all() for _, _, array in fetched)
+    assert not list((tmp_path / "node" / "images").glob(".*"))
+
+
+def fetched_on_another_node(folder, cache):
+    """What two workers read at once on a node with a cache of its own, from which the driver's is out of reach."""
+
+    def fetch():
+        here = images_here(folder)
+        return here, (here / "images.npy").stat().st_mtime_ns, np.array(open_images(here))
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        node = cluster.add_node(num_cpus=2, env_vars={"FINETUNE_SEARCH_CACHE": str(cache)})
+        os.environ["RAY_ADDRESS"] = cluster.address
+        with ray_running(SearchPlan(name="test")) as resources:
+            resources()
+            server = serve_images([folder], shard_bytes=3 * 32 * 32)
+            ray.get(server.shape.remote(folder))
+            folder.rename(folder.with_name("out of reach"))
+            there = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+            tasks = [ray.remote(fetch).options(scheduling_strategy=there).remote() for _ in range(2)]
+            return ray.get(tasks)
+    finally:
+        cluster.shutdown()
+
+
+def test_images_that_can_be_read_stay_where_they_are(tmp_path):
+    (tmp_path / "images.npy").touch()
+    assert images_here(tmp_path) == tmp_path
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ SPACE = {
         "learning_rate": {"type": "float", "low": 1e-4, "high": 1e-1, "log": True},
     },
     "fixed": {"backbone": "test_resnet", "image_size": 32, "batch_size": 8},
-    "search": {"trials": 10, "epochs": 6, "reduction_factor": 3, "weights": "random", "concurrent": 1},
+    "search": {"trials": 10, "epochs": 6, "reduction_factor": 3, "weights": "random", "concurrent": 1}
+    | {"finalist_epochs": 36},  # one finalist and the default, three times each
 }
 
 pytestmark = pytest.mark.slow
@@ -75,6 +76,12 @@ def test_a_driver_killed_at_twenty_instants_goes_on_as_if_never_killed(workplace
     whole = start(folder, *arguments, "--name", "whole")
     assert whole.wait(timeout=240) == 0
     expected = outcome(folder / "results" / "whole")
+    best = yaml.safe_load((folder / "results" / "whole" / "best.yaml").read_text())["provenance"]
+    assert (
+        best["verdict"] in ("winner", "nothing beats the default")
+        and best["verdict"] in (folder / "log.txt").read_text()
+    )
+    assert len(best["best_epochs"]) == 3
     rng = random.Random(0)
     kills = 0
     for number in range(20):
@@ -115,7 +122,7 @@ def test_with_two_slots_a_killed_driver_loses_and_repeats_nothing(workplace):
     assert process.wait(timeout=240) == 0
     events = read_journal(journal)
     finals = [event["trial_id"] for event in events if event["event"] == "ended" and event["status"] in FINAL]
-    assert sorted(finals) == ["p00000", *(f"t{number:05d}" for number in range(10))]
+    assert sorted(finals) == [*(f"f{n:05d}" for n in range(6)), "p00000", *(f"t{n:05d}" for n in range(10))]
     rungs = Rungs(grace_epochs=1, reduction_factor=3, epochs=6)
     for event in events:
         if event["event"] == "decision":
@@ -135,7 +142,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(workplace):
     assert "running" not in set(trials["status"]) and "interrupted" in set(trials["status"])
     assert start(folder, "--resume", "--name", run.name).wait(timeout=240) == 0
     trials = read_table(run / "trials.parquet")
-    assert len(trials) == 11 and trials["status"].isin(FINAL).all()
+    assert len(trials) == 17 and trials["status"].isin(FINAL).all()
 
 
 def test_a_second_driver_is_refused(workplace):

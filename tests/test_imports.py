@@ -16,11 +16,13 @@ ALLOWED = {
     "tables": {"config"},
     "samples": {"config", "tables"},
     "phantoms": {"config", "samples"},
-    "images": {"config", "tables"},
-    "audit": {"config", "tables", "samples", "images", "phantoms"},
+    "dicom": {"config"},
+    "decoding": {"config", "dicom"},
+    "images": {"config", "tables", "decoding"},
+    "audit": {"config", "tables", "samples", "decoding", "images", "phantoms"},
     "conditions": {"config"},
     "space": {"config", "conditions"},
-    "cluster": {"config", "images"},
+    "cluster": {"config", "decoding", "images"},
     "optimizer": {"config", "space", "tables"},
     "stopping": {"config"},
     "calibration": set(),
@@ -28,6 +30,7 @@ ALLOWED = {
     "predictions": {"tables"},
     "ensemble": {"intervals", "predictions"},
     "analysis": {"config", "tables", "calibration", "intervals", "predictions"},
+    "finalists": {"config", "tables", "analysis"},
     "augment": {"config"},
     "weights": {"config"},
     "backbones": {"config", "weights"},
@@ -43,14 +46,14 @@ ALLOWED = {
     "finetune": {"config", "tables", "augment", "averaging", "backbones", "data", "models", "features", "frozen"}
     | {"scores", "probe"},
     "checkpoints": {"config", "tables", "finetune"},
-    "trial": {"config", "tables", "images", "data", "models", "features", "probe", "finetune", "checkpoints"}
-    | {"predictions"},
-    "model_folder": {"config", "images", "backbones", "data", "finetune", "calibration"},
+    "trial": {"config", "tables", "samples", "cluster", "images", "data", "models", "features", "probe", "finetune"}
+    | {"checkpoints", "predictions"},
+    "model_folder": {"config", "decoding", "backbones", "data", "finetune", "calibration"},
     "final": {"config", "tables", "backbones", "checkpoints", "data", "ensemble", "features", "finetune", "predictions"}
     | {"calibration"},
 }
 COMMANDS = {"search", "run_search", "train_final"}  # may import all of the above
-TORCHLESS = ["config", "conditions", "space", "samples", "tables", "stopping"]
+TORCHLESS = ["config", "conditions", "space", "samples", "tables", "stopping", "finalists"]
 TORCHLESS += ["calibration", "intervals", "predictions", "ensemble", "analysis"]
 
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw_folder
+from PIL import Image
 
 from tuning import backbones
 from tuning.config import InputError, TrialConfig
@@ -31,6 +32,25 @@ def test_a_saved_model_predicts_the_same_from_anywhere(tmp_path, network):
     assert np.allclose(together, alone, atol=1e-6)
     again = load_model(tmp_path / "moved")
     assert np.array_equal(again.predict(files), together)
+
+
+def test_a_model_predicts_with_the_fit_that_it_was_trained_with(tmp_path, network):
+    rng = np.random.default_rng(0)
+    wide = rng.integers(0, 256, (16, 32, 3), dtype=np.uint8)
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    boxed = np.zeros((32, 32), np.uint8)
+    boxed[8:24] = np.asarray(Image.fromarray(wide).convert("L"))
+    Image.fromarray(boxed).save(tmp_path / "boxed.png")
+    save_model(tmp_path / "plain", network, CONFIG, ["dark", "light"])
+    save_model(tmp_path / "boxing", network, CONFIG, ["dark", "light"], fit="letterbox", drop_colour=True)
+    plain, boxing = load_model(tmp_path / "plain"), load_model(tmp_path / "boxing")
+    by_hand, itself = plain.predict([tmp_path / "boxed.png"]), boxing.predict([tmp_path / "wide.png"])
+    assert np.allclose(by_hand, itself) and not np.allclose(plain.predict([tmp_path / "wide.png"]), itself)
+
+    config = tmp_path / "boxing" / "config.yaml"
+    config.write_text(config.read_text().replace("fit: letterbox", "fit: fold"))
+    with pytest.raises(InputError, match="'squash', 'crop' or 'letterbox'"):
+        load_model(tmp_path / "boxing")
 
 
 def test_unreadable_images_are_named_together(tmp_path, network):

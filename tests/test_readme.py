@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tuning.config import PARAMETERS, SETTINGS, SearchPlan, TrialConfig
-from tuning.tables import DECISIONS, EPOCHS, SAMPLES, TRIALS
+from tuning.tables import DECISIONS, EPOCHS, FINALISTS, SAMPLES, TRIALS
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,6 +31,6 @@ def test_every_module_is_in_the_file_tree():
 
 def test_every_column_is_explained():
     text = (ROOT / "results" / "README.md").read_text()
-    for schema in (TRIALS, EPOCHS, DECISIONS, SAMPLES):
+    for schema in (TRIALS, EPOCHS, DECISIONS, FINALISTS, SAMPLES):
         for name in schema.names:
             assert f"`{name}`" in text or name.startswith("config_")

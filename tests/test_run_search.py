@@ -1,9 +1,11 @@
 """Bad input: one clear error that names the place and the cure, before any trial starts, and nothing lost."""
 
 import os
+import struct
 import subprocess
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from PIL import Image
 
 from tuning.audit import load_checked
 from tuning.config import InputError, SearchPlan
-from tuning.run_search import Flags, Progress, check_new, main, run, write_run
+from tuning.images import read_facts
+from tuning.run_search import Flags, Progress, check_new, main, notes, run, write_run
 from tuning.space import load
 from tuning.tables import Row, Trial
 
@@ -139,10 +142,36 @@ def test_unreadable_images_are_listed_together(space, tmp_path):
     folder = draw_folder(tmp_path / "images", count=20)
     (folder / "dark" / "000.png").write_bytes(b"")
     (folder / "light" / "001.png").write_bytes((folder / "light" / "002.png").read_bytes()[:200])
-    Image.new("P", (40, 40)).save(folder / "light" / "003.png")
+    (folder / "light" / "003.png").write_text("no image")
+    bomb = bytearray((folder / "light" / "004.png").read_bytes())
+    bomb[16:24] = struct.pack(">II", 50_000, 50_000)
+    bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
+    (folder / "light" / "004.png").write_bytes(bomb)
     told = faults(space=space, data=str(folder))
-    assert [Path(fault.split(":")[0]).name for fault in told[:3]] == ["000.png", "001.png", "003.png"]
-    assert "3 of 40 images can't be read" in told[3] and "--set skip_unreadable=true" in told[3]
+    assert [Path(fault.split(":")[0]).name for fault in told[:4]] == ["000.png", "001.png", "003.png", "004.png"]
+    reasons = ("is empty", "can't be decoded", "is no image", "50000 x 50000 pixels")
+    assert all(reason in fault for reason, fault in zip(reasons, told, strict=False))
+    assert "4 of 40 images can't be read" in told[4] and "--set skip_unreadable=true" in told[4]
+
+
+def test_what_was_told_of_images_is_a_line_a_kind(tmp_path):
+    folder = draw_folder(tmp_path / "images", count=20)
+    for name in ("003", "004"):
+        (folder / "dark" / f"{name}.png").rename(folder / "dark" / f"{name}.jpg")
+    frames = Image.new("L", (40, 40), 200)
+    frames.save(folder / "light" / "005.jpg", format="GIF", save_all=True, append_images=[Image.new("L", (40, 40))])
+    plan = SearchPlan(name="x", data=str(folder))
+    table, folders, _ = load_checked(plan, [32])
+    assert notes(table, read_facts(folders[32])) == [
+        "1 image (light/005.jpg): has several frames, of which the first is used",
+        "1 image (light/005.jpg): is a GIF file named .jpg",
+        "2 images (dark/003.jpg, ...): is a PNG file named .jpg",
+    ]
+    table, folders, _ = load_checked(SearchPlan(name="x", data=str(folder), fit="crop", drop_colour=True), [32])
+    assert len(notes(table, read_facts(folders[32]))) == 3
+    clean = draw_folder(tmp_path / "clean", count=10)
+    table, folders, _ = load_checked(SearchPlan(name="x", data=str(clean)), [32])
+    assert notes(table, read_facts(folders[32])) == []
 
 
 @pytest.mark.slow

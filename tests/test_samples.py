@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuning.config import InputError
-from tuning.samples import fingerprint, load_samples
+from tuning.samples import fingerprint, load_samples, redrawn
 
 N_FILES = 60
 
@@ -98,7 +98,7 @@ def test_links_in_a_circle_end(tmp_path):
         ([], ["no class folders"]),
         (["1.png", "2.JPG"], ["2 images lie directly in it (1.png, 2.JPG)", "folder of its class"]),
         (["a/1.png", "b/1.png", "1.png"], ["1 images lie directly in it"]),
-        (["a/1.png", "b/1.dcm", "b/2.tif", "c/1.png"], ["/b: no images", "2 files with other suffixes: .dcm, .tif"]),
+        (["a/1.png", "b/1.nii", "b/2.txt", "c/1.png"], ["/b: no images", "2 files with other suffixes: .nii, .txt"]),
         (["a/1.png", "b/.1.png", "c/1.png"], ["/b: no images in this class folder (no files)"]),
         (["a/1.png", "a/2.png"], ["only one class, 'a'"]),
         (["train/a/1.png", "train/b/1.png", "val/a/1.png", "val/c/1.png"], ["'c' not in train, 'b' not in val"]),
@@ -128,7 +128,7 @@ def test_dangling_links_and_unlistable_names_are_told(tmp_path):
 
 
 def test_all_faults_come_at_once(tmp_path):
-    touch(tmp_path, "train/a/1.png", "train/b/1.gif", "val/a/1.png", "val/loose.png")
+    touch(tmp_path, "train/a/1.png", "train/b/1.txt", "val/a/1.png", "val/loose.png")
     found = faults(str(tmp_path), val_fraction=0.6, test_fraction=0.5)
     assert len(found) == 4
     for fault, word in zip(
@@ -306,6 +306,37 @@ def test_no_group_is_split_and_the_order_of_rows_does_not_matter(files, drawn):
     assert {label for split, label in zip(samples["split"], samples["label"], strict=True) if split == "val"} == set(
         samples["label"]
     )
+
+
+@settings(max_examples=50, deadline=None)
+@given(drawn=labelled(grouped=True), seed=st.integers(0, 2**31 - 1))
+def test_a_redrawn_split_keeps_the_test_the_groups_and_the_classes(files, drawn, seed):
+    try:
+        samples = load_samples(write_csv(files / "redrawn.csv", drawn[0]))
+    except InputError:
+        return  # too few groups of a class
+    again = redrawn(samples, seed)
+    assert again.drop(columns="split").equals(samples.drop(columns="split"))
+    assert list(again["split"] == "test") == list(samples["split"] == "test")
+    assert (again.groupby("group")["split"].nunique() == 1).all()
+    for split in ("train", "val"):
+        assert set(again.loc[again["split"] == split, "label"]) == set(samples["label"])
+    assert again.equals(redrawn(samples, seed))
+
+
+def test_redrawn_splits_differ_by_seed_and_keep_their_sizes(files, rows):
+    samples = load_samples(write_csv(files / "sizes.csv", rows))
+    assert samples.attrs["val_drawn"]
+    read = samples.assign(group=float("nan"))  # as Parquet gives them back
+    splits = {tuple(redrawn(samples, seed)["split"]) for seed in range(10)}
+    assert splits == {tuple(redrawn(read, seed)["split"]) for seed in range(10)}
+    assert len(splits) > 5
+    assert {split.count("val") for split in splits} == {list(samples["split"]).count("val")}
+
+
+def test_a_given_validation_split_is_told_from_a_drawn_one(files, rows):
+    given_splits = [row | {"split": ("train", "val")[index // 2 % 2]} for index, row in enumerate(rows)]
+    assert not load_samples(write_csv(files / "given.csv", given_splits)).attrs["val_drawn"]
 
 
 def test_splits_are_the_same_on_every_machine(files, rows):

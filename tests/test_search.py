@@ -46,7 +46,7 @@ def make_run(folder, data, *, parameters=PARAMETERS, fixed=FIXED, start=(), weig
     write_run(folder, plan, space, table, fingerprint)
     ended = []
 
-    def search(count=1, priors=(), **changed):
+    def search(count=1, priors=(), redraw=False, **changed):
         return Search(
             plan.model_copy(update=changed),
             space,
@@ -56,6 +56,7 @@ def make_run(folder, data, *, parameters=PARAMETERS, fixed=FIXED, start=(), weig
             resources=Slots(1, 0.0, count),
             show=lambda search, trial: ended.append(trial.trial_id) if trial.ended else None,
             priors=priors,
+            redraw=redraw,
         )
 
     search.ended = ended
@@ -174,6 +175,65 @@ def test_going_on_from_a_checkpoint_sends_its_history_first(whole, tmp_path, fol
     assert make().run()
     assert losses(cut) == losses(run)
     assert decisions(cut) == decisions(run)
+
+
+JUDGED = {"trials": 4, "epochs": 2, "finalist_seeds": 3, "finalist_epochs": 18}
+DEFAULT = {"unfreeze_depth": 5, "learning_rate": 1e-4, "augmentation": "none"}
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory, folder, ray_started):
+    """A search with finalists, on splits drawn anew for each seed, with one slot."""
+    run = tmp_path_factory.mktemp("judged") / "run"
+    search = make_run(run, folder, start=[DEFAULT], **JUDGED)(redraw=True)
+    assert search.run()
+    return run, search
+
+
+@pytest.mark.slow
+def test_finalists_are_trained_again_in_pairs_after_the_search(judged):
+    run, search = judged
+    trials = read_table(run / "trials.parquet")
+    searched, runs = trials.iloc[:4], trials.iloc[4:]
+    assert list(runs["trial_id"]) == [f"f{number:05d}" for number in range(9)]
+    assert set(runs["origin"]) == {"finalist"} and runs["number"].isna().all() and set(runs["epochs"]) == {2}
+    assert list(runs["seed"]) == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    best = list(searched.iloc[1:].sort_values("val_loss")["trial_id"][:2])
+    assert list(runs["finalist_of"]) == ["t00000", *best] * 3
+    assert runs["started_at"].min() >= searched["ended_at"].max()
+    assert len(search.optimizer.study.trials) == 4 and set(read_table(run / "decisions.parquet")["trial_id"]) <= set(
+        searched["trial_id"]
+    )
+    assert runs.groupby("finalist_of")["val_loss"].nunique().min() > 1  # other images, head and batches
+    assert not list((run / "checkpoints").glob("f*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.5, 0.8])
+def test_a_search_cut_among_its_finalists_goes_on_to_the_same_end(judged, tmp_path, folder, share):
+    run, _ = judged
+    cut = tmp_path / "run"
+    again = make_run(cut, folder, start=[DEFAULT], **JUDGED)
+    journal = (run / "journal.jsonl").read_bytes()
+    (cut / "journal.jsonl").write_bytes(journal[: int(len(journal) * share)])
+    assert again(redraw=True).run()
+    assert losses(cut) == losses(run)
+
+
+@pytest.mark.slow
+def test_finalists_on_a_given_split_differ_by_seed_alone(judged, tmp_path, folder):
+    run, _ = judged
+    kept = tmp_path / "run"
+    assert make_run(kept, folder, start=[DEFAULT], **JUDGED)(redraw=False).run()
+    both = [read_table(path / "trials.parquet").set_index("trial_id")["val_loss"] for path in (run, kept)]
+    assert (both[0][:4] == both[1][:4]).all() and (both[0][4:] != both[1][4:]).all()
+
+
+@pytest.mark.parametrize("settings", [{"finalists": 0}, {"finalist_epochs": 11}, {"early_stopping": False}, {}])
+def test_no_finalists_where_they_are_not_wanted_or_do_not_fit(tmp_path, folder, settings):
+    run = tmp_path / "run"
+    assert make_run(run, folder, **{"trials": 2, "epochs": 2} | settings)().run()
+    assert set(read_table(run / "trials.parquet")["origin"]) == {"suggested"}
 
 
 def workers():

@@ -87,6 +87,7 @@ def test_settings_can_be_changed(best):
     document = yaml.safe_load((model / "config.yaml").read_text())
     assert (document["config"]["epochs"], document["config"]["unfreeze_depth"]) == (1, 0)
     assert document["classes"] == ["dark", "light"]
+    assert document["preprocessing"]["fit"] == "squash" and document["preprocessing"]["drop_colour"] is False
 
 
 @pytest.mark.parametrize(
@@ -137,6 +138,7 @@ def whole(tmp_path_factory, folder):
             "threads": 1,
             "gpus": 0,
             "device": "cpu",
+            "redraw": False,
             "ending": {"metric": "val_loss", "patience": None, "divergence_factor": 10.0, "early_loss_epochs": []},
         }
         journal.append("asked", params={}, **named)
@@ -176,11 +178,13 @@ def test_a_second_reading_of_the_test_set_is_marked(best, capsys):
     assert first["test"] == second["test"]
 
 
-def test_other_data_is_another_test_set(best, tmp_path):
+def test_other_data_in_another_shape_is_another_test_set(best, tmp_path):
     run(Flags(str(best), set=(("epochs=1",),)))
     (best / "model").rename(best / "before")
     other = draw_folder(tmp_path / "other", count=15)
-    assert metrics_of(run(Flags(str(best), data=str(other), set=(("epochs=1",),))))["test_reading"]["number"] == 1
+    model = run(Flags(str(best), data=str(other), set=(("epochs=1", "fit=letterbox", "drop_colour=true"),)))
+    assert load_model(model).fit == "letterbox" and load_model(model).drop_colour
+    assert metrics_of(model)["test_reading"]["number"] == 1
 
 
 def test_training_on_validation_too(searched, capsys):

@@ -42,6 +42,7 @@ def given(tmp_path, folder):
         "threads": 1,
         "gpus": 0,
         "device": "cpu",
+        "redraw": False,
         "ending": {"metric": "val_loss", "patience": None, "divergence_factor": 10.0, "early_loss_epochs": [1]},
     }
     return lambda trial_id, **values: (

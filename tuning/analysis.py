@@ -25,8 +25,8 @@ def class_entropy(samples: pd.DataFrame) -> float:
 
 
 def searched(trials: pd.DataFrame) -> pd.DataFrame:
-    """Start points and suggested trials: without probes and finalists."""
-    return trials[trials["origin"].isin(["start", "suggested", "warm"])]
+    """Start points and suggested trials: without probes and the finalists' runs."""
+    return trials[~trials["origin"].isin(["probe", "finalist"])]
 
 
 def best(trials: pd.DataFrame, metric: str) -> pd.Series | None:

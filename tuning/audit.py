@@ -57,6 +57,8 @@ def load_checked(
             list(table["file"]),
             hashes,
             size,
+            fit=plan.fit,
+            drop_colour=plan.drop_colour,
             folder=cache,
             disk_cache_bytes=plan.disk_cache_bytes,
             keep=set(folders.values()),

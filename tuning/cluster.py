@@ -1,8 +1,12 @@
 """Ray: started while the driver still loads and checks, with workers that have loaded what trials need."""
 
+import fcntl
 import logging
+import math
 import os
+import shutil
 import site
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,15 +16,20 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tuning.config import InputError, SearchPlan
-from tuning.images import Item, Result, parallel_map
+from tuning.decoding import Pixels
+from tuning.images import DECODING, Item, Result, cache_folder, open_images, parallel_map
 
 SHARES = (1.0, 0.5, 0.25)  # of a GPU; few, since an actor serves trials of one share only
 MEMORY_MARGIN = 1.25  # over the peak of what tensors took: the allocator's blocks are not all full
 MOST_PRELOADING = 16  # cores; Ray starts a worker on each, and on a machine with GPUs most would load torch for nothing
 PART = 16  # items of one of `cluster_map`'s tasks
+SHARD_BYTES = 256 * 2**20  # of decoded images, sent between nodes at once
+IMAGE_SERVER = "finetune-search-images"
 CONTEXT_MB = 600.0  # what a process takes on a GPU before its first tensor, roughly
 
 
@@ -102,6 +111,63 @@ def cluster_map(function: Callable[[Item], Result], items: Sequence[Item]) -> It
 
 def _call_each(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
     return [function(item) for item in items]
+
+
+class ImageServer:
+    """Hands decoded images in shards to nodes that can't read the driver's folders."""
+
+    def __init__(self, folders: Iterable[Path], shard_bytes: int = SHARD_BYTES):
+        self._images = {folder: open_images(folder) for folder in folders}
+        self._shard_bytes = shard_bytes
+
+    def shape(self, folder: Path) -> tuple[tuple[int, ...], int]:
+        """Shape of the whole array, and images in a shard."""
+        images = self._images[folder]
+        return images.shape, max(1, self._shard_bytes // max(math.prod(images.shape[1:]), 1))
+
+    def shard(self, folder: Path, first: int, last: int) -> Pixels:
+        return np.array(self._images[folder][first:last])
+
+
+def serve_images(folders: Iterable[Path], *, shard_bytes: int = SHARD_BYTES) -> Any:
+    """An `ImageServer` beside the driver, which lives as long as what is returned is kept."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    server = ray.remote(num_cpus=0)(ImageServer)
+    return server.options(name=IMAGE_SERVER, scheduling_strategy=here).remote(list(folders), shard_bytes)
+
+
+def images_here(folder: Path) -> Path:
+    """The folder of decoded images as this node reads it: the driver's, else a copy in the node's own cache, made once.
+
+    Raises:
+        OSError: there is no room for it.
+    """
+    if (folder / "images.npy").is_file():
+        return folder
+    target = cache_folder() / "images" / folder.name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(cache_folder() / "images.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # given back by the system if this process is killed
+        if not (target / "images.npy").is_file():
+            unfinished = target.with_name(f"{DECODING}{uuid.uuid4().hex}")
+            unfinished.mkdir()
+            try:
+                _receive(folder, unfinished / "images.npy")
+                unfinished.rename(target)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)  # gone already if it was renamed
+    return target
+
+
+def _receive(folder: Path, path: Path) -> None:
+    server = ray.get_actor(IMAGE_SERVER)
+    shape, count = ray.get(server.shape.remote(folder))
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        for first in range(0, shape[0], count):
+            file.write(ray.get(server.shard.remote(folder, first, first + count)).data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def slots(plan: SearchPlan, *, cpus: int, gpus: float) -> Slots:

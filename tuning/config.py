@@ -9,6 +9,18 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator
 
 DEPTH_ALL = 5  # stages from the head that make up a whole network; the word `all` means this
+FORMATS = {  # of images, by the suffix of their files
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".png": "PNG",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".gif": "GIF",
+    ".dcm": "DICOM",
+    ".dicom": "DICOM",
+}
 UNFROZEN = ("head", "part", "all")  # what a depth comes to
 
 
@@ -164,6 +176,15 @@ class SearchPlan(BaseModel):
     divergence_factor: float = Field(
         10.0, gt=1, description="a loss so many times the class entropy, or its own best, twice running is `diverged`"
     )
+    finalists: int = Field(
+        2, ge=0, description="best trials that are trained again beside the default, with the same seeds; 0: no verdict"
+    )
+    finalist_seeds: int = Field(
+        5, ge=3, description="runs of each of them; fewer where `finalist_epochs` allows no more"
+    )
+    finalist_epochs: int | None = Field(
+        None, ge=0, description="epochs of all these runs, at most; default a quarter of what the search took"
+    )
     final_data: Literal["train", "train+val"] = Field(
         "train",
         description="what train_final.py trains on: `train`, or `train+val` to the median best epoch of the finalists",
@@ -172,6 +193,10 @@ class SearchPlan(BaseModel):
         False, description="train_final.py makes its model of the kept trials that go together best, and trains none"
     )
     weights: str = Field("auto", description="`auto`, a folder of weight files, or `random`")
+    fit: Literal["squash", "crop", "letterbox"] = Field(
+        "squash", description="how images become square: squashed, cropped to the centre, or with black bars"
+    )
+    drop_colour: bool = Field(False, description="make every image grey, so that colour can't give a class away")
     skip_unreadable: bool = Field(False, description="leave out images that can't be read instead of stopping")
     path_column: str = Field("path", description="column of a manifest")
     label_column: str = Field("label", description="column of a manifest")

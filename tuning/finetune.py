@@ -67,7 +67,8 @@ def finetune(
         patience: epochs without a better one after which the trial has converged; null: never.
         divergence_factor: see `divergence`; infinite: only a loss that is not finite ends the trial.
         early_loss_epochs: after which `early_loss` is measured: the validation loss of weights averaged over about an
-            epoch, calibrated. It ranks unfinished trials better than the loss itself; see benchmarks/README.md.
+            epoch, calibrated. It ranks unfinished trials better than the loss itself, but where the classifier alone
+            is trained: there it is the loss itself; see benchmarks/README.md.
         state: where to go on from.
         features: keeps the outputs of frozen layers for this trial and others; null: they are computed in each epoch.
         models: keeps the model for the next trial. A trial that uses it ends the one before.
@@ -158,7 +159,9 @@ def finetune(
         with torch.no_grad():
             classifier.weight.copy_(weight.view_as(classifier.weight))
             classifier.bias.copy_(bias)
-    averaged = Averaged(model, changed, steps) if early_loss_epochs else None  # goes on until the last of them
+    averaged = (
+        Averaged(model, changed, steps) if early_loss_epochs and depth else None
+    )  # goes on until the last of them
     history: list[Row] = []
     best: dict[str, Tensor] = {}  # the best epoch's snapshot: weights, and logits of validation
     if state is not None:
@@ -219,6 +222,8 @@ def finetune(
                 with averaged.in_place():
                     early_logits = logits_of(frozen, data.val, autocast)
                 measured["early_loss"] = calibrated_loss(early_logits, data.labels[data.val])
+            elif epoch in early_loss_epochs:
+                measured["early_loss"] = measured["val_loss"]
 
         # The row, and whether the trial ends with it.
         row: Row = {

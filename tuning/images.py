@@ -6,60 +6,43 @@ import json
 import math
 import os
 import shutil
-import threading
 import time
 import uuid
-import warnings
-import zlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from struct import error as StructError
-from typing import Any, BinaryIO, TypeAlias, TypeVar
+from typing import BinaryIO, TypeAlias, TypeVar
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, ImageOps
-from PIL.ImageFile import ImageFile
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
 
 from tuning.config import InputError
+from tuning.decoding import DECODER_VERSION, Facts, Pixels, decode
 
-DECODER_VERSION = 1  # raised with any change of the decoded pixels, so that no older array is taken for a new one
-MAX_PIXELS = 178_000_000  # of one image; Pillow's own limit for what it calls a decompression bomb
-MODES = ("1", "L", "LA", "RGB", "RGBA")
-CURE = "convert it to 8-bit grey or RGB, as PNG or JPEG"
-FOREIGN = {  # format: offset and bytes of its signature
-    "GIF": (0, b"GIF8"),
-    "BMP": (0, b"BM"),
-    "TIFF": (0, b"II*\x00"),
-    "big-endian TIFF": (0, b"MM\x00*"),
-    "WebP": (8, b"WEBP"),
-    "JPEG 2000": (4, b"jP  "),
-    "HEIF or AVIF": (4, b"ftyp"),
-    "PDF": (0, b"%PDF"),
-    "gzip": (0, b"\x1f\x8b"),
-    "DICOM": (128, b"DICM"),
-}
-# What Pillow was seen or is written to raise for broken files, besides ValueError.
-DECODER_ERRORS = (OSError, SyntaxError, LookupError, TypeError, ArithmeticError, StructError, zlib.error, Warning)
 DECODING = ".decoding-"  # prefix of a folder that is being written
 ABANDONED_S = 3600.0  # a folder that is being written is touched every TOUCH_IMAGES, which takes seconds
 TOUCH_IMAGES = 100
+FACTS = pa.schema(
+    [
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("mode", pa.string()),
+        ("format", pa.string()),
+        ("bytes", pa.int64()),
+        ("told", pa.string()),
+        ("pixels_sha256", pa.string()),
+    ]
+)
 DISK_CURE = "free some or set FINETUNE_SEARCH_CACHE to a folder on a larger disk"
 
-Pixels: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
+Decoded: TypeAlias = tuple[Pixels, Facts]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-# `warnings.catch_warnings` changes the whole process: threads that enter and leave it in turn would leave Pillow's
-# warnings as errors for ever. Only headers are read under the lock (about a tenth of the time), pixels are not.
-_WARNINGS_LOCK = threading.Lock()
 
 
 def cache_folder() -> Path:
@@ -81,91 +64,6 @@ def parallel_map(function: Callable[[Item], Result], items: Iterable[Item]) -> I
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-
-
-# --- One image -------------------------------------------------------------------------------------------------------
-
-
-def decode(file: str, image_size: int) -> Pixels:
-    """An image as it is to be looked at, squashed to a square.
-
-    EXIF orientation is applied, transparency is laid over black, and a coloured image whose channels are all equal
-    is a grey one.
-
-    Args:
-        file: JPEG or PNG of 8 bits a channel.
-        image_size: side, in pixels.
-
-    Returns:
-        uint8, [side, side] if grey, else [side, side, 3].
-
-    Raises:
-        ValueError: the file can't be read or is of a kind that isn't supported; the message doesn't name the file.
-    """
-    try:
-        with open(file, "rb") as stream:
-            image = _open(stream)
-            # JPEGs decode at 1/2, 1/4 or 1/8 size; at least twice the target is kept. A film of 2048 x 2048 for 128 px
-            # took 16 ms instead of 43, for a mean difference of 0.3 of 255, as between LANCZOS and bicubic.
-            image.draft(None, (2 * image_size, 2 * image_size))  # None keeps the mode
-            image.load()
-        return _square(image, image_size)
-    except ValueError:
-        raise
-    except DECODER_ERRORS as error:
-        raise ValueError(f"can't be decoded ({error or type(error).__name__}); replace it or leave it out") from error
-
-
-def _open(stream: BinaryIO) -> ImageFile:
-    """An image whose header is read and found to be of a kind that `decode` takes."""
-    start = stream.read(132)
-    stream.seek(0)
-    if not start:
-        raise ValueError("is empty (0 bytes); replace it or leave it out")
-    for kind, (offset, signature) in FOREIGN.items():
-        if start[offset : offset + len(signature)] == signature:
-            raise ValueError(f"is a {kind} file, which isn't supported here yet; {CURE}")
-    # The two classes are called directly, since `Image.open` warns of large and of multi-picture images.
-    reader = {b"\xff\xd8\xff": JpegImageFile, b"\x89PN": PngImageFile}.get(start[:3])
-    if reader is None:
-        raise ValueError("is neither a JPEG nor a PNG image; replace it or leave it out")
-    with _pillow_warnings_as_errors():
-        image = reader(stream)
-    # Pillow drops the lower byte of 16-bit LA and RGB without a word; the raw mode still tells.
-    depth = "16-bit " if any("16" in str(tile[3]) for tile in image.tile) else ""
-    if depth or image.mode not in MODES:
-        raise ValueError(f"is a {depth}{image.format} of mode {image.mode}, which isn't supported here yet; {CURE}")
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(
-            f"has {image.width} x {image.height} pixels, over the limit of {MAX_PIXELS:,}; make it smaller"
-        )
-    return image
-
-
-def _square(image: Image.Image, image_size: int) -> Pixels:
-    if image.has_transparency_data:
-        image = image.convert("RGBA").convert("RGBa")  # colours times alpha: the image over black
-    elif image.mode == "1":
-        image = image.convert("L")
-    image = image.resize((image_size, image_size), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    with _pillow_warnings_as_errors():
-        ImageOps.exif_transpose(image, in_place=True)
-    pixels: Pixels = np.array(image)
-    if pixels.ndim == 3:
-        pixels = pixels[:, :, :3]
-        if (pixels == pixels[:, :, :1]).all():
-            pixels = pixels[:, :, 0]
-    return np.ascontiguousarray(pixels)
-
-
-@contextmanager
-def _pillow_warnings_as_errors() -> Iterator[None]:
-    with _WARNINGS_LOCK, warnings.catch_warnings():
-        warnings.filterwarnings("error", module=r"PIL\.")
-        yield
-
-
-# --- A data set ------------------------------------------------------------------------------------------------------
 
 
 def content_hashes(files: Sequence[str], folder: Path) -> list[str]:
@@ -219,19 +117,22 @@ def decode_all(
     hashes: Sequence[str],
     image_size: int,
     *,
+    fit: str = "squash",
+    drop_colour: bool = False,
     folder: Path,
     disk_cache_bytes: int,
     keep: Collection[Path] = (),
-    map: Callable[[Callable[[str], Pixels | str], Sequence[str]], Iterable[Pixels | str]] = map,
+    map: Callable[[Callable[[str], Decoded | str], Sequence[str]], Iterable[Decoded | str]] = map,
 ) -> tuple[Path, dict[int, str]]:
     """Decode images once into `images.npy`, a uint8 array [n, side, side, channels], channels being 1 if all are grey.
 
-    Images are written as they come, so memory stays bounded; the folder appears whole or not at all.
+    Their facts stand beside it in `facts.parquet` (see `read_facts`). Images are written as they come, so memory
+    stays bounded; the folder appears whole or not at all.
 
     Args:
-        files: paths of JPEG and PNG images.
+        files: paths of images.
         hashes: content hash of each file.
-        image_size: side, in pixels.
+        image_size, fit, drop_colour: of `decode`.
         folder: the cache; arrays lie in its `images/<key>/`.
         disk_cache_bytes: least recently used arrays beyond this go, but never the one returned.
         keep: folders that never go either.
@@ -244,7 +145,9 @@ def decode_all(
         InputError: the array doesn't fit on the disk.
     """
     sets = folder / "images"
-    key = hashlib.sha256(json.dumps([DECODER_VERSION, image_size, list(hashes)]).encode()).hexdigest()
+    suffixes = [os.path.splitext(file)[1].lower() for file in files]  # a fact tells of a wrong one
+    what = [DECODER_VERSION, image_size, fit, drop_colour, list(hashes), suffixes]
+    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
     target = sets / key
     if (target / "images.npy").is_file():
         os.utime(target)
@@ -253,10 +156,16 @@ def decode_all(
     sets.mkdir(parents=True, exist_ok=True)
     unfinished = sets / f"{DECODING}{uuid.uuid4().hex}"
     unfinished.mkdir()
+    facts: list[Facts] = []
     unreadable: dict[int, str] = {}
     try:
-        decoded = map(partial(_decode_or_reason, image_size=image_size), files)
-        _write_array(unfinished / "images.npy", (len(files), image_size, image_size), decoded, unreadable)
+        one = partial(_decode_or_reason, image_size=image_size, fit=fit, drop_colour=drop_colour)
+        decoded = map(one, files)
+        pixels = _sort_out(decoded, facts, unreadable)
+        with _full_disk_told(unfinished):
+            _write_array(unfinished / "images.npy", (len(files), image_size, image_size), pixels)
+            if not unreadable:
+                _write_facts(unfinished / "facts.parquet", facts)
         if not unreadable:
             _rename_folder(unfinished, target)
     finally:
@@ -273,16 +182,43 @@ def open_images(folder: Path) -> Pixels:
     return images
 
 
-def _decode_or_reason(file: str, image_size: int) -> Pixels | str:
+def read_facts(folder: Path) -> pd.DataFrame:
+    """What `decode_all` found of each image, in their order.
+
+    Args:
+        folder: of the decoded images.
+
+    Returns:
+        A row per image: `width`, `height` (pixels as stored, before EXIF orientation), `mode` (Pillow's, of the stored
+        image), `format` (JPEG, PNG, ...), `bytes` (of the file), `told` (what a user should know, notes joined by
+        "; ", or missing), `pixels_sha256` (of the decoded pixels and their shape).
+    """
+    return pq.read_table(folder / "facts.parquet").to_pandas()
+
+
+def _decode_or_reason(file: str, image_size: int, fit: str, drop_colour: bool) -> Decoded | str:
     try:
-        return decode(file, image_size)
-    except ValueError as error:
+        return decode(file, image_size, fit=fit, drop_colour=drop_colour)
+    except InputError as error:
         return str(error)
 
 
-def _write_array(
-    path: Path, shape: tuple[int, int, int], decoded: Iterable[Pixels | str], unreadable: dict[int, str]
-) -> None:
+def _sort_out(decoded: Iterable[Decoded | str], facts: list[Facts], unreadable: dict[int, str]) -> Iterator[Pixels]:
+    """Pixels of the images that could be decoded; their facts, and reasons by index, go into the other two."""
+    for index, result in enumerate(decoded):
+        if isinstance(result, str):
+            unreadable[index] = result
+        else:
+            facts.append(result[1])
+            yield result[0]
+
+
+def _write_facts(path: Path, facts: Sequence[Facts]) -> None:
+    columns = zip(*facts, strict=True) if facts else [()] * len(FACTS)
+    pq.write_table(pa.table([list(column) for column in columns], schema=FACTS), path)
+
+
+def _write_array(path: Path, shape: tuple[int, int, int], decoded: Iterable[Pixels]) -> None:
     """Write images as they come, with three channels from the first coloured one on; those before it are rewritten.
 
     Written as a file, not through a memory map: that took longer, and a full disk would end the process with SIGBUS.
@@ -293,9 +229,6 @@ def _write_array(
         for index, pixels in enumerate(decoded):
             if index % TOUCH_IMAGES == 0:
                 os.utime(path.parent)
-            if isinstance(pixels, str):
-                unreadable[index] = pixels
-                continue
             if pixels.ndim == 3 and channels == 1:
                 file.close()
                 channels = 3
@@ -304,12 +237,18 @@ def _write_array(
             file.write(whole.data)
         file.flush()
         os.fsync(file.fileno())
+    finally:
+        file.close()
+
+
+@contextmanager
+def _full_disk_told(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise
-        raise InputError(f"{path}: can't be written ({error.strerror}); {DISK_CURE}") from error
-    finally:
-        file.close()
+        raise InputError(f"{folder}: can't be written ({error.strerror}); {DISK_CURE}") from error
 
 
 def _begin_array(path: Path, shape: tuple[int, int, int, int]) -> BinaryIO:

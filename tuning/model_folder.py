@@ -19,13 +19,14 @@ import yaml
 from numpy.typing import NDArray
 
 from tuning.calibration import logarithms, tempered
-from tuning.config import InputError, TrialConfig, build
-from tuning.images import decode
+from tuning.config import InputError, SearchPlan, TrialConfig, build, check_value
+from tuning.decoding import decode
 
 if TYPE_CHECKING:  # torch and timm take seconds to load, and --help needs neither
     from torch import nn
 
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
+FITS = {"squash": "squashed to", "crop": "the centre square, at", "letterbox": "in a black square of"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,9 @@ class Model:
     network: "nn.Module"
     config: TrialConfig
     classes: tuple[str, ...]
-    temperature: float  # that logits are divided by
+    fit: str = "squash"
+    drop_colour: bool = False
+    temperature: float = 1.0  # that logits are divided by
 
     def predict(self, files: Sequence[str | Path]) -> NDArray[np.float64]:
         """Probabilities [files, classes] for image files.
@@ -51,8 +54,8 @@ class Model:
         decoded, faults = [], []
         for file in files:
             try:
-                image = decode(str(file), self.config.image_size)
-            except (ValueError, OSError) as error:
+                image, _ = decode(str(file), self.config.image_size, fit=self.fit, drop_colour=self.drop_colour)
+            except InputError as error:
                 faults.append(f"{file}: {error}")
                 continue
             decoded.append(image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2))
@@ -86,6 +89,9 @@ def save_model(
     network: "nn.Module",
     config: TrialConfig,
     classes: Sequence[str],
+    *,
+    fit: str = "squash",
+    drop_colour: bool = False,
     temperature: float = 1.0,
     **described: Any,
 ) -> None:
@@ -98,8 +104,10 @@ def save_model(
     save_file({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}, folder / WEIGHTS)
     mean, std = backbones.input_mean_std(config.backbone)
     preprocessing = {
-        "resize": f"squashed to {config.image_size} x {config.image_size} pixels, antialiased",
-        "channels": "RGB; grey is repeated three times",
+        "fit": fit,
+        "drop_colour": drop_colour,
+        "resize": f"{FITS[fit]} {config.image_size} x {config.image_size} pixels, antialiased",
+        "channels": f"{'grey' if drop_colour else 'RGB; grey is'} repeated three times",
         "scale": "0 to 1",
         "mean": list(mean),
         "std": list(std),
@@ -135,14 +143,19 @@ def load_model(folder: str | Path) -> Model | Ensemble:
         document = yaml.safe_load((folder / CONFIG).read_text())
         classes, temperature = tuple(document["classes"]), float(document.get("temperature", 1.0))
         shares: dict[str, float] = dict(document.get("ensemble", {}))
-        given, tensors = ({}, {}) if shares else (document["config"], load_file(folder / WEIGHTS))
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        if not shares:
+            config = build(TrialConfig, document["config"], str(folder / CONFIG))
+            told = document["preprocessing"]
+            shaping = {key: check_value(SearchPlan, key, told[key]) for key in ("fit", "drop_colour") if key in told}
+            tensors = load_file(folder / WEIGHTS)
+    except InputError:
+        raise
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(f"{folder}: not a model folder ({error}); train_final.py writes one") from None
     if shares:
         return Ensemble(
             tuple(load_model(folder / name) for name in shares), tuple(shares.values()), classes, temperature
         )
-    config = build(TrialConfig, given, str(folder / CONFIG))
     network = backbones.build(
         config.backbone,
         classes=len(classes),
@@ -155,7 +168,7 @@ def load_model(folder: str | Path) -> Model | Ensemble:
         network.load_state_dict(tensors)
     except RuntimeError as error:
         raise InputError(f"{folder / WEIGHTS}: not the weights of {config.backbone} ({error})") from None
-    return Model(network.eval(), config, classes, temperature)
+    return Model(network.eval(), config, classes, **shaping, temperature=temperature)
 
 
 @dataclasses.dataclass(frozen=True)

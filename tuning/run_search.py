@@ -25,10 +25,11 @@ import tyro
 import yaml
 from rich.console import Console
 
-from tuning import analysis, tables
+from tuning import analysis, finalists, tables
 from tuning.audit import load_checked
 from tuning.calibration import calibration_error
 from tuning.config import DEPTH_ALL, PARAMETERS, RESUME_MAY_CHANGE, InputError, SearchPlan, build, command_line
+from tuning.images import parallel_map, read_facts
 from tuning.predictions import read_predictions
 from tuning.space import Space, fix, image_sizes, load, parse
 from tuning.space import backbones as backbones_in
@@ -113,8 +114,7 @@ def _search(
 ) -> int:
     # What it is to be done with. All of it is checked before anything is written.
     from tuning import backbones
-    from tuning.cluster import cluster_map, slots
-    from tuning.images import parallel_map
+    from tuning.cluster import cluster_map, serve_images, slots
     from tuning.search import Search
     from tuning.weights import find_weights
 
@@ -146,6 +146,7 @@ def _search(
     what = f"{resources.gpus:g} GPU" if resources.gpus else f"{resources.cpus} core{'s' * (resources.cpus > 1)}"
     what = "a whole, a half or a quarter GPU" if resources.packed else what
     console.print(f"{at_most}{resources.count} trials at once, {what} each\n")
+    _server = serve_images(image_folders.values()) if joining else None  # ends when nothing holds it
     show = Progress(plan, analysis.class_entropy(table))
     search = Search(
         plan,
@@ -157,6 +158,7 @@ def _search(
         show=show,
         priors=priors,
         resumed=flags.resume,
+        redraw=yaml.safe_load((folder / "plan.yaml").read_text())["provenance"].get("val_drawn", False),
     )
     try:
         finished = search.run()
@@ -166,9 +168,12 @@ def _search(
     # Choose and report, from the tables alone.
     trials = tables.read_table(folder / "trials.parquet")
     top = analysis.best(trials, plan.metric)
-    if top is not None:
-        _write_best(folder, plan, search.record.trials[top["trial_id"]], fingerprint)
-    _summary(folder, plan, trials, top, search.halted, None if resources.packed else resources.count)
+    splits = tables.read_table(folder / "samples.parquet")["split"].value_counts()
+    judged, verdict = finalists.judge(trials, plan.metric, val_over_train=float(splits["val"] / splits["train"]))
+    tables.write_tables({"finalists": pa.Table.from_pandas(judged, schema=tables.FINALISTS)}, folder)
+    if verdict.trial_id is not None:
+        _write_best(folder, plan, search.record, verdict, fingerprint)
+    _summary(folder, plan, trials, verdict, judged, search.halted, None if resources.packed else resources.count)
     if not finished:
         storage = "" if plan.storage == "results" else f" --storage {plan.storage}"
         console.print(f"\nInterrupted. To go on: python tuning/run_search.py --resume --name {plan.name}{storage}")
@@ -274,7 +279,18 @@ def _data(plan: SearchPlan, space: Space, map: Callable[..., Any]) -> tuple[pd.D
     for label, row in table.groupby(["label", "split"]).size().unstack(fill_value=0).iterrows():
         console.print(f"  {label}: " + ", ".join(f"{count} {split}" for split, count in row.items()), markup=False)
     console.print(f"  read and decoded in {time.perf_counter() - started:.1f} s")
+    for note in notes(table, read_facts(next(iter(folders.values())))):
+        console.print(f"  {note}", markup=False)
     return table, folders, fingerprint
+
+
+def notes(table: pd.DataFrame, facts: pd.DataFrame) -> list[str]:
+    """What decoding has to tell, a line for each kind of note: how many images, an example, and the note."""
+    told = pd.DataFrame({"path": table["path"], "note": facts["told"].str.split("; ")}).explode("note").dropna()
+    return [
+        f"{count} image{'s' * (count > 1)} ({path}{', ...' * (count > 1)}): {note}"
+        for note, count, path in told.groupby("note")["path"].agg(["size", "first"]).itertuples()
+    ]
 
 
 def _priors(plan: SearchPlan, space: Space) -> list[Any]:
@@ -305,6 +321,7 @@ def write_run(folder: Path, plan: SearchPlan, space: Space, table: pd.DataFrame,
     tables.write_tables({"samples": rows}, unfinished)
     provenance = {
         "fingerprint": fingerprint,
+        "val_drawn": table.attrs.get("val_drawn", False),
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "packages": {
@@ -334,12 +351,20 @@ def _git_commit() -> str | None:
     return said.stdout.strip() or None
 
 
-def _write_best(folder: Path, plan: SearchPlan, trial: tables.Trial, fingerprint: str) -> None:
+def _write_best(
+    folder: Path, plan: SearchPlan, record: tables.Record, verdict: finalists.Verdict, fingerprint: str
+) -> None:
+    trial = record.trials[str(verdict.trial_id)]
+    runs = [other for other in record.trials.values() if other.finalist_of == trial.trial_id]
+    best_epochs = [tables.best_epoch(run.rows, plan.metric) for run in runs]
     provenance = {
         "run": plan.name,
         "trial_id": trial.trial_id,
+        "verdict": verdict.verdict,
+        "why": verdict.sentence,
         "metric": plan.metric,
         "best_epoch": dict(tables.best_epoch(trial.rows, plan.metric) or {}),
+        "best_epochs": [row["epoch"] for row in best_epochs if row is not None],
         "fingerprint": fingerprint,
         "settings": plan.model_dump(),
     }
@@ -360,6 +385,9 @@ class Progress:
         """Take in a trial that has reported an epoch or ended."""
         if trial.origin == "probe":
             self._probe(trial)
+            return
+        if trial.origin == "finalist":
+            self._finalist(trial)
             return
         everything = [other for other in search.record.trials.values() if other.number is not None]
         ended = sum(other.ended for other in everything)
@@ -399,6 +427,12 @@ class Progress:
         measured = f"val_loss {row['val_loss']:.4f}, accuracy {row['val_accuracy']:.2f}"
         self._say(f"probe     {trial.config['backbone']} {measured}{warning}")
 
+    def _finalist(self, trial: tables.Trial) -> None:
+        row = tables.best_epoch(trial.rows, self._plan.metric)
+        if trial.status != "running":
+            value = "-" if row is None else f"{row[self._plan.metric]:.4f} at epoch {row['epoch']}/{len(trial.rows)}"
+            self._say(f"finalist  {trial.finalist_of} seed {trial.config['seed']} {self._plan.metric} {value}")
+
     def stop(self) -> None:
         """Give the terminal its cursor back."""
         if self._status is not None:
@@ -416,7 +450,13 @@ def describe(config: dict[str, Any]) -> str:
 
 
 def _summary(
-    folder: Path, plan: SearchPlan, trials: pd.DataFrame, top: pd.Series | None, halted: str | None, slots: int | None
+    folder: Path,
+    plan: SearchPlan,
+    trials: pd.DataFrame,
+    verdict: finalists.Verdict,
+    judged: pd.DataFrame,
+    halted: str | None,
+    slots: int | None,
 ) -> None:
     console.print()
     if halted is not None:
@@ -424,7 +464,7 @@ def _summary(
     if analysis.searched(trials).empty:
         console.print("No trial has begun.")
         return
-    costs, everything = analysis.cost(trials), trials
+    costs = analysis.cost(trials)
     trials = analysis.searched(trials)
 
     # Why each trial ended.
@@ -469,7 +509,7 @@ def _summary(
 
     # What each backbone cost.
     shares = ", ".join(f"{row.backbone} {row.seconds:.0f} s in {row.epochs} epochs" for row in costs.itertuples())
-    console.print(f"By backbone, probes included: {shares}.")
+    console.print(f"By backbone, with probes and finalists: {shares}.")
 
     # Where the time went.
     if not epochs.empty:
@@ -484,17 +524,30 @@ def _summary(
             console.print(f"Slots were in use {busy:.0%} of the time until the last trial began.")
 
     # The best, and what to type next.
-    if top is None:
+    if verdict.trial_id is None:
         advice = " Try lower learning rates." if (trials["status"] == "diverged").any() else ""
         console.print(f"\n[bold]No trial had a finite loss[/bold]: there is no best.yaml.{advice}")
         return
+    if not judged.empty:
+        console.print("\n[bold]Trained again with the same seeds[/bold]")
+        columns = f"{'trial':<7} {'':<8}  runs  {'mean':>7} {'sd':>7}  {'search':>7} {'luck':>8}  {'better by':>9}"
+        console.print(columns, style="dim")
+        for row in judged.to_dict("records"):
+            numbers = [_number(row[name]) for name in ("mean", "sd", "searched", "luck", "difference")]
+            console.print(
+                f"{row['trial_id']:<7} {row['role']:<8}  {row['runs']:>4}  {numbers[0]:>7} {numbers[1]:>7}  "
+                f"{numbers[2]:>7} {numbers[3]:>8}  {numbers[4]:>9}",
+                markup=False,
+            )
+    console.print(f"\n[bold]Verdict: {verdict.verdict}[/bold]: {verdict.sentence}.")
+    top = trials.set_index("trial_id").loc[verdict.trial_id]
     console.print(
-        f"\n[bold]Best[/bold]: {top['trial_id']}, {plan.metric} {top[plan.metric]:.4f} at epoch {top['best_epoch']}"
+        f"\n[bold]Best[/bold]: {verdict.trial_id}, {plan.metric} {top[plan.metric]:.4f} at epoch {top['best_epoch']}"
     )
     config = {name: top[f"config_{name}"] for name in PARAMETERS}
     for name, value in config.items():
         console.print(f"  {name}: {value:.3g}" if isinstance(value, float) else f"  {name}: {value}")
-    _tell_predictions(folder, everything, top["trial_id"])
+    _tell_predictions(folder, trials, verdict.trial_id)
     console.print("\nNext:")
     console.print(f"  python tuning/train_final.py {folder}        # train it again, test it, write {folder}/model")
     console.print(f"  python -c \"import pandas as pd; print(pd.read_parquet('{folder}/trials.parquet'))\"")
@@ -522,10 +575,8 @@ def _tell_predictions(folder: Path, trials: pd.DataFrame, best: str) -> None:
     from tuning.checkpoints import kept
     from tuning.ensemble import offer
 
-    samples = tables.read_table(folder / "samples.parquet")
-    trials, searched = trials[trials["origin"] != "probe"], analysis.searched(trials)
-    predictions = read_predictions(folder, trials, samples)
-    guessing = analysis.guessing(searched, predictions.of(set(searched["trial_id"])))
+    predictions = read_predictions(folder, trials, tables.read_table(folder / "samples.parquet"))
+    guessing = analysis.guessing(trials, predictions)
     console.print()
     if guessing is not None:
         least = f", by {guessing.least_gain:.4f} at least" if guessing.better else ""

@@ -12,9 +12,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tuning.config import InputError
+from tuning.config import FORMATS, InputError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_SUFFIXES = tuple(FORMATS)
 SPLIT_WORDS = {"train": "train", "training": "train"}
 SPLIT_WORDS |= {"val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test"}
 SHOWN = 5  # examples in one message
@@ -56,6 +56,7 @@ def load_samples(
     Returns:
         One row per image, sorted by path: `path` (relative to the root where it lies below, with slashes), `file`
         (absolute), `label`, `split` (train, val or test), `group` (None where no groups are given); Python strings.
+        `attrs["val_drawn"]` says whether validation was drawn here.
 
     Raises:
         InputError: every fault found in the data.
@@ -93,7 +94,29 @@ def load_samples(
         samples = sorted(drawn + [sample for sample in samples if sample.split != "train"], key=lambda row: row.path)
     if faults:
         raise InputError([f"{data}: {fault}" for fault in faults])
-    return pd.DataFrame(samples, columns=list(Sample._fields), dtype=object)
+    table = pd.DataFrame(samples, columns=list(Sample._fields), dtype=object)
+    table.attrs["val_drawn"] = "val" not in splits
+    return table
+
+
+def redrawn(samples: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """The same samples with training and validation drawn anew, by group and class, in their shares; test stays.
+
+    Where a draw leaves training or validation without a class another is made; if none of 20 will do, the samples are
+    given back as they are.
+    """
+    pool = samples["split"] != "test"
+    known = samples.astype(object).where(samples.notna(), None)  # a table that was read has NaN for no group
+    rows = [Sample(*row) for row in known.loc[pool, list(Sample._fields)].itertuples(index=False)]
+    val_share = float((samples["split"] == "val").sum() / pool.sum())
+    for attempt in range(20):
+        faults: list[str] = []
+        drawn = _draw_splits(rows, {"train": 1 - val_share, "val": val_share}, faults, salt=f"{seed} {attempt} ")
+        if not faults:
+            splits = samples["split"].copy()
+            splits[pool] = [row.split for row in drawn]
+            return samples.assign(split=splits)
+    return samples
 
 
 def fingerprint(samples: pd.DataFrame, hashes: Sequence[str]) -> str:
@@ -160,8 +183,8 @@ def _read_folder(root: str, faults: list[str]) -> list[Sample]:
                 suffixes = sorted({os.path.splitext(file)[1] or "none" for file in files})
                 found = f"{len(files)} files with other suffixes: {_examples(suffixes)}" if files else "no files"
                 faults.append(
-                    f"{entry.path}: no images in this class folder ({found}); put .jpg, .jpeg or .png files into it "
-                    "or take it away"
+                    f"{entry.path}: no images in this class folder ({found}); put images into it "
+                    f"({', '.join(IMAGE_SUFFIXES)}) or take it away"
                 )
             for file in images:
                 path = os.path.relpath(file, root).replace(os.sep, "/")
@@ -357,11 +380,13 @@ def _class_faults(classes: Mapping[str | None, set[str]]) -> list[str]:
 # --- Splits ----------------------------------------------------------------------------------------------------------
 
 
-def _draw_splits(samples: list[Sample], fractions: Mapping[str, float], faults: list[str]) -> list[Sample]:
+def _draw_splits(
+    samples: list[Sample], fractions: Mapping[str, float], faults: list[str], salt: str = ""
+) -> list[Sample]:
     """Put each group, or each image where there are no groups, into the split that most needs its classes.
 
-    They are taken in the order of the sha256 of the group's id (or the path), so that neither the order of the rows
-    nor the machine matters. For images without groups this is largest-remainder apportionment: each split's
+    They are taken in the order of the sha256 of `salt` and the group's id (or the path), so that neither the order of
+    the rows nor the machine matters. For images without groups this is largest-remainder apportionment: each split's
     count of a class is within one image of its share.
 
     `fractions` holds each split's share and sums to 1; classes without an image in train or val are appended to
@@ -378,7 +403,7 @@ def _draw_splits(samples: list[Sample], fractions: Mapping[str, float], faults: 
 
     split_of: dict[str, str] = {}
     images: Counter[tuple[str, str]] = Counter()
-    for unit in sorted(units, key=lambda name: hashlib.sha256(name.encode()).digest()):
+    for unit in sorted(units, key=lambda name: hashlib.sha256((salt + name).encode()).digest()):
         counts = sorted(units[unit].items())
         split = max(fractions, key=lambda name: sum(need[name, label] / totals[label] for label, _ in counts))
         split_of[unit] = split

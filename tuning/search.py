@@ -18,6 +18,7 @@ from tuning.checkpoints import best_file, state_file
 from tuning.cluster import Slots, gpu_share
 from tuning.config import SearchPlan, TrialConfig
 from tuning.features import run_folder
+from tuning.finalists import affordable, candidates
 from tuning.images import cache_folder
 from tuning.optimizer import LiveStudy, Optimizer, Prior
 from tuning.space import Space, backbones, middle, trial_values
@@ -44,6 +45,7 @@ class Search:
         show: called with each trial that has reported or ended.
         priors: of `optimizer.read_priors`; a search that goes on has them in its journal.
         resumed: whether the run was there before.
+        redraw: whether finalists' runs draw training and validation anew: not where the user has fixed the split.
         clock: seconds; simulated ones in benchmarks.
     """
 
@@ -59,6 +61,7 @@ class Search:
         show: Callable[["Search", Trial], None],
         priors: Sequence[Prior] = (),
         resumed: bool = False,
+        redraw: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.plan, self.space, self.run_folder, self.resources, self.show = plan, space, run, resources, show
@@ -80,6 +83,7 @@ class Search:
             space, seed=plan.seed, metric=plan.metric, sampler=plan.sampler, priors=self.record.priors
         )
         self.rungs = Rungs(grace_epochs=plan.grace_epochs, reduction_factor=plan.reduction_factor, epochs=plan.epochs)
+        self._redraw = redraw
         self.halted: str | None = None  # why no more trials are to be started
         self._tables_due = -math.inf
         self._ray_ids: dict[str, str] = {}
@@ -91,12 +95,12 @@ class Search:
             "threads": resources.cpus,
             "cache_bytes": plan.cache_bytes,
             "device": "cuda" if resources.gpus else "cpu",
-            "ending": {
-                "metric": plan.metric,
-                "patience": plan.patience if plan.early_stopping else None,
-                "divergence_factor": plan.divergence_factor if plan.early_stopping else math.inf,
-                "early_loss_epochs": self._early_loss_epochs(),
-            },
+        }
+        self._ending = {
+            "metric": plan.metric,
+            "patience": plan.patience if plan.early_stopping else None,
+            "divergence_factor": plan.divergence_factor if plan.early_stopping else math.inf,
+            "early_loss_epochs": self._early_loss_epochs(),
         }
         for folder in ("checkpoints", "predictions"):
             for unfinished in (run / folder).glob(".*"):  # what a killed writer left
@@ -134,7 +138,8 @@ class Search:
                     self._write_end(trial, "stopped", stop_reason(self.plan, trial.decisions[-1]))
                 else:
                     unfinished.append(trial)
-            self.optimizer.remember(trial)
+            if trial.origin != "finalist":
+                self.optimizer.remember(trial)
         return unfinished
 
     # What Ray asks and tells.
@@ -151,6 +156,10 @@ class Search:
             trial = self._ask_probe(self._unprobed.pop(0))
         elif (number := self.searched) < self.plan.trials:
             trial = self._ask(number)
+        elif any(not trial.ended for trial in self.record.trials.values() if trial.number is not None):
+            return None  # finalists are chosen when all have ended
+        elif finalists := self._finalists():
+            trial = self._ask_finalist(*finalists[0])
         else:
             return str(Searcher.FINISHED)
         gpus = self.resources.gpus
@@ -163,7 +172,9 @@ class Search:
         self._ray_ids[ray_id] = trial.trial_id
         self._gpus[trial.trial_id] = gpus
         named = {"trial_id": trial.trial_id, "origin": trial.origin, "number": trial.number, "config": trial.config}
-        return named | self._context | {"gpus": gpus}
+        finalist = trial.origin == "finalist"
+        ending = self._ending | ({"early_loss_epochs": []} if finalist else {})
+        return named | self._context | {"gpus": gpus, "ending": ending, "redraw": finalist and self._redraw}
 
     def _gpu_share(self, trial: Trial) -> float:
         others = self.record.trials.values()
@@ -188,9 +199,30 @@ class Search:
         params = middle(self.space, {"backbone": backbone, "unfreeze_depth": 0, "augmentation": "none"})
         values = trial_values(self.space, params) | {"backbone": backbone, "unfreeze_depth": 0, "augmentation": "none"}
         config = TrialConfig(**values, epochs=1, seed=self.plan.seed)
-        trial_id = f"p{sum(trial.number is None for trial in self.record.trials.values()):05d}"
-        named = {"trial_id": trial_id, "number": None, "origin": "probe"}
-        self._write("asked", **named, params=params, config=config.model_dump())
+        return self._ask_beside("probe", params, config.model_dump())
+
+    def _finalists(self) -> list[tuple[Trial, int]]:
+        """Trials to be trained again and their seeds, seed by seed, without what has been asked for already."""
+        plan = self.plan
+        if not (plan.finalists and plan.early_stopping):
+            return []
+        trials = self.record.trials
+        taken = sum(len(trial.rows) for trial in trials.values() if trial.number is not None)
+        cap = taken // 4 if plan.finalist_epochs is None else plan.finalist_epochs
+        count, seeds = affordable(plan.finalists, plan.finalist_seeds, epochs=plan.epochs, cap=cap)
+        table = make_tables(self.record, plan.metric)["trials"].to_pandas()
+        chosen = candidates(table, plan.metric)[: count + 1] if count else []
+        asked = {(trial.finalist_of, trial.config["seed"]) for trial in trials.values() if trial.origin == "finalist"}
+        wanted = [(trial_id, plan.seed + 1 + place) for place in range(seeds) for trial_id in chosen if len(chosen) > 1]
+        return [(trials[trial_id], seed) for trial_id, seed in wanted if (trial_id, seed) not in asked]
+
+    def _ask_finalist(self, judged: Trial, seed: int) -> Trial:
+        return self._ask_beside("finalist", judged.params, judged.config | {"seed": seed}, finalist_of=judged.trial_id)
+
+    def _ask_beside(self, origin: str, params: dict[str, Any], config: dict[str, Any], **named: str) -> Trial:
+        """A trial that is none of the search's own: it has no number."""
+        trial_id = f"{origin[0]}{sum(trial.origin == origin for trial in self.record.trials.values()):05d}"
+        self._write("asked", trial_id=trial_id, number=None, origin=origin, params=params, config=config, **named)
         return self.record.trials[trial_id]
 
     def started(self, ray_id: str) -> None:
@@ -234,8 +266,8 @@ class Search:
     # What follows.
 
     def _decide(self, trial: Trial, epoch: int) -> Mapping[str, Any] | None:
-        """ASHA's decision at this epoch, journalled; the one of an earlier start where there is one."""
-        if not self.plan.early_stopping:
+        """ASHA's decision on a trial of the search at this epoch, journalled, or the one of an earlier start."""
+        if not self.plan.early_stopping or trial.number is None:
             return None
         for made in trial.decisions:
             if made["epoch"] == epoch:
@@ -271,7 +303,8 @@ class Search:
 
     def _end(self, trial: Trial, status: str, reason: str, error: str | None = None) -> bool:
         self._write_end(trial, status, reason, error)
-        self.optimizer.tell(trial)
+        if trial.origin != "finalist":
+            self.optimizer.tell(trial)
         first = [other.status for other in self.record.trials.values() if other.ended and other.number is not None]
         if len(first) == FAILURES_AT_FIRST and set(first) == {"failed"}:
             self.halted = f"the first {FAILURES_AT_FIRST} trials all failed; the last one: {reason}"
@@ -322,12 +355,14 @@ class Search:
             best = best_file(self.run_folder, trial.trial_id)
             if best.exists():
                 total += best.stat().st_size
-                if place >= KEPT_CHECKPOINTS or total > self.plan.checkpoint_bytes:
+                if place >= KEPT_CHECKPOINTS or trial.number is None or total > self.plan.checkpoint_bytes:
                     best.unlink()
 
-    def _rank(self, trial: Trial) -> float:
+    def _rank(self, trial: Trial) -> tuple[bool, float]:
+        """Finalists' runs come last: what they were run for is in the tables."""
         best = best_epoch(trial.rows, self.plan.metric)
-        return math.inf if best is None else loss_like(self.plan.metric, best[self.plan.metric])
+        loss = math.inf if best is None else loss_like(self.plan.metric, best[self.plan.metric])
+        return trial.number is None, loss
 
     def run(self) -> bool:
         """Search until the trials, the budget or the user end it; false where it was interrupted.
@@ -337,7 +372,7 @@ class Search:
         with run_folder(cache_folder(), self.run_folder) as features:
             self._context["features"] = str(features)
             self._fit()
-        everything = self.searched >= self.plan.trials
+        everything = self.searched >= self.plan.trials and not self._finalists()
         return self.halted is not None or (everything and all(trial.ended for trial in self.record.trials.values()))
 
     def _fit(self) -> None:

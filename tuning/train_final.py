@@ -165,8 +165,16 @@ def run(flags: Flags) -> Path:
     unfinished = folder.with_name(".model")
     shutil.rmtree(unfinished, ignore_errors=True)
     for name, (network, each) in final.networks.items():
-        own = 1.0 if plan.ensemble else temperature
-        save_model(unfinished / name, network, each, some.classes, own, provenance=provenance)
+        save_model(
+            unfinished / name,
+            network,
+            each,
+            some.classes,
+            fit=plan.fit,
+            drop_colour=plan.drop_colour,
+            temperature=1.0 if plan.ensemble else temperature,
+            provenance=provenance,
+        )
     if plan.ensemble:
         save_ensemble(unfinished, final.shares, some.classes, temperature, provenance=provenance)
     (unfinished / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
@@ -188,12 +196,13 @@ def _read_best(path: Path, flags: Flags) -> Best:
     given, overrides = command_line({"data": flags.data}, flags.set)
     overrides |= {key: given[key] for key in ("epochs", "seed") if key in given}
     plan = build(SearchPlan, settings | given, str(path))
-    if plan.ensemble and (overrides or flags.data is not None or plan.final_data != "train"):
+    reshaped = any(given.get(key, settings.get(key)) != settings.get(key) for key in ("fit", "drop_colour"))
+    if plan.ensemble and (overrides or reshaped or flags.data is not None or plan.final_data != "train"):
         raise InputError(
             "ensemble=true: takes the weights that the search has trained, on its training images; leave it out, or "
-            "leave out --data, final_data and parameters of trials"
+            "leave out --data, final_data, fit, drop_colour and parameters of trials"
         )
-    changed = flags.data is not None or bool(overrides.keys() - {"seed"})
+    changed = flags.data is not None or reshaped or bool(overrides.keys() - {"seed"})
     return Best(path, build(TrialConfig, document | overrides, str(path)), plan, provenance, changed)
 
 

@@ -15,6 +15,7 @@ from ray import tune
 from safetensors import SafetensorError
 
 from tuning.checkpoints import load_state, save
+from tuning.cluster import images_here
 from tuning.config import TrialConfig
 from tuning.data import Data, join, placed
 from tuning.features import FeatureCache
@@ -23,6 +24,7 @@ from tuning.images import open_images
 from tuning.models import Models, keep_memory
 from tuning.predictions import predictions_file, write_predictions
 from tuning.probe import probe
+from tuning.samples import redrawn
 from tuning.tables import best_epoch, read_table
 
 CHECKPOINT_SECONDS = 30.0
@@ -106,11 +108,7 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
         state = load_state(self._config["run"], self._config["trial_id"])
         self._replay = list(state.history) if state else []
         trial = TrialConfig(**self._config["config"])
-        if trial.image_size not in self._data:
-            samples = read_table(Path(self._config["run"]) / "samples.parquet")
-            images = open_images(Path(self._config["images"][str(trial.image_size)]))
-            self._data[trial.image_size] = join(samples, placed(images, self._device))
-            self._validation = samples[samples["split"] == "val"]
+        data = self._load(trial)
         weights = self._config["weights"][trial.backbone]
         given: dict[str, Any] = {
             "device": self._device,
@@ -119,9 +117,21 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
             "models": self._models,
         }
         if self._config["origin"] == "probe":
-            row = probe(trial, self._data[trial.image_size], **given)
+            row = probe(trial, data, **given)
             return iter([(row, lambda: State([row], {}))])
-        return finetune(trial, self._data[trial.image_size], state=state, **given, **self._config["ending"])
+        return finetune(trial, data, state=state, **given, **self._config["ending"])
+
+    def _load(self, trial: TrialConfig) -> Data:
+        samples = read_table(Path(self._config["run"]) / "samples.parquet")
+        if trial.image_size not in self._data:
+            images = open_images(images_here(Path(self._config["images"][str(trial.image_size)])))
+            self._data[trial.image_size] = join(samples, placed(images, self._device))
+        data = self._data[trial.image_size]
+        if self._config["redraw"]:
+            samples = redrawn(samples, trial.seed)
+            data = join(samples, data.images)
+        self._classes, self._validation = data.classes, samples[samples["split"] == "val"]
+        return data
 
     def _save(self, state: State, *, final: bool = False) -> bool:
         """Write a checkpoint; true if it is on disk. A full disk costs the checkpoint, not the trial."""
@@ -143,10 +153,9 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
             return
         run, trial_id = self._config["run"], self._config["trial_id"]
         probabilities = torch.softmax(logits.double(), dim=1).numpy()
-        classes = self._data[self._config["config"]["image_size"]].classes
         named: dict[str, Any] = {"epoch": best["epoch"], "val_loss": best["val_loss"]}
         try:
-            write_predictions(predictions_file(run, trial_id), self._validation, classes, probabilities, **named)
+            write_predictions(predictions_file(run, trial_id), self._validation, self._classes, probabilities, **named)
         except OSError as error:
             print(f"{trial_id}: no validation probabilities were written: {error}", file=sys.stderr)
         else:

@@ -1,0 +1,168 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tuning.config import PARAMETERS, TrialConfig
+from tuning.finalists import affordable, candidates, corrected_t, holm, judge
+from tuning.tables import FINALISTS, TRIALS
+
+RATIO = 0.25  # validation over training images
+
+
+def trial(
+    trial_id, number, value, *, rate, origin="suggested", finalist_of=None, seed=0, seconds=10.0, metric="val_loss"
+):
+    config = TrialConfig(backbone="a", learning_rate=rate).model_dump()
+    row = dict.fromkeys(TRIALS.names) | {f"config_{name}": config[name] for name in PARAMETERS}
+    row |= {"trial_id": trial_id, "number": number, "origin": origin, "status": "completed", "seed": seed}
+    return row | {"finalist_of": finalist_of, "seconds": seconds, "val_loss": value, metric: value}
+
+
+def table(searched, runs, *, seconds=None, metric="val_loss"):
+    """Trials with these values, the first being the default, and runs: id -> values by seed."""
+    rows = [
+        trial(f"t{number:05d}", number, value, rate=0.1 / (number + 1), metric=metric)
+        for number, value in enumerate(searched)
+    ]
+    for trial_id, values in runs.items():
+        for seed, value in enumerate(values):
+            named = {"origin": "finalist", "finalist_of": trial_id, "seed": 1 + seed, "metric": metric}
+            cost = (seconds or {}).get(trial_id, 10.0)
+            rows.append(trial(f"f{len(rows):05d}", None, value, rate=0.1, seconds=cost, **named))
+    return pd.DataFrame(rows, columns=TRIALS.names)
+
+
+@pytest.mark.parametrize(
+    ("cap", "expected"),
+    [(120, (2, 5)), (119, (1, 5)), (80, (1, 5)), (79, (1, 4)), (63, (1, 3)), (48, (1, 3)), (47, (0, 0)), (0, (0, 0))],
+)
+def test_first_the_finalists_shrink_and_then_the_seeds(cap, expected):
+    assert affordable(2, 5, epochs=8, cap=cap) == expected
+
+
+@given(st.integers(0, 5), st.integers(3, 9), st.integers(1, 50), st.integers(0, 2000))
+def test_what_is_affordable_fits(finalists, seeds, epochs, cap):
+    count, runs = affordable(finalists, seeds, epochs=epochs, cap=cap)
+    assert (count + 1) * runs * epochs <= cap or (count, runs) == (0, 0)
+    assert count <= finalists and runs <= seeds and (runs >= 3 or runs == 0)
+    assert count < 2 or runs == seeds  # finalists go first
+
+
+def test_candidates_are_the_default_and_then_the_best_each_once():
+    trials = table([0.5, 0.9, None, 0.3, 0.4], {})
+    assert candidates(trials, "val_loss") == ["t00000", "t00003", "t00004", "t00001"]
+    again = trials[trials["trial_id"] == "t00003"].assign(trial_id="t00005", number=5, val_loss=0.35)
+    assert candidates(pd.concat([trials, again]), "val_loss") == ["t00000", "t00003", "t00004", "t00001"]
+    assert candidates(trials[trials["number"] > 0], "val_loss") == []
+
+
+def test_candidates_of_a_metric_that_grows():
+    assert candidates(table([0.5, 0.9, 0.7], {}, metric="val_auroc"), "val_auroc") == ["t00000", "t00001", "t00002"]
+
+
+def test_the_standard_error_is_corrected_for_shared_images():
+    mean, error = corrected_t(np.array([1.0, 2.0, 3.0]), RATIO)
+    assert mean == 2.0 and error == pytest.approx(math.sqrt(1.0 * (1 / 3 + RATIO)))
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+
+
+@given(st.lists(st.floats(0, 1), max_size=8))
+def test_holm_never_lowers_nor_changes_the_order(p_values):
+    adjusted = holm(p_values)
+    assert all(p <= q <= 1 for p, q in zip(p_values, adjusted, strict=True))
+    assert [q for _, q in sorted(zip(p_values, adjusted, strict=True))] == sorted(adjusted)
+
+
+def test_a_winner_has_its_interval_and_its_luck():
+    runs = {"t00000": [0.50, 0.51, 0.52, 0.50, 0.53], "t00001": [0.40, 0.42, 0.41, 0.41, 0.42]}
+    judged, verdict = judge(table([0.5, 0.3], runs), "val_loss", val_over_train=RATIO)
+    assert (verdict.verdict, verdict.trial_id) == ("winner", "t00001")
+    default, winner = judged.to_dict("records")
+    assert default["role"] == "default" and not default["chosen"] and pd.isna(default["difference"])
+    assert winner["difference"] == pytest.approx(0.1) and 0 < winner["low"] < 0.1 < winner["high"]
+    assert winner["mean"] == pytest.approx(0.412) and winner["luck"] == pytest.approx(0.112)
+    assert list(judged.columns) == FINALISTS.names
+    assert "0.1000 better in val_loss" in verdict.sentence and "5 pairs of runs" in verdict.sentence
+
+
+def test_of_tied_finalists_the_cheapest_is_chosen():
+    runs = {
+        "t00000": [0.50, 0.51, 0.52, 0.50, 0.53],
+        "t00001": [0.40, 0.42, 0.41, 0.41, 0.42],
+        "t00002": [0.41, 0.41, 0.42, 0.40, 0.42],
+    }
+    for cheap in ("t00001", "t00002"):
+        trials = table([0.5, 0.3, 0.3], runs, seconds={cheap: 2.0})
+        _, verdict = judge(trials, "val_loss", val_over_train=RATIO)
+        assert (verdict.verdict, verdict.trial_id) == ("tie", cheap)
+
+
+def test_a_metric_that_grows():
+    runs = {"t00000": [0.80, 0.81, 0.82], "t00001": [0.90, 0.912, 0.92]}
+    judged, verdict = judge(table([0.8, 0.95], runs, metric="val_auroc"), "val_auroc", val_over_train=0.0)
+    assert (verdict.verdict, verdict.trial_id) == ("winner", "t00001")
+    assert judged["difference"].iloc[1] == pytest.approx(0.1007, abs=1e-4)
+    assert judged["luck"].iloc[1] == pytest.approx(0.95 - judged["mean"].iloc[1])
+
+
+def test_noise_beats_nothing():
+    runs = {"t00000": [0.50, 0.40, 0.55, 0.45, 0.5], "t00001": [0.40, 0.50, 0.45, 0.50, 0.45]}
+    judged, verdict = judge(table([0.5, 0.3], runs), "val_loss", val_over_train=RATIO)
+    assert (verdict.verdict, verdict.trial_id) == ("nothing beats the default", "t00000")
+    assert list(judged["chosen"]) == [True, False]
+
+
+def test_a_finalist_that_once_had_no_finite_loss_cannot_win():
+    runs = {"t00000": [0.50, 0.51, 0.52, 0.5], "t00001": [0.1, 0.1, None, 0.12]}
+    judged, verdict = judge(table([0.5, 0.3], runs), "val_loss", val_over_train=RATIO)
+    assert verdict.verdict == "nothing beats the default" and "without a finite loss" in verdict.sentence
+    assert judged["difference"].isna().all() and judged["p_value"].iloc[1] == 1.0
+
+
+@pytest.mark.parametrize("runs", [{}, {"t00000": [0.5, 0.5], "t00001": [0.3, 0.3]}, {"t00001": [0.3, 0.3, 0.3]}])
+def test_too_few_runs_leave_the_searchs_best(runs):
+    judged, verdict = judge(table([0.5, 0.3], runs), "val_loss", val_over_train=RATIO)
+    assert judged.empty and (verdict.verdict, verdict.trial_id) == ("not enough runs", "t00001")
+
+
+def test_no_finite_loss_leaves_nothing():
+    _, verdict = judge(table([None, None], {}), "val_loss", val_over_train=RATIO)
+    assert (verdict.verdict, verdict.trial_id) == ("not enough runs", None)
+
+
+def verdicts(shifts, *, count=1000, runs=5):
+    """Verdicts where finalists differ from the default by `shifts` standard errors of the mean difference.
+
+    Every run draws its training and validation images from the same pool, so differences are correlated between runs
+    by validation's share of it (Nadeau & Bengio 2003).
+    """
+    rng = np.random.default_rng(0)
+    correlation = RATIO / (1 + RATIO)
+    error = math.sqrt(correlation + (1 - correlation) / runs)
+    found = []
+    for _ in range(count):
+        drawn = {"t00000": [1.0] * runs}
+        for place, shift in enumerate(shifts, 1):
+            noise = math.sqrt(correlation) * rng.normal() + math.sqrt(1 - correlation) * rng.normal(size=runs)
+            drawn[f"t{place:05d}"] = list(1.0 - 0.01 * (shift * error + noise))
+        trials = table([1.0] * (len(shifts) + 1), drawn)
+        found.append(judge(trials, "val_loss", val_over_train=RATIO)[1].verdict)
+    return {name: found.count(name) / count for name in sorted(set(found))}
+
+
+@pytest.mark.slow
+def test_error_and_power_of_the_verdict_in_simulated_comparisons(capsys):
+    nothing, two, four = (verdicts([shift]) for shift in (0, 2, 4))
+    both, one = verdicts([0, 0], count=500), verdicts([4, 0], count=500)
+    with capsys.disabled():
+        print(f"\none finalist, a difference of 0, 2, 4 standard errors: {nothing} {two} {four}")
+        print(f"two finalists, of 0 and 0, of 4 and 0: {both} {one}")
+    assert nothing["winner"] <= 0.05 and both["winner"] <= 0.05
+    assert four["winner"] >= 0.85

@@ -1,0 +1,214 @@
+"""The verdict: do the best trials beat the default when all are trained again with the same seeds? From tables only."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from tuning.analysis import best, searched
+from tuning.config import PARAMETERS
+from tuning.tables import FINALISTS, loss_like
+
+LEVEL = 0.05  # chance that anything is said to beat the default where nothing does
+LEAST_RUNS = 3  # of each configuration
+CONFIG = [f"config_{name}" for name in PARAMETERS]
+Losses: TypeAlias = "pd.Series[float]"  # of a configuration's runs, by seed
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of the comparison."""
+
+    verdict: str  # winner | tie | nothing beats the default | not enough runs
+    trial_id: str | None  # of the chosen configuration; null where no trial had a finite loss
+    sentence: str
+
+
+def affordable(finalists: int, seeds: int, *, epochs: int, cap: int) -> tuple[int, int]:
+    """How many finalists and seeds fit into a cap on epochs: first the finalists shrink, to 1, then the seeds, to 3.
+
+    Args:
+        finalists: wanted, beside the default.
+        seeds: runs of each that are wanted.
+        epochs: of a run.
+        cap: epochs of all runs together.
+
+    Returns:
+        Finalists and seeds; (0, 0) where not even one finalist with 3 seeds fits.
+    """
+    tries = [(count, seeds) for count in range(finalists, 0, -1)]
+    tries += [(1, count) for count in range(seeds - 1, LEAST_RUNS - 1, -1)] if finalists else []
+    fitting = ((count, runs) for count, runs in tries if (count + 1) * runs * epochs <= cap)
+    return next(fitting, (0, 0))
+
+
+def candidates(trials: pd.DataFrame, metric: str) -> list[str]:
+    """Ids of trials to judge: the default (the first trial), then the others from the best on, each config once."""
+    rows = searched(trials).sort_values("number")
+    if rows.empty or rows["number"].iloc[0] != 0:
+        return []
+    losses = rows[metric].where(rows["val_loss"].notna()).map(lambda value: loss_like(metric, value))
+    order = [rows.index[0], *losses.drop(rows.index[0]).dropna().sort_values(kind="stable").index]
+    return list(rows.loc[order].drop_duplicates(CONFIG)["trial_id"])
+
+
+def corrected_t(differences: NDArray[np.float64], val_over_train: float) -> tuple[float, float]:
+    """Mean of paired differences and its standard error, for runs that redraw training and validation images.
+
+    Such runs share images, so their mean varies more than their spread tells: the variance is multiplied by
+    1/runs + val/train (Nadeau & Bengio 2003, https://doi.org/10.1023/A:1024068626366).
+    """
+    spread = float(np.var(differences, ddof=1))
+    return float(np.mean(differences)), math.sqrt(spread * (1 / len(differences) + val_over_train))
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Adjusted p-values (Holm 1979): the smallest times their number, the next times one less, never decreasing."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def judge(trials: pd.DataFrame, metric: str, *, val_over_train: float) -> tuple[pd.DataFrame, Verdict]:
+    """Compare the finalists with the default, seed by seed.
+
+    A finalist beats the default where the one-sided paired t test says so, after Holm's correction for the number of
+    finalists. Of several that do, those that the best of them doesn't beat (tested alike) are tied with it.
+
+    Args:
+        trials: `trials.parquet`, with the runs of origin `finalist`.
+        metric: compared at each run's best epoch.
+        val_over_train: images in validation over images in training.
+
+    Returns:
+        The rows of `finalists.parquet` (none where there were not enough runs), and the verdict.
+    """
+    runs = trials[(trials["origin"] == "finalist") & ~trials["status"].isin(["running", "interrupted"])]
+    losses = {
+        str(trial_id): group.set_index("seed")[metric].map(lambda value: loss_like(metric, value))
+        for trial_id, group in runs.groupby("finalist_of")
+    }
+    default, *others = [*candidates(trials, metric), ""]
+    rows = []
+    for trial_id in others:
+        compared = (
+            trial_id in losses and default in losses and _compared(losses[trial_id], losses[default], val_over_train)
+        )
+        if compared:
+            rows.append({"trial_id": trial_id} | compared)
+    if not rows:
+        top = best(trials, metric)
+        if top is None:
+            return _table([], trials, metric, ""), Verdict("not enough runs", None, "no trial had a finite loss")
+        sentence = f"{top['trial_id']} is the best of the search; for want of runs it was not compared with the default"
+        return _table([], trials, metric, ""), Verdict("not enough runs", top["trial_id"], sentence)
+
+    _add_intervals(rows)
+    for row, p_value in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
+        row["p_value"] = p_value
+    rows.sort(key=lambda row: -row["difference"])
+    verdict = _decide(rows, default, losses, trials, metric, val_over_train)
+    return _table([{"trial_id": default}, *rows], trials, metric, verdict.trial_id), verdict
+
+
+def _compared(mine: Losses, other: Losses, val_over_train: float) -> dict[str, Any] | None:
+    """How much better `mine` is than `other`; null with fewer than 3 pairs of runs."""
+    from scipy.stats import t
+
+    pairs = pd.concat([mine, other], axis=1, join="inner", keys=["mine", "other"])
+    pairs = pairs[pairs["other"].notna()]
+    if len(pairs) < LEAST_RUNS:
+        return None
+    if pairs["mine"].isna().any():  # a run without a finite loss
+        return {"difference": -math.inf, "error": 0.0, "runs": len(pairs), "p_value": 1.0}
+    difference, error = corrected_t((pairs["other"] - pairs["mine"]).to_numpy(np.float64), val_over_train)
+    if error:
+        p_value = float(t.sf(difference / error, len(pairs) - 1))
+    else:  # the same difference each time
+        p_value = 0.0 if difference > 0 else 1.0
+    return {"difference": difference, "error": error, "runs": len(pairs), "p_value": p_value}
+
+
+def _add_intervals(rows: list[dict[str, Any]]) -> None:
+    """Two-sided intervals whose lower end lies above 0 where the one-sided test at the row's step of Holm says so."""
+    from scipy.stats import t
+
+    for place, row in enumerate(sorted(rows, key=lambda row: row["p_value"])):
+        reach = float(t.isf(LEVEL / (len(rows) - place), row["runs"] - 1)) * row["error"]
+        row["low"], row["high"] = row["difference"] - reach, row["difference"] + reach
+
+
+def _decide(
+    rows: list[dict[str, Any]],
+    default: str,
+    losses: dict[str, Losses],
+    trials: pd.DataFrame,
+    metric: str,
+    val_over_train: float,
+) -> Verdict:
+    """The verdict on compared finalists, given from the best mean down."""
+    better = [row for row in rows if row["p_value"] <= LEVEL]
+    if not better:
+        return Verdict(
+            "nothing beats the default", default, f"nothing beats the default {default}: {_said(rows[0], metric)}"
+        )
+    tied = [better[0]]
+    for row in better[1:]:
+        against = _compared(losses[better[0]["trial_id"]], losses[row["trial_id"]], val_over_train)
+        tied += [row] if against is None or against["p_value"] > LEVEL else []
+    if len(tied) == 1:
+        return Verdict("winner", tied[0]["trial_id"], f"it beats the default {default}: {_said(tied[0], metric)}")
+    seconds = trials[trials["origin"] == "finalist"].groupby("finalist_of")["seconds"].mean()
+    cheapest = min(tied, key=lambda row: float(seconds[row["trial_id"]]))
+    listed = ", ".join(f"{row['trial_id']} ({seconds[row['trial_id']]:.0f} s a run)" for row in tied)
+    sentence = (
+        f"{listed} beat the default {default} and can't be told apart, so the cheapest: {_said(cheapest, metric)}"
+    )
+    return Verdict("tie", cheapest["trial_id"], sentence)
+
+
+def _said(row: Mapping[str, Any], metric: str) -> str:
+    if not math.isfinite(row["difference"]):
+        return f"{row['trial_id']} had a run without a finite loss"
+    direction = "better" if row["difference"] >= 0 else "worse"
+    return (
+        f"{row['trial_id']} is {abs(row['difference']):.4f} {direction} in {metric} "
+        f"(interval {row['low']:.4f} to {row['high']:.4f}, {row['runs']} pairs of runs, p = {row['p_value']:.2g})"
+    )
+
+
+def _table(rows: list[dict[str, Any]], trials: pd.DataFrame, metric: str, chosen: str | None) -> pd.DataFrame:
+    found = []
+    for place, row in enumerate(rows):
+        runs = trials[trials["finalist_of"] == row["trial_id"]]
+        values = runs[metric].dropna()
+        searched_value = trials.loc[trials["trial_id"] == row["trial_id"], metric].iloc[0]
+        mean = values.mean() if len(values) else None
+        luck = None
+        if mean is not None and not pd.isna(searched_value):
+            luck = loss_like(metric, mean) - loss_like(metric, searched_value)
+        compared = {name: row.get(name) for name in ("difference", "low", "high", "p_value")}
+        compared = {
+            name: value if value is not None and math.isfinite(value) else None for name, value in compared.items()
+        }
+        found.append(
+            {
+                "trial_id": row["trial_id"],
+                "role": "finalist" if place else "default",
+                "chosen": row["trial_id"] == chosen,
+                "runs": len(runs),
+                "mean": mean,
+                "sd": values.std() if len(values) > 1 else None,
+                "searched": searched_value,
+                "luck": luck,
+                **compared,
+                "seconds": runs["seconds"].mean(),
+            }
+        )
+    return pd.DataFrame(found, columns=FINALISTS.names)
