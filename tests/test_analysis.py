@@ -1,7 +1,9 @@
+import numpy as np
 import pandas as pd
 import pytest
 
 from tuning import analysis
+from tuning.predictions import Predictions
 
 
 @pytest.fixture
@@ -41,6 +43,90 @@ def test_a_probe_is_not_the_best_but_costs(trials):
         "epochs": [5, 3],
         "seconds": [10.0, 7.0],
     }
+
+
+def test_a_finalist_is_not_searched(trials):
+    trials.loc[1, "origin"] = "finalist"
+    trials.loc[4, "origin"] = "start"
+    assert list(analysis.searched(trials)["trial_id"]) == ["t0", "t2", "t3", "t4"]
+    assert analysis.best(trials, "val_loss")["trial_id"] == "t4"
+
+
+def test_gaps_by_part_and_augmentation(trials):
+    table = analysis.gaps(trials.assign(config_augmentation=["none", "none", "light", "light", "light"], epochs=3))
+    assert table.values.tolist() == [
+        ["head", "none", 1, pytest.approx(0.1), 0.5],
+        ["part", "none", 1, pytest.approx(0.2), 0.3],
+        ["part", "light", 1, 0.0, 0.4],
+        ["all", "light", 1, 0.0, 0.9],
+    ]
+    assert analysis.gaps(trials.assign(config_augmentation="none", epochs=1)).empty
+
+
+def test_how_much_worse_the_last_epoch_is_than_the_best(trials):
+    curves = {"t0": [0.6, 0.5, 0.7], "t1": [0.3], "t2": [None, None], "t3": [0.9, 0.95], "t4": [0.5, 0.4]}
+    rows = [(name, epoch, loss) for name, curve in curves.items() for epoch, loss in enumerate(curve, 1)]
+    curves = pd.DataFrame(rows, columns=["trial_id", "epoch", "val_loss"])
+    trials = trials.assign(epochs=[3, 1, 2, 2, 2], best_epoch=[2, 1, None, 1, 2])
+    table = analysis.best_and_last(trials, curves)
+    assert list(table["unfrozen"]) == [
+        "head",
+        "part",
+        "all",
+    ]  # t1 ran one, t2 has no losses
+    assert list(table["trials"]) == [1, 1, 1] and list(table["earlier"]) == [1, 0, 1]
+    assert table["rise"].tolist() == pytest.approx([0.2, 0.0, 0.05])
+    assert table["last"].tolist() == pytest.approx([0.7, 0.4, 0.95])
+
+
+def picked(rng, *, shares, images, noise, patients=None, trials=60, epochs=8):
+    """The luckiest of so many epochs of trials that know the classes' shares, and nothing of the images."""
+    targets = rng.permutation(np.repeat(np.arange(len(shares)), np.round(np.array(shares) * images).astype(int)))
+    groups = np.arange(images) if patients is None else pd.factorize(rng.integers(patients, size=images))[0]
+    scores = rng.normal(size=(trials, epochs, groups.max() + 1, len(shares)))[:, :, groups]  # alike for a patient
+    logits = np.log(shares) + noise * scores
+    logs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    losses = -logs[:, :, np.arange(images), targets].mean(axis=-1)
+    best = np.exp(logs[np.unravel_index(losses.argmin(), losses.shape)])
+    return Predictions(("t",), best[None], targets, groups, tuple("abc"[: len(shares)]))
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.3, 2.0])
+@pytest.mark.parametrize(
+    ("shares", "images", "patients"),
+    [((0.5, 0.5), 40, None), ((0.5, 0.5), 100, 50), ((0.1, 0.9), 60, None), ((0.1, 0.45, 0.45), 100, None)],
+)
+def test_luck_is_not_called_better_than_the_class_frequencies(shares, images, patients, noise):
+    rng = np.random.default_rng(0)
+    trials = pd.DataFrame({"epochs": [8] * 60})
+    found = []
+    for _ in range(20):
+        chosen = picked(rng, shares=shares, images=images, noise=noise, patients=patients)
+        found.append(analysis.guessing(trials, chosen))
+    assert sum(guessing.better for guessing in found) <= 2
+    if noise < 1:  # it seems to be better, in most searches
+        assert sum(guessing.val_loss < guessing.frequencies for guessing in found) > 10
+    assert {guessing.looks for guessing in found} == {480}
+
+
+@pytest.mark.parametrize("counts", [(20, 20), (6, 94), (50, 50, 1)])
+def test_what_knows_the_images_is_better_than_the_class_frequencies(counts):
+    rng = np.random.default_rng(0)
+    targets = np.repeat(np.arange(len(counts)), counts)
+    probabilities = np.full((len(targets), len(counts)), 0.05) + rng.uniform(0, 0.05, (len(targets), len(counts)))
+    probabilities[np.arange(len(targets)), targets] = 0.9
+    known = Predictions(("t",), probabilities[None], targets, np.arange(len(targets)), tuple("abc"[: len(counts)]))
+    found = analysis.guessing(pd.DataFrame({"epochs": [8] * 60}), known)
+    assert found.better and found.least_gain < found.frequencies
+    shares = np.array(counts) / sum(counts)
+    assert found.frequencies == pytest.approx(-(shares * np.log(shares)).sum())
+
+
+def test_guessing_that_cannot_be_judged(trials):
+    nobody = Predictions((), np.empty((0, 2, 2)), np.array([0, 1]), np.arange(2), ("a", "b"))
+    assert analysis.guessing(trials, nobody) is None
+    two_images = Predictions(("t0",), np.full((1, 2, 2), 0.5), np.array([0, 1]), np.arange(2), ("a", "b"))
+    assert analysis.guessing(trials, two_images) is None
 
 
 def test_overfitting_by_backbone_and_part(trials):

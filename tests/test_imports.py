@@ -31,7 +31,11 @@ ALLOWED = {
     "cluster": {"config", "decoding", "images"},
     "optimizer": {"config", "space", "tables"},
     "stopping": {"config"},
-    "analysis": {"config", "tables"},
+    "calibration": set(),
+    "intervals": {"calibration"},
+    "predictions": {"tables"},
+    "ensemble": {"intervals", "predictions"},
+    "analysis": {"config", "tables", "calibration", "intervals", "predictions"},
     "finalists": {"config", "tables", "analysis"},
     "augment": {"config"},
     "weights": {"config"},
@@ -41,17 +45,22 @@ ALLOWED = {
     "models": {"config", "backbones", "prefix", "depthwise"},
     "features": {"config"},
     "frozen": {"models", "features"},
-    "scores": set(),
     "data": {"backbones", "augment", "features", "frozen"},
+    "scores": set(),
     "averaging": set(),
     "probe": {"config", "data", "features", "frozen", "models", "scores"},
     "finetune": {"config", "tables", "augment", "averaging", "backbones", "data", "models", "features", "frozen"}
     | {"scores", "probe"},
-    "trial": {"config", "tables", "samples", "cluster", "images", "data", "models", "features", "probe", "finetune"},
-    "model_folder": {"config", "decoding", "backbones", "data", "finetune"},
+    "checkpoints": {"config", "tables", "finetune"},
+    "trial": {"config", "tables", "samples", "cluster", "images", "data", "models", "features", "probe", "finetune"}
+    | {"checkpoints", "predictions"},
+    "model_folder": {"config", "decoding", "backbones", "data", "finetune", "calibration"},
+    "final": {"config", "tables", "backbones", "checkpoints", "data", "ensemble", "features", "finetune", "predictions"}
+    | {"calibration"},
 }
 COMMANDS = {"search", "run_search", "train_final"}  # may import all of the above
-TORCHLESS = ["config", "conditions", "space", "samples", "tables", "stopping", "analysis", "finalists"]
+TORCHLESS = ["config", "conditions", "space", "samples", "tables", "stopping", "finalists"]
+TORCHLESS += ["calibration", "intervals", "predictions", "ensemble", "analysis"]
 
 
 def imports(module: str) -> tuple[set[str], set[str]]:

@@ -6,6 +6,7 @@ import signal
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pytest
 from optuna.trial import TrialState
@@ -14,6 +15,7 @@ from ray.tune.error import TuneError
 from tuning.audit import load_checked
 from tuning.cluster import Slots, ray_running
 from tuning.config import SearchPlan
+from tuning.predictions import read_predictions
 from tuning.run_search import write_run
 from tuning.search import Search
 from tuning.space import parse
@@ -115,7 +117,20 @@ def test_the_best_weights_are_kept_and_nothing_of_rays(whole):
     top = read_table(run / "trials.parquet").sort_values("val_loss")["trial_id"].iloc[0]
     assert f"{top}.best.safetensors" in kept
     tables = {"trials.parquet", "epochs.parquet", "decisions.parquet", "samples.parquet"}
-    assert {path.name for path in run.iterdir()} == tables | {"journal.jsonl", "plan.yaml", "checkpoints"}
+    assert {path.name for path in run.iterdir()} == tables | {
+        "journal.jsonl",
+        "plan.yaml",
+        "checkpoints",
+        "predictions",
+    }
+
+
+def test_every_trial_leaves_the_probabilities_of_its_best_epoch(whole):
+    run, _, _ = whole
+    trials, samples = read_table(run / "trials.parquet"), read_table(run / "samples.parquet")
+    found = read_predictions(run, trials, samples)
+    assert list(found.trial_ids) == list(trials.sort_values("val_loss")["trial_id"])
+    assert -np.log(found.true).mean(axis=1) == pytest.approx(sorted(trials["val_loss"]), abs=1e-6)
 
 
 @pytest.mark.slow

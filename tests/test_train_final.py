@@ -2,22 +2,28 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import draw_folder
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tuning.audit import load_checked
 from tuning.config import InputError, SearchPlan, TrialConfig
-from tuning.data import Data
-from tuning.model_folder import load_model
+from tuning.model_folder import Ensemble, load_model
+from tuning.predictions import read_predictions
 from tuning.run_search import write_run
 from tuning.space import parse
-from tuning.train_final import Flags, measure, run
+from tuning.tables import Journal, Record, best_epoch, make_tables, read_journal, read_table, write_tables
+from tuning.train_final import Flags, run
+from tuning.trial import FinetuneTrial
 
 ROOT = Path(__file__).parent.parent
 CONFIG = TrialConfig(
@@ -31,16 +37,20 @@ CONFIG = TrialConfig(
 )
 
 
-@pytest.fixture
-def best(tmp_path, folder):
-    """A run's folder as a search leaves it."""
+def make_best(run, folder):
+    """A run's folder with nothing but what a search begins with, and a best.yaml."""
     plan = SearchPlan(name="run", data=str(folder), weights="random")
     checked = load_checked(plan, [32])
     space = parse({"fixed": {"backbone": "test_resnet"}, "parameters": {}}, "test")
-    write_run(tmp_path / "run", plan, space, checked)
+    write_run(run, plan, space, checked)
     provenance = {"run": "run", "trial_id": "t00000", "fingerprint": checked.fingerprint, "settings": plan.model_dump()}
-    (tmp_path / "run" / "best.yaml").write_text(yaml.safe_dump(CONFIG.model_dump() | {"provenance": provenance}))
-    return tmp_path / "run"
+    (run / "best.yaml").write_text(yaml.safe_dump(CONFIG.model_dump() | {"provenance": provenance}))
+    return run
+
+
+@pytest.fixture
+def best(tmp_path, folder):
+    return make_best(tmp_path / "run", folder)
 
 
 def test_train_test_predict(best, folder, tmp_path):
@@ -50,6 +60,10 @@ def test_train_test_predict(best, folder, tmp_path):
     tested = metrics["test"]
     assert tested["images"] == 12 and tested["accuracy"] > 0.9
     assert tested["accuracy_95"][0] < tested["accuracy"] <= tested["accuracy_95"][1]
+    assert metrics["trained_on"] == "train" and metrics["test_reading"]["number"] == 1
+    temperature = metrics["temperature"]
+    assert temperature["fitted_on"] == "validation" and temperature["value"] != 1
+    assert yaml.safe_load((model / "config.yaml").read_text())["temperature"] == temperature["value"]
     assert set(tested["classes"]) == {"dark", "light"}
     assert np.sum(tested["confusion"]["counts"]) == 12
     files = [str(folder / "dark" / "000.png"), str(folder / "light" / "000.png")]
@@ -93,19 +107,172 @@ def test_bad_input(best, change, said):
     assert not (best / "model").exists()
 
 
-def test_other_data_in_another_shape(best, tmp_path):
+def metrics_of(model):
+    return json.loads((model / "metrics.json").read_text())
+
+
+TRIALS = ({}, {"unfreeze_depth": 3, "augmentation": "light"}, {"learning_rate": 1e-3, "augmentation": "medium"})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, folder):
+    """A run as a search of three trials leaves it, with two finalists of the first; best.yaml names the first."""
+    best = make_best(tmp_path_factory.mktemp("whole") / "run", folder)
+    provenance = yaml.safe_load((best / "best.yaml").read_text())["provenance"]
+    plan = SearchPlan(**provenance["settings"])
+    _, folders, *_ = load_checked(plan, [32])
+    journal = Journal(best / "journal.jsonl")
+    configs = {f"t0000{number}": CONFIG.model_copy(update=values) for number, values in enumerate(TRIALS)}
+    configs |= {f"f0000{number}": CONFIG.model_copy(update={"seed": 1 + number}) for number in range(2)}
+    trial = None
+    for number, (trial_id, config) in enumerate(configs.items()):
+        origin = "finalist" if trial_id.startswith("f") else "suggested"
+        named = {"trial_id": trial_id, "origin": origin, "config": config.model_dump()}
+        named |= {"number": None if origin == "finalist" else number}
+        given = {
+            "run": str(best),
+            "images": {"32": str(folders[32])},
+            "weights": {"test_resnet": None},
+            "features": str(best / "features"),
+            "cache_bytes": 0,
+            "threads": 1,
+            "gpus": 0,
+            "device": "cpu",
+            "redraw": False,
+            "ending": {"metric": "val_loss", "patience": None, "divergence_factor": 10.0, "early_loss_epochs": []},
+        }
+        journal.append("asked", params={}, **named)
+        journal.append("started", trial_id=trial_id, gpus=0.0)
+        if trial is None:
+            trial = FinetuneTrial(given | named)
+        else:
+            trial.reset_config(given | named)
+        for _ in range(config.epochs):
+            row = json.loads(trial.step()["row"])
+            row.pop("checkpoint")
+            journal.append("epoch", trial_id=trial_id, **row)
+        journal.append("ended", trial_id=trial_id, status="completed", reason="all epochs", error=None)
+    trial.cleanup()
+    journal.close()
+    record = Record.of(read_journal(best / "journal.jsonl"))
+    write_tables(make_tables(record, "val_loss"), best)
+    chosen = {"trial_id": "t00000", "best_epoch": dict(best_epoch(record.trials["t00000"].rows, "val_loss"))}
+    chosen |= {"verdict": "winner", "best_epochs": [2, 4]}
+    document = CONFIG.model_dump() | {"provenance": provenance | chosen}
+    (best / "best.yaml").write_text(yaml.safe_dump(document))
+    return best
+
+
+@pytest.fixture
+def searched(whole, tmp_path):
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+def test_a_second_reading_of_the_test_set_is_marked(best, capsys):
+    first = metrics_of(run(Flags(str(best), set=(("epochs=1",),))))
+    assert "reading of" not in capsys.readouterr().out
+    (best / "model").rename(best / "before")
+    second = metrics_of(run(Flags(str(best), set=(("epochs=1",),))))
+    assert second["test_reading"]["number"] == 2 and second["test_reading"]["first_at"] == first["test_reading"]["at"]
+    assert "second reading of this test set" in capsys.readouterr().out
+    assert first["test"] == second["test"]
+
+
+def test_other_data_in_another_shape_is_another_test_set(best, tmp_path):
+    run(Flags(str(best), set=(("epochs=1",),)))
+    (best / "model").rename(best / "before")
     other = draw_folder(tmp_path / "other", count=15)
     model = run(Flags(str(best), data=str(other), set=(("epochs=1", "fit=letterbox", "drop_colour=true"),)))
     assert load_model(model).fit == "letterbox" and load_model(model).drop_colour
+    assert metrics_of(model)["test_reading"]["number"] == 1
 
 
-def test_measures_by_hand():
-    labels = np.array([0, 0, 0, 1, 1])
-    data = Data(np.zeros((5, 1, 1, 1), np.uint8), labels, labels[:0], labels[:0], np.arange(5), ("a", "b"))
-    logits = np.array([[2, 0], [2, 0], [0, 2], [0, 2], [0, 1]], dtype=np.float32)
-    found = measure(logits, data)
-    assert found["accuracy"] == 0.8
-    assert found["classes"]["a"]["sensitivity"] == pytest.approx(2 / 3)
-    assert found["classes"]["a"]["specificity"] == 1.0
-    assert found["confusion"]["counts"] == [[2, 1], [0, 2]]
-    assert found["accuracy_95"] == pytest.approx([0.3755, 0.9638], abs=1e-3)  # Wilson's interval for 4 of 5
+def test_training_on_validation_too(searched, capsys):
+    model = run(Flags(str(searched), set=(("final_data=train+val",),)))
+    metrics = metrics_of(model)
+    assert metrics["trained_on"] == "train+val" and metrics["validation"] is None and metrics["verdict"] == "winner"
+    assert metrics["epochs"] == 3  # the median of 2 and 4
+    said = capsys.readouterr().out
+    assert "epoch 3/6" in said and "epoch 4/6" not in said and "  val_loss" not in said
+    fitted_on = metrics["temperature"]["fitted_on"]
+    assert all(trial_id in fitted_on for trial_id in ("t00000", "f00000", "f00001")) and "t00001" not in fitted_on
+    assert metrics["temperature"]["value"] != 1 and metrics["test"]["accuracy"] > 0.9
+
+
+def test_training_on_both_without_finalists_goes_to_the_trials_own_epoch(searched):
+    document = yaml.safe_load((searched / "best.yaml").read_text())
+    del document["provenance"]["best_epochs"]
+    document["provenance"]["best_epoch"]["epoch"] = 2
+    (searched / "best.yaml").write_text(yaml.safe_dump(document))
+    metrics = metrics_of(run(Flags(str(searched), set=(("final_data=train+val", "learning_rate=1e-3"),))))
+    assert metrics["epochs"] == 2
+    assert metrics["temperature"] == {"value": 1.0, "fitted_on": None}  # the search had no such learning rate
+
+
+def test_training_on_both_to_no_known_epoch_is_refused(best):
+    with pytest.raises(InputError, match="says of no epoch that it was best"):
+        run(Flags(str(best), set=(("final_data=train+val",),)))
+
+
+def test_an_ensemble_of_kept_trials(searched, folder, capsys):
+    model = run(Flags(str(searched), set=(("ensemble=true",),)))
+    metrics = metrics_of(model)
+    shares = metrics["ensemble"]
+    assert sum(shares.values()) == pytest.approx(1) and 1 <= len(shares) <= 5
+    assert {path.name for path in model.iterdir()} == {"config.yaml", "metrics.json", *shares}
+    assert metrics["test"]["accuracy"] > 0.9 and metrics["test_reading"]["number"] == 1
+    loaded = load_model(model)
+    assert isinstance(loaded, Ensemble) and loaded.classes == ("dark", "light")
+    samples = read_table(searched / "samples.parquet")
+    validation = samples[samples["split"] == "val"]
+    stored = read_predictions(searched, read_table(searched / "trials.parquet"), samples)
+    wanted = sum(share * stored.of({name}).probabilities[0] for name, share in shares.items()) ** (
+        1 / loaded.temperature
+    )
+    wanted /= wanted.sum(axis=1, keepdims=True)
+    assert np.allclose(loaded.predict(list(validation["file"])), wanted, atol=1e-5)
+    member = load_model(model / next(iter(shares)))
+    assert member.temperature == 1 and np.allclose(
+        member.predict(list(validation["file"])), stored.of({next(iter(shares))}).probabilities[0], atol=1e-5
+    )
+    assert "ensemble: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (("ensemble=true", "learning_rate=1e-3"), "leave it out, or"),
+        (("ensemble=true", "final_data=train+val"), "leave it out, or"),
+        (("ensemble=true",), "trials.parquet: no such table"),
+    ],
+)
+def test_an_ensemble_that_cannot_be(best, values, said):
+    with pytest.raises(InputError, match=said):
+        run(Flags(str(best), set=(values,)))
+    assert not (best / "test_readings.jsonl").exists()
+
+
+def test_kept_weights_that_are_not_of_the_best_epoch_are_left_out(searched):
+    """As after a power cut between a trial's end and the writing of its last best weights."""
+    journal = Journal(searched / "journal.jsonl")
+    last = next(event for event in read_journal(searched / "journal.jsonl") if event["event"] == "epoch")
+    row = {key: value for key, value in last.items() if key not in ("seq", "event", "wall_s", "time")}
+    for number in (1, 2):
+        journal.append("epoch", **row | {"trial_id": f"t0000{number}", "epoch": 7, "val_loss": 1e-9})
+    journal.close()
+    write_tables(make_tables(Record.of(read_journal(searched / "journal.jsonl")), "val_loss"), searched)
+    metrics = metrics_of(run(Flags(str(searched), set=(("ensemble=true",),))))
+    assert metrics["ensemble"].keys() <= {"t00000", "f00000", "f00001"}
+
+
+def test_weights_that_do_not_give_what_the_trial_gave_are_refused(searched, tmp_path):
+    path = searched / "checkpoints" / "t00000.best.safetensors"
+    with safe_open(path, "pt") as file:
+        described = file.metadata()
+    save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(path).items()}, path, described)
+    for other in searched.glob("checkpoints/[tf]*.best.safetensors"):
+        if other != path:
+            other.unlink()
+    with pytest.raises(InputError, match="t00000: its kept weights don't give"):
+        run(Flags(str(searched), set=(("ensemble=true",),)))
+    assert not (searched / "test_readings.jsonl").exists()

@@ -1,11 +1,21 @@
 """Pure functions from tables to tables: what a search found, and why."""
 
 import math
+from dataclasses import dataclass
+from typing import get_args
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from tuning.config import UNFROZEN, unfrozen
+from tuning.calibration import logarithms
+from tuning.config import UNFROZEN, TrialConfig, unfrozen
+from tuning.intervals import mean_interval
+from tuning.predictions import Predictions
 from tuning.tables import loss_like
+
+AUGMENTATIONS = get_args(TrialConfig.model_fields["augmentation"].annotation)  # from none to strong
+LUCK = 0.05  # the chance that guesses are called better than the class frequencies
 
 
 def class_entropy(samples: pd.DataFrame) -> float:
@@ -42,6 +52,102 @@ def overfitting(trials: pd.DataFrame, metric: str) -> pd.DataFrame:
         rows.append({"backbone": backbone, "unfrozen": part, "trials": len(group), **values})
     rows.sort(key=lambda row: (row["backbone"], UNFROZEN.index(row["unfrozen"])))
     return pd.DataFrame(rows)
+
+
+def gaps(trials: pd.DataFrame) -> pd.DataFrame:
+    """The gap by how much is unfrozen and by augmentation, at best epochs.
+
+    Trials of a single epoch are left out: they hadn't the time to overfit.
+
+    Returns:
+        Columns unfrozen, augmentation, trials, gap, val_loss (medians).
+    """
+    longer = trials[(trials["epochs"] > 1) & trials["gap"].notna()]
+    frame = longer.assign(
+        unfrozen=pd.Categorical(longer["config_unfreeze_depth"].map(unfrozen), UNFROZEN),
+        augmentation=pd.Categorical(longer["config_augmentation"], AUGMENTATIONS),
+    )
+    groups = frame.groupby(["unfrozen", "augmentation"], observed=True)
+    return groups.agg(trials=("gap", "size"), gap=("gap", "median"), val_loss=("val_loss", "median")).reset_index()
+
+
+def best_and_last(trials: pd.DataFrame, epochs: pd.DataFrame) -> pd.DataFrame:
+    """How much worse the last epoch is than the best, by how much is unfrozen.
+
+    Args:
+        trials: the table; trials of a single epoch, and those whose last loss is not finite, are left out.
+        epochs: the table.
+
+    Returns:
+        Columns unfrozen, trials, earlier (trials whose best epoch was not the last), best, last, rise: medians of the
+        validation loss at the best epoch, at the last, and of their difference.
+    """
+    last = epochs.loc[epochs.groupby("trial_id")["epoch"].idxmax(), ["trial_id", "val_loss"]]
+    frame = trials[trials["epochs"] > 1].merge(last.rename(columns={"val_loss": "last"}), on="trial_id")
+    frame = frame[frame["last"].notna() & frame["val_loss"].notna()]
+    frame = frame.assign(
+        unfrozen=pd.Categorical(frame["config_unfreeze_depth"].map(unfrozen), UNFROZEN),
+        earlier=frame["best_epoch"] < frame["epochs"],
+        rise=frame["last"] - frame["val_loss"],
+    )
+    named = {"trials": ("rise", "size"), "earlier": ("earlier", "sum"), "best": ("val_loss", "median")}
+    named |= {"last": ("last", "median"), "rise": ("rise", "median")}
+    return frame.groupby("unfrozen", observed=True).agg(**named).reset_index()
+
+
+@dataclass(frozen=True)
+class Guessing:
+    """The trial of the least validation loss beside predicting the class frequencies for every image."""
+
+    trial_id: str
+    val_loss: float
+    frequencies: float  # loss of validation's own class frequencies: no other constant prediction has a lower one
+    least_gain: float  # what it is better by at least, luck allowed for
+    looks: int  # epochs that the trial was picked from
+
+    @property
+    def better(self) -> bool:
+        """Whether there is more than luck in it."""
+        return self.least_gain > 0
+
+
+def guessing(trials: pd.DataFrame, predictions: Predictions) -> Guessing | None:
+    """Whether anything is better than the class frequencies; null where that can't be judged.
+
+    The gain of the best trial over the frequencies, image by image, has an interval by class and group; since it is the
+    best of so many epochs of all trials, the chance of error is divided by their number (Bonferroni). Classes of which
+    validation has but one group can't be judged: the interval is that of telling the others apart.
+
+    Args:
+        trials: the table.
+        predictions: of these trials.
+    """
+    if not predictions.trial_ids:
+        return None
+    targets, groups, probabilities = predictions.targets, predictions.groups, predictions.probabilities[0]
+    looks = int(trials["epochs"].sum())
+    judged = [index for index in np.unique(targets) if len(np.unique(groups[targets == index])) > 1]
+    if len(judged) < 2:
+        return None
+    inside = np.isin(targets, judged)
+    _, gains = _against_frequencies(probabilities[inside][:, judged], np.searchsorted(judged, targets[inside]))
+    _, least, _ = mean_interval(gains, groups[inside], LUCK / looks, targets[inside])
+    losses, gains = _against_frequencies(probabilities, targets)
+    return Guessing(predictions.trial_ids[0], float(losses.mean()), float((losses + gains).mean()), least, looks)
+
+
+def _against_frequencies(
+    probabilities: NDArray[np.float64], targets: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Each image's loss, and what the targets' own frequencies lose more than that.
+
+    Args:
+        probabilities: [n, classes] of these classes or more; they are made to add up to 1.
+        targets: class indices [n].
+    """
+    losses = -logarithms(probabilities[np.arange(len(targets)), targets] / probabilities.sum(axis=1))
+    shares = np.bincount(targets) / len(targets)
+    return losses, -np.log(shares[targets]) - losses
 
 
 def saved(trials: pd.DataFrame, epochs: int) -> pd.DataFrame:

@@ -185,6 +185,13 @@ class SearchPlan(BaseModel):
     finalist_epochs: int | None = Field(
         None, ge=0, description="epochs of all these runs, at most; default a quarter of what the search took"
     )
+    final_data: Literal["train", "train+val"] = Field(
+        "train",
+        description="what train_final.py trains on: `train`, or `train+val` to the median best epoch of the finalists",
+    )
+    ensemble: bool = Field(
+        False, description="train_final.py makes its model of the kept trials that go together best, and trains none"
+    )
     weights: str = Field("auto", description="`auto`, a folder of weight files, or `random`")
     fit: Literal["squash", "crop", "letterbox"] = Field(
         "squash", description="how images become square: squashed, cropped to the centre, or with black bars"

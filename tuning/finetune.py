@@ -38,7 +38,8 @@ class State:
     """All that a trial needs to go on from the end of an epoch; every tensor is a copy on the CPU."""
 
     history: list[Row]
-    tensors: dict[str, Tensor]  # model/<name>, best/<name>, averaged/<name> and optimizer/<parameter>/<key>
+    tensors: dict[str, Tensor]  # model/<name>, best/<name>, averaged/<name>, optimizer/<parameter>/<key>, and
+    # validation/logits: of the best epoch, float32 [validation images, classes]
 
 
 def finetune(
@@ -162,7 +163,7 @@ def finetune(
         Averaged(model, changed, steps) if early_loss_epochs and depth else None
     )  # goes on until the last of them
     history: list[Row] = []
-    best: dict[str, Tensor] = {}
+    best: dict[str, Tensor] = {}  # the best epoch's snapshot: weights, and logits of validation
     if state is not None:
         history = list(state.history)
         best, mean = _restore(state, model, optimizer, scaler)
@@ -212,13 +213,15 @@ def finetune(
             ("val_loss", "val_accuracy", "val_balanced_accuracy", "val_auroc", "train_eval_loss", "early_loss")
         )
         if math.isfinite(train_loss):
-            found = evaluate(frozen, data.labels, data.val, autocast)
+            val_logits = logits_of(frozen, data.val, autocast)
+            found = score(val_logits, data.labels[data.val])
             measured |= {f"val_{name}": value for name, value in found.items()}
-            measured["train_eval_loss"] = evaluate(frozen, data.labels, train_eval, autocast)["loss"]
+            train_eval_logits = logits_of(frozen, train_eval, autocast)
+            measured["train_eval_loss"] = score(train_eval_logits, data.labels[train_eval])["loss"]
             if averaged is not None and epoch in early_loss_epochs:
                 with averaged.in_place():
-                    logits = logits_of(frozen, data.val, autocast)
-                measured["early_loss"] = calibrated_loss(logits, data.labels[data.val])
+                    early_logits = logits_of(frozen, data.val, autocast)
+                measured["early_loss"] = calibrated_loss(early_logits, data.labels[data.val])
             elif epoch in early_loss_epochs:
                 measured["early_loss"] = measured["val_loss"]
 
@@ -253,7 +256,8 @@ def finetune(
         )
         if best_epoch(history, metric) is row:
             tensors = model.state_dict()
-            best = {name: tensors[name].detach().cpu().clone() for name in changed}
+            best = {f"best/{name}": tensors[name].detach().cpu().clone() for name in changed}
+            best["validation/logits"] = torch.from_numpy(val_logits)
         mean = {} if averaged is None or epoch >= max(early_loss_epochs) else averaged.mean
         yield row, partial(_snapshot, model, changed, best, mean, optimizer, scaler, history)
         if row["ends"] is not None:
@@ -356,16 +360,6 @@ def predict_images(network: nn.Module, prepare: Prepare, indices: NDArray[np.int
     return predict(network, batches, torch.autocast("cpu", enabled=False))
 
 
-def evaluate(
-    frozen: Frozen, labels: NDArray[np.int64], indices: NDArray[np.int64], autocast: torch.autocast
-) -> dict[str, float | None]:
-    """Plain cross-entropy (nats), accuracy, balanced accuracy and AUROC (macro, one class against the rest) of a set.
-
-    AUROC is null where a class is missing from the set or the logits are not finite.
-    """
-    return score(logits_of(frozen, indices, autocast), labels[indices])
-
-
 def logits_of(frozen: Frozen, indices: NDArray[np.int64], autocast: torch.autocast) -> NDArray[np.float32]:
     """Logits [n, classes] of a set of images as they are."""
     size = EVALUATION_VECTORS if frozen.head_only else EVALUATION_BATCH
@@ -387,7 +381,7 @@ def _snapshot(
 ) -> State:
     tensors = model.state_dict()
     saved = {f"model/{name}": tensors[name] for name in changed}
-    saved |= {f"best/{name}": tensor for name, tensor in best.items()}
+    saved |= best
     saved |= {f"averaged/{name}": tensor for name, tensor in mean.items()}
     for index, values in optimizer.state_dict()["state"].items():
         saved |= {f"optimizer/{index}/{key}": value for key, value in values.items() if isinstance(value, Tensor)}
@@ -402,11 +396,15 @@ def _snapshot(
 def _restore(
     state: State, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Put a snapshot back; returns the best epoch's weights and the averaged ones."""
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "averaged": {}, "optimizer": {}, "scaler": {}}
+    """Put a snapshot back; returns the best epoch's part of it and the averaged weights."""
+    best: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "averaged": {}, "optimizer": {}, "scaler": {}}
     for name, tensor in state.tensors.items():
         part, _, rest = name.partition("/")
-        parts[part][rest] = tensor
+        if part in ("best", "validation"):
+            best[name] = tensor
+        else:
+            parts[part][rest] = tensor
     model.load_state_dict(parts["model"], strict=False)
     slots: dict[int, dict[str, Tensor]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -419,4 +417,4 @@ def _restore(
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
     if scaler.is_enabled():
         scaler.load_state_dict(scaler.state_dict() | {name: value.item() for name, value in parts["scaler"].items()})
-    return parts["best"], parts["averaged"]
+    return best, parts["averaged"]

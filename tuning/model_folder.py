@@ -9,7 +9,7 @@ if __name__ == "__main__":  # this folder would come first on the path, and its 
 import csv
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +18,7 @@ import tyro
 import yaml
 from numpy.typing import NDArray
 
+from tuning.calibration import logarithms, tempered
 from tuning.config import InputError, SearchPlan, TrialConfig, build, check_value
 from tuning.decoding import decode
 
@@ -37,6 +38,7 @@ class Model:
     classes: tuple[str, ...]
     fit: str = "squash"
     drop_colour: bool = False
+    temperature: float = 1.0  # that logits are divided by
 
     def predict(self, files: Sequence[str | Path]) -> NDArray[np.float64]:
         """Probabilities [files, classes] for image files.
@@ -60,9 +62,26 @@ class Model:
         if faults:
             raise InputError(faults)
         prepare = preparer(np.stack(decoded), self.config.backbone, torch.device("cpu"))
-        logits = torch.from_numpy(predict_images(self.network, prepare, np.arange(len(decoded))))
-        probabilities: NDArray[np.float64] = torch.softmax(logits.double(), dim=1).numpy()
-        return probabilities
+        return tempered(predict_images(self.network, prepare, np.arange(len(decoded))), self.temperature)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ensemble:
+    """Classifiers whose probabilities are averaged, as `load_model` gives them."""
+
+    members: "tuple[Model | Ensemble, ...]"
+    shares: tuple[float, ...]  # of each member in the average
+    classes: tuple[str, ...]
+    temperature: float  # that the average's logarithms are divided by
+
+    def predict(self, files: Sequence[str | Path]) -> NDArray[np.float64]:
+        """Probabilities [files, classes] for image files.
+
+        Raises:
+            InputError: the files that can't be read.
+        """
+        each = np.stack([member.predict(files) for member in self.members])
+        return tempered(logarithms(np.tensordot(self.shares, each, axes=1)), self.temperature)
 
 
 def save_model(
@@ -73,6 +92,7 @@ def save_model(
     *,
     fit: str = "squash",
     drop_colour: bool = False,
+    temperature: float = 1.0,
     **described: Any,
 ) -> None:
     """Write weights and `config.yaml` (configuration, classes, preprocessing, what is `described`) to a new folder."""
@@ -92,11 +112,22 @@ def save_model(
         "mean": list(mean),
         "std": list(std),
     }
-    document = {"config": config.model_dump(), "classes": list(classes), "preprocessing": preprocessing, **described}
+    document = {"config": config.model_dump(), "classes": list(classes), "temperature": temperature}
+    _write_config(folder, document | {"preprocessing": preprocessing, **described})
+
+
+def save_ensemble(
+    folder: Path, shares: Mapping[str, float], classes: Sequence[str], temperature: float, **described: Any
+) -> None:
+    """Write the `config.yaml` that makes one model of the model folders in this folder; `shares` by their names."""
+    _write_config(folder, {"ensemble": dict(shares), "classes": list(classes), "temperature": temperature, **described})
+
+
+def _write_config(folder: Path, document: dict[str, Any]) -> None:
     (folder / CONFIG).write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
 
 
-def load_model(folder: str | Path) -> Model:
+def load_model(folder: str | Path) -> Model | Ensemble:
     """The classifier in a model folder.
 
     Raises:
@@ -110,14 +141,21 @@ def load_model(folder: str | Path) -> Model:
     folder = Path(folder)
     try:
         document = yaml.safe_load((folder / CONFIG).read_text())
-        config, classes = build(TrialConfig, document["config"], str(folder / CONFIG)), tuple(document["classes"])
-        told = document["preprocessing"]
-        shaping = {key: check_value(SearchPlan, key, told[key]) for key in ("fit", "drop_colour") if key in told}
-        tensors = load_file(folder / WEIGHTS)
+        classes, temperature = tuple(document["classes"]), float(document.get("temperature", 1.0))
+        shares: dict[str, float] = dict(document.get("ensemble", {}))
+        if not shares:
+            config = build(TrialConfig, document["config"], str(folder / CONFIG))
+            told = document["preprocessing"]
+            shaping = {key: check_value(SearchPlan, key, told[key]) for key in ("fit", "drop_colour") if key in told}
+            tensors = load_file(folder / WEIGHTS)
     except InputError:
         raise
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(f"{folder}: not a model folder ({error}); train_final.py writes one") from None
+    if shares:
+        return Ensemble(
+            tuple(load_model(folder / name) for name in shares), tuple(shares.values()), classes, temperature
+        )
     network = backbones.build(
         config.backbone,
         classes=len(classes),
@@ -130,7 +168,7 @@ def load_model(folder: str | Path) -> Model:
         network.load_state_dict(tensors)
     except RuntimeError as error:
         raise InputError(f"{folder / WEIGHTS}: not the weights of {config.backbone} ({error})") from None
-    return Model(network.eval(), config, classes, **shaping)
+    return Model(network.eval(), config, classes, **shaping, temperature=temperature)
 
 
 @dataclasses.dataclass(frozen=True)

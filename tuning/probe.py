@@ -95,9 +95,12 @@ def probed_head(
     if not frozen.head_only:
         raise InputError(f"{config.backbone}: can't be cut below its classifier, so it can't be probed")
     labels = torch.from_numpy(data.labels).to(device)
-    train, val = (vectors(frozen, indices) for indices in (data.train, data.val))
+    fitted_on = np.setdiff1d(
+        data.train, data.val
+    )  # a final model is trained on both: the penalty is still chosen on val
+    train, val = (vectors(frozen, indices) for indices in (fitted_on, data.val))
     best, least = None, math.inf
-    for weight, bias in fit_head(train, labels[data.train], len(data.classes)):
+    for weight, bias in fit_head(train, labels[fitted_on], len(data.classes)):
         loss = float(functional.cross_entropy(val @ weight.T + bias, labels[data.val]))
         if best is None or not loss >= least:
             best, least = (weight, bias), loss

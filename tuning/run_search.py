@@ -27,8 +27,10 @@ from rich.console import Console
 
 from tuning import analysis, finalists, tables
 from tuning.audit import Checked, load_checked
+from tuning.calibration import calibration_error
 from tuning.config import DEPTH_ALL, PARAMETERS, RESUME_MAY_CHANGE, InputError, SearchPlan, build, command_line
 from tuning.images import parallel_map, read_facts
+from tuning.predictions import read_predictions
 from tuning.space import Space, fix, image_sizes, load, parse
 from tuning.space import backbones as backbones_in
 
@@ -495,6 +497,9 @@ def _summary(
             markup=False,
         )
 
+    epochs = tables.read_table(folder / "epochs.parquet")
+    _tell_overfitting(trials, epochs)
+
     # What stopping saved.
     saved = analysis.saved(trials, plan.epochs)
     spent, kept = trials["seconds"].sum(), saved["seconds_saved"].sum()
@@ -510,7 +515,6 @@ def _summary(
     console.print(f"By backbone, with probes and finalists: {shares}.")
 
     # Where the time went.
-    epochs = tables.read_table(folder / "epochs.parquet")
     if not epochs.empty:
         names = {"data": "images", "prefix": "frozen layers", "train": "training", "evaluate": "evaluation"}
         parts = analysis.spent(epochs)
@@ -546,9 +550,62 @@ def _summary(
     config = {name: top[f"config_{name}"] for name in PARAMETERS}
     for name, value in config.items():
         console.print(f"  {name}: {value:.3g}" if isinstance(value, float) else f"  {name}: {value}")
+    _tell_predictions(folder, trials, verdict.trial_id)
     console.print("\nNext:")
     console.print(f"  python tuning/train_final.py {folder}        # train it again, test it, write {folder}/model")
     console.print(f"  python -c \"import pandas as pd; print(pd.read_parquet('{folder}/trials.parquet'))\"")
+
+
+def _tell_overfitting(trials: pd.DataFrame, epochs: pd.DataFrame) -> None:
+    """The gap by how much is unfrozen and by augmentation, and what the last epochs made worse."""
+    gaps = analysis.gaps(trials)
+    if gaps.empty:
+        return
+    console.print("\n[bold]The gap by augmentation[/bold]: median, of so many trials that ran two epochs or more")
+    columns = list(gaps["augmentation"].unique().sort_values())
+    console.print("unfrozen  " + "  ".join(f"{name:>11}" for name in columns), style="dim")
+    cells = {(row.unfrozen, row.augmentation): f"{row.gap:.4f} ({row.trials})" for row in gaps.itertuples()}
+    for part in gaps["unfrozen"].unique():
+        console.print(f"{part:<8}  " + "  ".join(f"{cells.get((part, name), '-'):>11}" for name in columns))
+    rises = analysis.best_and_last(trials, epochs)
+    said = ", ".join(f"{row.unfrozen} {row.rise:+.4f}" for row in rises.itertuples())
+    if said:
+        console.print(f"val_loss from a trial's best epoch to its last, median: {said}.")
+
+
+def _tell_predictions(folder: Path, trials: pd.DataFrame, best: str) -> None:
+    """What the validation probabilities say: of guessing, of calibration, and of an ensemble."""
+    from tuning.checkpoints import kept
+    from tuning.ensemble import offer
+
+    predictions = read_predictions(folder, trials, tables.read_table(folder / "samples.parquet"))
+    guessing = analysis.guessing(trials, predictions)
+    console.print()
+    if guessing is not None:
+        least = f", by {guessing.least_gain:.4f} at least" if guessing.better else ""
+        losses = f"val_loss {guessing.val_loss:.4f} against {guessing.frequencies:.4f}"
+        console.print(
+            f"{guessing.trial_id} is {'' if guessing.better else 'no '}better than the class frequencies ({losses})"
+            f"{least}, the luck of picking from {guessing.looks} epochs allowed for.",
+            style=None if guessing.better else "bold",
+        )
+    if best in predictions.trial_ids:
+        probabilities = predictions.of({best}).probabilities[0]
+        right = (probabilities.argmax(axis=1) == predictions.targets).mean()
+        error = calibration_error(probabilities, predictions.targets)
+        sure = probabilities.max(axis=1).mean()
+        console.print(f"{best} is {sure:.0%} sure and {right:.0%} right: expected calibration error {error:.3f}.")
+    there = kept(folder, trials)
+    found, every = offer(predictions.of(there)), offer(predictions)
+    if found is not None and every is not None:
+        low, high = found.gain_95
+        others = f" (of all {len(trials)} trials {every.val_loss:.4f})" if len(there) < len(trials) else ""
+        build = ": --set ensemble=true builds it" if found.better else ""
+        console.print(
+            f"An ensemble of the {len(there)} kept trials has val_loss {found.val_loss:.4f}{others}, the best alone "
+            f"{found.alone:.4f}, on the halves of validation that they weren't chosen on: a gain of {found.gain:.4f} "
+            f"(95% {low:.4f} to {high:.4f}){build}."
+        )
 
 
 def _depth(unfreeze_depth: int) -> str:

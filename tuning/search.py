@@ -14,6 +14,7 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from tuning.checkpoints import best_file, state_file
 from tuning.cluster import Slots, gpu_share
 from tuning.config import SearchPlan, TrialConfig
 from tuning.features import run_folder
@@ -23,7 +24,7 @@ from tuning.optimizer import LiveStudy, Optimizer, Prior
 from tuning.space import Space, backbones, middle, trial_values
 from tuning.stopping import Rungs, compared_value, stratum
 from tuning.tables import Journal, Record, Trial, best_epoch, loss_like, make_tables, read_journal, write_tables
-from tuning.trial import FinetuneTrial, best_file, state_file
+from tuning.trial import FinetuneTrial
 
 TABLE_SECONDS, TABLE_SHARE = 5.0, 0.05  # between writings of the tables; the driver's time for it, at most
 KEPT_CHECKPOINTS = 5  # ended trials whose best weights are kept
@@ -101,8 +102,9 @@ class Search:
             "divergence_factor": plan.divergence_factor if plan.early_stopping else math.inf,
             "early_loss_epochs": self._early_loss_epochs(),
         }
-        for unfinished in (run / "checkpoints").glob(".*"):  # what a killed writer left
-            unfinished.unlink()
+        for folder in ("checkpoints", "predictions"):
+            for unfinished in (run / folder).glob(".*"):  # what a killed writer left
+                unfinished.unlink()
         self._unfinished = self._rebuild()
         probed = {trial.config["backbone"] for trial in self.record.trials.values() if trial.origin == "probe"}
         wanted = backbones(space) if plan.probe and plan.early_stopping else []

@@ -82,6 +82,13 @@ AUDIT = _schema(
 )
 
 
+def predictions_schema(classes: Iterable[str], *, epoch: int, val_loss: float) -> pa.Schema:
+    """Of a trial's validation probabilities; its metadata names the best epoch and the loss that they belong to."""
+    columns = dict.fromkeys(("path", "label"), _TEXT) | {f"probability_{name}": _REAL for name in classes}
+    schema = _schema(columns)
+    return schema.with_metadata(schema.metadata | {"best_epoch": str(epoch), "val_loss": repr(float(val_loss))})
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place, whole and on disk, when the block ends well."""

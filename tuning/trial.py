@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from ray import tune
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 
+from tuning.checkpoints import load_state, save
 from tuning.cluster import images_here
 from tuning.config import TrialConfig
 from tuning.data import Data, join, placed
@@ -22,9 +22,10 @@ from tuning.features import FeatureCache
 from tuning.finetune import Row, State, finetune, out_of_memory
 from tuning.images import open_images
 from tuning.models import Models, keep_memory
+from tuning.predictions import predictions_file, write_predictions
 from tuning.probe import probe
 from tuning.samples import redrawn
-from tuning.tables import read_table, replacing
+from tuning.tables import best_epoch, read_table
 
 CHECKPOINT_SECONDS = 30.0
 
@@ -101,6 +102,7 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
     def _begin(self, config: dict[str, Any]) -> None:
         self._config = config
         self._saved, self._saved_at = False, time.monotonic()
+        self._predicted: int | None = None  # the epoch whose validation probabilities are on disk
 
     def _start(self) -> Iterator[tuple[Row, Callable[[], State]]]:
         state = load_state(self._config["run"], self._config["trial_id"])
@@ -120,52 +122,41 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
         return finetune(trial, data, state=state, **given, **self._config["ending"])
 
     def _load(self, trial: TrialConfig) -> Data:
-        samples = Path(self._config["run"]) / "samples.parquet"
+        samples = read_table(Path(self._config["run"]) / "samples.parquet")
         if trial.image_size not in self._data:
             images = open_images(images_here(Path(self._config["images"][str(trial.image_size)])))
-            self._data[trial.image_size] = join(read_table(samples), placed(images, self._device))
+            self._data[trial.image_size] = join(samples, placed(images, self._device))
         data = self._data[trial.image_size]
-        return join(redrawn(read_table(samples), trial.seed), data.images) if self._config["redraw"] else data
+        if self._config["redraw"]:
+            samples = redrawn(samples, trial.seed)
+            data = join(samples, data.images)
+        self._classes, self._validation = data.classes, samples[samples["split"] == "val"]
+        return data
 
     def _save(self, state: State, *, final: bool = False) -> bool:
-        """Write the best weights, then, unless the trial has ended, the state; true if they are on disk.
-
-        A crash between the two leaves a state that makes the same best weights again. A full disk costs the checkpoint,
-        not the trial.
-        """
-        run, trial_id = self._config["run"], self._config["trial_id"]
-        weights = {name: tensor for name, tensor in state.tensors.items() if name.startswith("best/")}
-        rest = {name: tensor for name, tensor in state.tensors.items() if name not in weights}
+        """Write a checkpoint; true if it is on disk. A full disk costs the checkpoint, not the trial."""
+        run, trial_id, config = (self._config[name] for name in ("run", "trial_id", "config"))
+        best = best_epoch(state.history, self._config["ending"]["metric"])
+        self._save_predictions(state, best)
         self._saved_at = time.monotonic()
         try:
-            best_file(run, trial_id).parent.mkdir(exist_ok=True)
-            if weights:
-                with replacing(best_file(run, trial_id)) as temporary:
-                    save_file(weights, temporary)
-            if not final and state.history[-1]["ends"] is None:
-                with replacing(state_file(run, trial_id)) as temporary:
-                    save_file(rest, temporary, metadata={"history": json.dumps(state.history)})
+            save(run, trial_id, state, best, config, ended=final or state.history[-1]["ends"] is not None)
         except (OSError, SafetensorError) as error:
             print(f"{trial_id}: no checkpoint was written: {error}", file=sys.stderr)
             return False
         return True
 
-
-def state_file(run: str | Path, trial_id: str) -> Path:
-    """What an unfinished trial goes on from."""
-    return Path(run) / "checkpoints" / f"{trial_id}.state.safetensors"
-
-
-def best_file(run: str | Path, trial_id: str) -> Path:
-    """The weights of a trial's best epoch."""
-    return Path(run) / "checkpoints" / f"{trial_id}.best.safetensors"
-
-
-def load_state(run: str | Path, trial_id: str) -> State | None:
-    """A trial's checkpoint, null where there is none."""
-    path, best = state_file(run, trial_id), best_file(run, trial_id)
-    if not path.exists():
-        return None
-    with safe_open(path, framework="pt") as file:
-        history = json.loads(file.metadata()["history"])
-    return State(history, load_file(path) | (load_file(best) if best.exists() else {}))
+    def _save_predictions(self, state: State, best: Row | None) -> None:
+        """Write validation probabilities, before the checkpoint: who goes on from it may never make them again."""
+        logits = state.tensors.get("validation/logits")
+        if best is None or logits is None or best["epoch"] == self._predicted:
+            return
+        run, trial_id = self._config["run"], self._config["trial_id"]
+        probabilities = torch.softmax(logits.double(), dim=1).numpy()
+        named: dict[str, Any] = {"epoch": best["epoch"], "val_loss": best["val_loss"]}
+        try:
+            write_predictions(predictions_file(run, trial_id), self._validation, self._classes, probabilities, **named)
+        except OSError as error:
+            print(f"{trial_id}: no validation probabilities were written: {error}", file=sys.stderr)
+        else:
+            self._predicted = best["epoch"]

@@ -1,0 +1,53 @@
+"""Whether probabilities are what they say, and a temperature that makes them so.
+
+Guo et al. 2017 (https://arxiv.org/abs/1706.04599).
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, softmax
+
+BINS = 15
+TEMPERATURES = (0.05, 20.0)  # the least and the most that is fitted
+
+
+def calibration_error(probabilities: NDArray[np.float64], targets: NDArray[np.int64]) -> float:
+    """Expected calibration error of probabilities [n, classes]: 15 bins of equal width of the likeliest class's.
+
+    How far confidence is from accuracy in a bin, averaged over images. Few images in a bin make it too large.
+    """
+    confidence = probabilities.max(axis=1)
+    bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    surplus = np.bincount(bins, weights=(probabilities.argmax(axis=1) == targets) - confidence)
+    return float(np.abs(surplus).sum() / len(targets))
+
+
+def fit_temperature(logits: NDArray[Any], targets: NDArray[np.int64]) -> float:
+    """The number within `TEMPERATURES` that logits [n, classes] are best divided by: that of the least cross-entropy.
+
+    Logarithms of probabilities do as well. One image's worth of label smoothing, as Platt (1999) uses, keeps it from
+    running to an end of the range where the classes are told apart without a fault.
+    """
+    values, smoothing = logits.astype(np.float64), 1 / (len(targets) + 2)
+    wanted = np.eye(logits.shape[1])[targets] * (1 - smoothing) + smoothing / logits.shape[1]
+
+    def loss(log_temperature: float) -> float:
+        return float(-(wanted * log_softmax(values / np.exp(log_temperature), axis=1)).sum())
+
+    found = minimize_scalar(loss, bounds=tuple(np.log(TEMPERATURES)), method="bounded")
+    return float(np.exp(found.x))
+
+
+def tempered(logits: NDArray[Any], temperature: float) -> NDArray[np.float64]:
+    """Probabilities [n, classes] of logits, or of logarithms of probabilities, at a temperature."""
+    probabilities: NDArray[np.float64] = softmax(logits.astype(np.float64) / temperature, axis=1)
+    return probabilities
+
+
+def logarithms(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Natural logarithms; of 0 that of the smallest number there is."""
+    logs: NDArray[np.float64] = np.log(np.maximum(probabilities, np.finfo(np.float64).tiny))
+    return logs
