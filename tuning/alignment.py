@@ -27,11 +27,16 @@ def in_batches(function: Callable[..., tuple[Any, ...]], *arrays: NDArray[Any], 
 
 
 def resampling(side: int, wanted: int, start: float = 0.0, stop: float = 1.0) -> Floats:
-    """Weights [wanted, side] that average the pixels from `start` to `stop` (parts of the side) into `wanted` ones."""
+    """Weights [wanted, side] for `wanted` pixels of the part of a side from `start` to `stop`, of `side` pixels.
+
+    Fewer pixels are means of what they cover, more are interpolated.
+    """
     edges = np.linspace(start * side, stop * side, wanted + 1)
     pixels = np.arange(side)
-    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
-    weights = overlap.clip(0)
+    covered = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    if edges[1] - edges[0] < 1:
+        covered = 1 - np.abs((edges[1:, None] + edges[:-1, None]) / 2 - 0.5 - pixels)
+    weights = covered.clip(0)
     found: Floats = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
     return found
 
@@ -78,9 +83,9 @@ def align(details: Floats, a: Ints, b: Ints, warp: Floats) -> tuple[Floats, Floa
     grid, margin = _grid(side), _margin(side)
     inner = np.zeros((side, side), dtype=bool)
     inner[margin:-margin, margin:-margin] = True
-    fixed = details[b].reshape(len(b), -1)
+    fixed = details[b].reshape(len(b), side**2)
     down, across = (
-        slope.reshape(len(b), -1) * np.float32(side / 2) * inner.ravel()
+        slope.reshape(len(b), side**2) * np.float32(side / 2) * inner.ravel()
         for slope in np.gradient(details[b], axis=(1, 2))
     )
     slopes = np.stack(
@@ -159,7 +164,8 @@ def agreement(pictures: Floats, a: Ints, b: Ints, warp: Floats) -> tuple[Floats]
 
     def over(values: Floats) -> Floats:
         sums = ndimage.uniform_filter(values * weight, (0, WINDOW, WINDOW), mode="constant")
-        found: Floats = sums[:, WINDOW // 2 : -WINDOW // 2 : 3, WINDOW // 2 : -WINDOW // 2 : 3].reshape(len(a), -1)
+        some = sums[:, WINDOW // 2 : -WINDOW // 2 : 3, WINDOW // 2 : -WINDOW // 2 : 3]
+        found: Floats = some.reshape(len(a), some.shape[1] * some.shape[2])
         return found
 
     count = over(np.ones_like(moved)) + 1e-6
