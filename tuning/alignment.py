@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
+from threadpoolctl import threadpool_limits
 
 from tuning.images import parallel_map
 
@@ -15,6 +16,7 @@ Ints: TypeAlias = NDArray[np.int64]
 SIDE = 64  # of the pictures that are compared, in pixels
 STEPS = 3  # of an alignment
 WHITE = 250  # of 255
+FLAT = 0.1  # levels that a window's details spread by, below which they are none
 WINDOW = 12  # pixels
 LEAST_WINDOWS = 20  # with details, of some 300
 
@@ -22,7 +24,8 @@ LEAST_WINDOWS = 20  # with details, of some 300
 def in_batches(function: Callable[..., tuple[Any, ...]], *arrays: NDArray[Any], size: int = 256) -> list[NDArray[Any]]:
     """What a function of rows gives for all of them, computed a few at a time on all cores."""
     batches = [tuple(array[first : first + size] for array in arrays) for first in range(0, len(arrays[0]), size)]
-    results = list(parallel_map(lambda batch: function(*batch), batches or [arrays]))
+    with threadpool_limits(1, user_api="blas"):  # its threads would only hinder ours
+        results = list(parallel_map(lambda batch: function(*batch), batches or [arrays]))
     return [np.concatenate(parts) for parts in zip(*results, strict=True)]
 
 
@@ -176,6 +179,7 @@ def agreement(pictures: Floats, a: Ints, b: Ints, warp: Floats) -> tuple[Floats]
     )
     telling = count > 0.5
     for var in (var_moved, var_fixed):
+        telling &= var > FLAT**2
         telling &= var > 0.1 * (var * count).sum(axis=1, keepdims=True) / count.sum(axis=1, keepdims=True)
     few = telling.sum(axis=1) < LEAST_WINDOWS
     correlation[~telling | few[:, None]] = np.nan

@@ -18,7 +18,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
-from threadpoolctl import threadpool_limits
 
 from tuning import findings, images, leaks, phantoms, samples, tables
 from tuning.alignment import SIDE, Ints
@@ -209,13 +208,12 @@ def _audited(plan: SearchPlan, decoded: _Decoded) -> tuple[list[Finding], pd.Dat
     folder = decoded.folders[_size(list(decoded.folders))]
     facts = images.read_facts(folder)
     equal = findings.equal_images(facts["pixels_sha256"].tolist())
-    with threadpool_limits(1):  # work is shared out among threads of our own, which those of BLAS would only hinder
-        bars = bars_of(images.open_images(folder), facts) if plan.fit == "letterbox" else None
-        near = _near(folder, equal, bars)
-        copies = np.column_stack([near.a, near.b])[near.copies]
-        unit = leaks.units(groups, np.concatenate([np.array(equal, dtype=np.int64).reshape(-1, 2), copies]))
-        pictures = shrunk(images.open_images(folder), shortcuts.SIDE)
-        rules = shortcuts.shortcuts(pictures, facts, table["label"].tolist(), unit)
+    bars = bars_of(images.open_images(folder), facts) if plan.fit == "letterbox" else None
+    near = _near(folder, equal, bars)
+    copies = np.column_stack([near.a, near.b])[near.copies]
+    unit = leaks.units(groups, np.concatenate([np.array(equal, dtype=np.int64).reshape(-1, 2), copies]))
+    pictures = shrunk(images.open_images(folder), shortcuts.SIDE)
+    rules = shortcuts.shortcuts(pictures, facts, table["label"].tolist(), unit)
     found = findings.of_unreadable(decoded.lost, plan.skip_unreadable)
     found += findings.of_groups(table, plan.on_leak)
     found += findings.of_copies(table, equal, decoded.hashes, near, plan.on_leak)

@@ -73,9 +73,11 @@ def run(flags: Flags) -> Path:
         raise InputError(f"{path.parent}: no permission to write there; copy best.yaml to a folder of yours")
     recorded = path.parent / "samples.parquet"
     table = tables.read_table(recorded) if flags.data is None and recorded.exists() else None
-    table, folders, found, *_ = load_checked(plan, [config.image_size], table=table)
+    table, folders, found, _, told = load_checked(plan, [config.image_size], table=table)
     if flags.data is None and found != fingerprint:
         raise InputError(f"the data has changed since {path} was written; put it back, or name the new data by --data")
+    for line in told:
+        print(line)
 
     import torch  # takes seconds to load, and timm more: bad input and --help are told before
 
