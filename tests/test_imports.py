@@ -21,7 +21,7 @@ ALLOWED = {
     "images": {"config", "tables", "decoding"},
     "leaks": set(),
     "alignment": {"images"},
-    "duplicates": {"alignment"},
+    "duplicates": {"alignment", "decoding"},
     "shortcuts": set(),
     "findings": {"tables", "duplicates", "leaks", "shortcuts"},
     "audit": {"config", "tables", "samples", "decoding", "images", "phantoms"}

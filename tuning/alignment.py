@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
+from threadpoolctl import threadpool_limits
 
 from tuning.images import parallel_map
 
@@ -15,6 +16,7 @@ Ints: TypeAlias = NDArray[np.int64]
 SIDE = 64  # of the pictures that are compared, in pixels
 STEPS = 3  # of an alignment
 WHITE = 250  # of 255
+FLAT = 0.1  # levels that a window's details spread by, below which they are none
 WINDOW = 12  # pixels
 LEAST_WINDOWS = 20  # with details, of some 300
 
@@ -22,16 +24,22 @@ LEAST_WINDOWS = 20  # with details, of some 300
 def in_batches(function: Callable[..., tuple[Any, ...]], *arrays: NDArray[Any], size: int = 256) -> list[NDArray[Any]]:
     """What a function of rows gives for all of them, computed a few at a time on all cores."""
     batches = [tuple(array[first : first + size] for array in arrays) for first in range(0, len(arrays[0]), size)]
-    results = list(parallel_map(lambda batch: function(*batch), batches or [arrays]))
+    with threadpool_limits(1, user_api="blas"):  # its threads would only hinder ours
+        results = list(parallel_map(lambda batch: function(*batch), batches or [arrays]))
     return [np.concatenate(parts) for parts in zip(*results, strict=True)]
 
 
 def resampling(side: int, wanted: int, start: float = 0.0, stop: float = 1.0) -> Floats:
-    """Weights [wanted, side] that average the pixels from `start` to `stop` (parts of the side) into `wanted` ones."""
+    """Weights [wanted, side] for `wanted` pixels of the part of a side from `start` to `stop`, of `side` pixels.
+
+    Fewer pixels are means of what they cover, more are interpolated.
+    """
     edges = np.linspace(start * side, stop * side, wanted + 1)
     pixels = np.arange(side)
-    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
-    weights = overlap.clip(0)
+    covered = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    if edges[1] - edges[0] < 1:
+        covered = 1 - np.abs((edges[1:, None] + edges[:-1, None]) / 2 - 0.5 - pixels)
+    weights = covered.clip(0)
     found: Floats = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
     return found
 
@@ -78,9 +86,9 @@ def align(details: Floats, a: Ints, b: Ints, warp: Floats) -> tuple[Floats, Floa
     grid, margin = _grid(side), _margin(side)
     inner = np.zeros((side, side), dtype=bool)
     inner[margin:-margin, margin:-margin] = True
-    fixed = details[b].reshape(len(b), -1)
+    fixed = details[b].reshape(len(b), side**2)
     down, across = (
-        slope.reshape(len(b), -1) * np.float32(side / 2) * inner.ravel()
+        slope.reshape(len(b), side**2) * np.float32(side / 2) * inner.ravel()
         for slope in np.gradient(details[b], axis=(1, 2))
     )
     slopes = np.stack(
@@ -159,7 +167,8 @@ def agreement(pictures: Floats, a: Ints, b: Ints, warp: Floats) -> tuple[Floats]
 
     def over(values: Floats) -> Floats:
         sums = ndimage.uniform_filter(values * weight, (0, WINDOW, WINDOW), mode="constant")
-        found: Floats = sums[:, WINDOW // 2 : -WINDOW // 2 : 3, WINDOW // 2 : -WINDOW // 2 : 3].reshape(len(a), -1)
+        some = sums[:, WINDOW // 2 : -WINDOW // 2 : 3, WINDOW // 2 : -WINDOW // 2 : 3]
+        found: Floats = some.reshape(len(a), some.shape[1] * some.shape[2])
         return found
 
     count = over(np.ones_like(moved)) + 1e-6
@@ -170,6 +179,7 @@ def agreement(pictures: Floats, a: Ints, b: Ints, warp: Floats) -> tuple[Floats]
     )
     telling = count > 0.5
     for var in (var_moved, var_fixed):
+        telling &= var > FLAT**2
         telling &= var > 0.1 * (var * count).sum(axis=1, keepdims=True) / count.sum(axis=1, keepdims=True)
     few = telling.sum(axis=1) < LEAST_WINDOWS
     correlation[~telling | few[:, None]] = np.nan

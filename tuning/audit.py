@@ -18,13 +18,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
-from threadpoolctl import threadpool_limits
 
 from tuning import findings, images, leaks, phantoms, samples, tables
-from tuning.alignment import SIDE, Floats, in_batches, resampling
+from tuning.alignment import SIDE, Ints
 from tuning.config import SETTINGS, InputError, SearchPlan, build, command_line
-from tuning.decoding import Pixels
-from tuning.duplicates import VERSION, Pairs, near_duplicates
+from tuning.duplicates import VERSION, Pairs, bars_of, near_duplicates, shrunk
 from tuning.findings import Finding
 
 MOST_SIZES = 8  # image sizes of one search
@@ -210,12 +208,12 @@ def _audited(plan: SearchPlan, decoded: _Decoded) -> tuple[list[Finding], pd.Dat
     folder = decoded.folders[_size(list(decoded.folders))]
     facts = images.read_facts(folder)
     equal = findings.equal_images(facts["pixels_sha256"].tolist())
-    with threadpool_limits(1):  # work is shared out among threads of our own, which those of BLAS would only hinder
-        near = _near(folder, equal)
-        copies = np.column_stack([near.a, near.b])[near.copies]
-        unit = leaks.units(groups, np.concatenate([np.array(equal, dtype=np.int64).reshape(-1, 2), copies]))
-        pictures = _shrunk(images.open_images(folder), shortcuts.SIDE)
-        rules = shortcuts.shortcuts(pictures, facts, table["label"].tolist(), unit)
+    bars = bars_of(images.open_images(folder), facts) if plan.fit == "letterbox" else None
+    near = _near(folder, equal, bars)
+    copies = np.column_stack([near.a, near.b])[near.copies]
+    unit = leaks.units(groups, np.concatenate([np.array(equal, dtype=np.int64).reshape(-1, 2), copies]))
+    pictures = shrunk(images.open_images(folder), shortcuts.SIDE)
+    rules = shortcuts.shortcuts(pictures, facts, table["label"].tolist(), unit)
     found = findings.of_unreadable(decoded.lost, plan.skip_unreadable)
     found += findings.of_groups(table, plan.on_leak)
     found += findings.of_copies(table, equal, decoded.hashes, near, plan.on_leak)
@@ -235,7 +233,7 @@ def _size(sizes: list[int]) -> int:
     return min((size for size in sizes if size >= SIDE), default=max(sizes))
 
 
-def _near(folder: Path, equal: list[tuple[int, int]]) -> Pairs:
+def _near(folder: Path, equal: list[tuple[int, int]], bars: Ints | None) -> Pairs:
     """Near duplicates among images that equal no other, kept beside the decoded images."""
     kept = folder / f"near-{VERSION}.parquet"
     if not kept.exists():
@@ -243,22 +241,16 @@ def _near(folder: Path, equal: list[tuple[int, int]]) -> Pairs:
         if len(shown) > MOST_IMAGES:
             return Pairs(*(np.empty(0, dtype) for dtype in (np.int64, np.int64, np.float32, bool)))
         alone = np.setdiff1d(np.arange(len(shown)), [later for _, later in equal])
-        pairs = near_duplicates(_shrunk(shown, SIDE)[alone].mean(axis=3))
+        grey = np.empty((len(shown), SIDE, SIDE), dtype=np.float32)
+        bars = np.zeros((len(shown), 2), dtype=np.int64) if bars is None else bars
+        for bar in np.unique(bars, axis=0):
+            chosen = (bars == bar).all(axis=1)
+            grey[chosen] = shrunk(shown if chosen.all() else shown[chosen], SIDE, grey=True, bars=bar)[:, :, :, 0]
+        pairs = near_duplicates(grey[alone])
         pairs = pairs._replace(a=alone[pairs.a], b=alone[pairs.b])
         with tables.replacing(kept) as temporary:
             pq.write_table(pa.table(pairs._asdict()), temporary)
     return Pairs(*(column.to_numpy() for column in pq.read_table(kept).itercolumns()))
-
-
-def _shrunk(shown: Pixels, side: int) -> Floats:
-    """Images [n, side, side, channels] of another side, each pixel the mean of what it covers."""
-    weights = resampling(shown.shape[1], side)
-
-    def one(part: Pixels) -> tuple[Floats]:
-        channels = part.transpose(0, 3, 1, 2).astype(np.float32)
-        return ((weights @ channels @ weights.T).transpose(0, 2, 3, 1).astype(np.float32, copy=False),)
-
-    return in_batches(one, shown)[0]
 
 
 def _check_classes(before: pd.DataFrame, after: pd.DataFrame) -> None:

@@ -5,17 +5,20 @@ one patient, or of patients in one pose. Here it only proposes candidates. Each 
 detail by detail: in a copy nearly every part agrees, in a look-alike only what all films have in common.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from scipy import fft
 
 from tuning.alignment import SIDE, Floats, Ints, agreement, align, details, in_batches, plausible, resampling
+from tuning.decoding import Pixels
 
 VERSION = 1  # raised with any change of what is found
-NEAR = 0.965  # agreement from which a pair is a copy
+NEAR = 0.968  # agreement from which a pair is a copy
 ALIKE = 0.9  # and from which it is worth a look, or a copy where nothing else resembles the two
 COARSE = 24  # pixels, of a first alignment
 LEAST = 0.88  # likeness after an alignment, else a pair is dropped
@@ -87,6 +90,39 @@ def near_duplicates(pictures: Floats) -> Pairs:
     a, b = np.minimum(a, b), np.maximum(a, b)
     order = np.lexsort((b, a))
     return Pairs(a[order], b[order], agree[order], copies[order])
+
+
+# --- Pictures --------------------------------------------------------------------------------------------------------
+
+
+def bars_of(shown: Pixels, facts: pd.DataFrame) -> Ints:
+    """Rows and columns that letterboxing left black at either side of each image: the picture lies between them."""
+    side = shown.shape[1]
+    longer, shorter = (facts[["width", "height"]].agg(which, axis=1).to_numpy() for which in ("max", "min"))
+    bars = (side - np.round(shorter * side / longer).clip(1).astype(np.int64)) // 2
+    lying = np.array([not image[:bar].any() for image, bar in zip(shown, bars, strict=True)])  # EXIF may have turned it
+    found: Ints = np.where(lying[:, None], [1, 0], [0, 1]) * bars[:, None]
+    return found
+
+
+def shrunk(shown: Pixels, side: int, *, grey: bool = False, bars: Sequence[int] | Ints = (0, 0)) -> Floats:
+    """Images [n, side, side, channels] of another side; grey has one channel.
+
+    Args:
+        bars: rows and columns at either side that are left out.
+    """
+    was = shown.shape[1]
+    down, across = (resampling(was, side, bar / was, 1 - bar / was) for bar in bars)
+
+    def one(part: Pixels) -> tuple[Floats]:
+        channels = part.astype(np.float32).transpose(0, 3, 1, 2)
+        channels = channels.mean(axis=1, keepdims=True) if grey else channels
+        return ((down @ channels @ across.T).transpose(0, 2, 3, 1).astype(np.float32, copy=False),)
+
+    return in_batches(one, shown)[0]
+
+
+# --- Candidates ------------------------------------------------------------------------------------------------------
 
 
 def _candidates(shapes: Floats) -> tuple[Ints, Ints, Floats]:

@@ -80,7 +80,7 @@ def of_copies(
         pairs.append((a, b, "exact_duplicate", 1.0, same))
     for a, b, agreement, copy in zip(near.a, near.b, near.agreement, near.copies, strict=True):
         kind = "near_duplicate" if copy else "look_alike"
-        pairs.append((int(a), int(b), kind, float(agreement), f"{agreement:.1%} of their details agree"))
+        pairs.append((int(a), int(b), kind, float(agreement), f"details agree to {agreement:.3f} of 1"))
     found = []
     for a, b, kind, value, what in pairs:
         across, conflict = splits[a] != splits[b], labels[a] != labels[b]

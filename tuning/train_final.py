@@ -103,11 +103,13 @@ def run(flags: Flags) -> Path:
         predictions, known = kept_trials(run_folder, table)
         configs = {trial_id: known[trial_id] for trial_id in named_shares(predictions)}
     sizes = sorted({each.image_size for each in configs.values()})
-    table, folders, found, *_ = load_checked(plan, sizes, table=table)
+    table, folders, found, _, told = load_checked(plan, sizes, table=table)
     if flags.data is None and found != best.provenance["fingerprint"]:
         raise InputError(
             f"the data has changed since {best.path} was written; put it back, or name the new data by --data"
         )
+    for line in told:
+        print(line)
 
     import torch  # takes seconds to load, and timm more: bad input and --help are told before
 
