@@ -25,8 +25,11 @@ ALLOWED = {
     "cluster": {"config", "decoding", "images"},
     "optimizer": {"config", "space", "tables"},
     "stopping": {"config"},
-    "analysis": {"config", "tables"},
+    "analysis": {"config", "tables", "space", "optimizer"},
     "finalists": {"config", "tables", "analysis"},
+    "page": set(),
+    "sections": {"config", "tables", "space", "analysis", "finalists", "page"},
+    "report": {"config", "tables", "analysis", "page", "sections"},
     "augment": {"config"},
     "weights": {"config"},
     "backbones": {"config", "weights"},
@@ -45,7 +48,19 @@ ALLOWED = {
     "model_folder": {"config", "decoding", "backbones", "data", "finetune"},
 }
 COMMANDS = {"search", "run_search", "train_final"}  # may import all of the above
-TORCHLESS = ["config", "conditions", "space", "samples", "tables", "stopping", "analysis", "finalists"]
+TORCHLESS = [
+    "config",
+    "conditions",
+    "space",
+    "samples",
+    "tables",
+    "stopping",
+    "analysis",
+    "finalists",
+    "page",
+    "sections",
+    "report",
+]
 
 
 def imports(module: str) -> tuple[set[str], set[str]]:
