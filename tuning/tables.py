@@ -6,11 +6,12 @@ import json
 import os
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from types import NoneType
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import pandas as pd
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 from tuning.config import PARAMETERS, InputError, TrialConfig
 
 SCHEMA_VERSION = 1
+BATCH_ROWS = 1000  # made into columns at once
 FINAL = (
     "completed",
     "stopped",
@@ -153,7 +155,7 @@ class Journal:
 class Row(Mapping[str, Any]):
     """The fields of an event, in a fifth of a dict's memory: a search has hundreds of thousands of them.
 
-    Numbers lie in one array, unboxed; where each field lies is kept once for all events of a kind.
+    Numbers lie in one array, unboxed, and nulls nowhere; where each field lies is kept once for all events of a kind.
     """
 
     __slots__ = ("_numbers", "_others", "_places")
@@ -162,17 +164,19 @@ class Row(Mapping[str, Any]):
     def __init__(self, fields: Mapping[str, Any]):
         kinds = tuple((name, type(value)) for name, value in fields.items())
         if kinds not in self._layouts:
-            counts = {True: itertools.count(), False: itertools.count()}
-            self._layouts[kinds] = {name: (kind, next(counts[kind in (int, float)])) for name, kind in kinds}
+            counts = {kind: itertools.count() for kind in (True, False, None)}
+            self._layouts[kinds] = {name: (kind, next(counts[_is_number(kind)])) for name, kind in kinds}
         self._places = self._layouts[kinds]
-        self._numbers = array("d", [value for value in fields.values() if type(value) in (int, float)])
-        self._others = tuple(value for value in fields.values() if type(value) not in (int, float))
+        self._numbers = array("d", [value for value in fields.values() if _is_number(type(value))])
+        self._others = tuple(value for value in fields.values() if _is_number(type(value)) is False)
 
     def __getitem__(self, name: str) -> Any:
         kind, place = self._places[name]
         if kind is float:
             return self._numbers[place]
-        return int(self._numbers[place]) if kind is int else self._others[place]
+        if kind is int:
+            return int(self._numbers[place])
+        return None if kind is NoneType else self._others[place]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -181,7 +185,12 @@ class Row(Mapping[str, Any]):
         return len(self._places)
 
 
-@dataclass
+def _is_number(kind: type) -> bool | None:
+    """Null for the type of null."""
+    return None if kind is NoneType else kind in (int, float)
+
+
+@dataclass(slots=True)
 class Trial:
     """What the journal says of one trial; `status` is null until it starts."""
 
@@ -298,16 +307,19 @@ def make_tables(record: Record, metric: str) -> dict[str, pa.Table]:
     epochs = sorted((row for trial in trials for row in trial.rows), key=lambda row: int(row["seq"]))
     decisions = sorted((row for trial in trials for row in trial.decisions), key=lambda row: int(row["seq"]))
     return {
-        "trials": _table([_trial_row(trial, metric) for trial in trials], TRIALS),
+        "trials": _table((_trial_row(trial, metric) for trial in trials), TRIALS),
         "epochs": _table(epochs, EPOCHS),
         "decisions": _table(decisions, DECISIONS),
     }
 
 
-def _table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
-    """Column by column: a list of dicts would take more memory for a moment than all rows do."""
-    columns = [pa.array([row.get(field.name) for row in rows], field.type) for field in schema]
-    return pa.Table.from_arrays(columns, schema=schema)
+def _table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+    """Column by column and part by part: all rows as dicts would take more memory for a moment than they do else."""
+    rows, batches = iter(rows), []
+    while part := list(itertools.islice(rows, BATCH_ROWS)):
+        columns = [pa.array([row.get(field.name) for row in part], field.type) for field in schema]
+        batches.append(pa.record_batch(columns, schema=schema))
+    return pa.Table.from_batches(batches, schema=schema)
 
 
 def write_tables(tables: dict[str, pa.Table], folder: Path) -> None:
@@ -315,6 +327,7 @@ def write_tables(tables: dict[str, pa.Table], folder: Path) -> None:
     for name, table in tables.items():
         with replacing(folder / f"{name}.parquet") as temporary:
             pq.write_table(table, temporary)
+    pa.default_memory_pool().release_unused()  # else it keeps as much as the largest tables took
 
 
 def read_table(path: Path) -> pd.DataFrame:
