@@ -65,12 +65,13 @@ def make_run(
 
 
 def _write_samples(folder: Path, classes: tuple[str, ...], paths: tuple[str, ...]) -> None:
+    splits = ("train", "train", "train", "val", "test")
     rows = [
         (
             f"{label}/{number}.png",
             f"/data/{number}.png",
             label,
-            ("train", "train", "train", "val", "test")[number % 5],
+            splits[number % 5],
             None,
         )
         for label in classes

@@ -164,7 +164,7 @@ def ends(trials: pd.DataFrame) -> pd.DataFrame:
 
 
 def errors(trials: pd.DataFrame) -> pd.DataFrame:
-    """Failures by the last line of their error: columns error, trials, example (a trial's id); the most frequent first."""
+    """Failures by the last line of their error: columns error, trials, example (a trial's id); most frequent first."""
     failed = trials[trials["error"].notna()]
     last = failed["error"].str.strip().str.split("\n").str[-1].rename("error")
     found = failed.groupby(last)["trial_id"].agg(trials="size", example="first").reset_index()

@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 
 HERE = Path(__file__).parent
-_CONTROLS = {code: 0x2400 + code for code in range(32)}  # a newline in a file's name shows as its picture
+_CONTROLS = {code: repr(chr(code))[1:-1] for code in range(32)}  # a newline in a file's name shows as \\n
+SHORT = 16  # characters of a cell that isn't broken
 
 
 def text(value: object) -> str:
@@ -26,7 +27,7 @@ def text(value: object) -> str:
 def number(value: Any, digits: int = 4) -> str:
     """A float with so many decimals, fewer for great ones, an int with thousands parted, a dash for null."""
     if value is None or value != value:
-        return "–"
+        return "-"
     if isinstance(value, float) and not value.is_integer():
         return f"{value:.{digits}f}" if 1e-3 <= abs(value) < 1e4 else f"{value:.3g}"
     return f"{int(value):,}" if not math.isinf(value) else "∞"
@@ -47,27 +48,23 @@ def table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
         rows: values by key.
         columns: heading by key, in order.
     """
-    cells = [[(row[key], isinstance(row[key], int | float) or row[key] is None) for key in columns] for row in rows]
-    right = [bool(cells) and all(is_number for _, is_number in column) for column in zip(*cells, strict=True)]
-    right = right or [False] * len(columns)
-    head = "".join(
-        f'<th scope="col"{_right(to_right)}>{text(label)}</th>'
-        for label, to_right in zip(columns.values(), right, strict=True)
+    cells = [[row[key] for key in columns] for row in rows]
+    right = [bool(cells) and all(map(_is_number, values)) for values in zip(*cells, strict=True)] or [False] * len(
+        columns
     )
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f"<td{_right(to_right)}>{number(value) if is_number else text(value)}</td>"
-            for (value, is_number), to_right in zip(row, right, strict=True)
-        )
-        + "</tr>"
-        for row in cells
-    )
+    head = "".join(_cell("th", label, to_right) for label, to_right in zip(columns.values(), right, strict=True))
+    body = "".join(f"<tr>{''.join(map(_cell, ['td'] * len(row), row, right))}</tr>" for row in cells)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _right(is_number: bool) -> str:
-    return ' class="number"' if is_number else ""
+def _is_number(value: object) -> bool:
+    return value is None or isinstance(value, int | float)
+
+
+def _cell(tag: str, value: Any, to_right: bool) -> str:
+    words = number(value) if _is_number(value) else text(value)
+    kind = "number" if to_right else "short" if len(words) <= SHORT else ""
+    return f'<{tag} class="{kind}">{words}</{tag}>'
 
 
 def section(anchor: str, title: str, *parts: str) -> str:
@@ -92,9 +89,8 @@ def column(values: pd.Series, digits: int) -> list[Any]:
     numbers = values.to_numpy(np.float64, na_value=np.nan)
     with np.errstate(divide="ignore", invalid="ignore"):
         scale = 10.0 ** (digits - 1 - np.floor(np.log10(np.abs(numbers))))
-        short = np.where(
-            (numbers == np.round(numbers)) | ~np.isfinite(scale), numbers, np.round(numbers * scale) / scale
-        )
+        whole = (numbers == np.round(numbers)) | ~np.isfinite(scale)
+        short = np.where(whole, numbers, np.round(numbers * scale) / scale)
     return [
         None if not math.isfinite(value) else int(value) if value.is_integer() else value for value in short.tolist()
     ]

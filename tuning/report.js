@@ -26,6 +26,12 @@ function shown(one) {
   return Math.abs(one) >= 1e-3 && Math.abs(one) < 1e4 ? one.toFixed(4) : one.toExponential(2);
 }
 
+// Configurations span decades, and are not read down a column digit by digit.
+function cell(key, one) {
+  if (!key.startsWith("config_") || typeof one !== "number" || Number.isInteger(one)) return shown(one);
+  return Math.abs(one) < 1e-2 ? one.toExponential(1) : String(Number(one.toPrecision(3)));
+}
+
 function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, one] of Object.entries(attributes)) made.setAttribute(name, one);
@@ -61,16 +67,15 @@ function timeAxis(longest) {
 
 // The range of an axis without its outliers, and how many those are: one diverged trial would flatten all others.
 function frame(values) {
-  const sorted = finite(values).sort((a, b) => a - b);
+  const sorted = finite(values).sort((a, b) => (data.lower ? a - b : b - a)); // the best first
   if (sorted.length < 8) return {};
-  const [low, high] = [sorted[0], sorted[sorted.length - 1]];
-  const [near, far] = data.lower
-    ? [low, sorted[Math.floor(0.9 * (sorted.length - 1))]]
-    : [high, sorted[Math.ceil(0.1 * (sorted.length - 1))]];
-  if (Math.abs(high - low) < 2.5 * Math.abs(far - near)) return {};
-  const [end, start] = [far + 0.15 * (far - near), near - 0.06 * (far - near)];
+  const [best, worst] = [sorted[0], sorted[sorted.length - 1]];
+  const spread = sorted[Math.floor(sorted.length / 2)] - best;
+  const end = best + 4 * spread;
   const outside = sorted.filter((one) => (data.lower ? one > end : one < end)).length;
-  return { range: data.lower ? [start, end] : [end, start], outside };
+  if (Math.abs(worst - best) <= 6 * Math.abs(spread) || !outside) return {};
+  const range = [best - 0.3 * spread, end];
+  return { range: data.lower ? range : range.reverse(), outside };
 }
 
 function told(outside, what) {
@@ -83,7 +88,7 @@ function told(outside, what) {
 function label(index) {
   const lines = [`<b>${plain(data.ids[index])}</b> ${plain(value("status", index))}`];
   if (value(metric, index) !== null) lines.push(`${metric} ${shown(value(metric, index))} at epoch ${value("best_epoch", index)}`);
-  for (const key of configs.slice(0, 6)) lines.push(`${words(key)} ${plain(shown(value(key, index)))}`);
+  for (const key of configs.slice(0, 6)) lines.push(`${words(key)} ${plain(cell(key, value(key, index)))}`);
   return lines.join("<br>");
 }
 
@@ -131,11 +136,11 @@ function comparedRuns(key, axis) {
 
 const figures = {
   time() {
-    const ends = finite(trials.best_wall_s);
-    const axis = timeAxis(Math.max(...ends, 1));
     const mine = withValue(metric, "best_wall_s");
+    const longest = mine.reduce((end, index) => Math.max(end, value("best_wall_s", index)), 1);
+    const axis = timeAxis(longest);
     const best = data.best;
-    const x = [...best.wall_s, ...(best.wall_s.length ? [Math.max(...ends)] : [])].map(axis.scale);
+    const x = [...best.wall_s, ...(best.wall_s.length ? [longest] : [])].map(axis.scale);
     const y = [...best.value, ...best.value.slice(-1)];
     const steps = { line: { color: token("ink"), width: 2, shape: "hv" }, hoverinfo: "skip" };
     const traces = byStatus(mine, (index) => axis.scale(value("best_wall_s", index)), (index) => value(metric, index));
@@ -189,7 +194,7 @@ const figures = {
     const mine = withValue(metric, "config_learning_rate");
     const traces = byBackbone(mine, (index) => value("config_learning_rate", index), (index) => value(metric, index));
     const { range, outside } = frame(mine.map((index) => value(metric, index)));
-    const xaxis = { title: { text: "learning rate" }, type: "log", dtick: 1, exponentformat: "power" };
+    const xaxis = { title: { text: "learning rate" }, type: "log", dtick: 1, tickformat: ".0e" };
     return { traces, layout: { xaxis, yaxis: { title: { text: metric }, range }, annotations: told(outside, "trials") } };
   },
 
@@ -200,9 +205,10 @@ const figures = {
     const cells = names.map((name) => depths.map((one) => backbone.findIndex((other, row) => other === name && depth[row] === one)));
     const at = (row, read, other) => (row < 0 ? other : read(row));
     const { range } = frame(values);
+    if (!finite(values).length) return null;
     const [low, high] = range || [Math.min(...finite(values)), Math.max(...finite(values))];
     const scale = [[0, token("raised")], [1, token("completed")]];
-    const text = cells.map((cell) => cell.map((row) => at(row, (one) => (values[one] === null ? "no loss" : values[one].toFixed(3)), "")));
+    const text = cells.map((cell) => cell.map((row) => at(row, (one) => (values[one] === null ? "no loss" : values[one].toPrecision(3)), "")));
     const hover = cells.map((cell) => cell.map((row) => at(row, (one) => `${plain(backbone[one])}, depth ${depth[one]}<br>best ${ids[one] ?? "none"} of ${counts[one]} trials`, "never tried")));
     return {
       traces: [{
@@ -217,14 +223,16 @@ const figures = {
 
   gap() {
     const mine = withValue("train_eval_loss", "val_loss");
+    if (!mine.length) return null;
     const [x, y] = [(index) => value("train_eval_loss", index), (index) => value("val_loss", index)];
     const losses = mine.map(y).sort((a, b) => a - b);
-    const top = losses[Math.floor(0.95 * (losses.length - 1))] * 1.1;
+    const top = frame(losses).range?.[1] ?? 1.05 * losses[losses.length - 1];
+    const outside = losses.filter((one) => one > top).length;
     const diagonal = line("no gap", [0, top], [0, top], token("quiet"), { line: { color: token("quiet"), width: 1, dash: "dot" }, hoverinfo: "skip" });
-    const range = mine.length > 7 ? [0, top] : undefined;
+    const note = told(outside, "trials").map((one) => ({ ...one, text: `${outside} trials outside: double click shows all` }));
     return {
       traces: [...byBackbone(mine, x, y), diagonal],
-      layout: { xaxis: { title: { text: "loss on training images" }, range }, yaxis: { title: { text: "val_loss" }, range } },
+      layout: { xaxis: { title: { text: "loss on training images" }, range: [0, top] }, yaxis: { title: { text: "val_loss" }, range: [0, top] }, annotations: note },
     };
   },
 
@@ -274,7 +282,7 @@ function costs(key, title) {
       points("trials", others, x, y, { color: token("interrupted"), opacity: 0.5, size: 7 }),
       line("Pareto front", front.map(x), front.map(y), token("completed"), joined),
     ],
-    layout: { xaxis: { title: { text: title }, type: "log", exponentformat: "SI" }, yaxis: { title: { text: metric }, range }, annotations: told(outside, "trials") },
+    layout: { xaxis: { title: { text: title }, type: "log", nticks: 6, exponentformat: "SI" }, yaxis: { title: { text: metric }, range }, annotations: told(outside, "trials") },
   };
 }
 
@@ -298,6 +306,10 @@ const drawn = new Map();
 
 async function draw(place, make, width) {
   drawn.set(place, make);
+  if (!window.DecompressionStream) {
+    place.textContent = "This browser is too old for the figures.";
+    return;
+  }
   await loadPlotly();
   const made = await make();
   if (made === null || !made.traces.length) {
@@ -414,12 +426,12 @@ function tableOfTrials(home) {
   function rows(index) {
     const button = element("button", { type: "button", class: "id", "aria-expanded": String(view.open.has(index)) }, data.ids[index]);
     const cells = keys.map((key) => {
-      const cell = element("td", numeric.has(key) ? { class: "number" } : {});
-      if (key === "trial_id") cell.append(button);
-      else if (key === "status") cell.append(dot(value(key, index)), words(value(key, index)));
-      else cell.textContent = shown(value(key, index));
-      if (key === "reason") { cell.className = "reason"; cell.title = value(key, index) ?? ""; }
-      return cell;
+      const made = element("td", numeric.has(key) ? { class: "number" } : {});
+      if (key === "trial_id") made.append(button);
+      else if (key === "status") made.append(dot(value(key, index)), words(value(key, index)));
+      else made.textContent = cell(key, value(key, index));
+      if (key === "reason") { made.className = "reason"; made.title = value(key, index) ?? ""; }
+      return made;
     });
     const row = element("tr", { class: view.open.has(index) ? "trial open" : "trial" }, ...cells);
     row.addEventListener("click", () => {
@@ -450,7 +462,7 @@ async function fillHistory(inside, index) {
   const id = data.ids[index];
   inside.append(element("p", {}, `${words(value("status", index))}: ${value("reason", index) ?? "no reason yet"}`));
   const facts = Object.keys(trials).filter((key) => !["trial_id", "status", "reason", "error"].includes(key) && value(key, index) !== null);
-  inside.append(element("dl", {}, ...facts.map((key) => element("div", {}, element("dt", {}, words(key)), element("dd", {}, shown(value(key, index)))))));
+  inside.append(element("dl", {}, ...facts.map((key) => element("div", {}, element("dt", {}, words(key)), element("dd", {}, cell(key, value(key, index)))))));
   if (value("error", index) !== null) inside.append(element("pre", { class: "error" }, value("error", index)));
   const { epochs, decisions } = await loadHistory();
   const rows = epochs.trials[id];

@@ -13,13 +13,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
+import pandas as pd
 import tyro
 
 from tuning import analysis, tables
 from tuning.config import InputError
-from tuning.page import columns, duration, figure, note, page, section, table, text
-from tuning.sections import Run, judged, read, report
+from tuning.page import column, columns, duration, figure, note, page, section, table, text
+from tuning.sections import TRIALS_SHOWN, Run, body, judged, read, same
 
+EPOCHS_KEPT = 120_000  # of the trials' histories; the best trials', if there are more
+CURVES = 150  # drawn at once
+ERROR_CHARACTERS = 2000  # of a traceback, from its end
 REFRESH_SECONDS, REFRESH_SHARE = 60.0, 0.05  # between reports of a running search; the driver's time for it, at most
 
 
@@ -105,6 +110,79 @@ def refresher(folder: Path, clock: Callable[[], float] = time.monotonic) -> Call
     return refresh
 
 
+# ---- one run ----------------------------------------------------------------------------------------------------
+
+
+def report(run: Run) -> str:
+    """The page of one run."""
+    compared, verdict = judged(run)
+    shares = analysis.importance(run.trials, run.space, run.metric)
+    ranked = _ranked(run)
+    shown, kept = ranked.head(TRIALS_SHOWN), _with_history(ranked)
+    fronts = {cost: analysis.pareto(run.trials, cost, run.metric) for cost in ("seconds", "trained_parameters")}
+    data = {
+        "metric": run.metric,
+        "lower": run.metric == "val_loss",
+        "epochs": run.settings["epochs"],
+        "trials": columns(shown.drop(columns=same(run)), 5),
+        "ids": list(shown["trial_id"]),
+        "curves": _curves(analysis.searched(kept)),
+        "best": columns(analysis.best_so_far(run.trials, run.epochs, run.metric)),
+        "importance": columns(shares, 4),
+        "depths": columns(analysis.by_depth(run.trials, run.metric), 4),
+        "ends": columns(analysis.ends(run.trials)),
+        "fronts": {cost: list(front["trial_id"]) for cost, front in fronts.items()},
+        "finalists": columns(compared),
+        "chosen": verdict.trial_id,
+    }
+    return page(run.settings["name"], body(run, compared, verdict, shares), data, history(run, kept))
+
+
+def _ranked(run: Run) -> pd.DataFrame:
+    """All trials with when they were best: the searched ones from the best on, then probes and finalists' runs."""
+    best = run.epochs[["trial_id", "epoch", "wall_s"]].rename(columns={"epoch": "best_epoch", "wall_s": "best_wall_s"})
+    trials = run.trials.drop(columns=["started_at", "ended_at"]).merge(best, how="left", on=["trial_id", "best_epoch"])
+    trials["error"] = trials["error"].str[-ERROR_CHARACTERS:]
+    beside = trials["origin"].isin(["probe", "finalist"])
+    order = pd.DataFrame(
+        {"beside": beside, "loss": trials[run.metric].map(lambda value: tables.loss_like(run.metric, value))}
+    )
+    return trials.loc[order.sort_values(["beside", "loss"], kind="stable").index]
+
+
+def _with_history(ranked: pd.DataFrame) -> pd.DataFrame:
+    shown = ranked.head(TRIALS_SHOWN)
+    return shown[shown["epochs"].cumsum() <= EPOCHS_KEPT]
+
+
+def _curves(ranked: pd.DataFrame) -> list[str]:
+    """Ids of the trials whose curves are drawn: of many the best third, and the others evenly."""
+    ids = list(ranked.loc[ranked["epochs"] > 0, "trial_id"])
+    if len(ids) <= CURVES:
+        return ids
+    rest = np.linspace(CURVES // 3, len(ids) - 1, CURVES - CURVES // 3).round().astype(int)
+    return ids[: CURVES // 3] + [ids[place] for place in rest]
+
+
+def history(run: Run, kept: pd.DataFrame) -> dict[str, Any]:
+    """Every epoch and decision of these trials: columns, then the values of each trial, column by column."""
+    answer: dict[str, Any] = {}
+    for name, frame in (("epochs", run.epochs), ("decisions", run.decisions)):
+        rows = frame[frame["trial_id"].isin(kept["trial_id"])].sort_values(["trial_id", "seq"])
+        names = [key for key in rows if key not in ("seq", "trial_id") and rows[key].notna().any()]
+        values = [column(rows[key], 4) for key in names]
+        counts = rows.groupby("trial_id").size()
+        ends = counts.cumsum()
+        answer[name] = {
+            "columns": names,
+            "trials": {
+                trial_id: [value[end - count : end] for value in values]
+                for trial_id, count, end in zip(counts.index, counts, ends, strict=True)
+            },
+        }
+    return answer
+
+
 # ---- several runs -----------------------------------------------------------------------------------------------
 
 
@@ -164,7 +242,7 @@ def _budgets(runs: Sequence[Run], names: Sequence[str]) -> str:
             | {"best": None if top is None else float(top[one.metric]), "metric": one.metric}
             | {"verdict": f"{verdict.verdict}: {verdict.sentence}"}
         )
-    heads = dict.fromkeys(rows[0]) | {key: key for key in rows[0]}
+    heads = {key: key for key in rows[0]}
     return table(rows, heads | {"per trial": "epochs a trial", "epochs": "epochs run", "training": "of training"})
 
 
@@ -189,9 +267,9 @@ def _said(spec: Mapping[str, Any]) -> str:
 def _differences(values: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     """A row for each key whose value is not the same in all."""
     keys = [key for key in dict.fromkeys(key for one in values for key in one) if key not in ("name", "storage")]
-    differing = [key for key in keys if len({str(one.get(key, "–")) for one in values}) > 1]
+    differing = [key for key in keys if len({str(one.get(key, "-")) for one in values}) > 1]
     rows = [
-        {"": key} | {name: str(one.get(key, "–")) for name, one in zip(names, values, strict=True)} for key in differing
+        {"": key} | {name: str(one.get(key, "-")) for name, one in zip(names, values, strict=True)} for key in differing
     ]
     return table(rows, {"": ""} | {name: name for name in names}) if rows else "<p>None.</p>"
 

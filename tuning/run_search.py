@@ -29,6 +29,7 @@ from tuning import analysis, finalists, tables
 from tuning.audit import load_checked
 from tuning.config import DEPTH_ALL, PARAMETERS, RESUME_MAY_CHANGE, InputError, SearchPlan, build, command_line
 from tuning.images import parallel_map, read_facts
+from tuning.report import refresher, write_or_tell
 from tuning.space import Space, fix, image_sizes, load, parse
 from tuning.space import backbones as backbones_in
 
@@ -156,6 +157,7 @@ def _search(
         show=show,
         priors=priors,
         resumed=flags.resume,
+        report=refresher(folder),
         redraw=yaml.safe_load((folder / "plan.yaml").read_text())["provenance"].get("val_drawn", False),
     )
     try:
@@ -171,6 +173,7 @@ def _search(
     tables.write_tables({"finalists": pa.Table.from_pandas(judged, schema=tables.FINALISTS)}, folder)
     if verdict.trial_id is not None:
         _write_best(folder, plan, search.record, verdict, fingerprint)
+    report = write_or_tell(folder)
     _summary(folder, plan, trials, verdict, judged, search.halted, None if resources.packed else resources.count)
     if not finished:
         storage = "" if plan.storage == "results" else f" --storage {plan.storage}"

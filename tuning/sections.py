@@ -6,20 +6,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import yaml
 
 from tuning import analysis, finalists, tables
-from tuning.config import DEPTH_ALL, PARAMETERS, InputError
-from tuning.page import column, columns, duration, figure, note, number, page, section, table, text
+from tuning.config import PARAMETERS, InputError
+from tuning.page import column, duration, figure, note, number, section, table, text
 from tuning.space import Space, parse
 
 TRIALS_SHOWN = 4000  # rows of the table of trials; the best, if there are more
-EPOCHS_KEPT = 100_000  # of their histories; the best trials', if there are more
-CURVES = 150  # drawn at once
-ERROR_CHARACTERS = 2000  # of a traceback, from its end
 AUDIT_ROWS = 100  # of each finding
+CLASSES_SHOWN = 30  # of more the table is folded away
 SAID = {
     "winner": "A winner",
     "tie": "A tie",
@@ -81,104 +78,32 @@ def judged(run: Run) -> tuple[pd.DataFrame, finalists.Verdict]:
     return finalists.judge(run.trials, run.metric, val_over_train=ratio)
 
 
-def report(run: Run) -> str:
-    """The page of one run, from the verdict down."""
-    compared, verdict = judged(run)
-    top = _top(head(run, verdict), run, verdict)
-    if analysis.searched(run.trials).empty:
-        return page(run.settings["name"], [*top, _data(run)], {"figures": {}}, {})
-    shares = analysis.importance(run.trials, run.space, run.metric)
-    body = [
-        *top,
-        _progress(),
-        _mattered(run, shares),
-        _depths(),
-        _gap(run),
-        _ended(run),
-        _costs(),
-        _errors(run),
-        _finalists(run, compared),
-        _audit(run),
-        _data(run),
-        _table(run),
-    ]
-    ranked = _ranked(run)
-    shown, kept = ranked.head(TRIALS_SHOWN), _with_history(ranked)
-    fronts = {cost: analysis.pareto(run.trials, cost, run.metric) for cost in ("seconds", "trained_parameters")}
-    data = {
-        "metric": run.metric,
-        "lower": run.metric == "val_loss",
-        "epochs": run.settings["epochs"],
-        "trials": columns(shown.drop(columns=_same(run)), 5),
-        "ids": list(shown["trial_id"]),
-        "curves": _curves(analysis.searched(kept)),
-        "best": columns(analysis.best_so_far(run.trials, run.epochs, run.metric)),
-        "importance": columns(shares, 4),
-        "depths": columns(analysis.by_depth(run.trials, run.metric), 4),
-        "ends": columns(analysis.ends(run.trials)),
-        "fronts": {cost: list(front["trial_id"]) for cost, front in fronts.items()},
-        "finalists": columns(compared),
-        "log": [name for name, parameter in run.space.parameters.items() if parameter.log],
-        "chosen": verdict.trial_id,
-    }
-    return page(run.settings["name"], body, data, history(run, kept))
-
-
-# ---- what report.js is given ------------------------------------------------------------------------------------
-
-
-def _ranked(run: Run) -> pd.DataFrame:
-    """All trials, the best first, with when they were best."""
-    best = run.epochs[["trial_id", "epoch", "wall_s"]].rename(columns={"epoch": "best_epoch", "wall_s": "best_wall_s"})
-    trials = run.trials.drop(columns=["started_at", "ended_at"]).merge(best, how="left", on=["trial_id", "best_epoch"])
-    trials["error"] = trials["error"].str[-ERROR_CHARACTERS:]
-    losses = trials[run.metric].map(lambda value: tables.loss_like(run.metric, value))
-    return trials.loc[losses.sort_values(kind="stable", na_position="last").index]
-
-
-def _with_history(ranked: pd.DataFrame) -> pd.DataFrame:
-    shown = ranked.head(TRIALS_SHOWN)
-    return shown[shown["epochs"].cumsum() <= EPOCHS_KEPT]
-
-
-def _same(run: Run) -> list[str]:
+def same(run: Run) -> list[str]:
     """Configuration columns that are the same in all trials."""
     names = [f"config_{name}" for name in PARAMETERS]
     return [name for name in names if run.trials[name].nunique(dropna=False) <= 1]
 
 
-def _curves(ranked: pd.DataFrame) -> list[str]:
-    """Ids of the trials whose curves are drawn: of many the best third, and the others evenly."""
-    ids = list(ranked.loc[ranked["epochs"] > 0, "trial_id"])
-    if len(ids) <= CURVES:
-        return ids
-    rest = np.linspace(CURVES // 3, len(ids) - 1, CURVES - CURVES // 3).round().astype(int)
-    return ids[: CURVES // 3] + [ids[place] for place in rest]
-
-
-def history(run: Run, kept: pd.DataFrame) -> dict[str, Any]:
-    """Every epoch and decision of these trials: columns, then the values of each trial, column by column."""
-    answer: dict[str, Any] = {}
-    for name, frame in (("epochs", run.epochs), ("decisions", run.decisions)):
-        rows = frame[frame["trial_id"].isin(kept["trial_id"])].sort_values(["trial_id", "seq"])
-        names = [key for key in rows if key not in ("seq", "trial_id") and rows[key].notna().any()]
-        values = [column(rows[key], 4) for key in names]
-        counts = rows.groupby("trial_id").size()
-        ends = counts.cumsum()
-        answer[name] = {
-            "columns": names,
-            "trials": {
-                trial_id: [value[end - count : end] for value in values]
-                for trial_id, count, end in zip(counts.index, counts, ends, strict=True)
-            },
-        }
-    return answer
-
-
 # ---- sections, from the top -------------------------------------------------------------------------------------
 
 
-def head(run: Run, verdict: finalists.Verdict) -> str:
+def body(run: Run, compared: pd.DataFrame, verdict: finalists.Verdict, shares: pd.DataFrame) -> list[str]:
+    """All sections, from the verdict down.
+
+    Args:
+        run: what there is.
+        compared: the finalists' table.
+        verdict: on them.
+        shares: of `analysis.importance`.
+    """
+    parts = [_head(run), _verdict(run, verdict), _best(run, verdict)]
+    if analysis.searched(run.trials).empty:
+        return [*parts, _data(run)]
+    parts += [_progress(), _mattered(run, shares), _depths(), _gap(run), _ended(run), _costs(), _errors(run)]
+    return [*parts, _finalists(run, compared), _audit(run), _data(run), _table(run)]
+
+
+def _head(run: Run) -> str:
     """The run's name, and how far it is."""
     trials = analysis.searched(run.trials)
     ended = int(trials["status"].isin(tables.FINAL).sum())
@@ -189,22 +114,27 @@ def head(run: Run, verdict: finalists.Verdict) -> str:
     return f"<header><h1>{text(run.settings['name'])}</h1><p>{text(words)}</p></header>"
 
 
-def _top(header: str, run: Run, verdict: finalists.Verdict) -> list[str]:
+def _verdict(run: Run, verdict: finalists.Verdict) -> str:
     sentence = verdict.sentence[:1].upper() + verdict.sentence[1:] + "."
     sentence = "No trial has begun." if analysis.searched(run.trials).empty else sentence
     label = f'<p class="verdict {verdict.verdict.partition(" ")[0]}">{text(SAID[verdict.verdict])}</p>'
-    parts = [
-        header,
-        f'<section id="verdict">{label}<p class="sentence">{text(sentence)}</p>{_figures(run, verdict)}</section>',
-    ]
+    return f'<section id="verdict">{label}<p class="sentence">{text(sentence)}</p>{_facts(run)}</section>'
+
+
+def _best(run: Run, verdict: finalists.Verdict) -> str:
     if verdict.trial_id is None:
-        return parts
+        return ""
     row = run.trials.set_index("trial_id").loc[verdict.trial_id]
-    config = {name: _plain(row[f"config_{name}"]) for name in PARAMETERS} | {"epochs": run.settings["epochs"]}
-    yaml_text = yaml.safe_dump(config | {"seed": run.settings["seed"]}, sort_keys=False)
-    copy = f'<div class="copy"><button type="button" data-copy="config">Copy</button><pre id="config">{_pre(yaml_text)}</pre></div>'
-    train = note(f"Train it again and test it once: python tuning/train_final.py {run.folder}")
-    return [*parts, section("best", f"The best configuration: {verdict.trial_id}", copy, train)]
+    config = {name: _plain(row[f"config_{name}"]) for name in PARAMETERS}
+    config |= {"epochs": run.settings["epochs"], "seed": run.settings["seed"]}
+    words = _pre(yaml.safe_dump(config, sort_keys=False).rstrip())
+    button = '<button type="button" data-copy="config">Copy</button>'
+    return section(
+        "best",
+        f"The best configuration: {verdict.trial_id}",
+        f'<div class="copy">{button}<pre id="config">{words}</pre></div>',
+        note(f"Train it again and test it once: python tuning/train_final.py {run.folder}"),
+    )
 
 
 def _pre(words: str) -> str:
@@ -216,12 +146,12 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def _figures(run: Run, verdict: finalists.Verdict) -> str:
+def _facts(run: Run) -> str:
     trials, top = analysis.searched(run.trials), analysis.best(run.trials, run.metric)
     saved = analysis.saved(trials, run.settings["epochs"])
     wall = float(run.epochs["wall_s"].max()) if len(run.epochs) else 0.0
     facts = {
-        f"best {run.metric} of the search": "–" if top is None else number(float(top[run.metric])),
+        f"best {run.metric} of the search": "-" if top is None else number(float(top[run.metric])),
         "trials": number(len(trials)),
         "time": duration(wall),
         "saved by stopping early": duration(float(saved["seconds_saved"].sum())),
@@ -253,14 +183,13 @@ def _mattered(run: Run, shares: pd.DataFrame) -> str:
         "What mattered",
         figure("importance", "importance of each parameter"),
         note(
-            "PED-ANOVA: how differently a parameter's values are spread among the best tenth of trials and among all. It "
-            "doesn't say which values are better, nor that a parameter without weight may be set to anything: effects that "
-            "only show together with another's are missed, and what was hardly varied can't have mattered." + few
+            "PED-ANOVA: how differently a parameter's values are spread among the best tenth of trials and among all. "
+            "It doesn't say which values are better, nor that a parameter without weight may be set to anything: "
+            "effects that only show together with another's are missed, and what hardly varied can't have mattered."
+            + few
         ),
         figure("rates", "learning rate against the metric"),
-        note(
-            "Learning-rate slices: each trial, by backbone. Choose a backbone in the legend; a double click shows it alone."
-        ),
+        note("Learning-rate slices: each trial, by backbone. A double click in the legend shows one backbone alone."),
     )
 
 
@@ -281,9 +210,7 @@ def _gap(run: Run) -> str:
         "gap",
         "The generalisation gap",
         figure("gap", "validation loss against training loss"),
-        note(
-            "Both losses without augmentation, at the best epoch. Above the line a trial is worse on images it hasn't seen."
-        ),
+        note("Without augmentation, at the best epoch. Above the line a trial is worse on images it hasn't seen."),
         table(_records(rows), heads),
     )
 
@@ -307,10 +234,11 @@ def _ended(run: Run) -> str:
 
 
 def _costs() -> str:
+    both = figure("seconds", "loss against seconds") + figure("size", "loss against trained parameters")
     return section(
         "cost",
         "Loss against cost",
-        f'<div class="pair">{figure("seconds", "loss against seconds")}{figure("size", "loss against trained parameters")}</div>',
+        f'<div class="pair">{both}</div>',
         note("The line joins the trials that none beats in both: the Pareto front."),
     )
 
@@ -324,57 +252,42 @@ def _errors(run: Run) -> str:
 def _finalists(run: Run, compared: pd.DataFrame) -> str:
     if compared.empty:
         return ""
-    heads = {
-        "trial_id": "trial",
-        "role": "role",
-        "runs": "runs",
-        "mean": "mean",
-        "sd": "sd",
-        "searched": "in the search",
-    }
-    heads |= {
-        "luck": "luck",
-        "difference": "better by",
-        "low": "from",
-        "high": "to",
-        "p_value": "p",
-        "seconds": "s a run",
-    }
+    heads = {"trial_id": "trial", "role": "role", "runs": "runs", "mean": "mean", "sd": "sd", "luck": "luck"}
+    heads |= {"searched": "in the search", "difference": "better by", "low": "from", "high": "to", "p_value": "p"}
+    chosen = compared["role"].where(~compared["chosen"].astype(bool), compared["role"] + ", chosen")
     return section(
         "finalists",
         "Finalists",
         figure("finalists", "difference from the default with its interval"),
         note(f"Trained again with the same seeds, {run.metric}. Right of the line is better than the default."),
-        table(_records(compared), heads),
+        table(_records(compared.assign(role=chosen)), heads | {"seconds": "s a run"}),
     )
 
 
 def _audit(run: Run) -> str:
-    if run.audit is None or run.audit.empty:
-        return "" if run.audit is None else section("audit", "The audit", "<p>Nothing was found.</p>")
-    counts = run.audit.groupby(["severity", "finding"], as_index=False).size()
+    if run.audit is None:
+        return ""
+    counts = run.audit.groupby(["severity", "finding"], as_index=False, sort=False).size()
     parts = [table(_records(counts), {"severity": "severity", "finding": "finding", "size": "rows"})]
     for finding, rows in run.audit.groupby("finding", sort=False):
-        heads = {name: name.replace("_", " ") for name in rows if name not in ("finding",) and rows[name].notna().any()}
-        more = (
-            note(f"The first {AUDIT_ROWS} of {len(rows):,}; audit.parquet has all.") if len(rows) > AUDIT_ROWS else ""
-        )
-        body = table(_records(rows.head(AUDIT_ROWS)), heads) + more
-        parts.append(f"<details><summary>{text(finding)} ({len(rows):,})</summary>{body}</details>")
-    return section("audit", "The audit", *parts)
+        heads = {name: name.replace("_", " ") for name in rows if name != "finding" and rows[name].notna().any()}
+        told = table(_records(rows.head(AUDIT_ROWS)), heads)
+        told += note(f"{AUDIT_ROWS} of {len(rows):,}; audit.parquet has all.") if len(rows) > AUDIT_ROWS else ""
+        parts.append(f"<details><summary>{text(finding)} ({len(rows):,})</summary>{told}</details>")
+    return section("audit", "The audit", *(parts if len(run.audit) else ["<p>Nothing was found.</p>"]))
 
 
 def _data(run: Run) -> str:
     counts = run.samples.groupby(["label", "split"]).size().unstack(fill_value=0).reset_index()
     heads = {"label": "class"} | {name: name for name in ("train", "val", "test") if name in counts}
-    return section("data", "The data", table(_records(counts), heads))
+    told = table(_records(counts), heads)
+    many = f"<details><summary>{len(counts):,} classes</summary>{told}</details>"
+    return section("data", "The data", told if len(counts) <= CLASSES_SHOWN else many)
 
 
 def _table(run: Run) -> str:
-    same = {name.removeprefix("config_"): _plain(run.trials[name].iloc[0]) for name in _same(run)}
-    words = ", ".join(
-        f"{name} {'all' if (name, value) == ('unfreeze_depth', DEPTH_ALL) else value}" for name, value in same.items()
-    )
+    fixed = {name.removeprefix("config_"): _plain(run.trials[name].iloc[0]) for name in same(run)}
+    words = ", ".join(f"{name} {value}" for name, value in fixed.items())
     many = f" The best {TRIALS_SHOWN:,} of {len(run.trials):,} are shown." if len(run.trials) > TRIALS_SHOWN else ""
     return section("trials", "All trials", '<div id="table"></div>', note(f"The same in all: {words}.{many}"))
 
