@@ -33,26 +33,28 @@ def make_run(
     finalists: bool = True,
     killed: bool = False,
     classes: tuple[str, ...] = ("normal", "pneumonia"),
-    paths: tuple[str, ...] = (),
-    space: dict = SPACE,
+    backbones: tuple[str, ...] = ("resnet18", "vgg16", "densenet121"),
+    reason: str = "",
     seed: int = 0,
 ) -> Path:
     """A run's plan, samples and tables; `killed` leaves the last trials running and no finalists."""
     folder.mkdir(parents=True)
-    plan = SearchPlan(name=folder.name, trials=trials, epochs=epochs, data="/data/films")
+    parameters = SPACE["parameters"] | {"backbone": {"type": "categorical", "choices": list(backbones)}}
+    space = SPACE | {"parameters": parameters, "start": [SPACE["start"][0] | {"backbone": backbones[0]}]}
+    plan = SearchPlan(name=folder.name, trials=max(trials, 1), epochs=epochs, data="/data/films")
     provenance = {"fingerprint": "f" * 64, "val_drawn": True}
     document = {"settings": plan.model_dump(), "space": space, "provenance": provenance}
     (folder / "plan.yaml").write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
-    _write_samples(folder, classes, paths)
+    _write_samples(folder, classes)
     record = Record()
     rng = np.random.default_rng(seed)
     events = _Events(record)
     parsed = parse(space, "space")
     for number in range(trials):
-        params = space["start"][0] if number == 0 else _draw(rng)
+        params = space["start"][0] if number == 0 else _draw(rng, backbones)
         running = killed and number >= trials - 2
-        _trial(events, rng, parsed, f"t{number:05d}", number, params, epochs, running=running)
-    if finalists and not killed:
+        _trial(events, rng, parsed, f"t{number:05d}", number, params, epochs, running=running, reason=reason)
+    if trials and finalists and not killed:
         ended = [trial for trial in record.trials.values() if best_epoch(trial.rows, "val_loss")]
         order = sorted(ended, key=lambda trial: best_epoch(trial.rows, "val_loss")["val_loss"])
         chosen = dict.fromkeys(["t00000", *(trial.trial_id for trial in order)])
@@ -64,7 +66,7 @@ def make_run(
     return folder
 
 
-def _write_samples(folder: Path, classes: tuple[str, ...], paths: tuple[str, ...]) -> None:
+def _write_samples(folder: Path, classes: tuple[str, ...]) -> None:
     splits = ("train", "train", "train", "val", "test")
     rows = [
         (
@@ -77,9 +79,16 @@ def _write_samples(folder: Path, classes: tuple[str, ...], paths: tuple[str, ...
         for label in classes
         for number in range(20)
     ]
-    rows += [(path, path, classes[0], "train", None) for path in paths]
     frame = pd.DataFrame(rows, columns=SAMPLES.names)
     write_tables({"samples": pa.Table.from_pandas(frame, schema=SAMPLES, preserve_index=False)}, folder)
+
+
+def make_audit(folder: Path, paths: tuple[str, str], rows: int = 1) -> None:
+    """Findings about two images."""
+    found = {"finding": "duplicate_across_splits", "severity": "error", "path_a": paths[0], "path_b": paths[1]}
+    table = pa.Table.from_pylist([found | {"value": 0.5, "p_value": None, "detail": "the same pixels"}] * rows)
+    table = table.replace_schema_metadata({"schema_version": "1"})
+    write_tables({"audit": table}, folder)
 
 
 class _Events:
@@ -94,9 +103,9 @@ class _Events:
         self._record.apply(entry | fields)
 
 
-def _draw(rng: np.random.Generator) -> dict:
+def _draw(rng: np.random.Generator, backbones: tuple[str, ...]) -> dict:
     params = {
-        "backbone": str(rng.choice(["resnet18", "vgg16", "densenet121"])),
+        "backbone": str(rng.choice(backbones)),
         "unfreeze_depth": int(rng.integers(0, 6)),
         "learning_rate": float(10 ** rng.uniform(-5, -1)),
     }
@@ -116,6 +125,7 @@ def _trial(
     *,
     running: bool = False,
     finalist_of: str | None = None,
+    reason: str = "",
     seed: int = 0,
 ) -> None:
     config = TrialConfig(**trial_values(space, params), epochs=epochs, seed=seed).model_dump()
@@ -147,7 +157,7 @@ def _trial(
             events("decision", trial_id=trial_id, epoch=epoch, rung=epoch, **decision)
     if not running:
         error = "Traceback:\n  ...\nRuntimeError: <b>the film is torn</b>" if status == "failed" else None
-        events("ended", trial_id=trial_id, status=status, reason=f"{status} after {length} epochs", error=error)
+        events("ended", trial_id=trial_id, status=status, reason=f"{status} after {length} epochs{reason}", error=error)
 
 
 def _row(epoch: int, loss: float, rate: float, depth: int, diverges: bool) -> dict:

@@ -49,9 +49,7 @@ def table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
         columns: heading by key, in order.
     """
     cells = [[row[key] for key in columns] for row in rows]
-    right = [bool(cells) and all(map(_is_number, values)) for values in zip(*cells, strict=True)] or [False] * len(
-        columns
-    )
+    right = [all(map(_is_number, values)) for values in zip(*cells, strict=True)] or [False] * len(columns)
     head = "".join(_cell("th", label, to_right) for label, to_right in zip(columns.values(), right, strict=True))
     body = "".join(f"<tr>{''.join(map(_cell, ['td'] * len(row), row, right))}</tr>" for row in cells)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -129,7 +127,7 @@ def _json(value: Any) -> str:
 
 def packed(content: bytes) -> str:
     """Gzipped, as text."""
-    return base64.b64encode(gzip.compress(content, mtime=0)).decode()
+    return base64.b64encode(gzip.compress(content, compresslevel=6, mtime=0)).decode()
 
 
 @cache

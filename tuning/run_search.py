@@ -173,8 +173,9 @@ def _search(
     tables.write_tables({"finalists": pa.Table.from_pandas(judged, schema=tables.FINALISTS)}, folder)
     if verdict.trial_id is not None:
         _write_best(folder, plan, search.record, verdict, fingerprint)
-    report = write_or_tell(folder)
     _summary(folder, plan, trials, verdict, judged, search.halted, None if resources.packed else resources.count)
+    if (report := write_or_tell(folder)) is not None:
+        console.print(f"\nReport: {report}")
     if not finished:
         storage = "" if plan.storage == "results" else f" --storage {plan.storage}"
         console.print(f"\nInterrupted. To go on: python tuning/run_search.py --resume --name {plan.name}{storage}")
