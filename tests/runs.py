@@ -54,7 +54,7 @@ def make_run(
         params = space["start"][0] if number == 0 else _draw(rng, backbones)
         running = killed and number >= trials - 2
         _trial(events, rng, parsed, f"t{number:05d}", number, params, epochs, running=running, reason=reason)
-    if trials and finalists and not killed:
+    if trials > 2 and finalists and not killed:
         ended = [trial for trial in record.trials.values() if best_epoch(trial.rows, "val_loss")]
         order = sorted(ended, key=lambda trial: best_epoch(trial.rows, "val_loss")["val_loss"])
         chosen = dict.fromkeys(["t00000", *(trial.trial_id for trial in order)])

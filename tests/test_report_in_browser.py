@@ -136,8 +136,8 @@ def test_a_row_opens_its_full_history(opened, tmp_path):
     find(browser, "tr.trial .id")[index].click()
     wait(browser, "document.querySelector('tr.history .figure')?.dataset.drawn")
     tables = find(browser, "tr.history table")
-    assert len(tables[0].find_elements("css selector", "tbody tr")) == 8
-    assert len(tables[1].find_elements("css selector", "tbody tr")) == 3  # decisions after 1, 2 and 4 epochs
+    assert len(tables[0].find_elements("css selector", ":scope > tbody > tr")) == 8
+    assert len(tables[1].find_elements("css selector", ":scope > tbody > tr")) == 3  # decisions after 1, 2 and 4 epochs
     assert "completed after 8 epochs" in find(browser, "tr.history")[0].text
     assert find(browser, "tr.history")[0].get_attribute("data-of") == name
     find(browser, "tr.trial .id")[index].click()
