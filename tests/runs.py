@@ -85,7 +85,7 @@ def _write_samples(folder: Path, classes: tuple[str, ...]) -> None:
 
 def make_audit(folder: Path, paths: tuple[str, str], rows: int = 1) -> None:
     """Findings about two images."""
-    found = {"finding": "duplicate_across_splits", "severity": "error", "path_a": paths[0], "path_b": paths[1]}
+    found = {"finding": "duplicate_across_splits", "severity": "stop", "path_a": paths[0], "path_b": paths[1]}
     table = pa.Table.from_pylist([found | {"value": 0.5, "p_value": None, "detail": "the same pixels"}] * rows)
     table = table.replace_schema_metadata({"schema_version": "1"})
     write_tables({"audit": table}, folder)

@@ -11,7 +11,7 @@ const metric = data.metric;
 const all = (data.ids || []).map((_, index) => index);
 const place = new Map((data.ids || []).map((id, index) => [id, index]));
 const searched = all.filter((index) => !["probe", "finalist"].includes(trials.origin[index]));
-const configs = Object.keys(trials).filter((key) => key.startsWith("config_"));
+const configs = data.varied || []; // columns of what was not the same in all trials
 
 const token = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 const plain = (value) => String(value).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
@@ -31,6 +31,8 @@ function cell(key, one) {
   if (!key.startsWith("config_") || typeof one !== "number" || Number.isInteger(one)) return shown(one);
   return Math.abs(one) < 1e-2 ? one.toExponential(1) : String(Number(one.toPrecision(3)));
 }
+
+const short = (one) => (Math.abs(one) >= 1e-3 ? one.toPrecision(3) : shown(one));
 
 function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
@@ -78,9 +80,9 @@ function frame(values) {
   return { range: data.lower ? range : range.reverse(), outside };
 }
 
-function told(outside, what) {
+function told(outside, where = data.lower ? "above" : "below") {
   if (!outside) return [];
-  const text = `${outside} ${what} ${data.lower ? "above" : "below"}: double click shows all`;
+  const text = `${outside} ${where}: double click shows all`;
   const at = { xref: "paper", yref: "paper", x: 1, xanchor: "right", y: 1, yanchor: "top", showarrow: false };
   return [{ ...at, text, font: { size: 11, color: token("quiet") }, bgcolor: token("page") }];
 }
@@ -111,7 +113,7 @@ function byBackbone(indices, x, y) {
   return names.map((name, number) => {
     const mine = indices.filter((index) => value("config_backbone", index) === name);
     const colour = token(STATUSES[number % STATUSES.length]);
-    return points(name ?? "all", mine, x, y, { color: colour, symbol: SYMBOLS[Math.floor(number / 8 + number) % 8] });
+    return points(name, mine, x, y, { color: colour, symbol: SYMBOLS[Math.floor(number / 8 + number) % 8] });
   });
 }
 
@@ -147,7 +149,7 @@ const figures = {
     const { range, outside } = frame(mine.map((index) => value(metric, index)));
     return {
       traces: [...traces, line("best so far", x, y, token("ink"), steps)],
-      layout: { xaxis: { title: { text: axis.title } }, yaxis: { title: { text: metric }, range }, annotations: told(outside, "trials") },
+      layout: { xaxis: { title: { text: axis.title } }, yaxis: { title: { text: metric }, range }, annotations: told(outside) },
     };
   },
 
@@ -175,7 +177,7 @@ const figures = {
     const some = mine.length < searched.length ? ` (${mine.length} of ${searched.length} trials, the best among them)` : "";
     return {
       traces,
-      layout: { xaxis: { title: { text: "epoch" + some } }, yaxis: { title: { text: metric }, range }, annotations: told(outside, "epochs") },
+      layout: { xaxis: { title: { text: "epoch" + some } }, yaxis: { title: { text: metric }, range }, annotations: told(outside) },
     };
   },
 
@@ -195,7 +197,7 @@ const figures = {
     const traces = byBackbone(mine, (index) => value("config_learning_rate", index), (index) => value(metric, index));
     const { range, outside } = frame(mine.map((index) => value(metric, index)));
     const xaxis = { title: { text: "learning rate" }, type: "log", dtick: 1, tickformat: ".0e" };
-    return { traces, layout: { xaxis, yaxis: { title: { text: metric }, range }, annotations: told(outside, "trials") } };
+    return { traces, layout: { xaxis, yaxis: { title: { text: metric }, range }, annotations: told(outside) } };
   },
 
   depths() {
@@ -208,7 +210,7 @@ const figures = {
     if (!finite(values).length) return null;
     const [low, high] = range || [Math.min(...finite(values)), Math.max(...finite(values))];
     const scale = [[0, token("raised")], [1, token("completed")]];
-    const text = cells.map((cell) => cell.map((row) => at(row, (one) => (values[one] === null ? "no loss" : values[one].toPrecision(3)), "")));
+    const text = cells.map((cell) => cell.map((row) => at(row, (one) => (values[one] === null ? "no loss" : short(values[one])), "")));
     const hover = cells.map((cell) => cell.map((row) => at(row, (one) => `${plain(backbone[one])}, depth ${depth[one]}<br>best ${ids[one] ?? "none"} of ${counts[one]} trials`, "never tried")));
     return {
       traces: [{
@@ -229,7 +231,7 @@ const figures = {
     const top = frame(losses).range?.[1] ?? 1.05 * losses[losses.length - 1];
     const outside = losses.filter((one) => one > top).length;
     const diagonal = line("no gap", [0, top], [0, top], token("quiet"), { line: { color: token("quiet"), width: 1, dash: "dot" }, hoverinfo: "skip" });
-    const note = told(outside, "trials").map((one) => ({ ...one, text: `${outside} trials outside: double click shows all` }));
+    const note = told(outside, "outside");
     return {
       traces: [...byBackbone(mine, x, y), diagonal],
       layout: { xaxis: { title: { text: "loss on training images" }, range: [0, top] }, yaxis: { title: { text: "val_loss" }, range: [0, top] }, annotations: note },
@@ -282,7 +284,7 @@ function costs(key, title) {
       points("trials", others, x, y, { color: token("interrupted"), opacity: 0.5, size: 7 }),
       line("Pareto front", front.map(x), front.map(y), token("completed"), joined),
     ],
-    layout: { xaxis: { title: { text: title }, type: "log", nticks: 6, exponentformat: "SI" }, yaxis: { title: { text: metric }, range }, annotations: told(outside, "trials") },
+    layout: { xaxis: { title: { text: title }, type: "log", nticks: 6, exponentformat: "SI" }, yaxis: { title: { text: metric }, range }, annotations: told(outside) },
   };
 }
 

@@ -18,7 +18,7 @@ import pandas as pd
 import tyro
 
 from tuning import analysis, tables
-from tuning.config import InputError
+from tuning.config import PARAMETERS, InputError
 from tuning.page import column, columns, duration, figure, note, page, section, table, text
 from tuning.sections import TRIALS_SHOWN, Run, body, judged, read, same
 
@@ -124,7 +124,8 @@ def report(run: Run) -> str:
         "metric": run.metric,
         "lower": run.metric == "val_loss",
         "epochs": run.settings["epochs"],
-        "trials": columns(shown.drop(columns=same(run)), 5),
+        "trials": columns(shown.drop(columns=[name for name in same(run) if name != "config_backbone"]), 5),
+        "varied": [f"config_{name}" for name in PARAMETERS if f"config_{name}" not in same(run)],
         "ids": list(shown["trial_id"]),
         "curves": _curves(analysis.searched(kept)),
         "best": columns(analysis.best_so_far(run.trials, run.epochs, run.metric)),

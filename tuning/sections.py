@@ -220,9 +220,9 @@ def _ended(run: Run) -> str:
     rows = analysis.saved(trials, run.settings["epochs"])
     on_gpu = float(trials["gpu_seconds"].sum()) > 0
     seconds = analysis.saved(trials.assign(seconds=trials["gpu_seconds"]), run.settings["epochs"]) if on_gpu else rows
-    hours, unit = float(seconds["seconds_saved"].sum()) / 3600, "GPU hours" if on_gpu else "hours of training"
+    kept, kind = duration(float(seconds["seconds_saved"].sum())), "GPU time" if on_gpu else "training"
     heads = {"status": "ended", "trials": "trials", "epochs": "epochs", "epochs_saved": "epochs saved"}
-    words = f"Ending trials early saved {rows['epochs_saved'].sum():,.0f} epochs, about {hours:.3g} {unit}."
+    words = f"Ending trials early saved {rows['epochs_saved'].sum():,.0f} epochs, about {kept} of {kind}."
     return section(
         "ends",
         "Why and when trials ended",
@@ -265,8 +265,8 @@ def _finalists(run: Run, compared: pd.DataFrame) -> str:
 
 
 def _audit(run: Run) -> str:
-    if run.audit is None:
-        return ""
+    if run.audit is None or run.audit.empty:
+        return "" if run.audit is None else section("audit", "The audit", "<p>Nothing was found.</p>")
     counts = run.audit.groupby(["severity", "finding"], as_index=False, sort=False).size()
     parts = [table(_records(counts), {"severity": "severity", "finding": "finding", "size": "rows"})]
     for finding, rows in run.audit.groupby("finding", sort=False):
@@ -274,7 +274,7 @@ def _audit(run: Run) -> str:
         told = table(_records(rows.head(AUDIT_ROWS)), heads)
         told += note(f"{AUDIT_ROWS} of {len(rows):,}; audit.parquet has all.") if len(rows) > AUDIT_ROWS else ""
         parts.append(f"<details><summary>{text(finding)} ({len(rows):,})</summary>{told}</details>")
-    return section("audit", "The audit", *(parts if len(run.audit) else ["<p>Nothing was found.</p>"]))
+    return section("audit", "The audit", *parts)
 
 
 def _data(run: Run) -> str:
