@@ -508,7 +508,7 @@ def _summary(
 
     # What each backbone cost.
     shares = ", ".join(f"{row.backbone} {row.seconds:.0f} s in {row.epochs} epochs" for row in costs.itertuples())
-    console.print(f"By backbone, probes included: {shares}.")
+    console.print(f"By backbone, with probes and finalists: {shares}.")
 
     # Where the time went.
     epochs = tables.read_table(folder / "epochs.parquet")
@@ -539,7 +539,7 @@ def _summary(
                 f"{numbers[2]:>7} {numbers[3]:>8}  {numbers[4]:>9}",
                 markup=False,
             )
-    console.print(f"\n[bold]Verdict: {verdict.verdict}[/bold]. {verdict.sentence}.")
+    console.print(f"\n[bold]Verdict: {verdict.verdict}[/bold]: {verdict.sentence}.")
     top = trials.set_index("trial_id").loc[verdict.trial_id]
     console.print(
         f"\n[bold]Best[/bold]: {verdict.trial_id}, {plan.metric} {top[plan.metric]:.4f} at epoch {top['best_epoch']}"
