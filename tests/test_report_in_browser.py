@@ -98,8 +98,9 @@ def test_every_figure_is_drawn_light_and_dark_wide_and_narrow(opened, tmp_path):
 
 def test_it_prints(opened, tmp_path):
     browser = opened(report.write(make_run(tmp_path / "run")))
-    pdf = browser.execute_cdp_cmd("Page.printToPDF", {})["data"]
-    assert len(pdf) > 20_000
+    wait(browser, "document.querySelector('[data-figure=time]').dataset.drawn")
+    browser.execute_cdp_cmd("Page.printToPDF", {})
+    assert len(find(browser, "[data-drawn]")) == 10  # also those that nobody has scrolled to
 
 
 def test_the_table_sorts_and_filters(opened, tmp_path):
@@ -142,6 +143,8 @@ def test_a_row_opens_its_full_history(opened, tmp_path):
     assert find(browser, "tr.history")[0].get_attribute("data-of") == name
     find(browser, "tr.trial .id")[index].click()
     assert find(browser, "tr.history") == []
+    find(browser, "tr.trial .id")[column(browser, "status").index("failed")].click()
+    assert "RuntimeError: <b>the film is torn</b>" in wait(browser, "document.querySelector('pre.error')?.textContent")
 
 
 def test_hovering_tells_the_trial(opened, tmp_path):

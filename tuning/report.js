@@ -5,7 +5,8 @@
 const data = JSON.parse(document.getElementById("packed-data").textContent);
 const STATUSES = ["completed", "converged", "stopped", "diverged", "out_of_memory", "failed", "running", "interrupted"];
 const SYMBOLS = ["circle", "diamond", "square", "x", "triangle-up", "cross", "star", "triangle-down"];
-const PAGE = 50;
+const PAGE = 50; // rows of the table
+const POINTS = 15000; // of the learning curves; every second epoch, or third, where there are more
 const trials = data.trials || {};
 const metric = data.metric;
 const all = (data.ids || []).map((_, index) => index);
@@ -159,13 +160,16 @@ const figures = {
     if (loss < 0) return null;
     const mine = data.curves.filter((id) => rows[id]);
     const seen = [];
+    const step = Math.ceil(mine.reduce((sum, id) => sum + rows[id][epoch].length, 0) / POINTS);
     const traces = STATUSES.map((status) => {
       const [x, y, text] = [[], [], []];
       for (const id of mine.filter((one) => value("status", place.get(one)) === status)) {
-        x.push(...rows[id][epoch], null);
-        y.push(...rows[id][loss], null);
-        text.push(...rows[id][epoch].map(() => plain(id)), "");
-        seen.push(...rows[id][loss]);
+        const some = (_, row) => row % step === 0 || row === rows[id][epoch].length - 1;
+        const losses = rows[id][loss].filter(some);
+        x.push(...rows[id][epoch].filter(some), null);
+        y.push(...losses, null);
+        text.push(...losses.map(() => plain(id)), "");
+        seen.push(...losses);
       }
       const style = { mode: "lines+markers", text, opacity: mine.length > 40 ? 0.5 : 0.8, marker: { size: 3 }, connectgaps: false };
       const drawn = { color: token(status), width: 1.4 };
@@ -426,7 +430,7 @@ function tableOfTrials(home) {
   }
 
   function rows(index) {
-    const button = element("button", { type: "button", class: "id", "aria-expanded": String(view.open.has(index)) }, data.ids[index]);
+    const button = element("button", { type: "button", class: "id", "data-id": data.ids[index], "aria-expanded": String(view.open.has(index)) }, data.ids[index]);
     const cells = keys.map((key) => {
       const made = element("td", numeric.has(key) ? { class: "number" } : {});
       if (key === "trial_id") made.append(button);
@@ -440,7 +444,7 @@ function tableOfTrials(home) {
       if (String(getSelection())) return; // someone selects text
       view.open.has(index) ? view.open.delete(index) : view.open.add(index);
       show();
-      body.querySelector(`[data-of="${CSS.escape(data.ids[index])}"]`)?.scrollIntoView({ block: "nearest" });
+      body.querySelector(`[data-id="${data.ids[index]}"]`)?.focus({ preventScroll: true });
     });
     return view.open.has(index) ? [row, historyRow(index, keys.length)] : [row];
   }
@@ -463,10 +467,10 @@ function historyRow(index, span) {
 async function fillHistory(inside, index) {
   const id = data.ids[index];
   inside.append(element("p", {}, `${words(value("status", index))}: ${value("reason", index) ?? "no reason yet"}`));
-  const facts = Object.keys(trials).filter((key) => !["trial_id", "status", "reason", "error"].includes(key) && value(key, index) !== null);
+  const facts = Object.keys(trials).filter((key) => !["trial_id", "status", "reason"].includes(key) && value(key, index) !== null);
   inside.append(element("dl", {}, ...facts.map((key) => element("div", {}, element("dt", {}, words(key)), element("dd", {}, cell(key, value(key, index)))))));
-  if (value("error", index) !== null) inside.append(element("pre", { class: "error" }, value("error", index)));
-  const { epochs, decisions } = await loadHistory();
+  const { epochs, decisions, errors } = await loadHistory();
+  if (errors[id]) inside.append(element("pre", { class: "error" }, errors[id]));
   const rows = epochs.trials[id];
   if (!rows) {
     inside.append(element("p", { class: "note" }, "Its epochs are not in this page; see epochs.parquet."));

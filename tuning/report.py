@@ -24,7 +24,7 @@ from tuning.sections import TRIALS_SHOWN, Run, body, judged, read, same
 
 EPOCHS_KEPT = 120_000  # of the trials' histories; the best trials', if there are more
 CURVES = 150  # drawn at once
-ERROR_CHARACTERS = 2000  # of a traceback, from its end
+ERROR_CHARACTERS, REASON_CHARACTERS = 2000, 300  # of a traceback, from its end; of a reason
 REFRESH_SECONDS, REFRESH_SHARE = 60.0, 0.05  # between reports of a running search; the driver's time for it, at most
 
 
@@ -142,8 +142,10 @@ def report(run: Run) -> str:
 def _ranked(run: Run) -> pd.DataFrame:
     """All trials with when they were best: the searched ones from the best on, then probes and finalists' runs."""
     best = run.epochs[["trial_id", "epoch", "wall_s"]].rename(columns={"epoch": "best_epoch", "wall_s": "best_wall_s"})
-    trials = run.trials.drop(columns=["started_at", "ended_at"]).merge(best, how="left", on=["trial_id", "best_epoch"])
-    trials["error"] = trials["error"].str[-ERROR_CHARACTERS:]
+    trials = run.trials.drop(columns=["error", "started_at", "ended_at"]).merge(
+        best, how="left", on=["trial_id", "best_epoch"]
+    )
+    trials["reason"] = trials["reason"].str[:REASON_CHARACTERS]
     beside = trials["origin"].isin(["probe", "finalist"])
     order = pd.DataFrame(
         {"beside": beside, "loss": trials[run.metric].map(lambda value: tables.loss_like(run.metric, value))}
@@ -166,8 +168,11 @@ def _curves(ranked: pd.DataFrame) -> list[str]:
 
 
 def history(run: Run, kept: pd.DataFrame) -> dict[str, Any]:
-    """Every epoch and decision of these trials: columns, then the values of each trial, column by column."""
-    answer: dict[str, Any] = {}
+    """Errors, and every epoch and decision of these trials: columns, then each trial's values column by column."""
+    failed = run.trials[run.trials["error"].notna()]
+    answer: dict[str, Any] = {
+        "errors": dict(zip(failed["trial_id"], failed["error"].str[-ERROR_CHARACTERS:], strict=True))
+    }
     for name, frame in (("epochs", run.epochs), ("decisions", run.decisions)):
         rows = frame[frame["trial_id"].isin(kept["trial_id"])].sort_values(["trial_id", "seq"])
         names = [key for key in rows if key not in ("seq", "trial_id") and rows[key].notna().any()]
