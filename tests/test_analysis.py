@@ -1,9 +1,11 @@
 import numpy as np
 import pandas as pd
 import pytest
+from runs import make_run
 
 from tuning import analysis
 from tuning.predictions import Predictions
+from tuning.sections import read
 
 
 @pytest.fixture
@@ -170,3 +172,56 @@ def test_utilisation_counts_until_the_last_trial_begins():
 
 def test_utilisation_of_trials_that_all_began_at_once_is_unknown():
     assert analysis.utilisation(epochs(("a", 7, 5), ("b", 12, 9.5)), 2) is None
+
+
+def test_best_so_far_counts_what_all_trials_took(trials):
+    trials.loc[3, "origin"] = "probe"
+    rows = [
+        ("t0", 1, 5, 5, 0.9),
+        ("t1", 1, 6, 6, None),
+        ("t3", 1, 7, 1, 0.1),
+        ("t0", 2, 10, 5, 0.5),
+        ("t1", 2, 12, 6, 0.7),
+    ]
+    table = pd.DataFrame(rows, columns=["trial_id", "epoch", "wall_s", "seconds", "val_loss"])
+    table = table.assign(seq=range(5), val_auroc=[0.5, 0.6, 0.9, 0.4, 0.7])
+    found = analysis.best_so_far(trials, table, "val_loss")
+    assert found.to_dict("list") == {
+        "trial_id": ["t0", "t0"],
+        "epoch": [1, 2],
+        "wall_s": [5, 10],
+        "epochs": [1, 3],
+        "seconds": [5, 16],
+        "value": [0.9, 0.5],
+    }
+    assert list(analysis.best_so_far(trials, table, "val_auroc")["value"]) == [0.5, 0.7]
+
+
+def test_the_pareto_front_has_the_cheapest_and_the_best(trials):
+    front = analysis.pareto(trials.assign(seconds=[8.0, 9.0, 1.0, 1.0, 8.0]), "seconds", "val_loss")
+    assert list(front["trial_id"]) == ["t3", "t4", "t1"]
+    assert list(analysis.pareto(trials, "seconds", "val_auroc")["trial_id"]) == ["t4", "t1", "t0"]
+
+
+def test_backbones_by_depth(trials):
+    table = analysis.by_depth(trials, "val_loss")
+    assert list(zip(table["backbone"], table["depth"], table["trials"], table["trial_id"], strict=True)) == [
+        ("a", 0, 1, "t0"),
+        ("a", 1, 1, "t4"),
+        ("a", 3, 1, "t1"),
+        ("b", 5, 2, "t3"),
+    ]
+
+
+def test_ends_by_epoch_and_errors_by_their_last_line(trials):
+    assert analysis.ends(trials)["trials"].sum() == 5
+    told = trials.assign(error=[None, "a\nb: no\n", None, "c\nb: no", "d"])
+    assert analysis.errors(told).to_dict("list") == {"error": ["b: no", "d"], "trials": [2, 1], "example": ["t1", "t4"]}
+
+
+def test_what_decides_is_important(tmp_path):
+    run = read(make_run(tmp_path / "run", trials=120, finalists=False))
+    shares = analysis.importance(run.trials, run.space, "val_loss")
+    assert shares["parameter"].iloc[0] == "learning_rate" and shares["importance"].sum() == pytest.approx(1)
+    assert set(shares["parameter"]) == set(run.space.parameters)
+    assert analysis.importance(run.trials.head(9), run.space, "val_loss").empty

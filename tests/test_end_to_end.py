@@ -182,6 +182,10 @@ def test_the_default_search_on_generated_radiographs(tmp_path):
         assert said in done.stdout
     assert top["val_loss"] < 0.6  # predicting the class frequencies costs 1.10
 
+    assert (run / "report.html").stat().st_size < 6_000_000
+    again = subprocess.run(command("report.py", f"results/{run.name}"), cwd=tmp_path, capture_output=True, check=True)
+    assert again.stdout.decode() == f"written: results/{run.name}/report.html\n" and not again.stderr
+
     final = subprocess.run(
         command("train_final.py", f"results/{run.name}"), cwd=tmp_path, capture_output=True, text=True, check=False
     )

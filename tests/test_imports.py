@@ -35,8 +35,11 @@ ALLOWED = {
     "intervals": {"calibration"},
     "predictions": {"tables"},
     "ensemble": {"intervals", "predictions"},
-    "analysis": {"config", "tables", "calibration", "intervals", "predictions"},
+    "analysis": {"config", "tables", "space", "optimizer", "calibration", "intervals", "predictions"},
     "finalists": {"config", "tables", "analysis"},
+    "page": set(),
+    "sections": {"config", "tables", "space", "analysis", "finalists", "page"},
+    "report": {"config", "tables", "analysis", "page", "sections"},
     "augment": {"config"},
     "weights": {"config"},
     "backbones": {"config", "weights"},
@@ -61,6 +64,7 @@ ALLOWED = {
 COMMANDS = {"search", "run_search", "train_final"}  # may import all of the above
 TORCHLESS = ["config", "conditions", "space", "samples", "tables", "stopping", "finalists"]
 TORCHLESS += ["calibration", "intervals", "predictions", "ensemble", "analysis"]
+TORCHLESS += ["page", "sections", "report"]
 
 
 def imports(module: str) -> tuple[set[str], set[str]]:

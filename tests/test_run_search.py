@@ -13,6 +13,7 @@ import yaml
 from conftest import draw_folder
 from PIL import Image
 
+from tuning import report, search
 from tuning.audit import load_checked
 from tuning.config import InputError, SearchPlan
 from tuning.images import read_facts
@@ -200,12 +201,20 @@ def test_a_run_once_made_is_not_touched(space, folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_search_says_what_to_type_next(space, folder, tmp_path, capsys):
+def test_a_search_says_what_to_type_next_and_reports_meanwhile(space, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr(report, "REFRESH_SHARE", 1.0)
+    monkeypatch.setattr(search, "TABLE_SECONDS", 0.0)
+    monkeypatch.setattr(search, "TABLE_SHARE", 1.0)
+    made, page_of = [], report.report
+    monkeypatch.setattr(report, "report", lambda of: made.append(list(of.trials["status"])) or page_of(of))
     assert run(Flags(space=space, data=str(folder), name="once")) == 0
     said = capsys.readouterr().out
     assert "Best" in said and "python tuning/train_final.py results/once" in said
+    assert "Report: results/once/report.html" in said
+    assert "running" in made[0] and "running" not in made[-1]
     files = {path.name for path in (tmp_path / "results" / "once").iterdir()}
-    assert files >= {"plan.yaml", "best.yaml", "trials.parquet", "samples.parquet"}
+    assert files >= {"plan.yaml", "best.yaml", "trials.parquet", "samples.parquet", "report.html"}
 
 
 @pytest.mark.slow

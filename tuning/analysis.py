@@ -12,10 +12,12 @@ from tuning.calibration import logarithms
 from tuning.config import UNFROZEN, TrialConfig, unfrozen
 from tuning.intervals import mean_interval
 from tuning.predictions import Predictions
+from tuning.space import Space
 from tuning.tables import loss_like
 
 AUGMENTATIONS = get_args(TrialConfig.model_fields["augmentation"].annotation)  # from none to strong
 LUCK = 0.05  # the chance that guesses are called better than the class frequencies
+LEAST_RANKED = 10  # ended trials that importances are made from
 
 
 def class_entropy(samples: pd.DataFrame) -> float:
@@ -195,3 +197,80 @@ def utilisation(epochs: pd.DataFrame, slots: int) -> float | None:
     inside = (epochs["wall_s"].clip(upper=end) - begins).clip(lower=0)
     # A search that has begun with all its slots at once has an `end` just after its start.
     return float(inside.sum() / (slots * (end - start))) if epochs["wall_s"].min() <= end else None
+
+
+def best_so_far(trials: pd.DataFrame, epochs: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Each epoch of a searched trial that was better than all before it.
+
+    Args:
+        trials: the table.
+        epochs: the table.
+        metric: what is better by.
+
+    Returns:
+        Columns trial_id, epoch, wall_s, epochs and seconds (of all searched trials until then), value.
+    """
+    rows = epochs[epochs["trial_id"].isin(searched(trials)["trial_id"])].sort_values("seq")
+    rows = rows.assign(epochs=range(1, len(rows) + 1), seconds=rows["seconds"].cumsum(), value=rows[metric])
+    rows = rows[rows["value"].notna() & rows["val_loss"].notna()]
+    losses = rows["value"].map(lambda value: loss_like(metric, value))
+    better = losses < losses.cummin().shift(fill_value=math.inf)
+    return rows.loc[better, ["trial_id", "epoch", "wall_s", "epochs", "seconds", "value"]].reset_index(drop=True)
+
+
+def importance(trials: pd.DataFrame, space: Space, metric: str) -> pd.DataFrame:
+    """How much more often values of a parameter are among the best tenth of trials than among all: PED-ANOVA.
+
+    Watanabe et al. 2023, https://arxiv.org/abs/2304.10255. Diverged trials count as the worst.
+
+    Returns:
+        Columns parameter, importance (shares of 1), the greatest first; empty with fewer than 10 trials that ended.
+    """
+    import optuna  # takes half a second, which opening a table should not
+
+    from tuning.optimizer import frozen_trial, read_priors
+
+    ranked, _ = read_priors(trials, space, metric, 1.0)
+    shares: dict[str, float] = {}
+    if len(ranked) >= LEAST_RANKED and len(space.parameters) > 1:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study()
+        complete = optuna.trial.TrialState.COMPLETE
+        study.add_trials([frozen_trial(space, row["params"], complete, row["rank"], {}) for row in ranked])
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+        shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    return pd.DataFrame(sorted(shares.items(), key=lambda item: -item[1]), columns=["parameter", "importance"])
+
+
+def pareto(trials: pd.DataFrame, cost: str, metric: str) -> pd.DataFrame:
+    """The searched trials that none beats in both cost and metric, cheapest first."""
+    rows = searched(trials[trials["val_loss"].notna() & trials[metric].notna() & trials[cost].notna()])
+    losses = rows[metric].map(lambda value: loss_like(metric, value)).rename("loss")
+    order = pd.concat([rows[cost], losses], axis=1).sort_values([cost, "loss"], kind="stable")
+    front = order["loss"] < order["loss"].cummin().shift(fill_value=math.inf)
+    return rows.loc[order.index[front]]
+
+
+def by_depth(trials: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The best trial of each backbone and depth: columns backbone, depth, trials, trial_id, value (null where none)."""
+    rows = []
+    for (backbone, depth), group in searched(trials).groupby(["config_backbone", "config_unfreeze_depth"]):
+        top = best(group, metric)
+        found = (
+            {"trial_id": None, "value": None} if top is None else {"trial_id": top["trial_id"], "value": top[metric]}
+        )
+        rows.append({"backbone": backbone, "depth": depth, "trials": len(group), **found})
+    return pd.DataFrame(rows, columns=["backbone", "depth", "trials", "trial_id", "value"])
+
+
+def ends(trials: pd.DataFrame) -> pd.DataFrame:
+    """How many searched trials ended after how many epochs, and how: columns status, epochs, trials."""
+    return searched(trials).groupby(["status", "epochs"]).size().rename("trials").reset_index()
+
+
+def errors(trials: pd.DataFrame) -> pd.DataFrame:
+    """Failures by the last line of their error: columns error, trials, example (a trial's id); most frequent first."""
+    failed = trials[trials["error"].notna()]
+    last = failed["error"].str.strip().str.split("\n").str[-1].rename("error")
+    found = failed.groupby(last)["trial_id"].agg(trials="size", example="first").reset_index()
+    return found.sort_values("trials", ascending=False, kind="stable", ignore_index=True)

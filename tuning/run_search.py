@@ -31,6 +31,7 @@ from tuning.calibration import calibration_error
 from tuning.config import DEPTH_ALL, PARAMETERS, RESUME_MAY_CHANGE, InputError, SearchPlan, build, command_line
 from tuning.images import parallel_map, read_facts
 from tuning.predictions import read_predictions
+from tuning.report import refresher, write_or_tell
 from tuning.space import Space, fix, image_sizes, load, parse
 from tuning.space import backbones as backbones_in
 
@@ -159,6 +160,7 @@ def _search(
         show=show,
         priors=priors,
         resumed=flags.resume,
+        report=refresher(folder),
         redraw=yaml.safe_load((folder / "plan.yaml").read_text())["provenance"].get("val_drawn", False),
     )
     try:
@@ -175,6 +177,8 @@ def _search(
     if verdict.trial_id is not None:
         _write_best(folder, plan, search.record, verdict, data.fingerprint)
     _summary(folder, plan, trials, verdict, judged, search.halted, None if resources.packed else resources.count)
+    if (report := write_or_tell(folder)) is not None:
+        console.print(f"\nReport: {report}")
     if not finished:
         storage = "" if plan.storage == "results" else f" --storage {plan.storage}"
         console.print(f"\nInterrupted. To go on: python tuning/run_search.py --resume --name {plan.name}{storage}")

@@ -45,6 +45,7 @@ class Search:
         show: called with each trial that has reported or ended.
         priors: of `optimizer.read_priors`; a search that goes on has them in its journal.
         resumed: whether the run was there before.
+        report: called after the tables have been written anew; bounds its own share of the time.
         redraw: whether finalists' runs draw training and validation anew: not where the user has fixed the split.
         clock: seconds; simulated ones in benchmarks.
     """
@@ -61,6 +62,7 @@ class Search:
         show: Callable[["Search", Trial], None],
         priors: Sequence[Prior] = (),
         resumed: bool = False,
+        report: Callable[[], object] = lambda: None,
         redraw: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -83,7 +85,7 @@ class Search:
             space, seed=plan.seed, metric=plan.metric, sampler=plan.sampler, priors=self.record.priors
         )
         self.rungs = Rungs(grace_epochs=plan.grace_epochs, reduction_factor=plan.reduction_factor, epochs=plan.epochs)
-        self._redraw = redraw
+        self._redraw, self._report = redraw, report
         self.halted: str | None = None  # why no more trials are to be started
         self._tables_due = -math.inf
         self._ray_ids: dict[str, str] = {}
@@ -342,6 +344,7 @@ class Search:
             self._delete_checkpoints()
             ended = time.monotonic()
             self._tables_due = ended + max(TABLE_SECONDS, (ended - started) / TABLE_SHARE)
+            self._report()
 
     def _delete_checkpoints(self) -> None:
         """Of ended trials keep the best few's best weights, within `checkpoint_bytes`; the worst of them go first."""

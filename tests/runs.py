@@ -1,0 +1,175 @@
+"""Run folders as a search leaves them, made in memory from events; their losses follow the configuration."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import yaml
+
+from tuning.config import SearchPlan, TrialConfig
+from tuning.space import Space, parse, trial_values
+from tuning.tables import SAMPLES, Record, best_epoch, make_tables, write_tables
+
+SPACE = {
+    "parameters": {
+        "backbone": {"type": "categorical", "choices": ["resnet18", "vgg16", "densenet121"]},
+        "unfreeze_depth": {"type": "int", "low": 0, "high": 5},
+        "learning_rate": {"type": "float", "low": 1e-5, "high": 1e-1, "log": True},
+        "stage_lr_decay": {"type": "float", "low": 0.3, "high": 1.0, "when": "unfreeze_depth > 1"},
+        "augmentation": {"type": "categorical", "choices": ["none", "light", "medium", "strong"]},
+    },
+    "fixed": {"image_size": 224, "batch_size": 32},
+    "start": [{"backbone": "resnet18", "unfreeze_depth": 0, "learning_rate": 1e-3, "augmentation": "none"}],
+}
+
+
+def make_run(
+    folder: Path,
+    *,
+    trials: int = 24,
+    epochs: int = 8,
+    finalists: bool = True,
+    killed: bool = False,
+    classes: tuple[str, ...] = ("normal", "pneumonia"),
+    backbones: tuple[str, ...] = ("resnet18", "vgg16", "densenet121"),
+    reason: str = "",
+    seed: int = 0,
+) -> Path:
+    """A run's plan, samples and tables; `killed` leaves the last trials running and no finalists."""
+    folder.mkdir(parents=True)
+    parameters = SPACE["parameters"] | {"backbone": {"type": "categorical", "choices": list(backbones)}}
+    space = SPACE | {"parameters": parameters, "start": [SPACE["start"][0] | {"backbone": backbones[0]}]}
+    plan = SearchPlan(name=folder.name, trials=max(trials, 1), epochs=epochs, data="/data/films")
+    provenance = {"fingerprint": "f" * 64, "val_drawn": True}
+    document = {"settings": plan.model_dump(), "space": space, "provenance": provenance}
+    (folder / "plan.yaml").write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
+    _write_samples(folder, classes)
+    record = Record()
+    rng = np.random.default_rng(seed)
+    events = _Events(record)
+    parsed = parse(space, "space")
+    for number in range(trials):
+        params = space["start"][0] if number == 0 else _draw(rng, backbones)
+        running = killed and number >= trials - 2
+        _trial(events, rng, parsed, f"t{number:05d}", number, params, epochs, running=running, reason=reason)
+    if trials > 2 and finalists and not killed:
+        ended = [trial for trial in record.trials.values() if best_epoch(trial.rows, "val_loss")]
+        order = sorted(ended, key=lambda trial: best_epoch(trial.rows, "val_loss")["val_loss"])
+        chosen = dict.fromkeys(["t00000", *(trial.trial_id for trial in order)])
+        for place in range(15):
+            judged = record.trials[list(chosen)[place % 3]]
+            options = {"finalist_of": judged.trial_id, "seed": 1 + place // 3}
+            _trial(events, rng, parsed, f"f{place:05d}", None, judged.params, epochs, **options)
+    write_tables(make_tables(record, plan.metric), folder)
+    return folder
+
+
+def _write_samples(folder: Path, classes: tuple[str, ...]) -> None:
+    splits = ("train", "train", "train", "val", "test")
+    rows = [
+        (
+            f"{label}/{number}.png",
+            f"/data/{number}.png",
+            label,
+            splits[number % 5],
+            None,
+        )
+        for label in classes
+        for number in range(20)
+    ]
+    frame = pd.DataFrame(rows, columns=SAMPLES.names)
+    write_tables({"samples": pa.Table.from_pandas(frame, schema=SAMPLES, preserve_index=False)}, folder)
+
+
+def make_audit(folder: Path, paths: tuple[str, str], rows: int = 1) -> None:
+    """Findings about two images."""
+    found = {"finding": "duplicate_across_splits", "severity": "stop", "path_a": paths[0], "path_b": paths[1]}
+    table = pa.Table.from_pylist([found | {"value": 0.5, "p_value": None, "detail": "the same pixels"}] * rows)
+    table = table.replace_schema_metadata({"schema_version": "1"})
+    write_tables({"audit": table}, folder)
+
+
+class _Events:
+    """Hands events to a record, with their number and time."""
+
+    def __init__(self, record: Record):
+        self._record, self._seq, self.wall_s = record, 0, 0.0
+
+    def __call__(self, event: str, **fields: object) -> None:
+        self._seq += 1
+        entry = {"seq": self._seq, "event": event, "wall_s": round(self.wall_s, 3), "time": 1.7e9 + self.wall_s}
+        self._record.apply(entry | fields)
+
+
+def _draw(rng: np.random.Generator, backbones: tuple[str, ...]) -> dict:
+    params = {
+        "backbone": str(rng.choice(backbones)),
+        "unfreeze_depth": int(rng.integers(0, 6)),
+        "learning_rate": float(10 ** rng.uniform(-5, -1)),
+    }
+    if params["unfreeze_depth"] > 1:
+        params["stage_lr_decay"] = float(rng.uniform(0.3, 1.0))
+    return params | {"augmentation": str(rng.choice(["none", "light", "medium", "strong"]))}
+
+
+def _trial(
+    events: _Events,
+    rng: np.random.Generator,
+    space: Space,
+    trial_id: str,
+    number: int | None,
+    params: dict,
+    epochs: int,
+    *,
+    running: bool = False,
+    finalist_of: str | None = None,
+    reason: str = "",
+    seed: int = 0,
+) -> None:
+    config = TrialConfig(**trial_values(space, params), epochs=epochs, seed=seed).model_dump()
+    origin = "finalist" if number is None else "suggested" if number else "start"
+    asked = {"trial_id": trial_id, "number": number, "origin": origin, "params": params, "config": config}
+    events("asked", **asked, finalist_of=finalist_of)
+    events("started", trial_id=trial_id, gpus=1.0)
+    rate, depth = params["learning_rate"], params["unfreeze_depth"]
+    floor = 0.3 + 0.08 * abs(math.log10(rate) + 3) + 0.02 * abs(depth - 2) + 0.04 * (params["backbone"] == "vgg16")
+    diverges = rate > 0.05 and number is not None
+    status, length = ("diverged", 2) if diverges else ("completed", epochs)
+    if not diverges and number is not None and rng.random() < 0.7:
+        length = min(int(rng.choice([1, 2, 4])), epochs)
+        status = "stopped" if rng.random() < 0.8 else "converged"
+    if number is not None and number % 17 == 16:
+        status, length = "failed", 1
+    for epoch in range(1, length + 1):
+        events.wall_s += 3.0 + depth
+        loss = floor + 0.5 * math.exp(-epoch / 2) + float(rng.normal(0, 0.01))
+        loss = 4.0 * 10**epoch if diverges else loss
+        events("epoch", trial_id=trial_id, **_row(epoch, loss, rate, depth, diverges))
+        if epoch in (1, 2, 4) and number is not None:
+            decision = {
+                "stratum": "all",
+                "value": loss,
+                "cutoff": 0.6,
+                "verdict": "stop" if epoch == length else "continue",
+            }
+            events("decision", trial_id=trial_id, epoch=epoch, rung=epoch, **decision)
+    if not running:
+        error = "Traceback:\n  ...\nRuntimeError: <b>the film is torn</b>" if status == "failed" else None
+        events("ended", trial_id=trial_id, status=status, reason=f"{status} after {length} epochs{reason}", error=error)
+
+
+def _row(epoch: int, loss: float, rate: float, depth: int, diverges: bool) -> dict:
+    train = loss - 0.03 * epoch
+    values = {"epoch": epoch, "val_loss": None if diverges and epoch == 2 else loss, "train_eval_loss": train}
+    values |= {"train_loss": train + 0.1, "val_accuracy": 1 / (1 + loss), "val_balanced_accuracy": 1 / (1 + loss)}
+    values |= {
+        "val_auroc": 1 / (1 + loss / 2),
+        "early_loss": loss - 0.01,
+        "learning_rate": rate,
+        "seconds": 3.0 + depth,
+    }
+    values |= {"data_seconds": 0.5, "prefix_seconds": 0.5, "train_seconds": 1.0, "evaluate_seconds": 0.5}
+    values |= {"cache_hits": 64, "images": 64, "micro_batch": 32, "trained_parameters": 1000 * 8**depth}
+    return values | {"peak_memory_mb": 900.0, "unfreeze_depth": depth, "ends": None, "reason": None}
