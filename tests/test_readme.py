@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from tuning.config import PARAMETERS, SETTINGS, SearchPlan, TrialConfig
-from tuning.tables import DECISIONS, EPOCHS, FINALISTS, SAMPLES, TRIALS
+from tuning.findings import KINDS, SEVERITIES
+from tuning.tables import AUDIT, DECISIONS, EPOCHS, FINALISTS, SAMPLES, TRIALS
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,6 +32,12 @@ def test_every_module_is_in_the_file_tree():
 
 def test_every_column_is_explained():
     text = (ROOT / "results" / "README.md").read_text()
-    for schema in (TRIALS, EPOCHS, DECISIONS, FINALISTS, SAMPLES):
+    for schema in (TRIALS, EPOCHS, DECISIONS, FINALISTS, SAMPLES, AUDIT):
         for name in schema.names:
             assert f"`{name}`" in text or name.startswith("config_")
+
+
+def test_every_finding_is_explained():
+    text = (ROOT / "results" / "README.md").read_text()
+    for word in (*KINDS, *SEVERITIES):
+        assert f"| `{word}` |" in text

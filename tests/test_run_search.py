@@ -136,7 +136,9 @@ def test_manifests(space, tmp_path):
     assert "trainn" in told([f"{row},trainn" for row in rows], "path,label,split")
     assert "patient" in told(rows, set=["group_column=patient"])
     torn = [f"{row},{'train' if index % 2 else 'val'},p1" for index, row in enumerate(rows)]
-    assert "p1 in train and val" in told(torn, "path,label,split,group")
+    assert "1 group (20 images) in more than one split, such as group p1: 10 in train, 10 in val" in told(
+        torn, "path,label,split,group"
+    )
 
 
 def test_unreadable_images_are_listed_together(space, tmp_path):
@@ -214,7 +216,8 @@ def test_a_search_says_what_to_type_next_and_reports_meanwhile(space, folder, tm
     assert "Report: results/once/report.html" in said
     assert "running" in made[0] and "running" not in made[-1]
     files = {path.name for path in (tmp_path / "results" / "once").iterdir()}
-    assert files >= {"plan.yaml", "best.yaml", "trials.parquet", "samples.parquet", "report.html"}
+    assert files >= {"plan.yaml", "best.yaml", "trials.parquet", "samples.parquet", "report.html", "audit.parquet"}
+    assert "read, decoded, audited in" in said and "audit: " in said
 
 
 @pytest.mark.slow
@@ -263,7 +266,7 @@ def test_no_finite_loss_leaves_tables_and_no_best(space, tmp_path, folder, capsy
     assert "No trial had a finite loss" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["run_search.py", "train_final.py", "model_folder.py"])
+@pytest.mark.parametrize("command", ["run_search.py", "audit.py", "train_final.py", "model_folder.py"])
 def test_help_shows_an_example_from_any_folder(tmp_path, command):
     arguments = ["predict", "--help"] if command == "model_folder.py" else ["--help"]
     said = subprocess.run(

@@ -89,12 +89,12 @@ def run(flags: Flags) -> int:
         raise InputError(f"--out {out}: no permission to write there; choose another")
     plan = build(SearchPlan, {"name": "audit"} | given, "command line")
     decoded = _decoded(plan, [size], None, images.parallel_map, skip=True)
-    found, _, moved = _audited(plan, decoded)
+    found, _, told = _audited(plan, decoded)
     table = findings.table(found)
     tables.write_tables({"audit": table}, out)
     for label, row in decoded.samples.groupby(["label", "split"]).size().unstack(fill_value=0).iterrows():
         print(f"{label}: " + ", ".join(f"{count} {split}" for split, count in row.items()))
-    print("\n".join(findings.summary(found, moved)))
+    print("\n".join(told))
     print(f"written: {out / 'audit.parquet'}")
     return 2 if any(row.severity == "stop" for row in found) else 0
 
@@ -118,10 +118,10 @@ def load_checked(
         InputError: the data is unusable: all unreadable images are listed together, and all leaks are counted.
     """
     decoded = _decoded(plan, image_sizes, table, map, skip=plan.skip_unreadable)
-    checked, found, told = decoded.samples, None, []
+    checked, found = decoded.samples, None
+    told: list[str] = []
     if table is None:
-        rows, checked, moved = _audited(plan, decoded)
-        told = findings.summary(rows, moved)
+        rows, checked, told = _audited(plan, decoded)
         stops = findings.stops(rows)
         if stops:
             raise InputError(stops)
@@ -200,8 +200,8 @@ def _without(table: pd.DataFrame, unreadable: dict[int, str], skip: bool) -> pd.
 # --- Auditing --------------------------------------------------------------------------------------------------------
 
 
-def _audited(plan: SearchPlan, decoded: _Decoded) -> tuple[list[Finding], pd.DataFrame, int]:
-    """All findings, the samples as the search is to take them, and how many of them are in another split now."""
+def _audited(plan: SearchPlan, decoded: _Decoded) -> tuple[list[Finding], pd.DataFrame, list[str]]:
+    """All findings, the samples as the search is to take them, and what the screen shows."""
     from tuning import shortcuts  # takes a second to load
 
     table, groups = decoded.samples, [None if pd.isna(group) else group for group in decoded.samples["group"]]
@@ -219,13 +219,16 @@ def _audited(plan: SearchPlan, decoded: _Decoded) -> tuple[list[Finding], pd.Dat
     found += findings.of_copies(table, equal, decoded.hashes, near, plan.on_leak)
     found += findings.of_imbalance(table["label"])
     found += findings.of_shortcuts(rules, plan.fit, plan.drop_colour)
-    if plan.on_leak != "move":
-        return found, table, 0
-    splits = leaks.brought_together(table["split"].tolist(), unit)
-    found = findings.with_moves(found, table, splits, unit)
-    moved = table.assign(split=pd.Series(splits, dtype=object))
-    _check_classes(table, moved)
-    return found, moved, int((moved["split"] != table["split"]).sum())
+    moved = table
+    if plan.on_leak == "move":
+        splits = leaks.brought_together(table["split"].tolist(), unit)
+        found = findings.with_moves(found, table, splits, unit)
+        moved = table.assign(split=pd.Series(splits, dtype=object))
+        _check_classes(table, moved)
+    told = findings.summary(found, int((moved["split"] != table["split"]).sum()))
+    if len(table) > MOST_IMAGES:
+        told.append(f"  near duplicates are not sought among more than {MOST_IMAGES:,} images")
+    return found, moved, told
 
 
 def _size(sizes: list[int]) -> int:

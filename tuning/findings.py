@@ -107,7 +107,7 @@ def of_groups(samples: pd.DataFrame, on_leak: str) -> list[Finding]:
         counts = Counter(splits[row] for row in rows)
         if len(counts) > 1:
             a, b = rows[0], next(row for row in rows if splits[row] != splits[rows[0]])
-            where = " and ".join(f"{counts[split]} in {split}" for split in reversed(leaks.SPLITS) if counts[split])
+            where = ", ".join(f"{counts[split]} in {split}" for split in reversed(leaks.SPLITS) if counts[split])
             told = f"group {group}: {where}"
             row = Finding("group_across_splits", LEAKS[on_leak], paths[a], paths[b], float(len(rows)), None, told)
             found.append(row)
@@ -176,22 +176,24 @@ def summary(rows: Sequence[Finding], moved: int) -> list[str]:
     kinds: dict[tuple[str, str], list[Finding]] = defaultdict(list)
     for row in sorted(rows, key=_rank):
         kinds[row.severity, row.finding].append(row)
-    counts = Counter(severity for severity, _ in kinds)
-    if not counts["stop"] + counts["warn"] + moved:
-        notes = f", {len(rows)} notes in audit.parquet" if rows else ""
-        return [f"audit: nothing to warn of{notes}"]
-    lines = [
-        f"{severity}  {line}"
-        for (severity, finding), found in kinds.items()
-        for line in _told(severity, finding, found)
-    ]
-    lines = lines[:MOST_LINES] + ([f"and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else [])
+    told: dict[str, list[str]] = {severity: [] for severity in SEVERITIES}
+    for (severity, finding), found in kinds.items():
+        told[severity] += _told(severity, finding, found)
     if moved:
-        lines.append(f"{moved} images were moved, so that groups and copies are each in one split")
-    if any(finding in ("exact_duplicate", "group_across_splits") for severity, finding in kinds if severity == "stop"):
-        lines.append("cure: --set on_leak=move brings each group and all copies into one split; on_leak=warn goes on")
-    notes = f" (and {counts['info']} kinds of notes)" if counts["info"] else ""
-    return [f"audit: all {len(rows)} findings are in audit.parquet{notes}", *(f"  {line}" for line in lines)]
+        told["warn"].append(f"{moved} images were moved, so that groups and copies are each in one split")
+    if not told["stop"] + told["warn"]:
+        return ["audit: nothing to warn of" + (f", {len(rows)} notes in audit.parquet" if rows else "")]
+    lines = [f"  {severity}  {line}" for severity, of in told.items() for line in of]
+    more = [f"  and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else []
+    cure = []
+    if any(row.severity == "stop" and row.finding != "unreadable" for row in rows):
+        cure = ["  cure: --set on_leak=move brings each group and all copies into one split; on_leak=warn goes on"]
+    stop, warn = len(told["stop"]), len(told["warn"])
+    head = [f"{stop} reason{'s' * (stop > 1)} to stop"] * (stop > 0) + [f"{warn} warning{'s' * (warn > 1)}"] * (
+        warn > 0
+    )
+    rest = f"all {len(rows)} findings are in audit.parquet"
+    return [f"audit: {', '.join(head)} ({rest})", *lines[:MOST_LINES], *more, *cure]
 
 
 def stops(rows: Sequence[Finding]) -> list[str]:
