@@ -8,6 +8,7 @@ import tempfile
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from conftest import draw_folder
@@ -19,7 +20,7 @@ from tuning.config import InputError, SearchPlan
 from tuning.images import read_facts
 from tuning.run_search import Flags, Progress, check_new, main, notes, run, write_run
 from tuning.space import load
-from tuning.tables import Row, Trial
+from tuning.tables import Row, Trial, read_table
 
 ROOT = Path(__file__).parent.parent
 SPACE = {
@@ -215,9 +216,27 @@ def test_a_search_says_what_to_type_next_and_reports_meanwhile(space, folder, tm
     assert "Best" in said and "python tuning/train_final.py results/once" in said
     assert "Report: results/once/report.html" in said
     assert "running" in made[0] and "running" not in made[-1]
+    assert " better than the class frequencies" in said and "expected calibration error" in said
+    assert "The gap by augmentation" in said and "best epoch to its last" in said
     files = {path.name for path in (tmp_path / "results" / "once").iterdir()}
     assert files >= {"plan.yaml", "best.yaml", "trials.parquet", "samples.parquet", "report.html", "audit.parquet"}
     assert "read, decoded, audited in" in said and "audit: " in said
+
+
+@pytest.mark.slow
+def test_labels_that_the_images_say_nothing_of_are_called_that(space, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name in ("heads", "tails"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(60):
+            noise = rng.integers(0, 256, (40, 40), dtype=np.uint8)
+            Image.fromarray(noise).save(tmp_path / "images" / name / f"{number}.png")
+    flags = {"space": space, "data": str(tmp_path / "images"), "trials": 12, "epochs": 3}
+    assert run(Flags(**flags, name="guesses", set=(("probe=false", "finalists=0"),))) == 0
+    said = capsys.readouterr().out
+    assert "no better than the class frequencies" in said
+    trials = read_table(tmp_path / "results" / "guesses" / "trials.parquet")
+    assert f"the luck of picking from {trials['epochs'].sum()} epochs" in said
 
 
 @pytest.mark.slow
