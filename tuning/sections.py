@@ -14,7 +14,7 @@ from tuning.config import PARAMETERS, InputError
 from tuning.page import column, duration, figure, note, number, section, table, text
 from tuning.space import Space, parse
 
-TRIALS_SHOWN = 4000  # rows of the table of trials; the best, if there are more
+TRIALS_SHOWN = 3000  # rows of the table of trials; the best, if there are more
 AUDIT_ROWS = 100  # of each finding
 CLASSES_SHOWN = 30  # of more the table is folded away
 SAID = {
