@@ -35,9 +35,13 @@ def make_run(
     classes: tuple[str, ...] = ("normal", "pneumonia"),
     backbones: tuple[str, ...] = ("resnet18", "vgg16", "densenet121"),
     reason: str = "",
+    early: float = 0.7,
     seed: int = 0,
 ) -> Path:
-    """A run's plan, samples and tables; `killed` leaves the last trials running and no finalists."""
+    """A run's plan, samples and tables.
+
+    `killed` leaves the last trials running and no finalists; `early` is the share of trials that end early.
+    """
     folder.mkdir(parents=True)
     parameters = SPACE["parameters"] | {"backbone": {"type": "categorical", "choices": list(backbones)}}
     space = SPACE | {"parameters": parameters, "start": [SPACE["start"][0] | {"backbone": backbones[0]}]}
@@ -53,7 +57,9 @@ def make_run(
     for number in range(trials):
         params = space["start"][0] if number == 0 else _draw(rng, backbones)
         running = killed and number >= trials - 2
-        _trial(events, rng, parsed, f"t{number:05d}", number, params, epochs, running=running, reason=reason)
+        _trial(
+            events, rng, parsed, f"t{number:05d}", number, params, epochs, running=running, reason=reason, early=early
+        )
     if trials > 2 and finalists and not killed:
         ended = [trial for trial in record.trials.values() if best_epoch(trial.rows, "val_loss")]
         order = sorted(ended, key=lambda trial: best_epoch(trial.rows, "val_loss")["val_loss"])
@@ -91,6 +97,9 @@ def make_audit(folder: Path, paths: tuple[str, str], rows: int = 1) -> None:
     write_tables({"audit": table}, folder)
 
 
+PARTS = ("data_seconds", "prefix_seconds", "train_seconds", "evaluate_seconds")
+
+
 class _Events:
     """Hands events to a record, with their number and time."""
 
@@ -126,6 +135,7 @@ def _trial(
     running: bool = False,
     finalist_of: str | None = None,
     reason: str = "",
+    early: float = 0.7,
     seed: int = 0,
 ) -> None:
     config = TrialConfig(**trial_values(space, params), epochs=epochs, seed=seed).model_dump()
@@ -137,7 +147,7 @@ def _trial(
     floor = 0.3 + 0.08 * abs(math.log10(rate) + 3) + 0.02 * abs(depth - 2) + 0.04 * (params["backbone"] == "vgg16")
     diverges = rate > 0.05 and number is not None
     status, length = ("diverged", 2) if diverges else ("completed", epochs)
-    if not diverges and number is not None and rng.random() < 0.7:
+    if not diverges and number is not None and rng.random() < early:
         length = min(int(rng.choice([1, 2, 4])), epochs)
         status = "stopped" if rng.random() < 0.8 else "converged"
     if number is not None and number % 17 == 16:
@@ -146,7 +156,7 @@ def _trial(
         events.wall_s += 3.0 + depth
         loss = floor + 0.5 * math.exp(-epoch / 2) + float(rng.normal(0, 0.01))
         loss = 4.0 * 10**epoch if diverges else loss
-        events("epoch", trial_id=trial_id, **_row(epoch, loss, rate, depth, diverges))
+        events("epoch", trial_id=trial_id, **_row(rng, epoch, epochs, loss, rate, depth, diverges))
         if epoch in (1, 2, 4) and number is not None:
             decision = {
                 "stratum": "all",
@@ -160,8 +170,12 @@ def _trial(
         events("ended", trial_id=trial_id, status=status, reason=f"{status} after {length} epochs{reason}", error=error)
 
 
-def _row(epoch: int, loss: float, rate: float, depth: int, diverges: bool) -> dict:
+def _row(
+    rng: np.random.Generator, epoch: int, epochs: int, loss: float, rate: float, depth: int, diverges: bool
+) -> dict:
     train = loss - 0.03 * epoch
+    parts = dict(zip(PARTS, rng.uniform(0.2, 1 + depth, 4).tolist(), strict=True))
+    rate *= 0.5 + 0.5 * math.cos(math.pi * epoch / epochs)
     values = {"epoch": epoch, "val_loss": None if diverges and epoch == 2 else loss, "train_eval_loss": train}
     values |= {"train_loss": train + 0.1, "val_accuracy": 1 / (1 + loss), "val_balanced_accuracy": 1 / (1 + loss)}
     values |= {
@@ -170,6 +184,6 @@ def _row(epoch: int, loss: float, rate: float, depth: int, diverges: bool) -> di
         "learning_rate": rate,
         "seconds": 3.0 + depth,
     }
-    values |= {"data_seconds": 0.5, "prefix_seconds": 0.5, "train_seconds": 1.0, "evaluate_seconds": 0.5}
+    values |= parts | {"seconds": sum(parts.values())}
     values |= {"cache_hits": 64, "images": 64, "micro_batch": 32, "trained_parameters": 1000 * 8**depth}
     return values | {"peak_memory_mb": 900.0, "unfreeze_depth": depth, "ends": None, "reason": None}

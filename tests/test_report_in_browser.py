@@ -184,7 +184,9 @@ def test_what_looks_like_markup_is_text_everywhere(opened, tmp_path):
 
 
 def test_two_thousand_trials_stay_usable(opened, tmp_path):
-    browser = opened(report.write(make_run(tmp_path / "run", trials=2000, epochs=50)))
+    path = report.write(make_run(tmp_path / "run", trials=2000, epochs=50, early=0.0))
+    assert path.stat().st_size < 6_000_000
+    browser = opened(path)
     draw_all(browser)
     assert len(rows(browser)) == 50 and "of 2,015" in find(browser, ".count")[0].text
     assert browser.execute_script("return document.querySelectorAll('*').length") < 25_000

@@ -22,7 +22,9 @@ from tuning.config import PARAMETERS, InputError
 from tuning.page import column, columns, duration, figure, note, page, section, table, text
 from tuning.sections import TRIALS_SHOWN, Run, body, judged, read, same
 
-EPOCHS_KEPT = 120_000  # of the trials' histories; the best trials', if there are more
+EPOCHS_KEPT = 105_000  # of the trials' histories; the best trials', if there are more
+EPOCHS_WITH_TIMES = 30_000  # of more the page would grow over 6 MB if it told where their time went
+TIMES = ("wall_s", "data_seconds", "prefix_seconds", "train_seconds", "evaluate_seconds")
 CURVES = 150  # drawn at once
 ERROR_CHARACTERS, REASON_CHARACTERS = 2000, 300  # of a traceback, from its end; of a reason
 REFRESH_SECONDS, REFRESH_SHARE = 60.0, 0.05  # between reports of a running search; the driver's time for it, at most
@@ -142,15 +144,13 @@ def report(run: Run) -> str:
 def _ranked(run: Run) -> pd.DataFrame:
     """All trials with when they were best: the searched ones from the best on, then probes and finalists' runs."""
     best = run.epochs[["trial_id", "epoch", "wall_s"]].rename(columns={"epoch": "best_epoch", "wall_s": "best_wall_s"})
-    trials = run.trials.drop(columns=["error", "started_at", "ended_at"]).merge(
-        best, how="left", on=["trial_id", "best_epoch"]
-    )
+    trials = run.trials.drop(columns=["error", "started_at", "ended_at"])
+    trials = trials.merge(best, how="left", on=["trial_id", "best_epoch"])
     trials["reason"] = trials["reason"].str[:REASON_CHARACTERS]
     beside = trials["origin"].isin(["probe", "finalist"])
-    order = pd.DataFrame(
-        {"beside": beside, "loss": trials[run.metric].map(lambda value: tables.loss_like(run.metric, value))}
-    )
-    return trials.loc[order.sort_values(["beside", "loss"], kind="stable").index]
+    losses = trials[run.metric].map(lambda value: tables.loss_like(run.metric, value))
+    order = pd.DataFrame({"beside": beside, "loss": losses}).sort_values(["beside", "loss"], kind="stable")
+    return trials.loc[order.index]
 
 
 def _with_history(ranked: pd.DataFrame) -> pd.DataFrame:
@@ -169,13 +169,13 @@ def _curves(ranked: pd.DataFrame) -> list[str]:
 
 def history(run: Run, kept: pd.DataFrame) -> dict[str, Any]:
     """Errors, and every epoch and decision of these trials: columns, then each trial's values column by column."""
-    failed = run.trials[run.trials["error"].notna()]
-    answer: dict[str, Any] = {
-        "errors": dict(zip(failed["trial_id"], failed["error"].str[-ERROR_CHARACTERS:], strict=True))
-    }
+    failed = run.trials[run.trials["error"].notna()].head(TRIALS_SHOWN)
+    told = failed["error"].str[-ERROR_CHARACTERS:]
+    answer: dict[str, Any] = {"errors": dict(zip(failed["trial_id"], told, strict=True))}
     for name, frame in (("epochs", run.epochs), ("decisions", run.decisions)):
         rows = frame[frame["trial_id"].isin(kept["trial_id"])].sort_values(["trial_id", "seq"])
-        names = [key for key in rows if key not in ("seq", "trial_id") and rows[key].notna().any()]
+        left_out = ("seq", "trial_id", *(TIMES if len(rows) > EPOCHS_WITH_TIMES else ()))
+        names = [key for key in rows if key not in left_out and rows[key].notna().any()]
         values = [column(rows[key], 4) for key in names]
         counts = rows.groupby("trial_id").size()
         ends = counts.cumsum()

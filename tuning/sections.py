@@ -14,7 +14,7 @@ from tuning.config import PARAMETERS, InputError
 from tuning.page import column, duration, figure, note, number, section, table, text
 from tuning.space import Space, parse
 
-TRIALS_SHOWN = 4000  # rows of the table of trials; the best, if there are more
+TRIALS_SHOWN = 3000  # rows of the table of trials; the best, if there are more
 AUDIT_ROWS = 100  # of each finding
 CLASSES_SHOWN = 30  # of more the table is folded away
 SAID = {
@@ -127,7 +127,7 @@ def _best(run: Run, verdict: finalists.Verdict) -> str:
     row = run.trials.set_index("trial_id").loc[verdict.trial_id]
     config = {name: _plain(row[f"config_{name}"]) for name in PARAMETERS}
     config |= {"epochs": run.settings["epochs"], "seed": run.settings["seed"]}
-    words = _pre(yaml.safe_dump(config, sort_keys=False).rstrip())
+    words = "\n".join(map(text, yaml.safe_dump(config, sort_keys=False).splitlines()))
     button = '<button type="button" data-copy="config">Copy</button>'
     return section(
         "best",
@@ -135,11 +135,6 @@ def _best(run: Run, verdict: finalists.Verdict) -> str:
         f'<div class="copy">{button}<pre id="config">{words}</pre></div>',
         note(f"Train it again and test it once: python tuning/train_final.py {run.folder}"),
     )
-
-
-def _pre(words: str) -> str:
-    """Text for a `pre` element, whose newlines stay."""
-    return "\n".join(text(line) for line in words.split("\n"))
 
 
 def _plain(value: Any) -> Any:
@@ -267,9 +262,16 @@ def _finalists(run: Run, compared: pd.DataFrame) -> str:
 def _audit(run: Run) -> str:
     if run.audit is None or run.audit.empty:
         return "" if run.audit is None else section("audit", "The audit", "<p>Nothing was found.</p>")
-    counts = run.audit.groupby(["severity", "finding"], as_index=False, sort=False).size()
-    parts = [table(_records(counts), {"severity": "severity", "finding": "finding", "size": "rows"})]
-    for finding, rows in run.audit.groupby("finding", sort=False):
+    order = run.audit["severity"].map({"stop": 0, "warn": 1, "info": 2})
+    audit = run.audit.loc[order.sort_values(kind="stable").index].fillna({"path_a": "", "detail": ""})
+    kinds = audit.groupby(["severity", "finding"], sort=False)
+    first = {name: (name, "first") for name in ("detail", "p_value")}
+    counts = kinds.agg(rows=("finding", "size"), path=("path_a", "first"), **first).reset_index()
+    heads = {"severity": "severity", "finding": "finding", "rows": "rows", "path": "for example", "detail": "detail"}
+    parts = [table(_records(counts), heads | {"p_value": "p"})]
+    for (_, finding), rows in kinds:
+        if len(rows) == 1 and rows["path_b"].isna().all():
+            continue  # all of it is in the table
         heads = {name: name.replace("_", " ") for name in rows if name != "finding" and rows[name].notna().any()}
         told = table(_records(rows.head(AUDIT_ROWS)), heads)
         told += note(f"{AUDIT_ROWS} of {len(rows):,}; audit.parquet has all.") if len(rows) > AUDIT_ROWS else ""
