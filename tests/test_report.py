@@ -61,7 +61,7 @@ def test_markup_in_names_is_text(tmp_path):
     make_audit(folder, paths=("a</script>\n🫁'\".png", EVIL))
     html = page(folder)
     assert EVIL not in html and "alert(1)<" not in html
-    assert '<td class="">&lt;script&gt;alert(1)&lt;/script&gt;</td>' in html
+    assert '<td class="long">&lt;script&gt;alert(1)&lt;/script&gt;</td>' in html
     assert "a&lt;/script&gt;\\n🫁&#x27;&quot;.png" in html
     assert data(html)["trials"]["reason"][0].endswith(EVIL)
 

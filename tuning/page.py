@@ -61,7 +61,7 @@ def _is_number(value: object) -> bool:
 
 def _cell(tag: str, value: Any, to_right: bool) -> str:
     words = number(value) if _is_number(value) else text(value)
-    kind = "number" if to_right else "short" if len(words) <= SHORT else ""
+    kind = "number" if to_right else "short" if len(words) <= SHORT else "long"
     return f'<{tag} class="{kind}">{words}</{tag}>'
 
 

@@ -238,18 +238,18 @@ def _spent(one: Run) -> dict[str, float]:
 
 
 def _budgets(runs: Sequence[Run], names: Sequence[str]) -> str:
-    rows = []
+    rows, verdicts = [], []
     for name, one in zip(names, runs, strict=True):
         trials, (_, verdict), spent = analysis.searched(one.trials), judged(one), _spent(one)
         top = analysis.best(one.trials, one.metric)
         rows.append(
-            {"run": name, "trials": f"{len(trials)} of {one.settings['trials']}", "per trial": one.settings["epochs"]}
-            | {"epochs": spent["epochs"], "time": duration(spent["wall_s"]), "training": duration(spent["seconds"])}
-            | {"best": None if top is None else float(top[one.metric]), "metric": one.metric}
-            | {"verdict": f"{verdict.verdict}: {verdict.sentence}"}
+            {"run": name, "best": None if top is None else float(top[one.metric]), "metric": one.metric}
+            | {"trials": f"{len(trials)} of {one.settings['trials']}", "epochs a trial": one.settings["epochs"]}
+            | {"epochs run": spent["epochs"], "time": duration(spent["wall_s"])}
+            | {"of training": duration(spent["seconds"])}
         )
-    heads = {key: key for key in rows[0]}
-    return table(rows, heads | {"per trial": "epochs a trial", "epochs": "epochs run", "training": "of training"})
+        verdicts.append(f"<p><strong>{text(name)}</strong> {text(verdict.verdict)}: {text(verdict.sentence)}.</p>")
+    return table(rows, {key: key for key in rows[0]}) + "".join(verdicts)
 
 
 def _space(one: Run) -> dict[str, Any]:

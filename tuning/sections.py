@@ -267,8 +267,8 @@ def _audit(run: Run) -> str:
     kinds = audit.groupby(["severity", "finding"], sort=False)
     first = {name: (name, "first") for name in ("detail", "p_value")}
     counts = kinds.agg(rows=("finding", "size"), path=("path_a", "first"), **first).reset_index()
-    heads = {"severity": "severity", "finding": "finding", "rows": "rows", "path": "for example", "detail": "detail"}
-    parts = [table(_records(counts), heads | {"p_value": "p"})]
+    heads = {"severity": "severity", "finding": "finding", "rows": "rows", "detail": "detail", "p_value": "p"}
+    parts = [table(_records(counts), heads | {"path": "for example"})]
     for (_, finding), rows in kinds:
         if len(rows) == 1 and rows["path_b"].isna().all():
             continue  # all of it is in the table
