@@ -197,7 +197,7 @@ def linear_probe(finding: str, what: str, features: Floats, folds: Folds) -> Sho
     shares = np.bincount(folds.labels[0]) / len(features)
     accuracy, baseline, skill = _skills(right / len(features), shares)
     target = int(skill[0].argmax())
-    told = folds.classes[target] + " from the rest" if target < n_classes else "the classes"
+    told = "the classes" if n_classes == 2 or target == n_classes else f"{folds.classes[target]} from the rest"
     p_value = _p_value(skill[0, target], skill[1:].max(axis=1))
     return Shortcut(finding, accuracy[0, target], baseline[target], p_value, f"{what} tells {told}")
 
