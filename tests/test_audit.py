@@ -151,7 +151,7 @@ def test_groups_in_different_splits_stop_the_search_or_move(films):
     assert before["copy.jpg"] == "test" and moved.fingerprint != warned.fingerprint
     assert found["finding"].tolist() == ["group_across_splits", "near_duplicate"]
     assert found["detail"].str.endswith("; moved: 02.png from val to train, copy.jpg from test to train").all()
-    assert any("2 images were moved" in line for line in moved.told)
+    assert any("2 images moved" in line for line in moved.told)
 
 
 def test_a_move_may_not_empty_a_split(films):

@@ -31,3 +31,12 @@ def test_memory_is_seen(tmp_path):
     assert "exit status 0" in said
     for name in ("driver", "trial"):
         assert float(re.search(rf"{name} +(\d+) MiB of its own", said).group(1)) > 100
+
+
+@pytest.mark.slow
+def test_planted_copies_are_found():
+    said = run("audit.py", "--images", "60", "--copies", "6", "--image-size", "64")
+    assert "60 of them originals" in said and re.search(r"a second time +\d", said)
+    found = [int(number) for number in re.findall(r"(\d+) of 6$", said, flags=re.MULTILINE)]
+    assert len(found) == 13 and sum(found) >= 0.95 * 6 * 13
+    assert re.search(r"pairs of originals +0,", said)

@@ -123,6 +123,6 @@ def test_the_screen_is_calm():
     assert lines[3] == "  stop  100 pairs of equal images, 100 of them in different splits, such as a and b"
     assert lines[-1].startswith("  cure: --set on_leak=move")
     assert summary([], 0) == ["audit: nothing to warn of"]
-    assert summary([every[0]._replace(severity="info")], 0) == ["audit: nothing to warn of, 1 notes in audit.parquet"]
+    assert summary([every[0]._replace(severity="info")], 0) == ["audit: nothing to warn of, 1 note in audit.parquet"]
     assert len(stops(many)) == 3 and stops(every) == []
     assert all("on_leak=move" in line for line in stops(many)[1:])

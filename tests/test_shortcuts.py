@@ -119,9 +119,12 @@ def test_a_thumbnail_is_honest_up_to_a_point():
     assert not found(labels, shown)["shortcut_thumbnail"].honest
 
 
-def test_classes_of_one_patient_each_are_not_tried():
+def test_a_class_of_one_patient_is_left_out():
     assert folds(["a", "a", "b", "b"], np.array([0, 1, 2, 2])) is None
     assert found(["a", "a", "b", "b"], units=np.array([0, 1, 2, 2])) == {}
+    labels = ["rare", *labels_of(120, ("ill", "well"))]
+    mode = ["RGB" if label == "ill" else "L" for label in labels]
+    assert found(labels, known=facts(121, mode=mode))["shortcut_colour"].accuracy == 1
 
 
 @settings(max_examples=30, deadline=None)

@@ -180,20 +180,17 @@ def summary(rows: Sequence[Finding], moved: int) -> list[str]:
     for (severity, finding), found in kinds.items():
         told[severity] += _told(severity, finding, found)
     if moved:
-        told["warn"].append(f"{moved} images were moved, so that groups and copies are each in one split")
+        told["warn"].append(f"{_count(moved, 'image')} moved, so that each group and all copies are in one split")
     if not told["stop"] + told["warn"]:
-        return ["audit: nothing to warn of" + (f", {len(rows)} notes in audit.parquet" if rows else "")]
+        return ["audit: nothing to warn of" + (f", {_count(len(rows), 'note')} in audit.parquet" if rows else "")]
     lines = [f"  {severity}  {line}" for severity, of in told.items() for line in of]
     more = [f"  and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else []
     cure = []
     if any(row.severity == "stop" and row.finding != "unreadable" for row in rows):
         cure = ["  cure: --set on_leak=move brings each group and all copies into one split; on_leak=warn goes on"]
-    stop, warn = len(told["stop"]), len(told["warn"])
-    head = [f"{stop} reason{'s' * (stop > 1)} to stop"] * (stop > 0) + [f"{warn} warning{'s' * (warn > 1)}"] * (
-        warn > 0
-    )
-    rest = f"all {len(rows)} findings are in audit.parquet"
-    return [f"audit: {', '.join(head)} ({rest})", *lines[:MOST_LINES], *more, *cure]
+    counts = [(len(told["stop"]), "reason to stop", "reasons to stop"), (len(told["warn"]), "warning", "warnings")]
+    head = ", ".join(_count(n, one, many) for n, one, many in counts if n)
+    return [f"audit: {head} (all {len(rows)} findings are in audit.parquet)", *lines[:MOST_LINES], *more, *cure]
 
 
 def stops(rows: Sequence[Finding]) -> list[str]:
@@ -202,9 +199,7 @@ def stops(rows: Sequence[Finding]) -> list[str]:
     for row in sorted(rows, key=_rank):
         if row.severity == "stop":
             kinds[row.finding].append(row)
-    cure = (
-        "--set on_leak=move brings them into one split each, on_leak=warn goes on; tuning/audit.py lists all findings"
-    )
+    cure = "--set on_leak=move brings each into one split, on_leak=warn goes on; tuning/audit.py lists all findings"
     return [f"{line}; {cure}" for finding, found in kinds.items() for line in _told("stop", finding, found)]
 
 
@@ -214,12 +209,13 @@ def _told(severity: str, finding: str, found: Sequence[Finding]) -> list[str]:
         return []
     if finding.startswith("shortcut_") or finding == "imbalance":
         return [f"{finding.removeprefix('shortcut_')}: {row.detail}{_cure(row)}" for row in found]
-    first, many = found[0], "s" * (len(found) > 1)
+    first, n = found[0], len(found)
     if finding == "unreadable":
-        return [f"{len(found)} image{many} can't be read, such as {first.path_a}: {first.detail}"]
+        return [f"{_count(n, 'image')} can't be read, such as {first.path_a}: {first.detail}"]
     if finding == "group_across_splits":
         images = sum(int(row.value or 0) for row in found)
-        return [f"{len(found)} group{many} ({images} images) in more than one split, such as {_short(first.detail)}"]
+        example = first.detail.split("; moved")[0]
+        return [f"{_count(n, 'group')} ({images} images) in more than one split, such as {example}"]
     what = {
         "exact_duplicate": "of equal images",
         "near_duplicate": "of near duplicates",
@@ -227,7 +223,7 @@ def _told(severity: str, finding: str, found: Sequence[Finding]) -> list[str]:
     }[finding]
     across = sum("; in " in row.detail for row in found)
     where = f", {across} of them in different splits" if across else ""
-    return [f"{len(found)} pair{many} {what}{where}, such as {first.path_a} and {first.path_b}"]
+    return [f"{_count(n, 'pair')} {what}{where}, such as {first.path_a} and {first.path_b}"]
 
 
 def _cure(row: Finding) -> str:
@@ -240,5 +236,5 @@ def _cure(row: Finding) -> str:
     return ""
 
 
-def _short(detail: str) -> str:
-    return detail.split("; moved")[0]
+def _count(n: int, one: str, many: str | None = None) -> str:
+    return f"{n} {one if n == 1 else many or one + 's'}"
