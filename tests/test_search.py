@@ -206,6 +206,9 @@ def test_finalists_are_trained_again_in_pairs_after_the_search(judged):
     )
     assert runs.groupby("finalist_of")["val_loss"].nunique().min() > 1  # other images, head and batches
     assert not list((run / "checkpoints").glob("f*"))
+    assert {path.stem for path in (run / "predictions").iterdir()} == set(trials["trial_id"])
+    known = read_predictions(run, trials, read_table(run / "samples.parquet"))  # finalists have other validation images
+    assert set(known.trial_ids) == set(searched["trial_id"])
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
 BINS = 15
@@ -31,6 +30,8 @@ def fit_temperature(logits: NDArray[Any], targets: NDArray[np.int64]) -> float:
     Logarithms of probabilities do as well. One image's worth of label smoothing, as Platt (1999) uses, keeps it from
     running to an end of the range where the classes are told apart without a fault.
     """
+    from scipy.optimize import minimize_scalar  # takes a fifth of a second to load
+
     values, smoothing = logits.astype(np.float64), 1 / (len(targets) + 2)
     wanted = np.eye(logits.shape[1])[targets] * (1 - smoothing) + smoothing / logits.shape[1]
 

@@ -604,7 +604,8 @@ def _tell_predictions(folder: Path, trials: pd.DataFrame, best: str) -> None:
     if found is not None and every is not None:
         low, high = found.gain_95
         others = f" (of all {len(trials)} trials {every.val_loss:.4f})" if len(there) < len(trials) else ""
-        build = ": --set ensemble=true builds it" if found.better else ""
+        worth = found.better and (guessing is None or guessing.better)
+        build = "; train_final.py --set ensemble=true builds it" if worth else ""
         console.print(
             f"An ensemble of the {len(there)} kept trials has val_loss {found.val_loss:.4f}{others}, the best alone "
             f"{found.alone:.4f}, on the halves of validation that they weren't chosen on: a gain of {found.gain:.4f} "

@@ -61,7 +61,7 @@ def main() -> int:
             print(f"error: {fault}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print("interrupted; no model was written", file=sys.stderr)
         return 130
     return 0
 
