@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
@@ -15,7 +15,6 @@ from tuning.models import Models
 sides = st.tuples(st.integers(1, 9), st.integers(1, 9))
 
 
-@settings(deadline=None)
 @given(
     st.integers(1, 3),
     st.integers(1, 4),

@@ -266,7 +266,7 @@ def labelled(draw, *, grouped: bool):
     return rows, draw(st.permutations(rows))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     drawn=labelled(grouped=False),
     val_fraction=st.floats(0.05, 0.4),
@@ -289,7 +289,7 @@ def test_shares_of_every_class_are_within_one_image(files, drawn, val_fraction, 
         assert all(abs(placed[split, label] - share * total) <= 1 for split, share in shares.items())
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(drawn=labelled(grouped=True))
 def test_no_group_is_split_and_the_order_of_rows_does_not_matter(files, drawn):
     rows, shuffled = drawn
@@ -306,7 +306,7 @@ def test_no_group_is_split_and_the_order_of_rows_does_not_matter(files, drawn):
     )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(drawn=labelled(grouped=True), seed=st.integers(0, 2**31 - 1))
 def test_a_redrawn_split_keeps_the_test_the_groups_and_the_classes(files, drawn, seed):
     try:
@@ -337,7 +337,7 @@ def test_a_given_validation_split_is_told_from_a_drawn_one(files, rows):
     assert not load_samples(write_csv(files / "given.csv", given_splits)).attrs["val_drawn"]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     patients=st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 4)), min_size=12, max_size=15),
     val_fraction=st.floats(0.1, 0.4),

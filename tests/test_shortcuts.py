@@ -127,7 +127,7 @@ def test_a_class_of_one_patient_is_left_out():
     assert found(labels, known=facts(121, mode=mode))["shortcut_colour"].accuracy == 1
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 9)), min_size=12, max_size=40))
 def test_folds_tear_no_unit_and_shuffling_keeps_blocks(rows):
     labels, units = [label for label, _ in rows], np.array([unit for _, unit in rows])
