@@ -159,9 +159,7 @@ def finetune(
         with torch.no_grad():
             classifier.weight.copy_(weight.view_as(classifier.weight))
             classifier.bias.copy_(bias)
-    averaged = (
-        Averaged(model, changed, steps) if early_loss_epochs and depth else None
-    )  # goes on until the last of them
+    averaged = Averaged(model, changed, steps) if early_loss_epochs and depth else None  # until the last of them
     history: list[Row] = []
     best: dict[str, Tensor] = {}  # the best epoch's snapshot: weights, and logits of validation
     if state is not None:
