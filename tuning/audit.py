@@ -212,8 +212,10 @@ def _audited(plan: SearchPlan, decoded: _Decoded) -> tuple[list[Finding], pd.Dat
     near = _near(folder, equal, bars)
     copies = np.column_stack([near.a, near.b])[near.copies]
     unit = leaks.units(groups, np.concatenate([np.array(equal, dtype=np.int64).reshape(-1, 2), copies]))
-    pictures = shrunk(images.open_images(folder), shortcuts.SIDE)
-    rules = shortcuts.shortcuts(pictures, facts, table["label"].tolist(), unit)
+    labels = table["label"].tolist()
+    chosen = shortcuts.sampled(labels, unit)
+    pictures = shrunk(images.open_images(folder), chosen, shortcuts.SIDE).astype(np.float32)
+    rules = shortcuts.shortcuts(pictures, facts.iloc[chosen], [labels[index] for index in chosen], unit[chosen])
     found = findings.of_unreadable(decoded.lost, plan.skip_unreadable)
     found += findings.of_groups(table, plan.on_leak)
     found += findings.of_copies(table, equal, decoded.hashes, near, plan.on_leak)
@@ -244,12 +246,12 @@ def _near(folder: Path, equal: list[tuple[int, int]], bars: Ints | None) -> Pair
         if len(shown) > MOST_IMAGES:
             return Pairs(*(np.empty(0, dtype) for dtype in (np.int64, np.int64, np.float32, bool)))
         alone = np.setdiff1d(np.arange(len(shown)), [later for _, later in equal])
-        grey = np.empty((len(shown), SIDE, SIDE), dtype=np.float32)
+        grey = np.empty((len(alone), SIDE, SIDE), dtype=np.float16)
         bars = np.zeros((len(shown), 2), dtype=np.int64) if bars is None else bars
-        for bar in np.unique(bars, axis=0):
-            chosen = (bars == bar).all(axis=1)
-            grey[chosen] = shrunk(shown if chosen.all() else shown[chosen], SIDE, grey=True, bars=bar)[:, :, :, 0]
-        pairs = near_duplicates(grey[alone])
+        for bar in np.unique(bars[alone], axis=0):
+            chosen = (bars[alone] == bar).all(axis=1)
+            grey[chosen] = shrunk(shown, alone[chosen], SIDE, grey=True, bars=bar)[:, :, :, 0]
+        pairs = near_duplicates(grey)
         pairs = pairs._replace(a=alone[pairs.a], b=alone[pairs.b])
         with tables.replacing(kept) as temporary:
             pq.write_table(pa.table(pairs._asdict()), temporary)

@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import fft
 
-from tuning.alignment import SIDE, Floats, Ints, agreement, align, details, in_batches, plausible, resampling
+from tuning.alignment import SIDE, Floats, Halves, Ints, agreement, align, details, in_batches, plausible, resampling
 from tuning.decoding import Pixels
 
 VERSION = 1  # raised with any change of what is found
@@ -61,7 +61,7 @@ class Pairs(NamedTuple):
     copies: NDArray[np.bool_]  # else look-alikes
 
 
-def near_duplicates(pictures: Floats) -> Pairs:
+def near_duplicates(pictures: Halves) -> Pairs:
     """Pairs whose details agree, each once, with `a` before `b`.
 
     Args:
@@ -71,12 +71,13 @@ def near_duplicates(pictures: Floats) -> Pairs:
     if n < 2:
         none = np.empty(0, dtype=np.int64)
         return Pairs(none, none, none.astype(np.float32), none.astype(bool))
-    a, b, warp = _candidates(details(pictures, SIDE))
+    fine = details(pictures, SIDE)
+    a, b, warp = _candidates(fine)
     warp, likeness = in_batches(partial(align, details(pictures, COARSE)), a, b, warp)
     alike = (a * n + b)[likeness >= CROWDED]
     kept = likeness >= LEAST
     a, b, warp = a[kept], b[kept], warp[kept]
-    warp, likeness = in_batches(partial(align, details(pictures, SIDE)), a, b, warp)
+    warp, likeness = in_batches(partial(align, fine), a, b, warp)
     kept = (likeness >= LEAST) & plausible(warp)
     a, b, warp = a[kept], b[kept], warp[kept]
     (agree,) = in_batches(partial(agreement, pictures), a, b, warp)
@@ -105,76 +106,82 @@ def bars_of(shown: Pixels, facts: pd.DataFrame) -> Ints:
     return found
 
 
-def shrunk(shown: Pixels, side: int, *, grey: bool = False, bars: Sequence[int] | Ints = (0, 0)) -> Floats:
-    """Images [n, side, side, channels] of another side; grey has one channel.
+def shrunk(shown: Pixels, rows: Ints, side: int, *, grey: bool = False, bars: Sequence[int] | Ints = (0, 0)) -> Halves:
+    """Images of some rows of [n, side, side, channels], of another side; grey ones have one channel.
 
     Args:
-        bars: rows and columns at either side that are left out.
+        bars: pixels that are left out at either side, of the rows and of the columns of an image.
     """
     was = shown.shape[1]
     down, across = (resampling(was, side, bar / was, 1 - bar / was) for bar in bars)
 
-    def one(part: Pixels) -> tuple[Floats]:
-        channels = part.astype(np.float32).transpose(0, 3, 1, 2)
+    def some(rows: Ints) -> tuple[Halves]:
+        channels = shown[rows].astype(np.float32).transpose(0, 3, 1, 2)
         channels = channels.mean(axis=1, keepdims=True) if grey else channels
-        return ((down @ channels @ across.T).transpose(0, 2, 3, 1).astype(np.float32, copy=False),)
+        return ((down @ channels @ across.T).transpose(0, 2, 3, 1).astype(np.float16),)
 
-    return in_batches(one, shown)[0]
+    return in_batches(some, rows)[0]
 
 
 # --- Candidates ------------------------------------------------------------------------------------------------------
 
 
-def _candidates(shapes: Floats) -> tuple[Ints, Ints, Floats]:
+def _candidates(shapes: Halves) -> tuple[Ints, Ints, Floats]:
     """For each image those most like some turned crop of it, and the warp that lays them over each other.
 
     Likeness is that of the lowest frequencies, each divided by its spread over all images, so that what all have in
-    common counts little. A mirrored picture differs only in the sign of its odd frequencies: one product gives both.
+    common counts little.
     """
     n = len(shapes)
-    spectra = _spectra(shapes)  # [crops, n, FREQUENCIES, FREQUENCIES]
-    (neighbours,) = in_batches(partial(_neighbours, spectra), np.arange(n))
+    (spectra,) = in_batches(lambda part: (_spectra(part, CROPS[0]),), shapes)
+    spread = spectra.std(axis=0) + 1e-3
+    spectra = _of_length_one(spectra / spread)
+    neighbours, start, likeness = in_batches(partial(_neighbours, spectra, spread, shapes), np.arange(n))
     a, b = np.repeat(np.arange(n), neighbours.shape[1]), neighbours.ravel()
-    start, likeness = in_batches(partial(_best_start, spectra), a, b, size=4096)
     # Of the two ways round a pair the better one.
-    order = np.lexsort((-likeness, np.maximum(a, b), np.minimum(a, b)))
-    a, b, start = a[order], b[order], start[order]
+    order = np.lexsort((-likeness.ravel(), np.maximum(a, b), np.minimum(a, b)))
+    a, b, start = a[order], b[order], start.ravel()[order]
     pair = np.minimum(a, b) * n + np.maximum(a, b)
     once = np.unique(pair, return_index=True)[1]
     return a[once], b[once], _warps()[start[once]]
 
 
-def _neighbours(spectra: Floats, chosen: Ints) -> tuple[Ints]:
-    """For each of the chosen images those most like a turned crop of it."""
-    n = spectra.shape[1]
-    even, odd = spectra[0][:, :, 0::2].reshape(n, -1), spectra[0][:, :, 1::2].reshape(n, -1)
+def _neighbours(spectra: Floats, spread: Floats, shapes: Halves, chosen: Ints) -> tuple[Ints, Ints, Floats]:
+    """For each of the chosen images those most like a turned crop of it, which that is, and how like they are.
+
+    A mirrored picture differs only in the sign of its odd frequencies: one product gives both.
+    """
+    n = len(spectra)
+    even, odd = (spectra[:, :, first::2].reshape(n, -1) for first in (0, 1))
+    crops = [_of_length_one(_spectra(shapes[chosen], crop) / spread) for crop in CROPS]
     best = np.full((len(chosen), n), -np.inf, dtype=np.float32)
     for crop, turn in STARTS:
         if turn % 2 == 0:
-            query = _turned(spectra[crop][chosen], turn)
+            query = _turned(crops[crop], turn)
             likeness = query[:, :, 1::2].reshape(len(chosen), -1) @ odd.T
             np.abs(likeness, out=likeness)
             likeness += query[:, :, 0::2].reshape(len(chosen), -1) @ even.T
             np.maximum(best, likeness, out=best)
     best[np.arange(len(chosen)), chosen] = -np.inf
     wanted = min(NEIGHBOURS, n - 1)
-    return (np.argpartition(best, n - wanted, axis=1)[:, n - wanted :],)
+    found = np.argpartition(best, n - wanted, axis=1)[:, n - wanted :]
+    scores = [np.einsum("nij,nkij->nk", _turned(crops[crop], turn), spectra[found]) for crop, turn in STARTS]
+    return found, np.argmax(scores, axis=0), np.max(scores, axis=0)
 
 
-def _spectra(shapes: Floats) -> Floats:
-    spectra = np.empty((len(CROPS), len(shapes), FREQUENCIES, FREQUENCIES), dtype=np.float32)
-    for number, (left, top, right, bottom) in enumerate(CROPS):
-        across, down = resampling(SIDE, SIDE, left, right), resampling(SIDE, SIDE, top, bottom)
+def _spectra(shapes: Halves, crop: Sequence[float]) -> Floats:
+    """The lowest frequencies of a part of each picture, without their mean."""
+    left, top, right, bottom = crop
+    across, down = resampling(SIDE, SIDE, left, right), resampling(SIDE, SIDE, top, bottom)
+    whole = fft.dctn(down @ shapes.astype(np.float32) @ across.T, axes=(1, 2), norm="ortho")
+    low: Floats = whole[:, :FREQUENCIES, :FREQUENCIES].copy()
+    low[:, 0, 0] = 0
+    return low
 
-        def spectrum(part: Floats, across: Floats = across, down: Floats = down) -> tuple[Floats]:
-            whole = fft.dctn(down @ part @ across.T, axes=(1, 2), norm="ortho")
-            return (whole[:, :FREQUENCIES, :FREQUENCIES],)
 
-        spectra[number] = in_batches(spectrum, shapes)[0]
-    spectra /= spectra[0].std(axis=0) + 1e-3
-    spectra[:, :, 0, 0] = 0
-    spectra /= np.sqrt((spectra**2).sum(axis=(2, 3), keepdims=True)) + 1e-6
-    return spectra
+def _of_length_one(spectra: Floats) -> Floats:
+    found: Floats = spectra / (np.sqrt((spectra**2).sum(axis=(1, 2), keepdims=True)) + 1e-6)
+    return found
 
 
 def _turned(spectra: Floats, turn: int) -> Floats:
@@ -185,14 +192,6 @@ def _turned(spectra: Floats, turn: int) -> Floats:
     signed = spectra * (y_sign**odd)[:, None].astype(np.float32) * (x_sign**odd).astype(np.float32)
     turned: Floats = signed if matrix[0, 0] else signed.transpose(0, 2, 1)
     return turned
-
-
-def _best_start(spectra: Floats, a: Ints, b: Ints) -> tuple[Ints, Floats]:
-    scores = np.stack(
-        [np.einsum("pij,pij->p", _turned(spectra[crop][a], turn), spectra[0][b]) for crop, turn in STARTS]
-    )
-    best = scores.argmax(axis=0)
-    return best, scores[best, np.arange(len(a))]
 
 
 def _warps() -> Floats:

@@ -224,6 +224,13 @@ def _p_value(skill: float, shuffled: NDArray[np.float64]) -> float:
 # --- Of images -------------------------------------------------------------------------------------------------------
 
 
+def sampled(labels: Sequence[str], units: Ints) -> Ints:
+    """Indices of the images that rules are tried on; a class of one unit, which can't be told from it, is left out."""
+    units_of = pd.Series(units).groupby(np.array(labels, dtype=object)).nunique()
+    known = np.flatnonzero([units_of[label] > 1 for label in labels])
+    return np.sort(np.random.default_rng(0).permutation(known)[:MOST_IMAGES])
+
+
 def shortcuts(pictures: Floats, facts: pd.DataFrame, labels: Sequence[str], units: Ints) -> list[Shortcut]:
     """Rules that are clearly better than guessing.
 
@@ -233,11 +240,7 @@ def shortcuts(pictures: Floats, facts: pd.DataFrame, labels: Sequence[str], unit
         labels: class of each image.
         units: number of the patient, say, that each image is of.
     """
-    units_of = pd.Series(units).groupby(np.array(labels, dtype=object)).nunique()
-    known = np.flatnonzero([units_of[label] > 1 for label in labels])  # of one patient alone no class can be told
-    chosen = np.sort(np.random.default_rng(0).permutation(known)[:MOST_IMAGES])
-    pictures, facts = pictures[chosen], facts.iloc[chosen]
-    tried = folds([labels[index] for index in chosen], units[chosen])
+    tried = folds(labels, units)
     if tried is None:
         return []
     width, height, size = (facts[name].to_numpy(np.float64) for name in ("width", "height", "bytes"))
@@ -254,9 +257,8 @@ def shortcuts(pictures: Floats, facts: pd.DataFrame, labels: Sequence[str], unit
     ]
     edge = np.ones((SIDE, SIDE), dtype=bool)
     edge[BORDER:-BORDER, BORDER:-BORDER] = False
-    thumbnails = (
-        pictures.reshape(len(chosen), SIDE // 2, 2, SIDE // 2, 2, -1).mean(axis=(2, 4)).reshape(len(chosen), -1)
-    )
+    halves = pictures.reshape(len(pictures), SIDE // 2, 2, SIDE // 2, 2, -1).mean(axis=(2, 4))
+    thumbnails = halves.reshape(len(pictures), -1)
     found += [
         (linear_probe("shortcut_border", "the border alone", grey[:, edge], tried), TELLING),
         (linear_probe("shortcut_thumbnail", f"a thumbnail of {SIDE // 2} px", thumbnails, tried), STRANGE),
