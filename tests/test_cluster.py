@@ -61,10 +61,10 @@ def test_a_node_that_cannot_read_the_drivers_images_gets_them_once_in_shards(tmp
     # In a process of its own: in one that had joined another Ray before, actors were seen to be lost.
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         fetched = pool.submit(fetched_on_another_node, folder, tmp_path / "node").result()
-    assert [path for path, _, _ in fetched] == [tmp_path / "node" / "images" / folder.name] * 2
+    assert [path for path, _, _ in fetched] == [tmp_path / "node" / "received" / folder.name] * 2
     assert fetched[0][1] == fetched[1][1]  # written once, although two wanted it at once
     assert all((array == expected).all() for _, _, array in fetched)
-    assert not list((tmp_path / "node" / "images").glob(".*"))
+    assert not list((tmp_path / "node" / "received").glob(".*"))
 
 
 def fetched_on_another_node(folder, cache):

@@ -126,6 +126,28 @@ def test_a_finalist_that_once_had_no_finite_loss_cannot_win():
     assert judged["difference"].isna().all() and judged["p_value"].iloc[1] == 1.0
 
 
+def test_the_same_difference_each_time_is_judged_by_the_sign_test():
+    runs = {"t00000": [0.5, 0.5, 0.5], "t00001": [0.4, 0.4, 0.4]}
+    judged, verdict = judge(table([0.5, 0.3], runs), "val_loss", val_over_train=RATIO)
+    assert verdict.verdict == "nothing beats the default" and judged["p_value"].iloc[1] == 0.125
+
+
+def test_runs_cut_short_do_not_count():
+    runs = {"t00000": [0.50, 0.51, 0.52, 0.5], "t00001": [0.41, 0.40, 0.42, 0.9]}
+    trials = table([0.5, 0.3], runs)
+    trials.loc[(trials["finalist_of"] == "t00001") & (trials["seed"] == 4), "status"] = "failed"
+    judged, verdict = judge(trials, "val_loss", val_over_train=RATIO)
+    assert verdict.verdict == "winner"
+    assert list(judged["runs"]) == [4, 3] and judged["mean"].iloc[1] == pytest.approx(0.41)
+
+
+def test_an_interval_after_the_first_that_is_not_better_holds_0_too():
+    shifts = {"t00000": [0.0] * 5, "t00001": [-1.0, -0.1, -0.9, -0.2, -0.6], "t00002": [-1.1, 0.0, -0.9, -0.2, -0.6]}
+    judged, verdict = judge(table([0.5, 0.3, 0.4], shifts), "val_loss", val_over_train=0.1)
+    assert verdict.verdict == "nothing beats the default"
+    assert (judged["low"].iloc[1:] < 0).all() and (judged["p_value"].iloc[1:] > 0.05).all()
+
+
 @pytest.mark.parametrize("runs", [{}, {"t00000": [0.5, 0.5], "t00001": [0.3, 0.3]}, {"t00001": [0.3, 0.3, 0.3]}])
 def test_too_few_runs_leave_the_searchs_best(runs):
     judged, verdict = judge(table([0.5, 0.3], runs), "val_loss", val_over_train=RATIO)

@@ -313,6 +313,7 @@ def test_a_redrawn_split_keeps_the_test_the_groups_and_the_classes(files, drawn,
         samples = load_samples(write_csv(files / "redrawn.csv", drawn[0]))
     except InputError:
         return  # too few groups of a class
+    samples["unit"] = pd.factorize(samples["group"])[0]
     again = redrawn(samples, seed)
     assert again.drop(columns="split").equals(samples.drop(columns="split"))
     assert list(again["split"] == "test") == list(samples["split"] == "test")
@@ -325,11 +326,17 @@ def test_a_redrawn_split_keeps_the_test_the_groups_and_the_classes(files, drawn,
 def test_redrawn_splits_differ_by_seed_and_keep_their_sizes(files, rows):
     samples = load_samples(write_csv(files / "sizes.csv", rows))
     assert samples.attrs["val_drawn"]
-    read = samples.assign(group=float("nan"))  # as Parquet gives them back
+    samples["unit"] = range(len(samples))
     splits = {tuple(redrawn(samples, seed)["split"]) for seed in range(10)}
-    assert splits == {tuple(redrawn(read, seed)["split"]) for seed in range(10)}
     assert len(splits) > 5
     assert {split.count("val") for split in splits} == {list(samples["split"]).count("val")}
+
+
+def test_copies_stay_together_in_a_redrawn_split(files, rows):
+    samples = load_samples(write_csv(files / "copies.csv", rows)).assign(split=["train"] * 16 + ["val"] * 4)
+    samples["unit"] = [number // 2 for number in range(len(samples))]  # of no group
+    for seed in range(20):
+        assert (redrawn(samples, seed).groupby("unit")["split"].nunique() == 1).all()
 
 
 def test_a_given_validation_split_is_told_from_a_drawn_one(files, rows):

@@ -230,7 +230,7 @@ def _audited(plan: SearchPlan, decoded: _Decoded) -> tuple[list[Finding], pd.Dat
     told = findings.summary(found, int((moved["split"] != table["split"]).sum()))
     if len(table) > MOST_IMAGES:
         told.append(f"  near duplicates are not sought among more than {MOST_IMAGES:,} images")
-    return found, moved, told
+    return found, moved.assign(unit=unit), told
 
 
 def _size(sizes: list[int]) -> int:

@@ -144,9 +144,9 @@ def images_here(folder: Path) -> Path:
     """
     if (folder / "images.npy").is_file():
         return folder
-    target = cache_folder() / "images" / folder.name
+    target = cache_folder() / "received" / folder.name  # without the facts that lie beside what is decoded here
     target.parent.mkdir(parents=True, exist_ok=True)
-    with open(cache_folder() / "images.lock", "a") as lock:
+    with open(cache_folder() / "received.lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # given back by the system if this process is killed
         if not (target / "images.npy").is_file():
             unfinished = target.with_name(f"{DECODING}{uuid.uuid4().hex}")

@@ -46,6 +46,11 @@ def affordable(finalists: int, seeds: int, *, epochs: int, cap: int) -> tuple[in
     return next(fitting, (0, 0))
 
 
+def counted(trials: pd.DataFrame) -> pd.DataFrame:
+    """Finalists' runs that show what their configuration is worth: not those that a fault or a budget cut short."""
+    return trials[(trials["origin"] == "finalist") & trials["status"].isin(["completed", "converged", "diverged"])]
+
+
 def candidates(trials: pd.DataFrame, metric: str) -> list[str]:
     """Ids of trials to judge: the default (the first trial), then the others from the best on, each config once."""
     rows = searched(trials).sort_values("number")
@@ -89,7 +94,7 @@ def judge(trials: pd.DataFrame, metric: str, *, val_over_train: float) -> tuple[
     Returns:
         The rows of `finalists.parquet` (none where there were not enough runs), and the verdict.
     """
-    runs = trials[(trials["origin"] == "finalist") & ~trials["status"].isin(["running", "interrupted"])]
+    runs = counted(trials)
     losses = {
         str(trial_id): group.set_index("seed")[metric].map(lambda value: loss_like(metric, value))
         for trial_id, group in runs.groupby("finalist_of")
@@ -130,8 +135,8 @@ def _compared(mine: Losses, other: Losses, val_over_train: float) -> dict[str, A
     difference, error = corrected_t((pairs["other"] - pairs["mine"]).to_numpy(np.float64), val_over_train)
     if error:
         p_value = float(t.sf(difference / error, len(pairs) - 1))
-    else:  # the same difference each time
-        p_value = 0.0 if difference > 0 else 1.0
+    else:  # the same difference each time, as coarse metrics may give: the sign test's
+        p_value = 0.5 ** len(pairs) if difference > 0 else 1.0
     return {"difference": difference, "error": error, "runs": len(pairs), "p_value": p_value}
 
 
@@ -139,9 +144,11 @@ def _add_intervals(rows: list[dict[str, Any]]) -> None:
     """Two-sided intervals whose lower end lies above 0 where the one-sided test at the row's step of Holm says so."""
     from scipy.stats import t
 
-    for place, row in enumerate(sorted(rows, key=lambda row: row["p_value"])):
-        reach = float(t.isf(LEVEL / (len(rows) - place), row["runs"] - 1)) * row["error"]
+    tests = len(rows)
+    for row in sorted(rows, key=lambda row: row["p_value"]):
+        reach = float(t.isf(LEVEL / tests, row["runs"] - 1)) * row["error"]
         row["low"], row["high"] = row["difference"] - reach, row["difference"] + reach
+        tests -= row["p_value"] <= LEVEL / tests  # Holm's procedure ends at the first that isn't better
 
 
 def _decide(
@@ -164,7 +171,7 @@ def _decide(
         tied += [row] if against is None or against["p_value"] > LEVEL else []
     if len(tied) == 1:
         return Verdict("winner", tied[0]["trial_id"], f"it beats the default {default}: {_said(tied[0], metric)}")
-    seconds = trials[trials["origin"] == "finalist"].groupby("finalist_of")["seconds"].mean()
+    seconds = counted(trials).groupby("finalist_of")["seconds"].mean()
     cheapest = min(tied, key=lambda row: float(seconds[row["trial_id"]]))
     listed = ", ".join(f"{row['trial_id']} ({seconds[row['trial_id']]:.0f} s a run)" for row in tied)
     sentence = (
@@ -186,7 +193,8 @@ def _said(row: Mapping[str, Any], metric: str) -> str:
 def _table(rows: list[dict[str, Any]], trials: pd.DataFrame, metric: str, chosen: str | None) -> pd.DataFrame:
     found = []
     for place, row in enumerate(rows):
-        runs = trials[trials["finalist_of"] == row["trial_id"]]
+        runs = counted(trials)
+        runs = runs[runs["finalist_of"] == row["trial_id"]]
         values = runs[metric].dropna()
         searched_value = trials.loc[trials["trial_id"] == row["trial_id"], metric].iloc[0]
         mean = values.mean() if len(values) else None

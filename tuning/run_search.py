@@ -175,7 +175,7 @@ def _search(
     judged, verdict = finalists.judge(trials, plan.metric, val_over_train=float(splits["val"] / splits["train"]))
     tables.write_tables({"finalists": pa.Table.from_pandas(judged, schema=tables.FINALISTS)}, folder)
     if verdict.trial_id is not None:
-        _write_best(folder, plan, search.record, verdict, data.fingerprint)
+        _write_best(folder, plan, search.record, trials, verdict, data.fingerprint)
     _summary(folder, plan, trials, verdict, judged, search.halted, None if resources.packed else resources.count)
     if (report := write_or_tell(folder)) is not None:
         console.print(f"\nReport: {report}")
@@ -359,11 +359,15 @@ def _git_commit() -> str | None:
 
 
 def _write_best(
-    folder: Path, plan: SearchPlan, record: tables.Record, verdict: finalists.Verdict, fingerprint: str
+    folder: Path,
+    plan: SearchPlan,
+    record: tables.Record,
+    trials: pd.DataFrame,
+    verdict: finalists.Verdict,
+    fingerprint: str,
 ) -> None:
     trial = record.trials[str(verdict.trial_id)]
-    runs = [other for other in record.trials.values() if other.finalist_of == trial.trial_id]
-    best_epochs = [tables.best_epoch(run.rows, plan.metric) for run in runs]
+    runs = finalists.counted(trials[trials["finalist_of"] == trial.trial_id])
     provenance = {
         "run": plan.name,
         "trial_id": trial.trial_id,
@@ -371,7 +375,7 @@ def _write_best(
         "why": verdict.sentence,
         "metric": plan.metric,
         "best_epoch": dict(tables.best_epoch(trial.rows, plan.metric) or {}),
-        "best_epochs": [row["epoch"] for row in best_epochs if row is not None],
+        "best_epochs": [int(epoch) for epoch in runs["best_epoch"].dropna()],
         "fingerprint": fingerprint,
         "settings": plan.model_dump(),
     }

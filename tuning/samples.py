@@ -101,13 +101,15 @@ def load_samples(
 
 
 def redrawn(samples: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """The same samples with training and validation drawn anew, by group and class, in their shares; test stays.
+    """The same samples with training and validation drawn anew, by unit and class, in their shares; test stays.
+
+    A `unit` is what the audit found to belong together: a group with all copies of its images.
 
     Where a draw leaves training or validation without a class another is made; if none of 20 will do, the samples are
     given back as they are.
     """
     pool = samples["split"] != "test"
-    known = samples.astype(object).where(samples.notna(), None)  # a table that was read has NaN for no group
+    known = samples.assign(group=samples["unit"].map("unit {}".format))
     rows = [Sample(*row) for row in known.loc[pool, list(Sample._fields)].itertuples(index=False)]
     val_share = float((samples["split"] == "val").sum() / pool.sum())
     for attempt in range(20):

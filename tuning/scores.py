@@ -49,8 +49,9 @@ def calibrated_loss(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> 
     """
     if not np.isfinite(logits).all():
         return None
-    scale = float(np.abs(logits - logits.mean(axis=1, keepdims=True)).max()) or 1.0
-    inputs = torch.from_numpy(logits).double() / scale
+    centred = logits.astype(np.float64) - logits.mean(axis=0)  # far from it the search for the best shifts ends early
+    scale = float(np.abs(centred - centred.mean(axis=1, keepdims=True)).max()) or 1.0
+    inputs = torch.from_numpy(centred) / scale
     wanted = torch.from_numpy(targets)
     smoothing = 1 / (len(targets) + 2)  # else classes that are told apart without a fault would have no best scale
 

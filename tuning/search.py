@@ -357,9 +357,11 @@ class Search:
             state_file(self.run_folder, trial.trial_id).unlink(missing_ok=True)
             best = best_file(self.run_folder, trial.trial_id)
             if best.exists():
-                total += best.stat().st_size
-                if place >= KEPT_CHECKPOINTS or trial.number is None or total > self.plan.checkpoint_bytes:
+                kept = total + best.stat().st_size
+                if place >= KEPT_CHECKPOINTS or trial.number is None or kept > self.plan.checkpoint_bytes:
                     best.unlink()
+                else:
+                    total = kept
 
     def _rank(self, trial: Trial) -> tuple[bool, float]:
         """Finalists' runs come last: what they were run for is in the tables."""

@@ -226,9 +226,10 @@ def _p_value(skill: float, shuffled: NDArray[np.float64]) -> float:
 
 def sampled(labels: Sequence[str], units: Ints) -> Ints:
     """Indices of the images that rules are tried on; a class of one unit, which can't be told from it, is left out."""
-    units_of = pd.Series(units).groupby(np.array(labels, dtype=object)).nunique()
-    known = np.flatnonzero([units_of[label] > 1 for label in labels])
-    return np.sort(np.random.default_rng(0).permutation(known)[:MOST_IMAGES])
+    drawn = np.sort(np.random.default_rng(0).permutation(len(labels))[:MOST_IMAGES])
+    names = np.array(labels, dtype=object)[drawn]
+    units_of = pd.Series(units[drawn]).groupby(names).nunique()
+    return drawn[[units_of[name] > 1 for name in names]]
 
 
 def shortcuts(pictures: Floats, facts: pd.DataFrame, labels: Sequence[str], units: Ints) -> list[Shortcut]:

@@ -75,7 +75,7 @@ FINALISTS = _schema(
     {"trial_id": _TEXT, "role": _TEXT, "chosen": pa.bool_(), "runs": _WHOLE}
     | dict.fromkeys(("mean", "sd", "searched", "luck", "difference", "low", "high", "p_value", "seconds"), _REAL)
 )
-SAMPLES = _schema(dict.fromkeys(("path", "file", "label", "split", "group"), _TEXT))
+SAMPLES = _schema(dict.fromkeys(("path", "file", "label", "split", "group"), _TEXT) | {"unit": _WHOLE})
 AUDIT = _schema(
     dict.fromkeys(("finding", "severity", "path_a", "path_b"), _TEXT)
     | {"value": _REAL, "p_value": _REAL, "detail": _TEXT}
