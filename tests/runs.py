@@ -81,8 +81,9 @@ def _write_samples(folder: Path, classes: tuple[str, ...]) -> None:
             label,
             splits[number % 5],
             None,
+            20 * place + number,
         )
-        for label in classes
+        for place, label in enumerate(classes)
         for number in range(20)
     ]
     frame = pd.DataFrame(rows, columns=SAMPLES.names)

@@ -62,7 +62,13 @@ def load_state(run: str | Path, trial_id: str) -> State | None:
         return None
     with safe_open(path, framework="pt") as file:
         history = json.loads(file.metadata()["history"])
-    return State(history, load_file(path) | (load_file(best) if best.exists() else {}))
+    tensors = load_file(path)
+    if best.exists():
+        with safe_open(best, framework="pt") as file:
+            epoch = int(file.metadata()["best_epoch"])
+        if epoch <= len(history):  # else a crash came between the two: that epoch is trained again
+            tensors |= load_file(best)
+    return State(history, tensors)
 
 
 def kept(run: str | Path, trials: pd.DataFrame) -> dict[str, TrialConfig]:

@@ -69,16 +69,16 @@ function timeAxis(longest) {
 }
 
 // The range of an axis without its outliers, and how many those are: one diverged trial would flatten all others.
-function frame(values) {
-  const sorted = finite(values).sort((a, b) => (data.lower ? a - b : b - a)); // the best first
+function frame(values, lower = data.lower) {
+  const sorted = finite(values).sort((a, b) => (lower ? a - b : b - a)); // the best first
   if (sorted.length < 8) return {};
   const [best, worst] = [sorted[0], sorted[sorted.length - 1]];
   const spread = sorted[Math.floor(sorted.length / 2)] - best;
   const end = best + 4 * spread;
-  const outside = sorted.filter((one) => (data.lower ? one > end : one < end)).length;
+  const outside = sorted.filter((one) => (lower ? one > end : one < end)).length;
   if (Math.abs(worst - best) <= 6 * Math.abs(spread) || !outside) return {};
   const range = [best - 0.3 * spread, end];
-  return { range: data.lower ? range : range.reverse(), outside };
+  return { range: lower ? range : range.reverse(), outside };
 }
 
 function told(outside, where = data.lower ? "above" : "below") {
@@ -232,7 +232,7 @@ const figures = {
     if (!mine.length) return null;
     const [x, y] = [(index) => value("train_eval_loss", index), (index) => value("val_loss", index)];
     const losses = mine.map(y).sort((a, b) => a - b);
-    const top = frame(losses).range?.[1] ?? 1.05 * losses[losses.length - 1];
+    const top = frame(losses, true).range?.[1] ?? 1.05 * losses[losses.length - 1];
     const outside = losses.filter((one) => one > top).length;
     const diagonal = line("no gap", [0, top], [0, top], token("quiet"), { line: { color: token("quiet"), width: 1, dash: "dot" }, hoverinfo: "skip" });
     const note = told(outside, "outside");

@@ -10,6 +10,7 @@ import dataclasses
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -178,9 +179,9 @@ def _search(
         _write_best(folder, plan, search.record, trials, verdict, data.fingerprint)
     _summary(folder, plan, trials, verdict, judged, search.halted, None if resources.packed else resources.count)
     if (report := write_or_tell(folder)) is not None:
-        console.print(f"\nReport: {report}")
+        console.print(f"\nReport: {report}", markup=False)
     if not finished:
-        storage = "" if plan.storage == "results" else f" --storage {plan.storage}"
+        storage = "" if plan.storage == "results" else f" --storage {shlex.quote(plan.storage)}"
         console.print(f"\nInterrupted. To go on: python tuning/run_search.py --resume --name {plan.name}{storage}")
         return INTERRUPTED
     # By a time budget shorter than an epoch.
@@ -560,7 +561,10 @@ def _summary(
         console.print(f"  {name}: {value:.3g}" if isinstance(value, float) else f"  {name}: {value}")
     _tell_predictions(folder, trials, verdict.trial_id)
     console.print("\nNext:")
-    console.print(f"  python tuning/train_final.py {folder}        # train it again, test it, write {folder}/model")
+    quoted = shlex.quote(str(folder))
+    console.print(
+        f"  python tuning/train_final.py {quoted}        # train it again, test it, write its model/", markup=False
+    )
     console.print(f"  python -c \"import pandas as pd; print(pd.read_parquet('{folder}/trials.parquet'))\"")
 
 

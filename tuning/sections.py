@@ -117,7 +117,10 @@ def _head(run: Run) -> str:
 def _verdict(run: Run, verdict: finalists.Verdict) -> str:
     sentence = verdict.sentence[:1].upper() + verdict.sentence[1:] + "."
     sentence = "No trial has begun." if analysis.searched(run.trials).empty else sentence
-    label = f'<p class="verdict {verdict.verdict.partition(" ")[0]}">{text(SAID[verdict.verdict])}</p>'
+    runs = run.trials[run.trials["origin"] == "finalist"]
+    left = int((~runs["status"].isin(tables.FINAL)).sum())
+    said = f"So far, with {left} of the finalists' runs unfinished" if left else SAID[verdict.verdict]
+    label = f'<p class="verdict {"" if left else verdict.verdict.partition(" ")[0]}">{text(said)}</p>'
     return f'<section id="verdict">{label}<p class="sentence">{text(sentence)}</p>{_facts(run)}</section>'
 
 

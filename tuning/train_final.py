@@ -204,7 +204,7 @@ def _read_best(path: Path, flags: Flags) -> Best:
             "ensemble=true: takes the weights that the search has trained, on its training images; leave it out, or "
             "leave out --data, final_data, fit, drop_colour and parameters of trials"
         )
-    changed = flags.data is not None or reshaped or bool(overrides.keys() - {"seed"})
+    changed = flags.data is not None or reshaped or "weights" in given or bool(overrides.keys() - {"seed"})
     return Best(path, build(TrialConfig, document | overrides, str(path)), plan, provenance, changed)
 
 
