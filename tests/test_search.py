@@ -116,7 +116,7 @@ def test_the_best_weights_are_kept_and_nothing_of_rays(whole):
     assert 1 <= len(kept) <= 5 and all(name.endswith(".best.safetensors") for name in kept)
     top = read_table(run / "trials.parquet").sort_values("val_loss")["trial_id"].iloc[0]
     assert f"{top}.best.safetensors" in kept
-    tables = {"trials.parquet", "epochs.parquet", "decisions.parquet", "samples.parquet"}
+    tables = {"trials.parquet", "epochs.parquet", "decisions.parquet", "samples.parquet", "audit.parquet"}
     assert {path.name for path in run.iterdir()} == tables | {
         "journal.jsonl",
         "plan.yaml",
