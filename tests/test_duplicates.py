@@ -81,17 +81,15 @@ def test_nothing_else_is_called_a_copy(searched):
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3])
 def test_few_pictures(n):
-    pictures = (
-        np.stack([np.asarray(film(0), np.float32)[:SIDE, :SIDE]] * n) if n else np.empty((0, SIDE, SIDE), np.float32)
-    )
+    pictures = np.stack([np.asarray(film(0), np.uint8)[:SIDE, :SIDE]] * n) if n else np.empty((0, SIDE, SIDE), np.uint8)
     found = near_duplicates(pictures)
     assert len(found.a) == n * (n - 1) // 2 and found.copies.all()
 
 
 def test_flat_pictures_and_noise_are_no_copies():
     rng = np.random.default_rng(0)
-    flat = np.full((4, SIDE, SIDE), 30, dtype=np.float32)
-    noise = rng.normal(128, 30, (20, SIDE, SIDE)).astype(np.float32)
+    flat = np.full((4, SIDE, SIDE), 30, dtype=np.uint8)
+    noise = rng.normal(128, 30, (20, SIDE, SIDE)).astype(np.uint8)
     assert len(near_duplicates(np.concatenate([flat, noise])).a) == 0
 
 
@@ -119,5 +117,5 @@ def test_the_picture_lies_between_its_bars(tmp_path):
 def test_channels_are_kept_or_averaged():
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     means = images.reshape(3, 4, 2, 4, 2, 3).mean(axis=(2, 4))
-    assert np.allclose(shrunk(images, np.array([2, 0]), 4), means[[2, 0]], atol=0.1)
-    assert np.allclose(shrunk(images, np.arange(3), 8, grey=True)[..., 0], images.mean(axis=3), atol=0.1)
+    assert np.allclose(shrunk(images, np.array([2, 0]), 4), means[[2, 0]], atol=0.51)
+    assert np.allclose(shrunk(images, np.arange(3), 8, grey=True)[..., 0], images.mean(axis=3), atol=0.51)

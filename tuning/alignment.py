@@ -11,11 +11,14 @@ from threadpoolctl import threadpool_limits
 from tuning.images import parallel_map
 
 Floats: TypeAlias = NDArray[np.float32]
-Halves: TypeAlias = NDArray[np.float16]  # of many pictures: half the memory, and exact to an eighth of a grey level
+Halves: TypeAlias = NDArray[np.float16]
+Bytes: TypeAlias = NDArray[np.uint8]
 Ints: TypeAlias = NDArray[np.int64]
 
 SIDE = 64  # of the pictures that are compared, in pixels
+FINE, COARSE = 0.7, 2.0  # pixels: between these are the details in which copies agree and look-alikes do not
 STEPS = 3  # of an alignment
+DENSE = 32  # pixels along a side that an alignment looks at; of finer pictures every second or so
 WHITE = 250  # of 255
 FLAT = 0.1  # levels that a window's details spread by, below which they are none
 WINDOW = 12  # pixels
@@ -56,16 +59,27 @@ def blurred(pictures: Floats, sigma: float) -> Floats:
     return found
 
 
-def details(pictures: Halves, side: int) -> Halves:
+def details(pictures: Bytes, side: int) -> Halves:
     """Pictures of a smaller side, without their coarse shades, and of equal contrast everywhere."""
     weights = resampling(SIDE, side)
 
-    def of(part: Halves) -> tuple[Halves]:
+    def of(part: Bytes) -> tuple[Halves]:
         small = weights @ part.astype(np.float32) @ weights.T
         band = blurred(small, max(0.5, side / 64)) - blurred(small, side / 16)
         local = blurred(band * band, 3 * side / 32)
         whole = (band * band).mean(axis=(1, 2), keepdims=True)
         return ((band / np.sqrt(local + 0.09 * whole + 1e-3)).astype(np.float16),)
+
+    return in_batches(of, pictures)[0]
+
+
+def bands(pictures: Bytes) -> NDArray[np.int8]:
+    """Details between 0.7 and 2 pixels, in parts of a 32nd of their spread over the picture."""
+
+    def of(part: Bytes) -> tuple[NDArray[np.int8]]:
+        band = blurred(part.astype(np.float32), FINE) - blurred(part.astype(np.float32), COARSE)
+        spread = band.std(axis=(1, 2), keepdims=True) + 1e-3
+        return ((band / spread * 32).round().clip(-127, 127).astype(np.int8),)
 
     return in_batches(of, pictures)[0]
 
@@ -89,39 +103,33 @@ def align(details: Halves, a: Ints, b: Ints, warp: Floats) -> tuple[Floats, Floa
 
     Gauss-Newton steps, inverse compositional: Baker and Matthews 2004, Lucas-Kanade 20 years on.
     """
-    side = details.shape[1]
-    grid, margin = _grid(side), _margin(side)
-    inner = np.zeros((side, side), dtype=bool)
-    inner[margin:-margin, margin:-margin] = True
+    side, margin = details.shape[1], _margin(details.shape[1])
+    inner = slice(margin, side - margin, max(1, side // DENSE))
+    grid = _grid(side).reshape(3, side, side)[:, inner, inner].reshape(3, -1)
     fixed = details[b].astype(np.float32)
-    down, across = (
-        slope.reshape(len(b), side**2) * np.float32(side / 2) * inner.ravel()
-        for slope in np.gradient(fixed, axis=(1, 2))
-    )
-    fixed = fixed.reshape(len(b), side**2)
-    slopes = np.stack(
-        [*(across * part for part in grid), *(down * part for part in grid)], axis=1
-    )  # [pairs, 6, pixels]
-    hessian = slopes @ slopes.transpose(0, 2, 1)
+    gradient = np.array(np.gradient(fixed, axis=(1, 2)))[:, :, inner, inner] * np.float32(side / 2)
+    down, across = gradient.reshape(2, len(b), grid.shape[1])
+    fixed = fixed[:, inner, inner].reshape(len(b), grid.shape[1])
+    slopes = np.stack([*(across * part for part in grid), *(down * part for part in grid)], axis=1)
+    hessian = slopes @ slopes.transpose(0, 2, 1)  # of 6 by 6 for each pair
     ridge = np.trace(hessian, axis1=1, axis2=2)[:, None, None] * np.eye(6, dtype=np.float32)
     inverse = np.linalg.inv(hessian + 2e-4 * ridge + 1e-3 * np.eye(6, dtype=np.float32))
     scale = np.sqrt((fixed**2).mean(axis=1, keepdims=True))
     step = np.zeros((len(b), 3, 3), dtype=np.float32)
     for _ in range(STEPS):
         moved, valid = _sampled(details, a, warp, grid, margin)
-        moved, goal = _normal(moved, valid & inner.ravel()), _normal(fixed, valid & inner.ravel())
-        found = (inverse @ (slopes @ ((moved - goal) * scale)[:, :, None]))[:, :, 0].clip(-0.1, 0.1)
+        error = (_normal(moved, valid) - _normal(fixed, valid)) * scale
+        found = (inverse @ (slopes @ error[:, :, None]))[:, :, 0].clip(-0.1, 0.1)
         step[:] = np.eye(3)
         step[:, :2] += found.reshape(-1, 2, 3)
         warp = (warp @ np.linalg.inv(step)).astype(np.float32)
     moved, valid = _sampled(details, a, warp, grid, margin)
-    valid &= inner.ravel()
     likeness = (_normal(moved, valid) * _normal(fixed, valid)).sum(axis=1) / valid.sum(axis=1).clip(1)
     return warp, likeness
 
 
 def _sampled(
-    details: Halves, chosen: Ints, warp: Floats, grid: Floats, margin: int
+    details: NDArray[Any], chosen: Ints, warp: Floats, grid: Floats, margin: int
 ) -> tuple[Floats, NDArray[np.bool_]]:
     """Values of the chosen pictures where a warp puts the pixels, and which pixels it puts inside their margin."""
     side = details.shape[1]
@@ -157,7 +165,35 @@ def plausible(warp: Floats) -> NDArray[np.bool_]:
 # --- Agreement -------------------------------------------------------------------------------------------------------
 
 
-def agreement(pictures: Halves, a: Ints, b: Ints, warp: Floats) -> tuple[Floats]:
+def glance(bands: NDArray[np.int8], a: Ints, b: Ints, warp: Floats) -> tuple[Floats]:
+    """Correlation of the details in a few windows of a pair, that of the third best of nine.
+
+    It takes a tenth of the time of `agreement`, and a coarse alignment is good enough for it.
+    """
+    pixels = _windows()
+    shape, flat = (len(a), *pixels.shape), pixels.ravel()
+    moved, valid = _sampled(bands, a, warp, _grid(SIDE)[:, flat], 0)
+    fixed = bands.reshape(len(bands), SIDE**2)[b[:, None], flat].astype(np.float32)
+    moved, fixed = (
+        values.reshape(shape) - values.reshape(shape).mean(axis=2, keepdims=True) for values in (moved, fixed)
+    )
+    spreads = [(values**2).mean(axis=2) for values in (moved, fixed)]
+    correlation = (moved * fixed).mean(axis=2) / np.sqrt(spreads[0] * spreads[1] + 1e-6)
+    telling = valid.reshape(shape).mean(axis=2) > 0.9
+    for spread in spreads:
+        telling &= spread > 0.1 * spread.mean(axis=1, keepdims=True)
+    correlation[~telling] = -1
+    return (np.sort(correlation, axis=1)[:, -3],)
+
+
+def _windows() -> Ints:
+    """Pixels of nine windows that are spread over a picture: [9, WINDOW**2]."""
+    starts = np.linspace(_margin(SIDE) + 1, SIDE - _margin(SIDE) - 1 - WINDOW, 3).astype(np.int64)
+    pixels = np.arange(SIDE**2).reshape(SIDE, SIDE)
+    return np.stack([pixels[y : y + WINDOW, x : x + WINDOW].ravel() for y in starts for x in starts])
+
+
+def agreement(pictures: Bytes, a: Ints, b: Ints, warp: Floats) -> tuple[Floats]:
     """Median correlation of the details in small windows of an aligned pair.
 
     A median, since a copy may have a letter or an arrow drawn on it; windows without details say nothing. Pixels that
@@ -197,6 +233,6 @@ def agreement(pictures: Halves, a: Ints, b: Ints, warp: Floats) -> tuple[Floats]
 
 
 def _band(pictures: Floats, weight: Floats) -> Floats:
-    """Details between 0.7 and 2 pixels, of weighted pixels alone."""
-    fine, coarse = (blurred(pictures * weight, sigma) / (blurred(weight, sigma) + 1e-3) for sigma in (0.7, 2.0))
+    """Details like those of `bands`, of weighted pixels alone."""
+    fine, coarse = (blurred(pictures * weight, sigma) / (blurred(weight, sigma) + 1e-3) for sigma in (FINE, COARSE))
     return (fine - coarse) * weight

@@ -246,7 +246,7 @@ def _near(folder: Path, equal: list[tuple[int, int]], bars: Ints | None) -> Pair
         if len(shown) > MOST_IMAGES:
             return Pairs(*(np.empty(0, dtype) for dtype in (np.int64, np.int64, np.float32, bool)))
         alone = np.setdiff1d(np.arange(len(shown)), [later for _, later in equal])
-        grey = np.empty((len(alone), SIDE, SIDE), dtype=np.float16)
+        grey = np.empty((len(alone), SIDE, SIDE), dtype=np.uint8)
         bars = np.zeros((len(shown), 2), dtype=np.int64) if bars is None else bars
         for bar in np.unique(bars[alone], axis=0):
             chosen = (bars[alone] == bar).all(axis=1)

@@ -5,6 +5,7 @@ one patient, or of patients in one pose. Here it only proposes candidates. Each 
 detail by detail: in a copy nearly every part agrees, in a look-alike only what all films have in common.
 """
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -14,31 +15,34 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import fft
 
-from tuning.alignment import SIDE, Floats, Halves, Ints, agreement, align, details, in_batches, plausible, resampling
+from tuning.alignment import (
+    SIDE,
+    Bytes,
+    Floats,
+    Halves,
+    Ints,
+    agreement,
+    align,
+    bands,
+    details,
+    glance,
+    in_batches,
+    plausible,
+    resampling,
+)
 from tuning.decoding import Pixels
 
 VERSION = 1  # raised with any change of what is found
 NEAR = 0.968  # agreement from which a pair is a copy
 ALIKE = 0.9  # and from which it is worth a look, or a copy where nothing else resembles the two
 COARSE = 24  # pixels, of a first alignment
-LEAST = 0.88  # likeness after an alignment, else a pair is dropped
+LEAST = 0.86  # likeness after an alignment, else a pair is dropped
+PROMISING = (0.84, 0.92)  # agreement at a glance, after a coarse and a fine alignment
 CROWDED = 0.8  # likeness after the first from which pictures resemble each other
 NEIGHBOURS = 8  # candidates of each image
 FREQUENCIES = 12  # of the cosine transform, along each side
-CUT = 0.06  # of the side; where a copy lacks more at one side, it may not be found
-CROPS = (  # left, top, right, bottom: parts of an image that others may be copies of
-    (0.0, 0.0, 1.0, 1.0),
-    (0.025, 0.025, 0.975, 0.975),
-    (0.05, 0.05, 0.95, 0.95),
-    (CUT, 0.0, 1.0, 1.0),
-    (0.0, CUT, 1.0, 1.0),
-    (0.0, 0.0, 1 - CUT, 1.0),
-    (0.0, 0.0, 1.0, 1 - CUT),
-    (CUT, CUT, 1.0, 1.0),
-    (0.0, 0.0, 1 - CUT, 1 - CUT),
-    (CUT, 0.0, 1.0, 1 - CUT),
-    (0.0, CUT, 1 - CUT, 1.0),
-)
+CUT = 0.05  # of the side; copies that lack up to that at any sides are found, those that lack more not always
+PARTS = ((0.0, 1.0), (CUT, 1.0), (0.0, 1 - CUT), (CUT, 1 - CUT))  # of a side that others may be copies of
 TURNS = (  # where in the picture x and y of the turned one lie; each second one is the one before, mirrored
     ((1, 0), (0, 1)),
     ((-1, 0), (0, 1)),
@@ -49,7 +53,10 @@ TURNS = (  # where in the picture x and y of the turned one lie; each second one
     ((0, -1), (1, 0)),
     ((0, -1), (-1, 0)),
 )
-STARTS = [(crop, turn) for crop in range(len(CROPS)) for turn in (0, 1)] + [(0, turn) for turn in range(2, 8)]
+STARTS = [  # part of the height, part of the width, turn
+    *itertools.product(range(len(PARTS)), range(len(PARTS)), (0, 1)),
+    *((0, 0, turn) for turn in range(2, len(TURNS))),
+]
 
 
 class Pairs(NamedTuple):
@@ -61,7 +68,7 @@ class Pairs(NamedTuple):
     copies: NDArray[np.bool_]  # else look-alikes
 
 
-def near_duplicates(pictures: Halves) -> Pairs:
+def near_duplicates(pictures: Bytes) -> Pairs:
     """Pairs whose details agree, each once, with `a` before `b`.
 
     Args:
@@ -71,15 +78,13 @@ def near_duplicates(pictures: Halves) -> Pairs:
     if n < 2:
         none = np.empty(0, dtype=np.int64)
         return Pairs(none, none, none.astype(np.float32), none.astype(bool))
-    fine = details(pictures, SIDE)
+    fine, band = details(pictures, SIDE), bands(pictures)
     a, b, warp = _candidates(fine)
     warp, likeness = in_batches(partial(align, details(pictures, COARSE)), a, b, warp)
     alike = (a * n + b)[likeness >= CROWDED]
-    kept = likeness >= LEAST
-    a, b, warp = a[kept], b[kept], warp[kept]
+    a, b, warp = _worth_it(band, a, b, warp, likeness, PROMISING[0])
     warp, likeness = in_batches(partial(align, fine), a, b, warp)
-    kept = (likeness >= LEAST) & plausible(warp)
-    a, b, warp = a[kept], b[kept], warp[kept]
+    a, b, warp = _worth_it(band, a, b, warp, likeness, PROMISING[1])
     (agree,) = in_batches(partial(agreement, pictures), a, b, warp)
     kept = agree >= ALIKE
     a, b, agree = a[kept], b[kept], agree[kept]
@@ -91,6 +96,16 @@ def near_duplicates(pictures: Halves) -> Pairs:
     a, b = np.minimum(a, b), np.maximum(a, b)
     order = np.lexsort((b, a))
     return Pairs(a[order], b[order], agree[order], copies[order])
+
+
+def _worth_it(
+    band: NDArray[np.int8], a: Ints, b: Ints, warp: Floats, likeness: Floats, promising: float
+) -> tuple[Ints, Ints, Floats]:
+    """Pairs that may still be copies after an alignment."""
+    kept = (likeness >= LEAST) & plausible(warp)
+    a, b, warp = a[kept], b[kept], warp[kept]
+    kept = in_batches(partial(glance, band), a, b, warp)[0] >= promising
+    return a[kept], b[kept], warp[kept]
 
 
 # --- Pictures --------------------------------------------------------------------------------------------------------
@@ -115,10 +130,10 @@ def shrunk(shown: Pixels, rows: Ints, side: int, *, grey: bool = False, bars: Se
     was = shown.shape[1]
     down, across = (resampling(was, side, bar / was, 1 - bar / was) for bar in bars)
 
-    def some(rows: Ints) -> tuple[Halves]:
+    def some(rows: Ints) -> tuple[Bytes]:
         channels = shown[rows].astype(np.float32).transpose(0, 3, 1, 2)
         channels = channels.mean(axis=1, keepdims=True) if grey else channels
-        return ((down @ channels @ across.T).transpose(0, 2, 3, 1).astype(np.float16),)
+        return ((down @ channels @ across.T).transpose(0, 2, 3, 1).round().astype(np.uint8),)
 
     return in_batches(some, rows)[0]
 
@@ -133,10 +148,12 @@ def _candidates(shapes: Halves) -> tuple[Ints, Ints, Floats]:
     common counts little.
     """
     n = len(shapes)
-    (spectra,) = in_batches(lambda part: (_spectra(part, CROPS[0]),), shapes)
+    (spectra,) = in_batches(lambda part: (_spectra(part)[:, 0, 0],), shapes)
     spread = spectra.std(axis=0) + 1e-3
     spectra = _of_length_one(spectra / spread)
-    neighbours, start, likeness = in_batches(partial(_neighbours, spectra, spread, shapes), np.arange(n))
+    even, odd = (np.ascontiguousarray(spectra[:, :, first::2].reshape(n, -1)) for first in (0, 1))
+    sought = partial(_neighbours, spectra, even, odd, spread, shapes)
+    neighbours, start, likeness = in_batches(sought, np.arange(n))
     a, b = np.repeat(np.arange(n), neighbours.shape[1]), neighbours.ravel()
     # Of the two ways round a pair the better one.
     order = np.lexsort((-likeness.ravel(), np.maximum(a, b), np.minimum(a, b)))
@@ -146,18 +163,19 @@ def _candidates(shapes: Halves) -> tuple[Ints, Ints, Floats]:
     return a[once], b[once], _warps()[start[once]]
 
 
-def _neighbours(spectra: Floats, spread: Floats, shapes: Halves, chosen: Ints) -> tuple[Ints, Ints, Floats]:
+def _neighbours(
+    spectra: Floats, even: Floats, odd: Floats, spread: Floats, shapes: Halves, chosen: Ints
+) -> tuple[Ints, Ints, Floats]:
     """For each of the chosen images those most like a turned crop of it, which that is, and how like they are.
 
     A mirrored picture differs only in the sign of its odd frequencies: one product gives both.
     """
     n = len(spectra)
-    even, odd = (spectra[:, :, first::2].reshape(n, -1) for first in (0, 1))
-    crops = [_of_length_one(_spectra(shapes[chosen], crop) / spread) for crop in CROPS]
+    crops = _of_length_one(_spectra(shapes[chosen]) / spread)
     best = np.full((len(chosen), n), -np.inf, dtype=np.float32)
-    for crop, turn in STARTS:
+    for high, wide, turn in STARTS:
         if turn % 2 == 0:
-            query = _turned(crops[crop], turn)
+            query = _turned(crops[:, high, wide], turn)
             likeness = query[:, :, 1::2].reshape(len(chosen), -1) @ odd.T
             np.abs(likeness, out=likeness)
             likeness += query[:, :, 0::2].reshape(len(chosen), -1) @ even.T
@@ -165,22 +183,25 @@ def _neighbours(spectra: Floats, spread: Floats, shapes: Halves, chosen: Ints) -
     best[np.arange(len(chosen)), chosen] = -np.inf
     wanted = min(NEIGHBOURS, n - 1)
     found = np.argpartition(best, n - wanted, axis=1)[:, n - wanted :]
-    scores = [np.einsum("nij,nkij->nk", _turned(crops[crop], turn), spectra[found]) for crop, turn in STARTS]
-    return found, np.argmax(scores, axis=0), np.max(scores, axis=0)
+    starts = [_turned(crops[:, high, wide], turn).reshape(len(chosen), -1) for high, wide, turn in STARTS]
+    scores = np.stack(starts, axis=1) @ spectra[found].reshape(*found.shape, -1).transpose(
+        0, 2, 1
+    )  # [chosen, starts, neighbours]
+    return found, scores.argmax(axis=1), scores.max(axis=1)
 
 
-def _spectra(shapes: Halves, crop: Sequence[float]) -> Floats:
-    """The lowest frequencies of a part of each picture, without their mean."""
-    left, top, right, bottom = crop
-    across, down = resampling(SIDE, SIDE, left, right), resampling(SIDE, SIDE, top, bottom)
-    whole = fft.dctn(down @ shapes.astype(np.float32) @ across.T, axes=(1, 2), norm="ortho")
-    low: Floats = whole[:, :FREQUENCIES, :FREQUENCIES].copy()
-    low[:, 0, 0] = 0
-    return low
+def _spectra(shapes: Halves) -> Floats:
+    """The lowest frequencies of crops, without the mean: [n, parts of the height, parts of the width, high, wide]."""
+    cosines = fft.dct(np.eye(SIDE, dtype=np.float32), axis=0, norm="ortho")[:FREQUENCIES]
+    parts = np.concatenate([cosines @ resampling(SIDE, SIDE, *part) for part in PARTS])
+    low = parts @ (shapes.astype(np.float32).reshape(-1, SIDE) @ parts.T).reshape(-1, SIDE, len(parts))
+    crops: Floats = low.reshape(-1, len(PARTS), FREQUENCIES, len(PARTS), FREQUENCIES).transpose(0, 1, 3, 2, 4)
+    crops[..., 0, 0] = 0
+    return crops
 
 
 def _of_length_one(spectra: Floats) -> Floats:
-    found: Floats = spectra / (np.sqrt((spectra**2).sum(axis=(1, 2), keepdims=True)) + 1e-6)
+    found: Floats = spectra / (np.sqrt((spectra**2).sum(axis=(-2, -1), keepdims=True)) + 1e-6)
     return found
 
 
@@ -197,8 +218,8 @@ def _turned(spectra: Floats, turn: int) -> Floats:
 def _warps() -> Floats:
     """For each of `STARTS` the matrix [2, 3] from places in the turned crop to those in the picture, from -1 to 1."""
     warps = np.zeros((len(STARTS), 2, 3), dtype=np.float32)
-    for warp, (crop, turn) in zip(warps, STARTS, strict=True):
-        left, top, right, bottom = CROPS[crop]
+    for warp, (high, wide, turn) in zip(warps, STARTS, strict=True):
+        (left, right), (top, bottom) = PARTS[wide], PARTS[high]
         warp[:, :2] = np.diag([right - left, bottom - top]) @ np.array(TURNS[turn])
         warp[:, 2] = left + right - 1, top + bottom - 1
     return warps
