@@ -25,6 +25,27 @@ SPACE = {
 }
 
 
+def given_by_ray(run, images, *, early_loss_epochs):
+    """What every trial of a run is given, on one thread."""
+    return {
+        "run": str(run),
+        "images": {"32": str(images)},
+        "weights": {"test_resnet": None},
+        "features": str(Path(run).with_name("features")),
+        "cache_bytes": 0,
+        "threads": 1,
+        "gpus": 0,
+        "device": "cpu",
+        "redraw": False,
+        "ending": {
+            "metric": "val_loss",
+            "patience": None,
+            "divergence_factor": 10.0,
+            "early_loss_epochs": early_loss_epochs,
+        },
+    }
+
+
 def make_run(
     folder: Path,
     *,

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import draw_folder
+from runs import given_by_ray
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -129,18 +130,7 @@ def whole(tmp_path_factory, folder):
         origin = "finalist" if trial_id.startswith("f") else "suggested"
         named = {"trial_id": trial_id, "origin": origin, "config": config.model_dump()}
         named |= {"number": None if origin == "finalist" else number}
-        given = {
-            "run": str(best),
-            "images": {"32": str(folders[32])},
-            "weights": {"test_resnet": None},
-            "features": str(best / "features"),
-            "cache_bytes": 0,
-            "threads": 1,
-            "gpus": 0,
-            "device": "cpu",
-            "redraw": False,
-            "ending": {"metric": "val_loss", "patience": None, "divergence_factor": 10.0, "early_loss_epochs": []},
-        }
+        given = given_by_ray(best, folders[32], early_loss_epochs=[])
         journal.append("asked", params={}, **named)
         journal.append("started", trial_id=trial_id, gpus=0.0)
         if trial is None:

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from runs import given_by_ray
 
 from tuning.audit import load_checked
 from tuning.checkpoints import best_file
@@ -33,18 +34,7 @@ def given(tmp_path, folder):
         epochs=5,
         augmentation="none",
     )
-    common = {
-        "run": str(run),
-        "images": {"32": str(checked.folders[32])},
-        "weights": {"test_resnet": None},
-        "features": str(tmp_path / "features"),
-        "cache_bytes": 0,
-        "threads": 1,
-        "gpus": 0,
-        "device": "cpu",
-        "redraw": False,
-        "ending": {"metric": "val_loss", "patience": None, "divergence_factor": 10.0, "early_loss_epochs": [1]},
-    }
+    common = given_by_ray(run, checked.folders[32], early_loss_epochs=[1])
     return lambda trial_id, **values: (
         common
         | {

@@ -61,6 +61,12 @@ def candidates(trials: pd.DataFrame, metric: str) -> list[str]:
     return list(rows.loc[order].drop_duplicates(CONFIG)["trial_id"])
 
 
+def val_over_train(samples: pd.DataFrame) -> float:
+    """Images in validation over images in training."""
+    splits = samples["split"].value_counts()
+    return float(splits.get("val", 0) / max(splits.get("train", 0), 1))
+
+
 def corrected_t(differences: NDArray[np.float64], val_over_train: float) -> tuple[float, float]:
     """Mean of paired differences and its standard error, for runs that redraw training and validation images.
 

@@ -30,7 +30,7 @@ def number(value: Any, digits: int = 4) -> str:
         return "-"
     if isinstance(value, float) and not value.is_integer():
         return f"{value:.{digits}f}" if 1e-3 <= abs(value) < 1e4 else f"{value:.3g}"
-    return f"{int(value):,}" if not math.isinf(value) else "∞"
+    return f"{int(value):,}"
 
 
 def duration(seconds: float) -> str:

@@ -90,14 +90,20 @@ def read_predictions(run: str | Path, trials: pd.DataFrame, samples: pd.DataFram
         values = _read(predictions_file(run, row.trial_id), validation, classes, int(row.best_epoch), row.val_loss)
         if values is not None:
             found[row.trial_id] = values
-    groups = validation["group"].where(validation["group"].notna(), validation["path"])
     return Predictions(
         tuple(found),
         np.stack(list(found.values())) if found else np.empty((0, len(validation), len(classes))),
         np.array([classes.index(label) for label in validation["label"]], dtype=np.int64),
-        pd.factorize(groups)[0].astype(np.int64),
+        group_numbers(validation),
         classes,
     )
+
+
+def group_numbers(samples: pd.DataFrame) -> NDArray[np.int64]:
+    """A number from 0 for each group, such as a patient; images of no group are each one of their own."""
+    numbers, _ = pd.factorize(samples["group"].where(samples["group"].notna(), samples["path"]))
+    found: NDArray[np.int64] = numbers.astype(np.int64)
+    return found
 
 
 def _read(

@@ -172,8 +172,8 @@ def _search(
     # Choose and report, from the tables alone.
     trials = tables.read_table(folder / "trials.parquet")
     top = analysis.best(trials, plan.metric)
-    splits = tables.read_table(folder / "samples.parquet")["split"].value_counts()
-    judged, verdict = finalists.judge(trials, plan.metric, val_over_train=float(splits["val"] / splits["train"]))
+    ratio = finalists.val_over_train(data.samples)
+    judged, verdict = finalists.judge(trials, plan.metric, val_over_train=ratio)
     tables.write_tables({"finalists": pa.Table.from_pandas(judged, schema=tables.FINALISTS)}, folder)
     if verdict.trial_id is not None:
         _write_best(folder, plan, search.record, trials, verdict, data.fingerprint)

@@ -73,9 +73,7 @@ def read(folder: Path) -> Run:
 
 def judged(run: Run) -> tuple[pd.DataFrame, finalists.Verdict]:
     """The finalists' table and the verdict on what there is."""
-    splits = run.samples["split"].value_counts()
-    ratio = float(splits.get("val", 0) / max(splits.get("train", 0), 1))
-    return finalists.judge(run.trials, run.metric, val_over_train=ratio)
+    return finalists.judge(run.trials, run.metric, val_over_train=finalists.val_over_train(run.samples))
 
 
 def same(run: Run) -> list[str]:

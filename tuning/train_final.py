@@ -16,7 +16,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import pandas as pd
 import tyro
 import yaml
@@ -29,7 +28,7 @@ from tuning.config import InputError, SearchPlan, TrialConfig, build, command_li
 from tuning.ensemble import named_shares
 from tuning.images import cache_folder, open_images
 from tuning.intervals import measure
-from tuning.predictions import read_predictions
+from tuning.predictions import group_numbers, read_predictions
 
 if TYPE_CHECKING:
     from tuning.data import Data
@@ -249,7 +248,7 @@ def _note_reading(folder: Path, fingerprint: str, trained_on: str, ensemble: boo
 def _tested(logits: NDArray[Any], temperature: float, samples: pd.DataFrame, data: "Data") -> dict[str, Any]:
     """What `metrics.json` says of the test set."""
     rows = samples.iloc[data.test]
-    groups = pd.factorize(rows["group"].where(rows["group"].notna(), rows["path"]))[0].astype(np.int64)
+    groups = group_numbers(rows)
     targets = data.labels[data.test]
     tested = measure(tempered(logits, temperature), targets, groups, data.classes)
     return tested | {"calibration_error_untempered": calibration_error(tempered(logits, 1.0), targets)}
