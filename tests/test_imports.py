@@ -58,6 +58,9 @@ ALLOWED = {
     "trial": {"config", "tables", "samples", "cluster", "images", "data", "models", "features", "probe", "finetune"}
     | {"checkpoints", "predictions"},
     "model_folder": {"config", "decoding", "backbones", "data", "finetune", "calibration"},
+    "progress": {"config", "tables"},
+    "summary": {"config", "tables", "analysis", "finalists", "calibration", "checkpoints", "ensemble", "predictions"}
+    | {"progress"},
     "final": {"config", "tables", "backbones", "checkpoints", "data", "ensemble", "features", "finetune", "predictions"}
     | {"calibration"},
 }

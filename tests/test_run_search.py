@@ -18,7 +18,8 @@ from tuning import report, search
 from tuning.audit import load_checked
 from tuning.config import InputError, SearchPlan
 from tuning.images import read_facts
-from tuning.run_search import Flags, Progress, check_new, main, notes, run, write_run
+from tuning.progress import Progress
+from tuning.run_search import Flags, check_new, main, notes, run, write_run
 from tuning.space import load
 from tuning.tables import Row, Trial, read_table
 

@@ -24,22 +24,17 @@ import pandas as pd
 import pyarrow as pa
 import tyro
 import yaml
-from rich.console import Console
 
 from tuning import analysis, finalists, tables
 from tuning.audit import Checked, load_checked
-from tuning.calibration import calibration_error
-from tuning.config import DEPTH_ALL, PARAMETERS, RESUME_MAY_CHANGE, InputError, SearchPlan, build, command_line
+from tuning.config import RESUME_MAY_CHANGE, InputError, SearchPlan, build, command_line
 from tuning.images import parallel_map, read_facts
-from tuning.predictions import read_predictions
+from tuning.progress import Progress, console
 from tuning.report import refresher, write_or_tell
 from tuning.space import Space, fix, image_sizes, load, parse
 from tuning.space import backbones as backbones_in
 
 DONE, BAD_INPUT, NO_FINITE_LOSS, INTERRUPTED = 0, 2, 3, 130
-HOPELESS = 0.95  # of the class entropy: a probe with a higher loss is warned of
-HEARTBEAT_SECONDS = 30.0  # between lines where the output is no terminal
-console = Console(highlight=False, soft_wrap=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +113,7 @@ def _search(
     from tuning import backbones
     from tuning.cluster import cluster_map, serve_images, slots
     from tuning.search import Search
+    from tuning.summary import summarize
     from tuning.weights import find_weights
 
     weights = find_weights(backbones_in(space), plan.weights)
@@ -177,7 +173,8 @@ def _search(
     tables.write_tables({"finalists": pa.Table.from_pandas(judged, schema=tables.FINALISTS)}, folder)
     if verdict.trial_id is not None:
         _write_best(folder, plan, search.record, trials, verdict, data.fingerprint)
-    _summary(folder, plan, trials, verdict, judged, search.halted, None if resources.packed else resources.count)
+    trials_at_once = None if resources.packed else resources.count
+    summarize(folder, plan, verdict, judged, halted=search.halted, slots=trials_at_once)
     if (report := write_or_tell(folder)) is not None:
         console.print(f"\nReport: {report}", markup=False)
     if not finished:
@@ -381,252 +378,6 @@ def _write_best(
         "settings": plan.model_dump(),
     }
     _write_yaml(folder / "best.yaml", trial.config | {"provenance": provenance})
-
-
-class Progress:
-    """A line for each trial that ends, and what runs: on a terminal as a status line, else now and then."""
-
-    def __init__(self, plan: SearchPlan, class_entropy: float):
-        self._plan, self._class_entropy = plan, class_entropy
-        self._status = console.status("") if console.is_terminal else None
-        self._best: tuple[float, str] | None = None
-        self._begun = False
-        self._said_at = time.monotonic()
-
-    def __call__(self, search: Any, trial: tables.Trial) -> None:
-        """Take in a trial that has reported an epoch or ended."""
-        if trial.origin == "probe":
-            self._probe(trial)
-            return
-        if trial.origin == "finalist":
-            self._finalist(trial)
-            return
-        everything = [other for other in search.record.trials.values() if other.number is not None]
-        ended = sum(other.ended for other in everything)
-        clock = time.strftime("%H:%M:%S", time.gmtime(search.journal.wall_s))
-        count = f"{clock}  {ended:>{len(str(self._plan.trials))}}/{self._plan.trials}"
-        for other in [trial] if self._begun else everything:  # a resumed search has trials to begin with
-            row = tables.best_epoch(other.rows, self._plan.metric)
-            if row is not None:
-                mine = (tables.loss_like(self._plan.metric, row[self._plan.metric]), other.trial_id)
-                self._best = min(self._best or mine, mine)
-        self._begun = True
-        row = tables.best_epoch(trial.rows, self._plan.metric)
-        if trial.status != "running":
-            value = "-" if row is None else f"{row[self._plan.metric]:.4f} at epoch {row['epoch']}/{len(trial.rows)}"
-            mark = "  [bold]best so far[/bold]" if self._best and self._best[1] == trial.trial_id else ""
-            ending = f"{trial.trial_id} {trial.status:<10} {self._plan.metric} {value:<20}"
-            self._say(f"{count}  {ending}  {describe(trial.config)}{mark}")
-        best = "" if self._best is None else f"best {self._plan.metric} {abs(self._best[0]):.4f} ({self._best[1]}), "
-        running = [other for other in everything if other.status == "running"]
-        now = f"{best}running: " + ", ".join(f"{other.trial_id} {len(other.rows)} epochs" for other in running)
-        if self._status is not None:
-            self._status.update(f"{count}  {now}")
-            (self._status.start if running else self._status.stop)()
-        elif running and time.monotonic() - self._said_at > HEARTBEAT_SECONDS:
-            self._say(f"{count}  {now}")
-
-    def _probe(self, trial: tables.Trial) -> None:
-        if not trial.rows:
-            self._say(f"probe     {trial.config['backbone']} {trial.status}: {trial.reason}")
-            return
-        row = trial.rows[-1]
-        if row["val_loss"] is None:
-            self._say(f"probe     {trial.config['backbone']}: its loss is not finite")
-            return
-        hopeless = row["val_loss"] > HOPELESS * self._class_entropy
-        warning = ": hardly better than guessing the classes' shares" if hopeless else ""
-        measured = f"val_loss {row['val_loss']:.4f}, accuracy {row['val_accuracy']:.2f}"
-        self._say(f"probe     {trial.config['backbone']} {measured}{warning}")
-
-    def _finalist(self, trial: tables.Trial) -> None:
-        row = tables.best_epoch(trial.rows, self._plan.metric)
-        if trial.status != "running":
-            value = "-" if row is None else f"{row[self._plan.metric]:.4f} at epoch {row['epoch']}/{len(trial.rows)}"
-            self._say(f"finalist  {trial.finalist_of} seed {trial.config['seed']} {self._plan.metric} {value}")
-
-    def stop(self) -> None:
-        """Give the terminal its cursor back."""
-        if self._status is not None:
-            self._status.stop()
-
-    def _say(self, line: str) -> None:
-        console.print(line)
-        self._said_at = time.monotonic()
-
-
-def describe(config: dict[str, Any]) -> str:
-    """A configuration in a few words."""
-    depth = _depth(config["unfreeze_depth"])
-    return f"{config['backbone']} {depth} lr {config['learning_rate']:.1e} aug {config['augmentation']}"
-
-
-def _summary(
-    folder: Path,
-    plan: SearchPlan,
-    trials: pd.DataFrame,
-    verdict: finalists.Verdict,
-    judged: pd.DataFrame,
-    halted: str | None,
-    slots: int | None,
-) -> None:
-    console.print()
-    if halted is not None:
-        console.print(f"[bold]The search ended early[/bold]: {halted}\n")
-    if analysis.searched(trials).empty:
-        console.print("No trial has begun.")
-        return
-    costs = analysis.cost(trials)
-    trials = analysis.searched(trials)
-
-    # Why each trial ended.
-    console.print("[bold]Trials, best first[/bold]")
-    order = trials[plan.metric].map(lambda value: tables.loss_like(plan.metric, value)).sort_values(na_position="last")
-    width = trials["config_backbone"].str.len().max()
-    header = f"{'trial':<7} {'backbone':<{width}} {'unfrozen':<8} {'lr':<7} {'aug':<6} {plan.metric:>8}  epochs  ended"
-    console.print(header, style="dim")
-    for row in trials.loc[order.index].to_dict("records"):
-        console.print(
-            f"{row['trial_id']:<7} {row['config_backbone']:<{width}} {_depth(row['config_unfreeze_depth']):<8} "
-            f"{row['config_learning_rate']:.1e} {row['config_augmentation']:<6} {_number(row[plan.metric]):>8}  "
-            f"{row['epochs']:>6}  {row['status']}: {row['reason']}",
-            markup=False,
-        )
-
-    # Overfitting.
-    console.print("\n[bold]Overfitting: the best trial of each backbone and part[/bold]")
-    header = f"{'backbone':<{width}} unfrozen  trials  best      train loss  val loss      gap"
-    console.print(header, style="dim")
-    for row in analysis.overfitting(trials, plan.metric).to_dict("records"):
-        numbers = [_number(row[name]) for name in ("train_eval_loss", "val_loss", "gap")]
-        name = "-" if pd.isna(row["trial_id"]) else row["trial_id"]
-        console.print(
-            f"{row['backbone']:<{width}} {row['unfrozen']:<8}  {row['trials']:>6}  {name:<8}  "
-            f"{numbers[0]:>10}  {numbers[1]:>8}  {numbers[2]:>7}",
-            markup=False,
-        )
-
-    epochs = tables.read_table(folder / "epochs.parquet")
-    _tell_overfitting(trials, epochs)
-
-    # What stopping saved.
-    saved = analysis.saved(trials, plan.epochs)
-    spent, kept = trials["seconds"].sum(), saved["seconds_saved"].sum()
-    by_status = ", ".join(f"{row.trials} {row.status}" for row in saved.itertuples())
-    console.print(f"\n{len(trials)} trials: {by_status}. {trials['epochs'].sum()} epochs, {spent:.0f} s of training.")
-    console.print(
-        f"Ending trials early saved {saved['epochs_saved'].sum():.0f} epochs, about {kept:.0f} s "
-        f"({kept / max(spent + kept, 1e-9):.0%} of what all epochs would have taken)."
-    )
-
-    # What each backbone cost.
-    shares = ", ".join(f"{row.backbone} {row.seconds:.0f} s in {row.epochs} epochs" for row in costs.itertuples())
-    console.print(f"By backbone, with probes and finalists: {shares}.")
-
-    # Where the time went.
-    if not epochs.empty:
-        names = {"data": "images", "prefix": "frozen layers", "train": "training", "evaluate": "evaluation"}
-        parts = analysis.spent(epochs)
-        total = max(sum(parts.values()), 1e-9)
-        shares = ", ".join(f"{names[part]} {value / total:.0%}" for part, value in parts.items())
-        hits = int(epochs["cache_hits"].sum())
-        console.print(f"Time: {shares}. Frozen layers' outputs of {hits:,} images came from the cache.")
-        busy = None if slots is None else analysis.utilisation(epochs, slots)
-        if busy is not None:
-            console.print(f"Slots were in use {busy:.0%} of the time until the last trial began.")
-
-    # The best, and what to type next.
-    if verdict.trial_id is None:
-        advice = " Try lower learning rates." if (trials["status"] == "diverged").any() else ""
-        console.print(f"\n[bold]No trial had a finite loss[/bold]: there is no best.yaml.{advice}")
-        return
-    if not judged.empty:
-        console.print("\n[bold]Trained again with the same seeds[/bold]")
-        columns = f"{'trial':<7} {'':<8}  runs  {'mean':>7} {'sd':>7}  {'search':>7} {'luck':>8}  {'better by':>9}"
-        console.print(columns, style="dim")
-        for row in judged.to_dict("records"):
-            numbers = [_number(row[name]) for name in ("mean", "sd", "searched", "luck", "difference")]
-            console.print(
-                f"{row['trial_id']:<7} {row['role']:<8}  {row['runs']:>4}  {numbers[0]:>7} {numbers[1]:>7}  "
-                f"{numbers[2]:>7} {numbers[3]:>8}  {numbers[4]:>9}",
-                markup=False,
-            )
-    console.print(f"\n[bold]Verdict: {verdict.verdict}[/bold]: {verdict.sentence}.")
-    top = trials.set_index("trial_id").loc[verdict.trial_id]
-    console.print(
-        f"\n[bold]Best[/bold]: {verdict.trial_id}, {plan.metric} {top[plan.metric]:.4f} at epoch {top['best_epoch']}"
-    )
-    config = {name: top[f"config_{name}"] for name in PARAMETERS}
-    for name, value in config.items():
-        console.print(f"  {name}: {value:.3g}" if isinstance(value, float) else f"  {name}: {value}")
-    _tell_predictions(folder, trials, verdict.trial_id)
-    console.print("\nNext:")
-    quoted = shlex.quote(str(folder))
-    console.print(
-        f"  python tuning/train_final.py {quoted}        # train it again, test it, write its model/", markup=False
-    )
-    console.print(f"  python -c \"import pandas as pd; print(pd.read_parquet('{folder}/trials.parquet'))\"")
-
-
-def _tell_overfitting(trials: pd.DataFrame, epochs: pd.DataFrame) -> None:
-    """The gap by how much is unfrozen and by augmentation, and what the last epochs made worse."""
-    gaps = analysis.gaps(trials)
-    if gaps.empty:
-        return
-    console.print("\n[bold]The gap by augmentation[/bold]: median, of so many trials that ran two epochs or more")
-    columns = list(gaps["augmentation"].unique().sort_values())
-    console.print("unfrozen  " + "  ".join(f"{name:>11}" for name in columns), style="dim")
-    cells = {(row.unfrozen, row.augmentation): f"{row.gap:.4f} ({row.trials})" for row in gaps.itertuples()}
-    for part in gaps["unfrozen"].unique():
-        console.print(f"{part:<8}  " + "  ".join(f"{cells.get((part, name), '-'):>11}" for name in columns))
-    rises = analysis.best_and_last(trials, epochs)
-    said = ", ".join(f"{row.unfrozen} {row.rise:+.4f}" for row in rises.itertuples())
-    if said:
-        console.print(f"val_loss from a trial's best epoch to its last, median: {said}.")
-
-
-def _tell_predictions(folder: Path, trials: pd.DataFrame, best: str) -> None:
-    """What the validation probabilities say: of guessing, of calibration, and of an ensemble."""
-    from tuning.checkpoints import kept
-    from tuning.ensemble import offer
-
-    predictions = read_predictions(folder, trials, tables.read_table(folder / "samples.parquet"))
-    guessing = analysis.guessing(trials, predictions)
-    console.print()
-    if guessing is not None:
-        least = f", by {guessing.least_gain:.4f} at least" if guessing.better else ""
-        losses = f"val_loss {guessing.val_loss:.4f} against {guessing.frequencies:.4f}"
-        console.print(
-            f"{guessing.trial_id} is {'' if guessing.better else 'no '}better than the class frequencies ({losses})"
-            f"{least}, the luck of picking from {guessing.looks} epochs allowed for.",
-            style=None if guessing.better else "bold",
-        )
-    if best in predictions.trial_ids:
-        probabilities = predictions.of({best}).probabilities[0]
-        right = (probabilities.argmax(axis=1) == predictions.targets).mean()
-        error = calibration_error(probabilities, predictions.targets)
-        sure = probabilities.max(axis=1).mean()
-        console.print(f"{best} is {sure:.0%} sure and {right:.0%} right: expected calibration error {error:.3f}.")
-    there = kept(folder, trials)
-    found, every = offer(predictions.of(there)), offer(predictions)
-    if found is not None and every is not None:
-        low, high = found.gain_95
-        others = f" (of all {len(trials)} trials {every.val_loss:.4f})" if len(there) < len(trials) else ""
-        worth = found.better and (guessing is None or guessing.better)
-        build = "; train_final.py --set ensemble=true builds it" if worth else ""
-        console.print(
-            f"An ensemble of the {len(there)} kept trials has val_loss {found.val_loss:.4f}{others}, the best alone "
-            f"{found.alone:.4f}, on the halves of validation that they weren't chosen on: a gain of {found.gain:.4f} "
-            f"(95% {low:.4f} to {high:.4f}){build}."
-        )
-
-
-def _depth(unfreeze_depth: int) -> str:
-    return {0: "head", DEPTH_ALL: "all"}.get(unfreeze_depth, f"depth {unfreeze_depth}")
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None or pd.isna(value) else f"{value:.4f}"
 
 
 if __name__ == "__main__":
