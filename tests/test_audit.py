@@ -226,6 +226,9 @@ def test_the_command_tells_writes_and_exits(films, capsys):
     allowed = (("on_leak=warn", "skip_unreadable=true", "image_size=48"),)
     assert run(Flags(data, out=str(out), set=allowed)) == 0
     assert set(read_table(out / "audit.parquet")["severity"]) == {"warn"}
+    capsys.readouterr()
+    assert run(Flags(data, out=str(out), set=(("on_leak=move", "skip_unreadable=true"),))) == 0
+    assert "a: 5 test, 3 train, 4 val" in capsys.readouterr().out  # as a search would take them
 
 
 def test_the_command_refuses_what_it_does_not_know(films, capsys, monkeypatch):

@@ -89,10 +89,9 @@ def run(flags: Flags) -> int:
         raise InputError(f"--out {out}: no permission to write there; choose another")
     plan = build(SearchPlan, {"name": "audit"} | given, "command line")
     decoded = _decoded(plan, [size], None, images.parallel_map, skip=True)
-    found, _, told = _audited(plan, decoded)
-    table = findings.table(found)
-    tables.write_tables({"audit": table}, out)
-    for label, row in decoded.samples.groupby(["label", "split"]).size().unstack(fill_value=0).iterrows():
+    found, moved, told = _audited(plan, decoded)
+    tables.write_tables({"audit": findings.table(found)}, out)
+    for label, row in moved.groupby(["label", "split"]).size().unstack(fill_value=0).iterrows():
         print(f"{label}: " + ", ".join(f"{count} {split}" for split, count in row.items()))
     print("\n".join(told))
     print(f"written: {out / 'audit.parquet'}")

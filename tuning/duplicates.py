@@ -40,6 +40,7 @@ LEAST = 0.86  # likeness after an alignment, else a pair is dropped
 PROMISING = (0.84, 0.92)  # agreement at a glance, after a coarse and a fine alignment
 CROWDED = 0.8  # likeness after the first from which pictures resemble each other
 NEIGHBOURS = 8  # candidates of each image
+BLOCK = 2_500_000  # pairs that a core looks at at once: 20 MB
 FREQUENCIES = 12  # of the cosine transform, along each side
 CUT = 0.05  # of the side; copies that lack up to that at any sides are found, those that lack more not always
 PARTS = ((0.0, 1.0), (CUT, 1.0), (0.0, 1 - CUT), (CUT, 1 - CUT))  # of a side that others may be copies of
@@ -121,7 +122,7 @@ def bars_of(shown: Pixels, facts: pd.DataFrame) -> Ints:
     return found
 
 
-def shrunk(shown: Pixels, rows: Ints, side: int, *, grey: bool = False, bars: Sequence[int] | Ints = (0, 0)) -> Halves:
+def shrunk(shown: Pixels, rows: Ints, side: int, *, grey: bool = False, bars: Sequence[int] | Ints = (0, 0)) -> Bytes:
     """Images of some rows of [n, side, side, channels], of another side; grey ones have one channel.
 
     Args:
@@ -153,7 +154,8 @@ def _candidates(shapes: Halves) -> tuple[Ints, Ints, Floats]:
     spectra = _of_length_one(spectra / spread)
     even, odd = (np.ascontiguousarray(spectra[:, :, first::2].reshape(n, -1)) for first in (0, 1))
     sought = partial(_neighbours, spectra, even, odd, spread, shapes)
-    neighbours, start, likeness = in_batches(sought, np.arange(n))
+    few = max(16, min(128, BLOCK // n))
+    neighbours, start, likeness = in_batches(sought, np.arange(n), size=few)
     a, b = np.repeat(np.arange(n), neighbours.shape[1]), neighbours.ravel()
     # Of the two ways round a pair the better one.
     order = np.lexsort((-likeness.ravel(), np.maximum(a, b), np.minimum(a, b)))
