@@ -124,6 +124,68 @@ def test_equal_images_in_different_splits_stop_the_search(films):
     assert found["detail"].str.split("; ").str[0].tolist() == ["the same bytes", "the same pixels in other bytes"]
 
 
+@pytest.fixture
+def equals(films):
+    """Rows of the films, of eight of them copies, and of one more the same pixels, and a function that writes rows."""
+    folder, _ = films
+    rows = [(f"{number:02d}.png", "ab"[number % 2], f"own{number}") for number in range(24)]
+    for number in range(8):
+        shutil.copy(folder / f"{number:02d}.png", folder / f"copy{number}.png")
+        rows.append((f"copy{number}.png", "ab"[number % 2], f"copy{number}"))
+    Image.open(folder / "00.png").save(folder / "pixels.png", compress_level=1)
+    rows.append(("pixels.png", "a", "own10"))  # the patient of 10.png
+
+    def write(rows, header="path,label,group"):
+        (folder / "equals.csv").write_text("\n".join([header, *(",".join(row) for row in rows)]))
+        return str(folder / "equals.csv")
+
+    return rows, write
+
+
+def test_splits_that_are_drawn_keep_equal_images_together(equals):
+    rows, write = equals
+    checked, found = check(write(rows))
+    split = checked.samples.set_index("path")["split"]
+    assert all(split[f"copy{number}.png"] == split[f"{number:02d}.png"] for number in range(8))
+    assert split["pixels.png"] == split["00.png"] == split["10.png"]
+    assert found["severity"].tolist() == ["warn"] * 9 and (found["finding"] == "exact_duplicate").all()
+    assert checked.told[-1] == "  train, val, test were drawn so that equal images lie in one of them"
+    counts = checked.samples.groupby("label")["split"].value_counts()
+    for label, total in checked.samples["label"].value_counts().items():
+        shares = {"train": 0.6, "val": 0.2, "test": 0.2}
+        assert all(abs(counts[label, name] - share * total) <= 4 for name, share in shares.items())
+    again, _ = check(write(rows[::-1]), on_leak="warn")  # whatever is said of leaks, and in any order
+    assert again.samples.equals(checked.samples) and again.fingerprint == checked.fingerprint
+    assert again.samples.attrs["drawn"] == ["train", "val", "test"]
+
+
+def test_equal_images_in_splits_of_the_user_stop_the_search_though_validation_is_drawn(equals):
+    rows, write = equals
+    given = [(*row, "test" if number in (20, 21) else "train") for number, row in enumerate(rows)]
+    checked, _ = check(write(given, "path,label,group,split"))
+    split = checked.samples.set_index("path")["split"]
+    assert all(split[f"copy{number}.png"] == split[f"{number:02d}.png"] for number in range(8))
+    assert set(split) == {"train", "val", "test"} and checked.told[-1].startswith("  train, val were drawn so that")
+    given[24] = (*rows[24], "test")  # copy0.png
+    with pytest.raises(InputError, match="1 pair of equal images, 1 of them in different splits, such as 00"):
+        check(write(given, "path,label,group,split"))
+
+
+def test_a_class_of_equal_images_can_not_be_split(equals):
+    rows, write = equals
+    few = [row for row in rows if row[1] == "b"] + [rows[0], rows[24], rows[32]]
+    with pytest.raises(InputError, match="with equal images in one split there are too few images to draw splits: 'a'"):
+        check(write(few))
+
+
+def test_without_shortcuts_being_sought_that_is_told(films):
+    _, manifest = films
+    everyone = {number: "one" for number in range(0, 24, 2)}  # all of class a are of one patient
+    checked, _ = check(manifest(group=everyone), on_leak="warn")
+    [told] = [line for line in checked.told if "shortcuts" in line]
+    assert told.startswith("  shortcuts are not sought for 2 of 2 classes, such as a: it takes two, with")
+
+
 def test_near_duplicates_and_labels_in_conflict_warn(films):
     folder, manifest = films
     Image.open(folder / "00.png").resize((50, 50)).save(folder / "copy.jpg")

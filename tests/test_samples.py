@@ -325,7 +325,7 @@ def test_a_redrawn_split_keeps_the_test_the_groups_and_the_classes(files, drawn,
 
 def test_redrawn_splits_differ_by_seed_and_keep_their_sizes(files, rows):
     samples = load_samples(write_csv(files / "sizes.csv", rows))
-    assert samples.attrs["val_drawn"]
+    assert samples.attrs["drawn"] == ["train", "val", "test"]
     samples["unit"] = range(len(samples))
     splits = {tuple(redrawn(samples, seed)["split"]) for seed in range(10)}
     assert len(splits) > 5
@@ -341,7 +341,7 @@ def test_copies_stay_together_in_a_redrawn_split(files, rows):
 
 def test_a_given_validation_split_is_told_from_a_drawn_one(files, rows):
     given_splits = [row | {"split": ("train", "val")[index // 2 % 2]} for index, row in enumerate(rows)]
-    assert not load_samples(write_csv(files / "given.csv", given_splits)).attrs["val_drawn"]
+    assert load_samples(write_csv(files / "given.csv", given_splits)).attrs["drawn"] == []
 
 
 @settings(max_examples=50)

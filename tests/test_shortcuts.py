@@ -50,7 +50,7 @@ def found(labels, shown=None, known=None, units=None):
     n = len(labels)
     shown, known = pictures(n) if shown is None else shown, facts(n) if known is None else known
     units = np.arange(n) if units is None else units
-    return {rule.finding: rule for rule in shortcuts(shown, known, labels, units)}
+    return {rule.finding: rule for rule in shortcuts(shown, known, labels, units) or []}
 
 
 @pytest.mark.parametrize(("n", "seed"), [(60, 0), (60, 1), (200, 2)])
@@ -133,7 +133,7 @@ def test_a_thumbnail_is_honest_up_to_a_point():
 
 def test_a_class_of_one_patient_is_left_out():
     assert folds(["a", "a", "b", "b"], np.array([0, 1, 2, 2])) is None
-    assert found(["a", "a", "b", "b"], units=np.array([0, 1, 2, 2])) == {}
+    assert shortcuts(pictures(4), facts(4), ["a", "a", "b", "b"], np.array([0, 1, 2, 2])) is None
     assert sampled(["rare", "a", "b", "a", "b", "rare"], np.array([0, 1, 2, 3, 4, 0])).tolist() == [1, 2, 3, 4]
 
 

@@ -203,14 +203,14 @@ def _audited(plan: SearchPlan, decoded: _Decoded) -> tuple[list[Finding], pd.Dat
     """All findings, the samples as the search is to take them, and what the screen shows."""
     from tuning import shortcuts  # takes a second to load
 
-    table, groups = decoded.samples, [None if pd.isna(group) else group for group in decoded.samples["group"]]
     folder = decoded.folders[_size(list(decoded.folders))]
     facts = images.read_facts(folder)
     equal = findings.equal_images(facts["pixels_sha256"].tolist())
+    table = _with_equals_together(decoded.samples, equal, plan)
     bars = bars_of(images.open_images(folder), facts) if plan.fit == "letterbox" else None
     near = _near(folder, equal, bars)
     copies = np.column_stack([near.a, near.b])[near.copies]
-    unit = leaks.units(groups, np.concatenate([np.array(equal, dtype=np.int64).reshape(-1, 2), copies]))
+    unit = leaks.units(_groups(table), np.concatenate([np.array(equal, dtype=np.int64).reshape(-1, 2), copies]))
     labels = table["label"].tolist()
     chosen = shortcuts.sampled(labels, unit)
     pictures = shrunk(images.open_images(folder), chosen, shortcuts.SIDE).astype(np.float32)
@@ -219,7 +219,7 @@ def _audited(plan: SearchPlan, decoded: _Decoded) -> tuple[list[Finding], pd.Dat
     found += findings.of_groups(table, plan.on_leak)
     found += findings.of_copies(table, equal, decoded.hashes, near, plan.on_leak)
     found += findings.of_imbalance(table["label"])
-    found += findings.of_shortcuts(rules, plan.fit, plan.drop_colour)
+    found += findings.of_shortcuts(rules or [], plan.fit, plan.drop_colour)
     moved = table
     if plan.on_leak == "move":
         splits = leaks.brought_together(table["split"].tolist(), unit)
@@ -227,9 +227,34 @@ def _audited(plan: SearchPlan, decoded: _Decoded) -> tuple[list[Finding], pd.Dat
         moved = table.assign(split=pd.Series(splits, dtype=object))
         _check_classes(table, moved)
     told = findings.summary(found, int((moved["split"] != table["split"]).sum()))
+    if equal and table.attrs["drawn"]:
+        told.append(f"  {', '.join(table.attrs['drawn'])} were drawn so that equal images lie in one of them")
+    if untried := sorted(set(labels) - {labels[index] for index in chosen if rules is not None}):
+        classes = f"{len(untried)} of {len(set(labels))} classes, such as {untried[0]}"
+        told.append(f"  shortcuts are not sought for {classes}: it takes two, with images of two groups each or more")
     if len(table) > MOST_IMAGES:
         told.append(f"  near duplicates are not sought among more than {MOST_IMAGES:,} images")
     return found, moved.assign(unit=unit), told
+
+
+def _groups(table: pd.DataFrame) -> list[str | None]:
+    return [None if pd.isna(group) else group for group in table["group"]]
+
+
+def _with_equals_together(table: pd.DataFrame, equal: list[tuple[int, int]], plan: SearchPlan) -> pd.DataFrame:
+    """The samples with the splits that aren't the user's drawn by image: no image has an equal in another of them.
+
+    Only equal images: what is nearly one depends on the size that is looked at, and splits should not.
+    """
+    if not (equal and table.attrs["drawn"]):
+        return table
+    unit = leaks.units(_groups(table), np.array(equal, dtype=np.int64))
+    names = table["group"].where(table["group"].notna(), table["path"]).groupby(unit).transform("first")
+    fractions = {"val_fraction": plan.val_fraction, "test_fraction": plan.test_fraction}
+    try:
+        return samples.drawn(table, names.tolist(), **fractions)
+    except InputError as error:
+        raise InputError([f"with equal images in one split there are {fault}" for fault in error.faults]) from None
 
 
 def _size(sizes: list[int]) -> int:

@@ -326,7 +326,7 @@ def write_run(folder: Path, plan: SearchPlan, space: Space, data: Checked) -> No
     tables.write_tables({"samples": rows, "audit": data.audit}, unfinished)
     provenance = {
         "fingerprint": data.fingerprint,
-        "val_drawn": data.samples.attrs.get("val_drawn", False),
+        "val_drawn": "val" in data.samples.attrs["drawn"],
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "packages": {

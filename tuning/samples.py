@@ -57,7 +57,7 @@ def load_samples(
     Returns:
         One row per image, sorted by path: `path` (relative to the root where it lies below, with slashes), `file`
         (absolute), `label`, `split` (train, val or test), `group` (None where no groups are given); Python strings.
-        `attrs["val_drawn"]` says whether validation was drawn here.
+        `attrs["drawn"]` names the splits that were drawn here: none, or train and val, or all three.
 
     Raises:
         InputError: every fault found in the data.
@@ -85,19 +85,36 @@ def load_samples(
         raise InputError(faults)
 
     samples.sort(key=lambda sample: sample.path)
-    splits = {sample.split for sample in samples}
-    if splits == {None}:
-        train_fraction = 1 - val_fraction - test_fraction
-        samples = _draw_splits(samples, {"train": train_fraction, "val": val_fraction, "test": test_fraction}, faults)
-    elif "val" not in splits:
-        train = [sample for sample in samples if sample.split == "train"]
-        drawn = _draw_splits(train, {"train": 1 - val_fraction, "val": val_fraction}, faults)
-        samples = sorted(drawn + [sample for sample in samples if sample.split != "train"], key=lambda row: row.path)
-    if faults:
-        raise InputError([f"{data}: {fault}" for fault in faults])
+    given = {sample.split for sample in samples}
     table = pd.DataFrame(samples, columns=list(Sample._fields), dtype=object)
-    table.attrs["val_drawn"] = "val" not in splits
-    return table
+    table.attrs["drawn"] = [] if "val" in given else ["train", "val"] if "train" in given else ["train", "val", "test"]
+    units = [sample.group or sample.path for sample in samples]
+    try:
+        return drawn(table, units, val_fraction=val_fraction, test_fraction=test_fraction)
+    except InputError as error:
+        raise InputError([f"{data}: {fault}" for fault in error.faults]) from None
+
+
+def drawn(samples: pd.DataFrame, units: Sequence[str], *, val_fraction: float, test_fraction: float) -> pd.DataFrame:
+    """The same samples with those splits drawn that the user has not given, which `attrs["drawn"]` names.
+
+    Args:
+        samples: table of `load_samples`; those splits may be missing yet.
+        units: of each sample, the name of what is to lie in one split.
+        val_fraction, test_fraction: as there.
+
+    Raises:
+        InputError: a class has too few units.
+    """
+    names = samples.attrs["drawn"]
+    train_fraction = 1 - val_fraction - (test_fraction if "test" in names else 0.0)
+    fractions = {"train": train_fraction, "val": val_fraction, "test": test_fraction}
+    pool = samples["split"].isna() | samples["split"].isin(names)
+    faults: list[str] = []
+    found = _with_splits(samples, pool, units, {name: fractions[name] for name in names}, faults)
+    if faults:
+        raise InputError(faults)
+    return found
 
 
 def redrawn(samples: pd.DataFrame, seed: int) -> pd.DataFrame:
@@ -109,16 +126,14 @@ def redrawn(samples: pd.DataFrame, seed: int) -> pd.DataFrame:
     given back as they are.
     """
     pool = samples["split"] != "test"
-    known = samples.assign(group=samples["unit"].map("unit {}".format))
-    rows = [Sample(*row) for row in known.loc[pool, list(Sample._fields)].itertuples(index=False)]
+    units = list(samples["unit"].map("unit {}".format))
     val_share = float((samples["split"] == "val").sum() / pool.sum())
     for attempt in range(20):
         faults: list[str] = []
-        drawn = _draw_splits(rows, {"train": 1 - val_share, "val": val_share}, faults, salt=f"{seed} {attempt} ")
+        fractions = {"train": 1 - val_share, "val": val_share}
+        found = _with_splits(samples, pool, units, fractions, faults, salt=f"{seed} {attempt} ")
         if not faults:
-            splits = samples["split"].copy()
-            splits[pool] = [row.split for row in drawn]
-            return samples.assign(split=splits)
+            return found
     return samples
 
 
@@ -370,6 +385,22 @@ def _class_faults(classes: Mapping[str | None, set[str]]) -> list[str]:
 
 
 # --- Splits ----------------------------------------------------------------------------------------------------------
+
+
+def _with_splits(
+    samples: pd.DataFrame,
+    pool: pd.Series,
+    units: Sequence[str],
+    fractions: Mapping[str, float],
+    faults: list[str],
+    salt: str = "",
+) -> pd.DataFrame:
+    """The same samples with splits drawn for those of the pool."""
+    known = samples.assign(group=list(units))
+    rows = [Sample(*row) for row in known.loc[pool, list(Sample._fields)].itertuples(index=False)]
+    splits = samples["split"].copy()
+    splits[pool] = [row.split for row in _draw_splits(rows, fractions, faults, salt)]
+    return samples.assign(split=splits)
 
 
 def _draw_splits(

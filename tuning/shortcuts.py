@@ -232,8 +232,8 @@ def sampled(labels: Sequence[str], units: Ints) -> Ints:
     return drawn[[units_of[name] > 1 for name in names]]
 
 
-def shortcuts(pictures: Floats, facts: pd.DataFrame, labels: Sequence[str], units: Ints) -> list[Shortcut]:
-    """Rules that are clearly better than guessing.
+def shortcuts(pictures: Floats, facts: pd.DataFrame, labels: Sequence[str], units: Ints) -> list[Shortcut] | None:
+    """Rules that are clearly better than guessing; null where none can be tried, as `folds` says.
 
     Args:
         pictures: [n, SIDE, SIDE, channels], levels from 0 to 255.
@@ -243,7 +243,7 @@ def shortcuts(pictures: Floats, facts: pd.DataFrame, labels: Sequence[str], unit
     """
     tried = folds(labels, units)
     if tried is None:
-        return []
+        return None
     width, height, size = (facts[name].to_numpy(np.float64) for name in ("width", "height", "bytes"))
     grey = pictures.mean(axis=3)
     colour = (pictures.max(axis=3) - pictures.min(axis=3)).mean(axis=(1, 2)).astype(np.float64)
