@@ -38,7 +38,8 @@ ALLOWED = {
     "analysis": {"config", "tables", "space", "optimizer", "calibration", "intervals", "predictions"},
     "finalists": {"config", "tables", "analysis"},
     "page": set(),
-    "sections": {"config", "tables", "space", "analysis", "finalists", "page"},
+    "remarks": {"analysis", "calibration", "checkpoints", "ensemble", "predictions"},
+    "sections": {"config", "tables", "space", "analysis", "finalists", "page", "remarks"},
     "report": {"config", "tables", "analysis", "page", "sections"},
     "augment": {"config"},
     "weights": {"config"},
@@ -59,15 +60,14 @@ ALLOWED = {
     | {"checkpoints", "predictions"},
     "model_folder": {"config", "decoding", "backbones", "data", "finetune", "calibration"},
     "progress": {"config", "tables"},
-    "summary": {"config", "tables", "analysis", "finalists", "calibration", "checkpoints", "ensemble", "predictions"}
-    | {"progress"},
+    "summary": {"config", "tables", "analysis", "finalists", "progress", "remarks"},
     "final": {"config", "tables", "backbones", "checkpoints", "data", "ensemble", "features", "finetune", "predictions"}
     | {"calibration"},
 }
 COMMANDS = {"search", "run_search", "train_final"}  # may import all of the above
 TORCHLESS = ["config", "conditions", "space", "samples", "tables", "stopping", "finalists"]
 TORCHLESS += ["calibration", "intervals", "predictions", "ensemble", "analysis"]
-TORCHLESS += ["page", "sections", "report"]
+TORCHLESS += ["page", "remarks", "sections", "report"]
 
 
 def imports(module: str) -> tuple[set[str], set[str]]:

@@ -238,6 +238,9 @@ def test_labels_that_the_images_say_nothing_of_are_called_that(space, tmp_path, 
     assert "no better than the class frequencies" in said
     trials = read_table(tmp_path / "results" / "guesses" / "trials.parquet")
     assert f"the luck of picking from {trials['epochs'].sum()} epochs" in said
+    told = (tmp_path / "results" / "guesses" / "report.html").read_text().partition('<p class="warning">')[2]
+    words = told.partition("</p>")[0]
+    assert "is no better than the class frequencies" in words and words in " ".join(said.split())
 
 
 @pytest.mark.slow

@@ -3,16 +3,18 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from tuning.config import TrialConfig
-from tuning.finetune import State
 from tuning.tables import replacing
+
+if TYPE_CHECKING:  # torch takes seconds to load, and the report only asks what is kept
+    from torch import Tensor
+
+    from tuning.finetune import State
 
 
 def state_file(run: str | Path, trial_id: str) -> Path:
@@ -26,7 +28,13 @@ def best_file(run: str | Path, trial_id: str) -> Path:
 
 
 def save(
-    run: str | Path, trial_id: str, state: State, best: Mapping[str, Any] | None, config: dict[str, Any], *, ended: bool
+    run: str | Path,
+    trial_id: str,
+    state: "State",
+    best: Mapping[str, Any] | None,
+    config: dict[str, Any],
+    *,
+    ended: bool,
 ) -> None:
     """Write the best weights, then, unless the trial has ended, the state.
 
@@ -43,6 +51,8 @@ def save(
     Raises:
         OSError, SafetensorError: there is no room, say.
     """
+    from safetensors.torch import save_file
+
     weights = {name: tensor for name, tensor in state.tensors.items() if name.startswith("best/")}
     rest = {name: tensor for name, tensor in state.tensors.items() if name not in weights}
     best_file(run, trial_id).parent.mkdir(exist_ok=True)
@@ -55,8 +65,12 @@ def save(
             save_file(rest, temporary, metadata={"history": json.dumps(state.history)})
 
 
-def load_state(run: str | Path, trial_id: str) -> State | None:
+def load_state(run: str | Path, trial_id: str) -> "State | None":
     """A trial's checkpoint, null where there is none."""
+    from safetensors.torch import load_file
+
+    from tuning.finetune import State
+
     path, best = state_file(run, trial_id), best_file(run, trial_id)
     if not path.exists():
         return None
@@ -79,7 +93,7 @@ def kept(run: str | Path, trials: pd.DataFrame) -> dict[str, TrialConfig]:
     found = {}
     for row in trials[trials["val_loss"].notna()].itertuples():
         try:
-            with safe_open(best_file(run, row.trial_id), framework="pt") as file:
+            with safe_open(best_file(run, row.trial_id), framework="np") as file:
                 said = file.metadata() or {}
         except (OSError, SafetensorError):
             continue
@@ -88,6 +102,8 @@ def kept(run: str | Path, trials: pd.DataFrame) -> dict[str, TrialConfig]:
     return found
 
 
-def best_weights(run: str | Path, trial_id: str) -> dict[str, Tensor]:
+def best_weights(run: str | Path, trial_id: str) -> "dict[str, Tensor]":
     """The tensors that a trial changed, at its best epoch, by their names in the model."""
+    from safetensors.torch import load_file
+
     return {name.removeprefix("best/"): tensor for name, tensor in load_file(best_file(run, trial_id)).items()}

@@ -12,6 +12,7 @@ import yaml
 from tuning import analysis, finalists, tables
 from tuning.config import PARAMETERS, InputError
 from tuning.page import column, duration, figure, note, number, section, table, text
+from tuning.remarks import remarks
 from tuning.space import Space, parse
 
 TRIALS_SHOWN = 3000  # rows of the table of trials; the best, if there are more
@@ -117,9 +118,14 @@ def _verdict(run: Run, verdict: finalists.Verdict) -> str:
     sentence = "No trial has begun." if analysis.searched(run.trials).empty else sentence
     runs = run.trials[run.trials["origin"] == "finalist"]
     left = int((~runs["status"].isin(tables.FINAL)).sum())
-    said = f"So far, with {left} of the finalists' runs unfinished" if left else SAID[verdict.verdict]
-    label = f'<p class="verdict {"" if left else verdict.verdict.partition(" ")[0]}">{text(said)}</p>'
-    return f'<section id="verdict">{label}<p class="sentence">{text(sentence)}</p>{_facts(run)}</section>'
+    state = f"So far, with {left} of the finalists' runs unfinished" if left else SAID[verdict.verdict]
+    label = f'<p class="verdict {"" if left else verdict.verdict.partition(" ")[0]}">{text(state)}</p>'
+    said = [
+        f'<p class="warning">{text(words)}</p>' if alarming else note(words)
+        for words, alarming in remarks(run.folder, analysis.searched(run.trials), run.samples, verdict.trial_id)
+    ]
+    sentence = f'<p class="sentence">{text(sentence)}</p>'
+    return f'<section id="verdict">{label}{sentence}{_facts(run)}{"".join(said)}</section>'
 
 
 def _best(run: Run, verdict: finalists.Verdict) -> str:
@@ -199,15 +205,21 @@ def _depths() -> str:
 
 
 def _gap(run: Run) -> str:
-    rows = analysis.overfitting(analysis.searched(run.trials), run.metric)
+    trials = analysis.searched(run.trials)
     heads = {"backbone": "backbone", "unfrozen": "unfrozen", "trials": "trials", "trial_id": "best"}
     heads |= {"train_eval_loss": "training loss", "val_loss": "validation loss", "gap": "gap"}
+    medians = {name: name for name in ("unfrozen", "augmentation", "trials", "gap")}
+    rises = {"unfrozen": "unfrozen", "trials": "trials", "earlier": "best before the last epoch", "rise": "rise"}
     return section(
         "gap",
         "The generalisation gap",
         figure("gap", "validation loss against training loss"),
         note("Without augmentation, at the best epoch. Above the line a trial is worse on images it hasn't seen."),
-        table(_records(rows), heads),
+        table(_records(analysis.overfitting(trials, run.metric)), heads),
+        note("The gap by augmentation, and how much the validation loss rose from a trial's best epoch to its last:"),
+        table(_records(analysis.gaps(trials)), medians),
+        table(_records(analysis.best_and_last(trials, run.epochs)), rises),
+        note("Medians of the trials that ran two epochs or more."),
     )
 
 

@@ -6,12 +6,9 @@ from pathlib import Path
 import pandas as pd
 
 from tuning import analysis, finalists, tables
-from tuning.calibration import calibration_error
-from tuning.checkpoints import kept
 from tuning.config import PARAMETERS, SearchPlan
-from tuning.ensemble import offer
-from tuning.predictions import read_predictions
 from tuning.progress import console, depth, number
+from tuning.remarks import remarks
 
 
 def summarize(
@@ -49,7 +46,10 @@ def summarize(
         return
     _tell_verdict(verdict, judged)
     _tell_best(trials.set_index("trial_id").loc[verdict.trial_id], plan.metric)
-    _tell_predictions(folder, trials, verdict.trial_id)
+    console.print()
+    samples = tables.read_table(folder / "samples.parquet")
+    for words, alarming in remarks(folder, trials, samples, verdict.trial_id):
+        console.print(words, style="bold" if alarming else None)
     console.print("\nNext:")
     quoted = shlex.quote(str(folder))
     console.print(
@@ -150,36 +150,3 @@ def _tell_best(top: "pd.Series[object]", metric: str) -> None:
     for name in PARAMETERS:
         value = top[f"config_{name}"]
         console.print(f"  {name}: {value:.3g}" if isinstance(value, float) else f"  {name}: {value}")
-
-
-def _tell_predictions(folder: Path, trials: pd.DataFrame, best: str) -> None:
-    """What the validation probabilities say: of guessing, of calibration, and of an ensemble."""
-    predictions = read_predictions(folder, trials, tables.read_table(folder / "samples.parquet"))
-    guessing = analysis.guessing(trials, predictions)
-    console.print()
-    if guessing is not None:
-        least = f", by {guessing.least_gain:.4f} at least" if guessing.better else ""
-        losses = f"val_loss {guessing.val_loss:.4f} against {guessing.frequencies:.4f}"
-        console.print(
-            f"{guessing.trial_id} is {'' if guessing.better else 'no '}better than the class frequencies ({losses})"
-            f"{least}, the luck of picking from {guessing.looks} epochs allowed for.",
-            style=None if guessing.better else "bold",
-        )
-    if best in predictions.trial_ids:
-        probabilities = predictions.of({best}).probabilities[0]
-        right = (probabilities.argmax(axis=1) == predictions.targets).mean()
-        error = calibration_error(probabilities, predictions.targets)
-        sure = probabilities.max(axis=1).mean()
-        console.print(f"{best} is {sure:.0%} sure and {right:.0%} right: expected calibration error {error:.3f}.")
-    there = kept(folder, trials)
-    found, every = offer(predictions.of(there)), offer(predictions)
-    if found is not None and every is not None:
-        low, high = found.gain_95
-        others = f" (of all {len(trials)} trials {every.val_loss:.4f})" if len(there) < len(trials) else ""
-        worth = found.better and (guessing is None or guessing.better)
-        build = "; train_final.py --set ensemble=true builds it" if worth else ""
-        console.print(
-            f"An ensemble of the {len(there)} kept trials has val_loss {found.val_loss:.4f}{others}, the best alone "
-            f"{found.alone:.4f}, on the halves of validation that they weren't chosen on: a gain of {found.gain:.4f} "
-            f"(95% {low:.4f} to {high:.4f}){build}."
-        )
