@@ -6,7 +6,7 @@ from PIL import Image
 
 from tuning import backbones
 from tuning.config import InputError, TrialConfig
-from tuning.model_folder import load_model, save_model
+from tuning.model_folder import load_model, save_ensemble, save_model
 
 CONFIG = TrialConfig(backbone="test_resnet", image_size=32, seed=5)
 
@@ -59,6 +59,13 @@ def test_unreadable_images_are_named_together(tmp_path, network):
     with pytest.raises(InputError) as caught:
         load_model(tmp_path / "model").predict([tmp_path / "text.png", tmp_path / "nowhere.png"])
     assert len(caught.value.faults) == 2
+
+
+@pytest.mark.parametrize("name", ["..", ".", "../other", "/etc", "a/b", "a\\b", "", "C:", 3])
+def test_an_ensemble_of_folders_elsewhere_is_refused(tmp_path, name):
+    save_ensemble(tmp_path, {name: 1.0}, ["a", "b"], 1.0)
+    with pytest.raises(InputError, match="must name folders in it, not"):
+        load_model(tmp_path)
 
 
 def test_what_is_no_model_folder_is_refused(tmp_path):

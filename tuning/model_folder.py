@@ -8,6 +8,7 @@ if __name__ == "__main__":  # this folder would come first on the path, and its 
 
 import csv
 import dataclasses
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -143,6 +144,10 @@ def load_model(folder: str | Path) -> Model | Ensemble:
         document = yaml.safe_load((folder / CONFIG).read_text())
         classes, temperature = tuple(document["classes"]), float(document.get("temperature", 1.0))
         shares: dict[str, float] = dict(document.get("ensemble", {}))
+        # A folder is loaded of each: none but those in this one.
+        outside = [name for name in shares if not (isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name))]
+        if outside:
+            raise InputError(f"{folder / CONFIG}: ensemble: must name folders in it, not {outside[0]!r}; train it anew")
         if not shares:
             config = build(TrialConfig, document["config"], str(folder / CONFIG))
             told = document["preprocessing"]
