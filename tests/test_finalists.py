@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tuning.config import PARAMETERS, TrialConfig
-from tuning.finalists import affordable, candidates, corrected_t, holm, judge
+from tuning.finalists import candidates, corrected_t, holm, judge, runs_to_make
 from tuning.tables import FINALISTS, TRIALS
 
 RATIO = 0.25  # validation over training images
@@ -41,15 +41,42 @@ def table(searched, runs, *, seconds=None, metric="val_loss"):
     [(120, (2, 5)), (119, (1, 5)), (80, (1, 5)), (79, (1, 4)), (63, (1, 3)), (48, (1, 3)), (47, (0, 0)), (0, (0, 0))],
 )
 def test_first_the_finalists_shrink_and_then_the_seeds(cap, expected):
-    assert affordable(2, 5, epochs=8, cap=cap) == expected
+    count, runs = expected
+    found = runs_to_make(list("dabc"), 2, [1, 2, 3, 4, 5], asked=set(), epochs=8, cap=cap)
+    assert found == [(name, seed) for seed in range(1, runs + 1) for name in "dab"[: count + 1]]
 
 
-@given(st.integers(0, 5), st.integers(3, 9), st.integers(1, 50), st.integers(0, 2000))
-def test_what_is_affordable_fits(finalists, seeds, epochs, cap):
-    count, runs = affordable(finalists, seeds, epochs=epochs, cap=cap)
-    assert (count + 1) * runs * epochs <= cap or (count, runs) == (0, 0)
-    assert count <= finalists and runs <= seeds and (runs >= 3 or runs == 0)
-    assert count < 2 or runs == seeds  # finalists go first
+def test_earlier_runs_count_in_the_cap_of_a_search_that_goes_on():
+    made = {(name, seed) for name in "dab" for seed in (1, 2, 3, 4, 5)}
+    of = {"finalists": 2, "seeds": [1, 2, 3, 4, 5], "asked": made, "epochs": 8}
+    assert runs_to_make(list("dab"), **of, cap=120) == []  # the same are the best
+    assert runs_to_make(list("dcab"), **of, cap=120) == []  # another is, but all 120 epochs are spent
+    assert runs_to_make(list("dcab"), **of, cap=143) == []
+    assert runs_to_make(list("dcab"), **of, cap=144) == [("c", 1), ("c", 2), ("c", 3)]
+    assert runs_to_make(list("dcab"), **of, cap=160) == [("c", seed) for seed in (1, 2, 3, 4, 5)]
+    assert runs_to_make(list("dceab"), **of, cap=200)[:4] == [("c", 1), ("e", 1), ("c", 2), ("e", 2)]
+
+
+def test_a_best_that_was_not_compared_is_named():
+    runs = {"t00000": [0.9, 0.91, 0.92], "t00001": [0.5, 0.52, 0.51]}
+    _, verdict = judge(table([0.9, 0.5, 0.6], runs), "val_loss", val_over_train=RATIO)
+    assert verdict.verdict == "winner" and "not compared" not in verdict.sentence
+    _, verdict = judge(table([0.9, 0.5, 0.4], runs), "val_loss", val_over_train=RATIO)
+    assert verdict.sentence.endswith("; t00002, the best of the others in the search, was not compared")
+
+
+NAMES = st.permutations("abcde").map(lambda names: ["d0", *names])
+EARLIER = st.sets(st.tuples(st.sampled_from(["d0", *"abcde"]), st.integers(1, 9)), max_size=20)
+
+
+@given(NAMES, st.integers(0, 6), st.integers(3, 9), EARLIER, st.integers(1, 50), st.integers(0, 2000))
+def test_what_is_to_be_run_fits_and_stays_the_same_while_it_is_run(names, finalists, runs, earlier, epochs, cap):
+    of = {"finalists": finalists, "seeds": list(range(1, runs + 1)), "epochs": epochs, "cap": cap}
+    found = runs_to_make(names, **of, asked=earlier)
+    assert not found or len(earlier | set(found)) * epochs <= cap
+    assert not earlier & set(found) and len({name for name, _ in found} - {"d0"}) <= finalists
+    for place in range(len(found)):
+        assert runs_to_make(names, **of, asked=earlier | set(found[:place])) == found[place:]
 
 
 def test_candidates_are_the_default_and_then_the_best_each_once():

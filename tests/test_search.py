@@ -224,6 +224,20 @@ def test_a_search_cut_among_its_finalists_goes_on_to_the_same_end(judged, tmp_pa
 
 
 @pytest.mark.slow
+def test_an_extended_search_does_not_exceed_its_cap(judged, tmp_path, folder):
+    run, _ = judged
+    cut = tmp_path / "run"
+    again = make_run(cut, folder, start=[DEFAULT], **JUDGED)
+    (cut / "journal.jsonl").write_bytes((run / "journal.jsonl").read_bytes())
+    search = again(redraw=True, trials=10)
+    assert search.run()
+    trials = read_table(cut / "trials.parquet")
+    best = trials[trials["number"] > 0].nsmallest(1, "val_loss")["number"].item()
+    assert best >= 4  # what the first verdict did not know
+    assert trials.loc[trials["origin"] == "finalist", "epochs"].sum() == JUDGED["finalist_epochs"]
+
+
+@pytest.mark.slow
 def test_finalists_on_a_given_split_differ_by_seed_alone(judged, tmp_path, folder):
     run, _ = judged
     kept = tmp_path / "run"

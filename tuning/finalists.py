@@ -1,8 +1,8 @@
 """The verdict: do the best trials beat the default when all are trained again with the same seeds? From tables only."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -28,22 +28,38 @@ class Verdict:
     sentence: str
 
 
-def affordable(finalists: int, seeds: int, *, epochs: int, cap: int) -> tuple[int, int]:
-    """How many finalists and seeds fit into a cap on epochs: first the finalists shrink, to 1, then the seeds, to 3.
+def runs_to_make(
+    trial_ids: Sequence[str],
+    finalists: int,
+    seeds: Sequence[int],
+    *,
+    asked: set[tuple[str, int]],
+    epochs: int,
+    cap: int,
+) -> list[tuple[str, int]]:
+    """Runs of the default and the finalists that fit into a cap on epochs, seed by seed.
+
+    First the finalists shrink, to 1, then the seeds, to 3; if even that doesn't fit, none are run.
 
     Args:
+        trial_ids: of `candidates`.
         finalists: wanted, beside the default.
-        seeds: runs of each that are wanted.
+        seeds: wanted of each.
+        asked: runs, by trial and seed, made or begun before; those of an earlier verdict take their share of the cap.
         epochs: of a run.
         cap: epochs of all runs together.
 
     Returns:
-        Finalists and seeds; (0, 0) where not even one finalist with 3 seeds fits.
+        Trial and seed of each run that is still to be made.
     """
-    tries = [(count, seeds) for count in range(finalists, 0, -1)]
-    tries += [(1, count) for count in range(seeds - 1, LEAST_RUNS - 1, -1)] if finalists else []
-    fitting = ((count, runs) for count, runs in tries if (count + 1) * runs * epochs <= cap)
-    return next(fitting, (0, 0))
+    most = min(finalists, len(trial_ids) - 1)
+    tries = [(count, len(seeds)) for count in range(most, 0, -1)]
+    tries += [(1, count) for count in range(len(seeds) - 1, LEAST_RUNS - 1, -1)] if most > 0 else []
+    for count, runs in tries:
+        wanted = [(trial_id, seed) for seed in seeds[:runs] for trial_id in trial_ids[: count + 1]]
+        if len(asked.union(wanted)) * epochs <= cap:
+            return [run for run in wanted if run not in asked]
+    return []
 
 
 def counted(trials: pd.DataFrame) -> pd.DataFrame:
@@ -125,6 +141,9 @@ def judge(trials: pd.DataFrame, metric: str, *, val_over_train: float) -> tuple[
         row["p_value"] = p_value
     rows.sort(key=lambda row: -row["difference"])
     verdict = _decide(rows, default, losses, trials, metric, val_over_train)
+    if others[0] not in {row["trial_id"] for row in rows}:  # a search that went on, with the cap spent before, say
+        told = f"{verdict.sentence}; {others[0]}, the best of the others in the search, was not compared"
+        verdict = replace(verdict, sentence=told)
     return _table([{"trial_id": default}, *rows], trials, metric, verdict.trial_id), verdict
 
 

@@ -18,7 +18,7 @@ from tuning.checkpoints import best_file, state_file
 from tuning.cluster import Slots, gpu_share
 from tuning.config import SearchPlan, TrialConfig
 from tuning.features import run_folder
-from tuning.finalists import affordable, candidates
+from tuning.finalists import candidates, runs_to_make
 from tuning.images import cache_folder
 from tuning.optimizer import LiveStudy, Optimizer, Prior
 from tuning.space import Space, backbones, middle, trial_values
@@ -211,12 +211,21 @@ class Search:
         trials = self.record.trials
         taken = sum(len(trial.rows) for trial in trials.values() if trial.number is not None)
         cap = taken // 4 if plan.finalist_epochs is None else plan.finalist_epochs
-        count, seeds = affordable(plan.finalists, plan.finalist_seeds, epochs=plan.epochs, cap=cap)
         table = make_tables(self.record, plan.metric)["trials"].to_pandas()
-        chosen = candidates(table, plan.metric)[: count + 1] if count else []
-        asked = {(trial.finalist_of, trial.config["seed"]) for trial in trials.values() if trial.origin == "finalist"}
-        wanted = [(trial_id, plan.seed + 1 + place) for place in range(seeds) for trial_id in chosen if len(chosen) > 1]
-        return [(trials[trial_id], seed) for trial_id, seed in wanted if (trial_id, seed) not in asked]
+        asked = {
+            (str(trial.finalist_of), int(trial.config["seed"]))
+            for trial in trials.values()
+            if trial.origin == "finalist"
+        }
+        wanted = runs_to_make(
+            candidates(table, plan.metric),
+            plan.finalists,
+            range(plan.seed + 1, plan.seed + 1 + plan.finalist_seeds),
+            asked=asked,
+            epochs=plan.epochs,
+            cap=cap,
+        )
+        return [(trials[trial_id], seed) for trial_id, seed in wanted]
 
     def _ask_finalist(self, judged: Trial, seed: int) -> Trial:
         return self._ask_beside("finalist", judged.params, judged.config | {"seed": seed}, finalist_of=judged.trial_id)
