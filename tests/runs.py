@@ -46,6 +46,27 @@ def given_by_ray(run, images, *, early_loss_epochs):
     }
 
 
+def few_trials() -> pd.DataFrame:
+    """Five trials as the table has them, with the columns that most functions read."""
+    return pd.DataFrame(
+        [
+            ("t0", "a", 0, 0.5, 0.4, "completed", 4, 8.0),
+            ("t1", "a", 3, 0.3, 0.1, "stopped", 1, 2.0),
+            ("t2", "b", 5, None, None, "diverged", 2, 6.0),
+            ("t3", "b", 5, 0.9, 0.9, "failed", 1, 1.0),
+            ("t4", "a", 1, 0.4, 0.4, "running", 0, 0.0),
+        ],
+        columns=[
+            *("trial_id", "config_backbone", "config_unfreeze_depth", "val_loss", "train_eval_loss"),
+            *("status", "epochs", "seconds"),
+        ],
+    ).assign(
+        origin="suggested",
+        gap=lambda frame: frame["val_loss"] - frame["train_eval_loss"],
+        val_auroc=[0.9, 0.8, None, 0.5, 0.7],
+    )
+
+
 def make_run(
     folder: Path,
     *,

@@ -36,10 +36,12 @@ ALLOWED = {
     "predictions": {"tables"},
     "ensemble": {"intervals", "predictions"},
     "analysis": {"config", "tables", "space", "optimizer", "calibration", "intervals", "predictions"},
+    "overfitting": {"config", "analysis"},
+    "spending": {"tables", "analysis"},
     "finalists": {"config", "tables", "analysis"},
     "page": set(),
-    "sections": {"config", "tables", "space", "analysis", "finalists", "page"},
-    "report": {"config", "tables", "analysis", "page", "sections"},
+    "sections": {"config", "tables", "space", "analysis", "overfitting", "spending", "finalists", "page"},
+    "report": {"config", "tables", "analysis", "spending", "page", "sections"},
     "augment": {"config"},
     "weights": {"config"},
     "backbones": {"config", "weights"},
@@ -59,14 +61,14 @@ ALLOWED = {
     | {"checkpoints", "predictions"},
     "model_folder": {"config", "decoding", "backbones", "data", "finetune", "calibration"},
     "progress": {"config", "tables"},
-    "summary": {"config", "tables", "analysis", "finalists", "calibration", "checkpoints", "ensemble", "predictions"}
-    | {"progress"},
+    "summary": {"config", "tables", "analysis", "overfitting", "spending", "finalists", "calibration", "checkpoints"}
+    | {"ensemble", "predictions", "progress"},
     "final": {"config", "tables", "backbones", "checkpoints", "data", "ensemble", "features", "finetune", "predictions"}
     | {"calibration"},
 }
 COMMANDS = {"search", "run_search", "train_final"}  # may import all of the above
 TORCHLESS = ["config", "conditions", "space", "samples", "tables", "stopping", "finalists"]
-TORCHLESS += ["calibration", "intervals", "predictions", "ensemble", "analysis"]
+TORCHLESS += ["calibration", "intervals", "predictions", "ensemble", "analysis", "overfitting", "spending"]
 TORCHLESS += ["page", "sections", "report"]
 
 

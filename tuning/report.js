@@ -255,6 +255,8 @@ const figures = {
 
   seconds: () => costs("seconds", "seconds"),
   size: () => costs("trained_parameters", "trained parameters"),
+  parameters: () => costs("parameters", "parameters of the model"),
+  latency: () => costs("latency_ms", "ms for one image"),
 
   finalists() {
     const { trial_id: ids, difference, low, high } = data.finalists;

@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from tuning import analysis, finalists, tables
-from tuning.config import PARAMETERS, InputError
+from tuning import analysis, finalists, overfitting, spending, tables
+from tuning.config import PARAMETERS
 from tuning.page import column, duration, figure, note, number, section, table, text
 from tuning.space import Space, parse
 
@@ -50,9 +50,7 @@ def read(folder: Path) -> Run:
     Raises:
         InputError: the folder is not that of a run.
     """
-    if not (folder / "plan.yaml").is_file():
-        raise InputError(f"{folder}: no plan.yaml there; give the folder of a run, like results/NAME")
-    document = yaml.safe_load((folder / "plan.yaml").read_text())
+    document = analysis.load_plan(folder)
     settings = document["settings"]
     found = {"samples": tables.read_table(folder / "samples.parquet")}
     if (folder / "trials.parquet").exists():
@@ -143,8 +141,8 @@ def _plain(value: Any) -> Any:
 
 
 def _facts(run: Run) -> str:
-    trials, top = analysis.searched(run.trials), analysis.best(run.trials, run.metric)
-    saved = analysis.saved(trials, run.settings["epochs"])
+    trials, top = analysis.searched(run.trials), analysis.top(run.trials, run.metric)
+    saved = spending.saved(trials, run.settings["epochs"])
     wall = float(run.epochs["wall_s"].max()) if len(run.epochs) else 0.0
     facts = {
         f"best {run.metric} of the search": "-" if top is None else number(float(top[run.metric])),
@@ -199,7 +197,7 @@ def _depths() -> str:
 
 
 def _gap(run: Run) -> str:
-    rows = analysis.overfitting(analysis.searched(run.trials), run.metric)
+    rows = overfitting.overfitting(analysis.searched(run.trials), run.metric)
     heads = {"backbone": "backbone", "unfrozen": "unfrozen", "trials": "trials", "trial_id": "best"}
     heads |= {"train_eval_loss": "training loss", "val_loss": "validation loss", "gap": "gap"}
     return section(
@@ -213,9 +211,9 @@ def _gap(run: Run) -> str:
 
 def _ended(run: Run) -> str:
     trials = analysis.searched(run.trials)
-    rows = analysis.saved(trials, run.settings["epochs"])
+    rows = spending.saved(trials, run.settings["epochs"])
     on_gpu = float(trials["gpu_seconds"].sum()) > 0
-    seconds = analysis.saved(trials.assign(seconds=trials["gpu_seconds"]), run.settings["epochs"]) if on_gpu else rows
+    seconds = spending.saved(trials.assign(seconds=trials["gpu_seconds"]), run.settings["epochs"]) if on_gpu else rows
     kept, kind = duration(float(seconds["seconds_saved"].sum())), "GPU time" if on_gpu else "training"
     heads = {"status": "ended", "trials": "trials", "epochs": "epochs", "epochs_saved": "epochs saved"}
     words = f"Ending trials early saved {rows['epochs_saved'].sum():,.0f} epochs, about {kept} of {kind}."
@@ -230,12 +228,16 @@ def _ended(run: Run) -> str:
 
 
 def _costs() -> str:
-    both = figure("seconds", "loss against seconds") + figure("size", "loss against trained parameters")
+    named = {"seconds": "seconds", "latency": "latency", "size": "trained parameters", "parameters": "parameters"}
+    figures = "".join(figure(name, f"loss against {words}") for name, words in named.items())
     return section(
         "cost",
         "Loss against cost",
-        f'<div class="pair">{both}</div>',
-        note("The line joins the trials that none beats in both: the Pareto front."),
+        f'<div class="pair">{figures}</div>',
+        note(
+            "The line joins the trials that none beats in both: the Pareto front. Seconds are the trial's own: one whose "
+            "frozen layers' outputs lay in the cache took fewer. Latency is that of the whole model for one image."
+        ),
     )
 
 
