@@ -58,13 +58,13 @@ def test_cuts_are_made_once():
     assert network.cut(5) is None
 
 
-def test_the_latency_is_measured_once_and_leaves_no_trace():
+def test_a_latency_is_the_least_so_far_and_leaves_no_trace():
     network = Models().get("test_resnet", **GIVEN)
     network.begin(5, batch_norm="train", head_dropout=0.0)
     network.model.train()
     before = {name: tensor.clone() for name, tensor in network.model.state_dict().items()}
     latency = network.latency_ms(mixed_precision(CPU))
-    assert latency == network.latency_ms(mixed_precision(CPU)) > 0 and network.model.training
+    assert latency >= network.latency_ms(mixed_precision(CPU)) > 0 and network.model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.model.state_dict().items())
 
 

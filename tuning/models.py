@@ -1,6 +1,7 @@
 """Models that an actor keeps from trial to trial: built once, put back as they were, and cut once at each depth."""
 
 import ctypes
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from tuning.depthwise import speed_up
 from tuning.prefix import Cut, split
 
 KEPT_MODELS = 3  # of one actor; the least recently used goes first
-PASSES, PASSES_SECONDS = 3, 0.03  # that a latency is measured by, at least
+PASSES, PASSES_SECONDS = 3, 0.03  # timed for a latency: so many at least in all, and so long at each call
 
 
 def keep_memory() -> None:
@@ -40,7 +41,8 @@ class Network:
     image_size: int
     _initial: dict[str, Tensor] = field(default_factory=dict)  # what the last trial may have changed, as it was before
     _cuts: dict[int, Cut | None] = field(default_factory=dict)
-    _latency_ms: float | None = None
+    _latency_ms: float = math.inf
+    _passes: int = 0  # that it is the least of
 
     def begin(self, depth: int, *, batch_norm: str, head_dropout: float) -> list[str]:
         """Make the model ready for a trial, as if it were newly built.
@@ -71,16 +73,18 @@ class Network:
         return self._cuts[depth]
 
     def latency_ms(self, autocast: torch.autocast) -> float:
-        """Milliseconds that the whole model takes for one image: the least of a few passes, measured once."""
-        if self._latency_ms is None:
-            image, seconds = backbones.zero_images(self.model, 1, self.image_size), list[float]()
-            with backbones.evaluating(self.model):
-                while len(seconds) < PASSES or sum(seconds) < PASSES_SECONDS:
-                    started = time.perf_counter()
-                    with autocast:
-                        self.model(image).cpu()  # which waits for the GPU
-                    seconds.append(time.perf_counter() - started)
-            self._latency_ms = 1000 * min(seconds)
+        """Milliseconds that the whole model takes for one image: the least of the passes timed so far.
+
+        Each call times a few more, for neighbours on the machine make single ones several times longer.
+        """
+        image, begun = backbones.zero_images(self.model, 1, self.image_size), time.perf_counter()
+        with backbones.evaluating(self.model):
+            while self._passes < PASSES or time.perf_counter() - begun < PASSES_SECONDS:
+                started = time.perf_counter()
+                with autocast:
+                    self.model(image).cpu()  # which waits for the GPU
+                self._latency_ms = min(self._latency_ms, 1000 * (time.perf_counter() - started))
+                self._passes += 1
         return self._latency_ms
 
 

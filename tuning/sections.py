@@ -235,7 +235,7 @@ def _costs() -> str:
         "Loss against cost",
         f'<div class="pair">{figures}</div>',
         note(
-            "The line joins the trials that none beats in both: the Pareto front. Seconds are the trial's own: one whose "
+            "The line joins the trials that none beats in both: the Pareto front. Seconds are its own: a trial whose "
             "frozen layers' outputs lay in the cache took fewer. Latency is that of the whole model for one image."
         ),
     )
