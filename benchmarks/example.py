@@ -12,19 +12,25 @@ if __name__ == "__main__":  # this folder would come first on the path, and its 
 
 import ast
 import dataclasses
+import io
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import duckdb
 import pandas as pd
 import pyarrow as pa
 import tyro
+from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.support.ui import WebDriverWait
 
+from tuning import report
 from tuning.tables import SAMPLES, read_table, write_tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +41,9 @@ SEARCHES = {
     "other": "--trials 8 --epochs 4 --seed 1 --concurrent 2 --set image_size=32 sampler=random probe=false finalists=0",
 }
 BLOCK = re.compile(r"```(python|sql)\n(.*?)```(\n\n```text\n.*?```)?", re.DOTALL)
+PICTURES = {"report": (1400, 1720, "light"), "report-phone": (390, 1400, "dark")}  # pixels
+DRAWN = """return [...document.querySelectorAll('[data-figure]')].every((one) => one.dataset.drawn || one.hidden
+    || one.getBoundingClientRect().top > innerHeight)"""  # figures draw themselves when they come into view
 SHOWN = {"display.width": 150, "display.max_columns": 30, "display.max_rows": 100, "display.precision": 4}
 
 
@@ -56,6 +65,7 @@ def main() -> None:
             subprocess.run(command, check=True)
             prune(Path("results") / name)
     PAGE.write_text(answered(PAGE.read_text()))
+    take_pictures(Path("results/example"))
 
 
 def prune(run: Path) -> None:
@@ -64,6 +74,31 @@ def prune(run: Path) -> None:
     (run / "report.html").unlink(missing_ok=True)
     samples = read_table(run / "samples.parquet").assign(file=lambda table: table["path"])
     write_tables({"samples": pa.Table.from_pandas(samples, schema=SAMPLES, preserve_index=False)}, run)
+
+
+def take_pictures(run: Path) -> None:
+    """Pictures of the run's report from its top, wide and light, narrow and dark: by chromium, where there is one."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        print("no chromium and chromedriver here: the pictures of the report are not renewed")
+        return
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--hide-scrollbars"):
+        options.add_argument(flag)
+    with TemporaryDirectory() as folder, webdriver.Chrome(options, webdriver.ChromeService(driver)) as browser:
+        page = report.run(report.Flags((str(run),), out=f"{folder}/report.html"))
+        for name, (width, height, shade) in PICTURES.items():
+            size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            media = [{"name": "prefers-color-scheme", "value": shade}]
+            browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
+            browser.get(page.as_uri())
+            WebDriverWait(browser, 60).until(lambda browser: browser.execute_script(DRAWN))
+            taken = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
+            taken.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+                run / f"{name}.png", optimize=True
+            )
 
 
 def answered(page: str) -> str:

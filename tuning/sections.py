@@ -111,7 +111,8 @@ def _head(run: Run) -> str:
 
 
 def _verdict(run: Run, verdict: finalists.Verdict) -> str:
-    sentence = verdict.sentence[:1].upper() + verdict.sentence[1:] + "."
+    named = verdict.trial_id is not None and verdict.sentence.startswith(verdict.trial_id)
+    sentence = (verdict.sentence if named else verdict.sentence[:1].upper() + verdict.sentence[1:]) + "."
     sentence = "No trial has begun." if analysis.searched(run.trials).empty else sentence
     runs = run.trials[run.trials["origin"] == "finalist"]
     left = int((~runs["status"].isin(tables.FINAL)).sum())
