@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "results" / "ANALYSIS.md"
 SEARCHES = {
     "example": "--trials 18 --epochs 6 --concurrent 2 "
-    "--set image_size=48 grace_epochs=2 patience=2 finalist_seeds=3 finalist_epochs=54",
+    "--set image_size=48 grace_epochs=2 patience=1 finalist_seeds=3 finalist_epochs=54",
     "other": "--trials 8 --epochs 4 --seed 1 --concurrent 2 --set image_size=32 sampler=random probe=false finalists=0",
 }
 BLOCK = re.compile(r"```(python|sql)\n(.*?)```(\n\n```text\n.*?```)?", re.DOTALL)
