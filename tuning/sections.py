@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -111,8 +112,9 @@ def _head(run: Run) -> str:
 
 
 def _verdict(run: Run, verdict: finalists.Verdict) -> str:
-    named = verdict.trial_id is not None and verdict.sentence.startswith(verdict.trial_id)
-    sentence = (verdict.sentence if named else verdict.sentence[:1].upper() + verdict.sentence[1:]) + "."
+    first, sentence = verdict.sentence[:1], verdict.sentence + "."
+    if not re.match(r"t\d", sentence):  # a trial's name stays as it is
+        sentence = first.upper() + sentence[1:]
     sentence = "No trial has begun." if analysis.searched(run.trials).empty else sentence
     runs = run.trials[run.trials["origin"] == "finalist"]
     left = int((~runs["status"].isin(tables.FINAL)).sum())
@@ -223,7 +225,7 @@ def _ended(run: Run) -> str:
         "Why and when trials ended",
         figure("ends", "trials by the epoch that they ended after"),
         f"<p>{text(words)}</p>",
-        table(_records(rows), heads | {"seconds_saved": "seconds saved"}),
+        table(_records(rows.round({"seconds_saved": 0})), heads | {"seconds_saved": "seconds saved"}),
         note("Why each one ended stands in the table of all trials."),
     )
 
@@ -236,8 +238,8 @@ def _costs() -> str:
         "Loss against cost",
         f'<div class="pair">{figures}</div>',
         note(
-            "The line joins the trials that none beats in both: the Pareto front. Seconds are its own: a trial whose "
-            "frozen layers' outputs lay in the cache took fewer. Latency is that of the whole model for one image."
+            "The line joins the trials that none beats in both: the Pareto front. A trial whose frozen "
+            "layers' outputs lay in the cache took fewer seconds. Latency is that of the whole model for one image."
         ),
     )
 
@@ -253,6 +255,7 @@ def _finalists(run: Run, compared: pd.DataFrame) -> str:
         return ""
     heads = {"trial_id": "trial", "role": "role", "runs": "runs", "mean": "mean", "sd": "sd", "luck": "luck"}
     heads |= {"searched": "in the search", "difference": "better by", "low": "from", "high": "to", "p_value": "p"}
+    compared = compared.round({"seconds": 0})
     chosen = compared["role"].where(~compared["chosen"].astype(bool), compared["role"] + ", chosen")
     return section(
         "finalists",
