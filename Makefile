@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: setup search bench test test-fast lint format
+.PHONY: setup search bench example test test-fast lint format
 
 setup: .venv/.installed
 
@@ -16,6 +16,9 @@ search: setup
 
 bench: setup
 	$(BIN)/python benchmarks/speed.py $(ARGS)
+
+example: setup
+	$(BIN)/python benchmarks/example.py $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)

@@ -46,6 +46,27 @@ def given_by_ray(run, images, *, early_loss_epochs):
     }
 
 
+def few_trials() -> pd.DataFrame:
+    """Five trials as the table has them, with the columns that most functions read."""
+    return pd.DataFrame(
+        [
+            ("t0", "a", 0, 0.5, 0.4, "completed", 4, 8.0),
+            ("t1", "a", 3, 0.3, 0.1, "stopped", 1, 2.0),
+            ("t2", "b", 5, None, None, "diverged", 2, 6.0),
+            ("t3", "b", 5, 0.9, 0.9, "failed", 1, 1.0),
+            ("t4", "a", 1, 0.4, 0.4, "running", 0, 0.0),
+        ],
+        columns=[
+            *("trial_id", "config_backbone", "config_unfreeze_depth", "val_loss", "train_eval_loss"),
+            *("status", "epochs", "seconds"),
+        ],
+    ).assign(
+        origin="suggested",
+        gap=lambda frame: frame["val_loss"] - frame["train_eval_loss"],
+        val_auroc=[0.9, 0.8, None, 0.5, 0.7],
+    )
+
+
 def make_run(
     folder: Path,
     *,
@@ -167,6 +188,7 @@ def _trial(
     events("started", trial_id=trial_id, gpus=1.0)
     rate, depth = params["learning_rate"], params["unfreeze_depth"]
     floor = 0.3 + 0.08 * abs(math.log10(rate) + 3) + 0.02 * abs(depth - 2) + 0.04 * (params["backbone"] == "vgg16")
+    latency_ms = 1.0 + len(params["backbone"]) / 4
     diverges = rate > 0.05 and number is not None
     status, length = ("diverged", 2) if diverges else ("completed", epochs)
     if not diverges and number is not None and rng.random() < early:
@@ -178,7 +200,7 @@ def _trial(
         events.wall_s += 3.0 + depth
         loss = floor + 0.5 * math.exp(-epoch / 2) + float(rng.normal(0, 0.01))
         loss = 4.0 * 10**epoch if diverges else loss
-        events("epoch", trial_id=trial_id, **_row(rng, epoch, epochs, loss, rate, depth, diverges))
+        events("epoch", trial_id=trial_id, **_row(rng, epoch, epochs, loss, rate, depth, diverges, latency_ms))
         if epoch in (1, 2, 4) and number is not None:
             decision = {
                 "stratum": "all",
@@ -193,7 +215,14 @@ def _trial(
 
 
 def _row(
-    rng: np.random.Generator, epoch: int, epochs: int, loss: float, rate: float, depth: int, diverges: bool
+    rng: np.random.Generator,
+    epoch: int,
+    epochs: int,
+    loss: float,
+    rate: float,
+    depth: int,
+    diverges: bool,
+    latency_ms: float,
 ) -> dict:
     train = loss - 0.03 * epoch
     parts = dict(zip(PARTS, rng.uniform(0.2, 1 + depth, 4).tolist(), strict=True))
@@ -208,4 +237,5 @@ def _row(
     }
     values |= parts | {"seconds": sum(parts.values())}
     values |= {"cache_hits": 64, "images": 64, "micro_batch": 32, "trained_parameters": 1000 * 8**depth}
+    values |= {"parameters": 5 * 10**6, "latency_ms": latency_ms}
     return values | {"peak_memory_mb": 900.0, "unfreeze_depth": depth, "ends": None, "reason": None}

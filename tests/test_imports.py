@@ -36,11 +36,13 @@ ALLOWED = {
     "predictions": {"tables"},
     "ensemble": {"intervals", "predictions"},
     "analysis": {"config", "tables", "space", "optimizer", "calibration", "intervals", "predictions"},
+    "overfitting": {"config", "analysis"},
+    "spending": {"tables", "analysis"},
     "finalists": {"config", "tables", "analysis"},
     "page": set(),
     "remarks": {"analysis", "calibration", "checkpoints", "ensemble", "predictions"},
-    "sections": {"config", "tables", "space", "analysis", "finalists", "page", "remarks"},
-    "report": {"config", "tables", "analysis", "page", "sections"},
+    "sections": {"config", "tables", "space", "analysis", "overfitting", "spending", "finalists", "page", "remarks"},
+    "report": {"config", "tables", "analysis", "spending", "page", "sections"},
     "augment": {"config"},
     "weights": {"config"},
     "backbones": {"config", "weights"},
@@ -60,13 +62,13 @@ ALLOWED = {
     | {"checkpoints", "predictions"},
     "model_folder": {"config", "decoding", "backbones", "data", "finetune", "calibration"},
     "progress": {"config", "tables"},
-    "summary": {"config", "tables", "analysis", "finalists", "progress", "remarks"},
+    "summary": {"config", "tables", "analysis", "overfitting", "spending", "finalists", "progress", "remarks"},
     "final": {"config", "tables", "backbones", "checkpoints", "data", "ensemble", "features", "finetune", "predictions"}
     | {"calibration"},
 }
 COMMANDS = {"search", "run_search", "train_final"}  # may import all of the above
 TORCHLESS = ["config", "conditions", "space", "samples", "tables", "stopping", "finalists"]
-TORCHLESS += ["calibration", "intervals", "predictions", "ensemble", "analysis"]
+TORCHLESS += ["calibration", "intervals", "predictions", "ensemble", "analysis", "overfitting", "spending"]
 TORCHLESS += ["page", "remarks", "sections", "report"]
 
 

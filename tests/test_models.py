@@ -9,6 +9,7 @@ from conftest import CPU, losses, make_data
 from tuning import models
 from tuning.config import TrialConfig
 from tuning.finetune import finetune
+from tuning.frozen import mixed_precision
 from tuning.models import Models
 
 GIVEN = {"classes": 2, "image_size": 32, "seed": 0, "weights": None, "device": CPU}
@@ -55,6 +56,16 @@ def test_cuts_are_made_once():
     network = Models().get("test_resnet", **GIVEN)
     assert network.cut(2) is network.cut(2) is not None
     assert network.cut(5) is None
+
+
+def test_a_latency_is_the_least_so_far_and_leaves_no_trace():
+    network = Models().get("test_resnet", **GIVEN)
+    network.begin(5, batch_norm="train", head_dropout=0.0)
+    network.model.train()
+    before = {name: tensor.clone() for name, tensor in network.model.state_dict().items()}
+    latency = network.latency_ms(mixed_precision(CPU))
+    assert latency >= network.latency_ms(mixed_precision(CPU)) > 0 and network.model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.model.state_dict().items())
 
 
 def test_the_head_has_the_trials_dropout():

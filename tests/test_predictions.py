@@ -5,6 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tuning.predictions import predictions_file, read_predictions, write_predictions
+from tuning.tables import SCHEMA_VERSION
 
 CLASSES = ("a", "b")
 
@@ -44,7 +45,7 @@ def test_probability_columns_are_named_and_the_epoch_is_in_the_metadata(tmp_path
     table = pq.read_table(tmp_path / "predictions" / "t0.parquet")
     assert table.column_names == ["path", "label", "probability_a", "probability_b"]
     assert table["label"].to_pylist() == ["b", "a", "a"]
-    said = {"schema_version": "1", "best_epoch": "3", "val_loss": "0.7"}
+    said = {"schema_version": str(SCHEMA_VERSION), "best_epoch": "3", "val_loss": "0.7"}
     assert {key.decode(): value.decode() for key, value in table.schema.metadata.items()} == said
 
 
@@ -57,6 +58,14 @@ def test_what_does_not_fit_the_tables_is_left_out(tmp_path, samples):
     rows = [("stale", 3, 0.7), ("again", 2, 0.7000001), ("torn", 2, 0.7), ("foreign", 2, 0.7), ("missing", 2, 0.7)]
     rows += [("moved", 2, 0.7), ("good", 2, 0.7), ("lost", None, None)]
     assert read_predictions(tmp_path, trials(*rows), samples).trial_ids == ("good",)
+
+
+def test_files_of_an_older_version_are_read(tmp_path, samples):
+    write(tmp_path, samples, "t0", [[0.5, 0.5]] * 3, epoch=2, val_loss=0.7)
+    path = predictions_file(tmp_path, "t0")
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata(table.schema.metadata | {b"schema_version": b"1"}), path)
+    assert read_predictions(tmp_path, trials(("t0", 2, 0.7)), samples).trial_ids == ("t0",)
 
 
 def test_without_groups_each_image_is_its_own_and_without_files_nothing_is_there(tmp_path, samples):

@@ -61,6 +61,16 @@ def test_best_epoch_gap_and_sums(journal, tmp_path):
     assert (by_auroc["best_epoch"], by_auroc["val_loss"]) == (1, 0.9)
 
 
+def test_a_networks_latency_is_the_least_that_was_measured_of_it(journal, tmp_path):
+    for number, (backbone, measured) in enumerate([("a", 3.0), ("a", 2.0), ("b", 9.0), ("a", None), ("c", None)]):
+        named = {"trial_id": f"t{number}", "config": CONFIG | {"backbone": backbone}}
+        journal.append("asked", number=number, origin="start", params={}, **named)
+        journal.append("started", trial_id=f"t{number}", gpus=0.0)
+        journal.append("epoch", trial_id=f"t{number}", **row(1, 0.5, latency_ms=measured))
+    made = make_tables(Record.of(read_journal(tmp_path / "journal.jsonl")), "val_loss")
+    assert made["trials"]["latency_ms"].to_pylist() == [2.0, 2.0, 9.0, 2.0, None]
+
+
 def test_a_diverged_epoch_has_a_row_and_missing_is_null(journal, tmp_path):
     ask(journal)
     journal.append("started", trial_id="t00000", gpus=0.0)

@@ -1,23 +1,87 @@
 """Pure functions from tables to tables: what a search found, and why."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 from numpy.typing import NDArray
 
 from tuning.calibration import logarithms
-from tuning.config import UNFROZEN, TrialConfig, unfrozen
+from tuning.config import InputError
 from tuning.intervals import mean_interval
 from tuning.predictions import Predictions
-from tuning.space import Space
-from tuning.tables import loss_like
+from tuning.space import Space, parse
+from tuning.tables import TRIALS, loss_like, read_table
 
-AUGMENTATIONS = get_args(TrialConfig.model_fields["augmentation"].annotation)  # from none to strong
 LUCK = 0.05  # the chance that guesses are called better than the class frequencies
 LEAST_RANKED = 10  # ended trials that importances are made from
+EARLY = ["stopped", "converged", "diverged"]  # ends of trials that saved epochs
+
+# ---- reading runs -----------------------------------------------------------------------------------------------
+
+
+def load_trials(*runs: str | Path, everything: bool = False) -> pd.DataFrame:
+    """The trials of one run or several in one frame.
+
+    Args:
+        runs: their folders.
+        everything: also probes and the finalists' runs, which are no trials of the search.
+
+    Returns:
+        `run`, the name of the folder (its path, where two have the same name), then the columns of `trials.parquet`
+        with the units of results/README.md; those that an older run's table lacks are null there.
+
+    Raises:
+        InputError: a folder holds no run.
+    """
+    names = run_names(runs)
+    tables = [read_table(Path(run) / "trials.parquet") for run in runs]
+    columns = list(dict.fromkeys(["run", *TRIALS.names, *(name for table in tables for name in table)]))
+    frames = [table.assign(run=name).reindex(columns=columns) for name, table in zip(names, tables, strict=True)]
+    united = frames[0] if len(frames) == 1 else pd.concat(frames, ignore_index=True)
+    return united if everything else searched(united).reset_index(drop=True)
+
+
+def load_plan(run: str | Path) -> dict[str, Any]:
+    """A run's `plan.yaml`: its settings, space and provenance.
+
+    Raises:
+        InputError: the folder is not that of a run.
+    """
+    path = Path(run) / "plan.yaml"
+    if not path.is_file():
+        raise InputError(f"{run}: no plan.yaml there; give the folder of a run, like results/NAME")
+    document: dict[str, Any] = yaml.safe_load(path.read_text())
+    return document
+
+
+def load_space(run: str | Path) -> Space:
+    """The space that a run searched.
+
+    Raises:
+        InputError: the folder is not that of a run.
+    """
+    return parse(load_plan(run)["space"], str(Path(run) / "plan.yaml"))
+
+
+def run_names(runs: Sequence[str | Path]) -> list[str]:
+    """The folders' names, or their paths where two are the same.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not runs:
+        raise InputError("which run? give its folder, like results/NAME")
+    names = [Path(run).resolve().name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run) for run in runs]
+
+
+# ---- trials -----------------------------------------------------------------------------------------------------
 
 
 def class_entropy(samples: pd.DataFrame) -> float:
@@ -31,70 +95,79 @@ def searched(trials: pd.DataFrame) -> pd.DataFrame:
     return trials[~trials["origin"].isin(["probe", "finalist"])]
 
 
-def best(trials: pd.DataFrame, metric: str) -> pd.Series | None:
-    """The row of the best searched trial by `metric` at its best epoch; null where none has a finite loss."""
+def best(trials: pd.DataFrame, metric: str = "val_loss", count: int = 1) -> pd.DataFrame:
+    """The best searched trials of each run by `metric` at their best epochs, best first; those with finite losses.
+
+    Returns:
+        At most `count` rows of `trials` for each value of its column `run`, or in all where it has none.
+    """
     finite = searched(trials[trials["val_loss"].notna() & trials[metric].notna()])
-    if finite.empty:
-        return None
-    return finite.loc[finite[metric].map(lambda value: loss_like(metric, value)).idxmin()]
+    losses = finite[metric].map(lambda value: loss_like(metric, value))
+    ranked = finite.loc[losses.sort_values(kind="stable").index]
+    return ranked.groupby("run", sort=False).head(count) if "run" in ranked else ranked.head(count)
 
 
-def overfitting(trials: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Of each backbone and unfrozen part: how many trials, and the losses and gap of its best.
-
-    Returns:
-        Columns backbone, unfrozen, trials, trial_id, train_eval_loss, val_loss, gap; null where no loss was finite.
-    """
-    rows = []
-    for (backbone, part), group in trials.groupby(["config_backbone", trials["config_unfreeze_depth"].map(unfrozen)]):
-        top = best(group, metric)
-        values = {
-            name: None if top is None else top[name] for name in ("trial_id", "train_eval_loss", "val_loss", "gap")
-        }
-        rows.append({"backbone": backbone, "unfrozen": part, "trials": len(group), **values})
-    rows.sort(key=lambda row: (row["backbone"], UNFROZEN.index(row["unfrozen"])))
-    return pd.DataFrame(rows)
+def top(trials: pd.DataFrame, metric: str) -> pd.Series | None:
+    """The row of the best of all searched trials; null where none has a finite loss."""
+    ranked = best(trials, metric)
+    return None if ranked.empty else ranked.iloc[0]
 
 
-def gaps(trials: pd.DataFrame) -> pd.DataFrame:
-    """The gap by how much is unfrozen and by augmentation, at best epochs.
-
-    Trials of a single epoch are left out: they hadn't the time to overfit.
-
-    Returns:
-        Columns unfrozen, augmentation, trials, gap, val_loss (medians).
-    """
-    longer = trials[(trials["epochs"] > 1) & trials["gap"].notna()]
-    frame = longer.assign(
-        unfrozen=pd.Categorical(longer["config_unfreeze_depth"].map(unfrozen), UNFROZEN),
-        augmentation=pd.Categorical(longer["config_augmentation"], AUGMENTATIONS),
-    )
-    groups = frame.groupby(["unfrozen", "augmentation"], observed=True)
-    return groups.agg(trials=("gap", "size"), gap=("gap", "median"), val_loss=("val_loss", "median")).reset_index()
-
-
-def best_and_last(trials: pd.DataFrame, epochs: pd.DataFrame) -> pd.DataFrame:
-    """How much worse the last epoch is than the best, by how much is unfrozen.
+def compare(trials: pd.DataFrame, metric: str = "val_loss") -> pd.DataFrame:
+    """What each run spent and found, without probes and finalists' runs.
 
     Args:
-        trials: the table; trials of a single epoch, and those whose last loss is not finite, are left out.
-        epochs: the table.
+        trials: of `load_trials`.
+        metric: what is best by.
 
     Returns:
-        Columns unfrozen, trials, earlier (trials whose best epoch was not the last), best, last, rise: medians of the
-        validation loss at the best epoch, at the last, and of their difference.
+        A row for each run: run, trials, early (of them stopped, converged or diverged), failed, epochs, seconds,
+        gpu_seconds (of training, summed over trials), and of the best trial trial_id, config_backbone, `metric`, gap.
     """
-    last = epochs.loc[epochs.groupby("trial_id")["epoch"].idxmax(), ["trial_id", "val_loss"]]
-    frame = trials[trials["epochs"] > 1].merge(last.rename(columns={"val_loss": "last"}), on="trial_id")
-    frame = frame[frame["last"].notna() & frame["val_loss"].notna()]
-    frame = frame.assign(
-        unfrozen=pd.Categorical(frame["config_unfreeze_depth"].map(unfrozen), UNFROZEN),
-        earlier=frame["best_epoch"] < frame["epochs"],
-        rise=frame["last"] - frame["val_loss"],
-    )
-    named = {"trials": ("rise", "size"), "earlier": ("earlier", "sum"), "best": ("val_loss", "median")}
-    named |= {"last": ("last", "median"), "rise": ("rise", "median")}
-    return frame.groupby("unfrozen", observed=True).agg(**named).reset_index()
+    rows = searched(trials)
+    flags = rows.assign(trials=1, early=rows["status"].isin(EARLY), failed=rows["status"] == "failed")
+    sums = ["trials", "early", "failed", "epochs", "seconds", "gpu_seconds"]
+    spent = flags.groupby("run", sort=False, as_index=False)[sums].sum()
+    of_best = ["run", "trial_id", "config_backbone", *dict.fromkeys((metric, "gap"))]
+    return spent.merge(best(rows, metric)[of_best], how="left", on="run")
+
+
+def differences(plans: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """Settings, and parameters of the space, that are not the same in all runs.
+
+    Args:
+        plans: of `load_plan`, by the run's name.
+
+    Returns:
+        Columns part (settings or space), key, then one for each run, in words; a dash where a run has none.
+    """
+    parts = {
+        "settings": {run: plan["settings"] for run, plan in plans.items()},
+        "space": {run: _space(plan["space"]) for run, plan in plans.items()},
+    }
+    rows = []
+    for part, values in parts.items():
+        for key in dict.fromkeys(key for one in values.values() for key in one):
+            said = {run: str(one.get(key, "-")) for run, one in values.items()}
+            if len(set(said.values())) > 1 and key not in ("name", "storage"):
+                rows.append({"part": part, "key": key, **said})
+    return pd.DataFrame(rows, columns=["part", "key", *plans])
+
+
+def _space(space: Mapping[str, Any]) -> dict[str, str]:
+    """What is declared of each parameter, in a few words."""
+    parameters = {key: _said(value) for key, value in space.get("parameters", {}).items()}
+    fixed = {key: f"fixed at {value}" for key, value in space.get("fixed", {}).items()}
+    return parameters | fixed | {"start points": str(len(space.get("start", [])))}
+
+
+def _said(spec: Mapping[str, Any]) -> str:
+    if spec["type"] == "categorical":
+        words = ", ".join(map(str, spec["choices"]))
+    else:
+        words = f"{spec['low']:g} to {spec['high']:g}" + (", log" if spec.get("log") else "")
+        words += f", step {spec['step']:g}" if spec.get("step") else ""
+    return words + (f" (when {spec['when']})" if "when" in spec else "")
 
 
 @dataclass(frozen=True)
@@ -152,76 +225,15 @@ def _against_frequencies(
     return losses, -np.log(shares[targets]) - losses
 
 
-def saved(trials: pd.DataFrame, epochs: int) -> pd.DataFrame:
-    """What ending trials early saved, by status.
-
-    Args:
-        trials: the table.
-        epochs: planned for each trial.
-
-    Returns:
-        Columns status, trials, epochs (run), epochs_saved, seconds_saved (at the trial's own seconds an epoch).
-        Trials that failed, or go on later, save nothing.
-    """
-    early = trials["status"].isin(["stopped", "converged", "diverged"])
-    left = (epochs - trials["epochs"]).where(early, 0)
-    seconds = (left * trials["seconds"] / trials["epochs"].clip(lower=1)).fillna(0.0)
-    frame = trials.assign(trials=1, epochs_saved=left, seconds_saved=seconds)
-    columns = ["trials", "epochs", "epochs_saved", "seconds_saved"]
-    return frame.groupby("status", as_index=False)[columns].sum()
-
-
-def cost(trials: pd.DataFrame) -> pd.DataFrame:
-    """What each backbone's trials took, probes included: columns backbone, trials, epochs, seconds; dearest first."""
-    frame = trials.rename(columns={"config_backbone": "backbone"}).assign(trials=1)
-    sums = frame.groupby("backbone", as_index=False)[["trials", "epochs", "seconds"]].sum()
-    return sums.sort_values("seconds", ascending=False, ignore_index=True)
-
-
-def spent(epochs: pd.DataFrame) -> dict[str, float]:
-    """Seconds of all epochs by what they went into: data, prefix, train, evaluate."""
-    return {part: float(epochs[f"{part}_seconds"].sum()) for part in ("data", "prefix", "train", "evaluate")}
-
-
-def utilisation(epochs: pd.DataFrame, slots: int) -> float | None:
-    """The share of the slots' time that went into epochs, from the first epoch's start until the last trial's.
-
-    After that slots stand idle for want of trials. Null where no trial began after the first epoch.
-
-    Args:
-        epochs: the table.
-        slots: trials at once.
-    """
-    begins = epochs["wall_s"] - epochs["seconds"]
-    start, end = begins.min(), begins.groupby(epochs["trial_id"]).min().max()
-    inside = (epochs["wall_s"].clip(upper=end) - begins).clip(lower=0)
-    # A search that has begun with all its slots at once has an `end` just after its start.
-    return float(inside.sum() / (slots * (end - start))) if epochs["wall_s"].min() <= end else None
-
-
-def best_so_far(trials: pd.DataFrame, epochs: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Each epoch of a searched trial that was better than all before it.
-
-    Args:
-        trials: the table.
-        epochs: the table.
-        metric: what is better by.
-
-    Returns:
-        Columns trial_id, epoch, wall_s, epochs and seconds (of all searched trials until then), value.
-    """
-    rows = epochs[epochs["trial_id"].isin(searched(trials)["trial_id"])].sort_values("seq")
-    rows = rows.assign(epochs=range(1, len(rows) + 1), seconds=rows["seconds"].cumsum(), value=rows[metric])
-    rows = rows[rows["value"].notna() & rows["val_loss"].notna()]
-    losses = rows["value"].map(lambda value: loss_like(metric, value))
-    better = losses < losses.cummin().shift(fill_value=math.inf)
-    return rows.loc[better, ["trial_id", "epoch", "wall_s", "epochs", "seconds", "value"]].reset_index(drop=True)
-
-
-def importance(trials: pd.DataFrame, space: Space, metric: str) -> pd.DataFrame:
+def importance(trials: pd.DataFrame, space: Space, metric: str = "val_loss") -> pd.DataFrame:
     """How much more often values of a parameter are among the best tenth of trials than among all: PED-ANOVA.
 
     Watanabe et al. 2023, https://arxiv.org/abs/2304.10255. Diverged trials count as the worst.
+
+    Args:
+        trials: of one run, or of several that searched the same space.
+        space: of `load_space`.
+        metric: what is best by.
 
     Returns:
         Columns parameter, importance (shares of 1), the greatest first; empty with fewer than 10 trials that ended.
@@ -242,8 +254,17 @@ def importance(trials: pd.DataFrame, space: Space, metric: str) -> pd.DataFrame:
     return pd.DataFrame(sorted(shares.items(), key=lambda item: -item[1]), columns=["parameter", "importance"])
 
 
-def pareto(trials: pd.DataFrame, cost: str, metric: str) -> pd.DataFrame:
-    """The searched trials that none beats in both cost and metric, cheapest first."""
+def pareto(trials: pd.DataFrame, cost: str = "seconds", metric: str = "val_loss") -> pd.DataFrame:
+    """The searched trials that none beats in both cost and metric, cheapest first.
+
+    Args:
+        trials: the table, or of `load_trials`.
+        cost: any column of which less is better: seconds, trained_parameters, parameters, latency_ms, ...
+        metric: what is best by.
+
+    Returns:
+        Rows of `trials`.
+    """
     rows = searched(trials[trials["val_loss"].notna() & trials[metric].notna() & trials[cost].notna()])
     losses = rows[metric].map(lambda value: loss_like(metric, value)).rename("loss")
     order = pd.concat([rows[cost], losses], axis=1).sort_values([cost, "loss"], kind="stable")
@@ -255,17 +276,14 @@ def by_depth(trials: pd.DataFrame, metric: str) -> pd.DataFrame:
     """The best trial of each backbone and depth: columns backbone, depth, trials, trial_id, value (null where none)."""
     rows = []
     for (backbone, depth), group in searched(trials).groupby(["config_backbone", "config_unfreeze_depth"]):
-        top = best(group, metric)
+        first = top(group, metric)
         found = (
-            {"trial_id": None, "value": None} if top is None else {"trial_id": top["trial_id"], "value": top[metric]}
+            {"trial_id": None, "value": None}
+            if first is None
+            else {"trial_id": first["trial_id"], "value": first[metric]}
         )
         rows.append({"backbone": backbone, "depth": depth, "trials": len(group), **found})
     return pd.DataFrame(rows, columns=["backbone", "depth", "trials", "trial_id", "value"])
-
-
-def ends(trials: pd.DataFrame) -> pd.DataFrame:
-    """How many searched trials ended after how many epochs, and how: columns status, epochs, trials."""
-    return searched(trials).groupby(["status", "epochs"]).size().rename("trials").reset_index()
 
 
 def errors(trials: pd.DataFrame) -> pd.DataFrame:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from tuning.analysis import best, searched
+from tuning.analysis import searched, top
 from tuning.config import PARAMETERS
 from tuning.tables import FINALISTS, loss_like
 
@@ -130,11 +130,13 @@ def judge(trials: pd.DataFrame, metric: str, *, val_over_train: float) -> tuple[
         if compared:
             rows.append({"trial_id": trial_id} | compared)
     if not rows:
-        top = best(trials, metric)
-        if top is None:
+        first = top(trials, metric)
+        if first is None:
             return _table([], trials, metric, ""), Verdict("not enough runs", None, "no trial had a finite loss")
-        sentence = f"{top['trial_id']} is the best of the search; for want of runs it was not compared with the default"
-        return _table([], trials, metric, ""), Verdict("not enough runs", top["trial_id"], sentence)
+        sentence = (
+            f"{first['trial_id']} is the best of the search; for want of runs it was not compared with the default"
+        )
+        return _table([], trials, metric, ""), Verdict("not enough runs", first["trial_id"], sentence)
 
     _add_intervals(rows)
     for row, p_value in zip(rows, holm([row["p_value"] for row in rows]), strict=True):

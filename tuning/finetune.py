@@ -168,6 +168,7 @@ def finetune(
         if averaged is not None and len(history) < max(early_loss_epochs):
             averaged.restore(mean, len(history) * steps)
     micro_batch = history[-1]["micro_batch"] if history else batch_size
+    latency_ms = network.latency_ms(autocast)
 
     for epoch in range(len(history) + 1, config.epochs + 1):
         # Train. Shuffling, views and dropout depend on (seed, epoch) alone, not on what came before.
@@ -241,6 +242,8 @@ def finetune(
             "batch_size": batch_size,
             "micro_batch": micro_batch,
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "latency_ms": latency_ms,
             "unfreeze_depth": DEPTH_ALL if depth == len(stages) else depth,
         }
         history = [*history, row]

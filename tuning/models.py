@@ -1,6 +1,8 @@
 """Models that an actor keeps from trial to trial: built once, put back as they were, and cut once at each depth."""
 
 import ctypes
+import math
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from tuning.depthwise import speed_up
 from tuning.prefix import Cut, split
 
 KEPT_MODELS = 3  # of one actor; the least recently used goes first
+PASSES, PASSES_SECONDS = 3, 0.03  # timed for a latency: so many at least in all, and so long at each call
 
 
 def keep_memory() -> None:
@@ -38,6 +41,8 @@ class Network:
     image_size: int
     _initial: dict[str, Tensor] = field(default_factory=dict)  # what the last trial may have changed, as it was before
     _cuts: dict[int, Cut | None] = field(default_factory=dict)
+    _latency_ms: float = math.inf
+    _passes: int = 0  # that it is the least of
 
     def begin(self, depth: int, *, batch_norm: str, head_dropout: float) -> list[str]:
         """Make the model ready for a trial, as if it were newly built.
@@ -66,6 +71,24 @@ class Network:
         if depth not in self._cuts:
             self._cuts[depth] = split(self.model, self.stages, depth, self.image_size)
         return self._cuts[depth]
+
+    def latency_ms(self, autocast: torch.autocast) -> float:
+        """Milliseconds that the whole model takes for one image: the least of the passes timed so far.
+
+        Each call times a few more. On one CPU thread its own time counts: beside other jobs the clock on the wall said
+        that EfficientNet-lite1 takes six times as long as lite0.
+        """
+        image, begun = backbones.zero_images(self.model, 1, self.image_size), time.perf_counter()
+        alone = image.device.type == "cpu" and torch.get_num_threads() == 1
+        clock = time.thread_time if alone else time.perf_counter
+        with backbones.evaluating(self.model):
+            while self._passes < PASSES or time.perf_counter() - begun < PASSES_SECONDS:
+                started = clock()
+                with autocast:
+                    self.model(image).cpu()  # which waits for the GPU
+                self._latency_ms = min(self._latency_ms, 1000 * (clock() - started))
+                self._passes += 1
+        return self._latency_ms
 
 
 class Models:

@@ -115,7 +115,8 @@ def _read(
     except (OSError, pa.ArrowException):
         return None
     due = predictions_schema(classes, epoch=epoch, val_loss=val_loss)
-    if not table.schema.equals(due) or table.schema.metadata != due.metadata:
+    version = {b"schema_version": due.metadata[b"schema_version"]}  # an older one's files are the same
+    if not table.schema.equals(due) or (table.schema.metadata or {}) | version != due.metadata:
         return None
     if table["path"].to_pylist() != list(validation["path"]):
         return None

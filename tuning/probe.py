@@ -167,6 +167,8 @@ def probe(
         "batch_size": None,
         "micro_batch": None,
         "trained_parameters": weight.numel() + bias.numel(),
+        "parameters": sum(parameter.numel() for parameter in network.model.parameters()),
+        "latency_ms": network.latency_ms(mixed_precision(device)),
         "unfreeze_depth": 0,
         "ends": "diverged" if scores["val"]["loss"] is None else "completed",
         "reason": "a linear probe",

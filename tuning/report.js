@@ -213,7 +213,7 @@ const figures = {
     const { range } = frame(values);
     if (!finite(values).length) return null;
     const [low, high] = range || [Math.min(...finite(values)), Math.max(...finite(values))];
-    const scale = [[0, token("raised")], [1, token("completed")]];
+    const scale = [[0, token("raised")], [1, token("heat")]];
     const text = cells.map((cell) => cell.map((row) => at(row, (one) => (values[one] === null ? "no loss" : short(values[one])), "")));
     const hover = cells.map((cell) => cell.map((row) => at(row, (one) => `${plain(backbone[one])}, depth ${depth[one]}<br>best ${ids[one] ?? "none"} of ${counts[one]} trials`, "never tried")));
     return {
@@ -255,6 +255,8 @@ const figures = {
 
   seconds: () => costs("seconds", "seconds"),
   size: () => costs("trained_parameters", "trained parameters"),
+  parameters: () => costs("parameters", "parameters of the model"),
+  latency: () => costs("latency_ms", "ms for one image"),
 
   finalists() {
     const { trial_id: ids, difference, low, high } = data.finalists;

@@ -9,7 +9,7 @@ if __name__ == "__main__":  # this folder would come first on the path, and its 
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from tuning import analysis, tables
+from tuning import analysis, spending, tables
 from tuning.config import PARAMETERS, InputError
 from tuning.page import column, columns, duration, figure, note, page, section, table, text
 from tuning.sections import TRIALS_SHOWN, Run, body, judged, read, same
@@ -26,6 +26,7 @@ EPOCHS_KEPT = 105_000  # of the trials' histories; the best trials', if there ar
 EPOCHS_WITH_TIMES = 30_000  # of more the page would grow over 6 MB if it told where their time went
 TIMES = ("wall_s", "data_seconds", "prefix_seconds", "train_seconds", "evaluate_seconds")
 CURVES = 150  # drawn at once
+COSTS = ("seconds", "trained_parameters", "parameters", "latency_ms")  # that loss is set against
 ERROR_CHARACTERS, REASON_CHARACTERS = 2000, 300  # of a traceback, from its end; of a reason
 REFRESH_SECONDS, REFRESH_SHARE = 60.0, 0.05  # between reports of a running search; the driver's time for it, at most
 
@@ -121,7 +122,7 @@ def report(run: Run) -> str:
     shares = analysis.importance(run.trials, run.space, run.metric)
     ranked = _ranked(run)
     shown, kept = ranked.head(TRIALS_SHOWN), _with_history(ranked)
-    fronts = {cost: analysis.pareto(run.trials, cost, run.metric) for cost in ("seconds", "trained_parameters")}
+    fronts = {cost: analysis.pareto(run.trials, cost, run.metric) for cost in COSTS}
     data = {
         "metric": run.metric,
         "lower": run.metric == "val_loss",
@@ -130,10 +131,10 @@ def report(run: Run) -> str:
         "varied": [f"config_{name}" for name in PARAMETERS if f"config_{name}" not in same(run)],
         "ids": list(shown["trial_id"]),
         "curves": _curves(analysis.searched(kept)),
-        "best": columns(analysis.best_so_far(run.trials, run.epochs, run.metric)),
+        "best": columns(spending.best_so_far(run.trials, run.epochs, run.metric)),
         "importance": columns(shares, 4),
         "depths": columns(analysis.by_depth(run.trials, run.metric), 4),
-        "ends": columns(analysis.ends(run.trials)),
+        "ends": columns(spending.ends(run.trials)),
         "fronts": {cost: list(front["trial_id"]) for cost, front in fronts.items()},
         "finalists": columns(compared),
         "chosen": verdict.trial_id,
@@ -194,14 +195,15 @@ def history(run: Run, kept: pd.DataFrame) -> dict[str, Any]:
 
 def compare(runs: Sequence[Run]) -> str:
     """The page of several runs: their budgets, the best so far on one axis, and in what they differ."""
-    names = _names(runs)
+    names = analysis.run_names([one.folder for one in runs])
+    found = analysis.differences({name: one.document for name, one in zip(names, runs, strict=True)})
     metrics = sorted({one.metric for one in runs})
     prints = {one.document["provenance"]["fingerprint"] for one in runs}
     warnings = [] if len(metrics) == 1 else [f"The runs have different metrics ({', '.join(metrics)})."]
     warnings += [] if len(prints) == 1 else ["The runs have different images, so their losses can't be compared."]
     lines = [
         {"name": name, "metric": one.metric}
-        | columns(analysis.best_so_far(one.trials, one.epochs, one.metric).drop(columns="trial_id"), 5)
+        | columns(spending.best_so_far(one.trials, one.epochs, one.metric).drop(columns="trial_id"), 5)
         | {"end": _spent(one)}
         for name, one in zip(names, runs, strict=True)
     ]
@@ -218,17 +220,11 @@ def compare(runs: Sequence[Run]) -> str:
                 "The best epoch of all trials until then, without probes and finalists' runs, as it was in the search."
             ),
         ),
-        section("settings", "Settings that differ", _differences([one.settings for one in runs], names)),
-        section("spaces", "Spaces that differ", _differences([_space(one) for one in runs], names)),
+        section("settings", "Settings that differ", _differences(found, "settings")),
+        section("spaces", "Spaces that differ", _differences(found, "space")),
     ]
     data = {"metric": metrics[0], "lower": metrics[0] == "val_loss", "runs": lines}
     return page(" · ".join(names), body, data, {})
-
-
-def _names(runs: Sequence[Run]) -> list[str]:
-    """The folders' names, or their paths where two are the same."""
-    names = [one.folder.resolve().name for one in runs]
-    return names if len(set(names)) == len(names) else [str(one.folder) for one in runs]
 
 
 def _spent(one: Run) -> dict[str, float]:
@@ -241,7 +237,7 @@ def _budgets(runs: Sequence[Run], names: Sequence[str]) -> str:
     rows, verdicts = [], []
     for name, one in zip(names, runs, strict=True):
         trials, (_, verdict), spent = analysis.searched(one.trials), judged(one), _spent(one)
-        top = analysis.best(one.trials, one.metric)
+        top = analysis.top(one.trials, one.metric)
         rows.append(
             {"run": name, "best": None if top is None else float(top[one.metric]), "metric": one.metric}
             | {"trials": f"{len(trials)} of {one.settings['trials']}", "epochs a trial": one.settings["epochs"]}
@@ -252,32 +248,13 @@ def _budgets(runs: Sequence[Run], names: Sequence[str]) -> str:
     return table(rows, {key: key for key in rows[0]}) + "".join(verdicts)
 
 
-def _space(one: Run) -> dict[str, Any]:
-    space = one.document["space"]
-    parameters = {key: _said(value) for key, value in space.get("parameters", {}).items()}
-    fixed = {key: f"fixed at {value}" for key, value in space.get("fixed", {}).items()}
-    starts = {"start points": len(space.get("start", []))}
-    return parameters | fixed | starts
-
-
-def _said(spec: Mapping[str, Any]) -> str:
-    """A parameter's declaration in a few words."""
-    if spec["type"] == "categorical":
-        words = ", ".join(map(str, spec["choices"]))
-    else:
-        words = f"{spec['low']:g} to {spec['high']:g}" + (", log" if spec.get("log") else "")
-        words += f", step {spec['step']:g}" if spec.get("step") else ""
-    return words + (f" (when {spec['when']})" if "when" in spec else "")
-
-
-def _differences(values: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-    """A row for each key whose value is not the same in all."""
-    keys = [key for key in dict.fromkeys(key for one in values for key in one) if key not in ("name", "storage")]
-    differing = [key for key in keys if len({str(one.get(key, "-")) for one in values}) > 1]
-    rows = [
-        {"": key} | {name: str(one.get(key, "-")) for name, one in zip(names, values, strict=True)} for key in differing
-    ]
-    return table(rows, {"": ""} | {name: name for name in names}) if rows else "<p>None.</p>"
+def _differences(found: pd.DataFrame, part: str) -> str:
+    rows = found[found["part"] == part].drop(columns="part")
+    return (
+        table(rows.to_dict("records"), {name: "" if name == "key" else name for name in rows})
+        if len(rows)
+        else "<p>None.</p>"
+    )
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def _search(
 
     # Choose and report, from the tables alone.
     trials = tables.read_table(folder / "trials.parquet")
-    top = analysis.best(trials, plan.metric)
+    top = analysis.top(trials, plan.metric)
     ratio = finalists.val_over_train(data.samples)
     judged, verdict = finalists.judge(trials, plan.metric, val_over_train=ratio)
     tables.write_tables({"finalists": pa.Table.from_pandas(judged, schema=tables.FINALISTS)}, folder)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from tuning import analysis, finalists, tables
-from tuning.config import PARAMETERS, InputError
+from tuning import analysis, finalists, overfitting, spending, tables
+from tuning.config import PARAMETERS
 from tuning.page import column, duration, figure, note, number, section, table, text
 from tuning.remarks import remarks
 from tuning.space import Space, parse
@@ -51,9 +52,7 @@ def read(folder: Path) -> Run:
     Raises:
         InputError: the folder is not that of a run.
     """
-    if not (folder / "plan.yaml").is_file():
-        raise InputError(f"{folder}: no plan.yaml there; give the folder of a run, like results/NAME")
-    document = yaml.safe_load((folder / "plan.yaml").read_text())
+    document = analysis.load_plan(folder)
     settings = document["settings"]
     found = {"samples": tables.read_table(folder / "samples.parquet")}
     if (folder / "trials.parquet").exists():
@@ -114,7 +113,9 @@ def _head(run: Run) -> str:
 
 
 def _verdict(run: Run, verdict: finalists.Verdict) -> str:
-    sentence = verdict.sentence[:1].upper() + verdict.sentence[1:] + "."
+    first, sentence = verdict.sentence[:1], verdict.sentence + "."
+    if not re.match(r"t\d", sentence):  # a trial's name stays as it is
+        sentence = first.upper() + sentence[1:]
     sentence = "No trial has begun." if analysis.searched(run.trials).empty else sentence
     runs = run.trials[run.trials["origin"] == "finalist"]
     left = int((~runs["status"].isin(tables.FINAL)).sum())
@@ -149,8 +150,8 @@ def _plain(value: Any) -> Any:
 
 
 def _facts(run: Run) -> str:
-    trials, top = analysis.searched(run.trials), analysis.best(run.trials, run.metric)
-    saved = analysis.saved(trials, run.settings["epochs"])
+    trials, top = analysis.searched(run.trials), analysis.top(run.trials, run.metric)
+    saved = spending.saved(trials, run.settings["epochs"])
     wall = float(run.epochs["wall_s"].max()) if len(run.epochs) else 0.0
     facts = {
         f"best {run.metric} of the search": "-" if top is None else number(float(top[run.metric])),
@@ -215,19 +216,19 @@ def _gap(run: Run) -> str:
         "The generalisation gap",
         figure("gap", "validation loss against training loss"),
         note("Without augmentation, at the best epoch. Above the line a trial is worse on images it hasn't seen."),
-        table(_records(analysis.overfitting(trials, run.metric)), heads),
+        table(_records(overfitting.overfitting(trials, run.metric)), heads),
         note("The gap by augmentation, and how much the validation loss rose from a trial's best epoch to its last:"),
-        table(_records(analysis.gaps(trials)), medians),
-        table(_records(analysis.best_and_last(trials, run.epochs)), rises),
+        table(_records(overfitting.gaps(trials)), medians),
+        table(_records(overfitting.best_and_last(trials, run.epochs)), rises),
         note("Medians of the trials that ran two epochs or more."),
     )
 
 
 def _ended(run: Run) -> str:
     trials = analysis.searched(run.trials)
-    rows = analysis.saved(trials, run.settings["epochs"])
+    rows = spending.saved(trials, run.settings["epochs"])
     on_gpu = float(trials["gpu_seconds"].sum()) > 0
-    seconds = analysis.saved(trials.assign(seconds=trials["gpu_seconds"]), run.settings["epochs"]) if on_gpu else rows
+    seconds = spending.saved(trials.assign(seconds=trials["gpu_seconds"]), run.settings["epochs"]) if on_gpu else rows
     kept, kind = duration(float(seconds["seconds_saved"].sum())), "GPU time" if on_gpu else "training"
     heads = {"status": "ended", "trials": "trials", "epochs": "epochs", "epochs_saved": "epochs saved"}
     words = f"Ending trials early saved {rows['epochs_saved'].sum():,.0f} epochs, about {kept} of {kind}."
@@ -236,18 +237,22 @@ def _ended(run: Run) -> str:
         "Why and when trials ended",
         figure("ends", "trials by the epoch that they ended after"),
         f"<p>{text(words)}</p>",
-        table(_records(rows), heads | {"seconds_saved": "seconds saved"}),
+        table(_records(rows.round({"seconds_saved": 0})), heads | {"seconds_saved": "seconds saved"}),
         note("Why each one ended stands in the table of all trials."),
     )
 
 
 def _costs() -> str:
-    both = figure("seconds", "loss against seconds") + figure("size", "loss against trained parameters")
+    named = {"seconds": "seconds", "latency": "latency", "size": "trained parameters", "parameters": "parameters"}
+    figures = "".join(figure(name, f"loss against {words}") for name, words in named.items())
     return section(
         "cost",
         "Loss against cost",
-        f'<div class="pair">{both}</div>',
-        note("The line joins the trials that none beats in both: the Pareto front."),
+        f'<div class="pair">{figures}</div>',
+        note(
+            "The line joins the trials that none beats in both: the Pareto front. A trial whose frozen "
+            "layers' outputs lay in the cache took fewer seconds. Latency is that of the whole model for one image."
+        ),
     )
 
 
@@ -262,6 +267,7 @@ def _finalists(run: Run, compared: pd.DataFrame) -> str:
         return ""
     heads = {"trial_id": "trial", "role": "role", "runs": "runs", "mean": "mean", "sd": "sd", "luck": "luck"}
     heads |= {"searched": "in the search", "difference": "better by", "low": "from", "high": "to", "p_value": "p"}
+    compared = compared.round({"seconds": 0})
     chosen = compared["role"].where(~compared["chosen"].astype(bool), compared["role"] + ", chosen")
     return section(
         "finalists",

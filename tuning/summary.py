@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from tuning import analysis, finalists, tables
+from tuning import analysis, finalists, overfitting, spending, tables
 from tuning.config import PARAMETERS, SearchPlan
 from tuning.progress import console, depth, number
 from tuning.remarks import remarks
@@ -39,7 +39,7 @@ def summarize(
     epochs = tables.read_table(folder / "epochs.parquet")
     _tell_trials(trials, plan.metric)
     _tell_overfitting(trials, epochs, plan.metric)
-    _tell_cost(trials, epochs, analysis.cost(everything), plan.epochs, slots)
+    _tell_cost(trials, epochs, spending.cost(everything), plan.epochs, slots)
     if verdict.trial_id is None:
         advice = " Try lower learning rates." if (trials["status"] == "diverged").any() else ""
         console.print(f"\n[bold]No trial had a finite loss[/bold]: there is no best.yaml.{advice}")
@@ -80,7 +80,7 @@ def _tell_overfitting(trials: pd.DataFrame, epochs: pd.DataFrame, metric: str) -
     width = trials["config_backbone"].str.len().max()
     header = f"{'backbone':<{width}} unfrozen  trials  best      train loss  val loss      gap"
     console.print(header, style="dim")
-    for row in analysis.overfitting(trials, metric).to_dict("records"):
+    for row in overfitting.overfitting(trials, metric).to_dict("records"):
         numbers = [number(row[name]) for name in ("train_eval_loss", "val_loss", "gap")]
         name = "-" if pd.isna(row["trial_id"]) else row["trial_id"]
         console.print(
@@ -88,7 +88,7 @@ def _tell_overfitting(trials: pd.DataFrame, epochs: pd.DataFrame, metric: str) -
             f"{numbers[0]:>10}  {numbers[1]:>8}  {numbers[2]:>7}",
             markup=False,
         )
-    gaps = analysis.gaps(trials)
+    gaps = overfitting.gaps(trials)
     if gaps.empty:
         return
     console.print("\n[bold]The gap by augmentation[/bold]: median, of so many trials that ran two epochs or more")
@@ -97,7 +97,7 @@ def _tell_overfitting(trials: pd.DataFrame, epochs: pd.DataFrame, metric: str) -
     cells = {(row.unfrozen, row.augmentation): f"{row.gap:.4f} ({row.trials})" for row in gaps.itertuples()}
     for part in gaps["unfrozen"].unique():
         console.print(f"{part:<8}  " + "  ".join(f"{cells.get((part, name), '-'):>11}" for name in columns))
-    rises = analysis.best_and_last(trials, epochs)
+    rises = overfitting.best_and_last(trials, epochs)
     said = ", ".join(f"{row.unfrozen} {row.rise:+.4f}" for row in rises.itertuples())
     if said:
         console.print(f"val_loss from a trial's best epoch to its last, median: {said}.")
@@ -107,7 +107,7 @@ def _tell_cost(
     trials: pd.DataFrame, epochs: pd.DataFrame, costs: pd.DataFrame, epochs_allowed: int, slots: int | None
 ) -> None:
     """What stopping saved, what each backbone cost, and where the time went."""
-    saved = analysis.saved(trials, epochs_allowed)
+    saved = spending.saved(trials, epochs_allowed)
     spent, spared = trials["seconds"].sum(), saved["seconds_saved"].sum()
     by_status = ", ".join(f"{row.trials} {row.status}" for row in saved.itertuples())
     console.print(f"\n{len(trials)} trials: {by_status}. {trials['epochs'].sum()} epochs, {spent:.0f} s of training.")
@@ -120,12 +120,12 @@ def _tell_cost(
     if epochs.empty:
         return
     names = {"data": "images", "prefix": "frozen layers", "train": "training", "evaluate": "evaluation"}
-    parts = analysis.spent(epochs)
+    parts = spending.spent(epochs)
     total = max(sum(parts.values()), 1e-9)
     shares = ", ".join(f"{names[part]} {value / total:.0%}" for part, value in parts.items())
     hits = int(epochs["cache_hits"].sum())
     console.print(f"Time: {shares}. Frozen layers' outputs of {hits:,} images came from the cache.")
-    busy = None if slots is None else analysis.utilisation(epochs, slots)
+    busy = None if slots is None else spending.utilisation(epochs, slots)
     if busy is not None:
         console.print(f"Slots were in use {busy:.0%} of the time until the last trial began.")
 

@@ -1,0 +1,74 @@
+"""The committed run and the page of questions to it."""
+
+import importlib.util
+import re
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tuning import report
+from tuning.tables import FINALISTS, read_table
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE, PAGE = ROOT / "results" / "example", (ROOT / "results" / "ANALYSIS.md").read_text()
+spec = importlib.util.spec_from_file_location("example", ROOT / "benchmarks" / "example.py")
+example = importlib.util.module_from_spec(spec)
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """Where the page is run: the example, and a copy of it as the other run."""
+    pytest.importorskip("duckdb", reason="needs duckdb (the extra `dev`)")
+    spec.loader.exec_module(example)
+    for name in ("example", "other"):
+        shutil.copytree(EXAMPLE, tmp_path / "results" / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "results"
+
+
+def test_every_block_of_the_page_runs(runs):
+    again = example.answered(PAGE)
+    shape = re.compile(r"```text\n.*?```", re.DOTALL)
+    assert shape.sub("", again) == shape.sub("", PAGE)
+    assert len(re.findall(r"^## \d+\. ", PAGE, re.MULTILINE)) == 10
+    answers = [answer.splitlines() for answer in shape.findall(again)]
+    assert len(answers) == len(shape.findall(PAGE)) >= 10
+    empty = [answer for answer in answers if any("Empty DataFrame" in line for line in answer)]
+    assert len(empty) == 1  # a run and its copy differ in nothing
+
+
+def test_answers_are_those_of_the_committed_run(runs):
+    """The questions to `example` alone are answered in the page as its tables answer them."""
+    shutil.rmtree(runs / "other")
+    names = {}
+    blocks = [found for found in example.BLOCK.finditer(PAGE) if found[1] == "python" and "other" not in found[2]]
+    example.run_python('from tuning import analysis\ntrials = analysis.load_trials("results/example")', names)
+    alone = [found for found in blocks if 'trials["run"] == "example"' in found[2] and "overfitting" not in found[2]]
+    assert len(alone) == 2
+    for found in alone:
+        assert example.run_python(found[2], names) in found[3]
+
+
+def test_the_example_shows_every_usual_end_and_a_verdict():
+    trials = read_table(EXAMPLE / "trials.parquet")
+    assert set(trials["status"]) == {"completed", "stopped", "converged", "diverged"}
+    assert set(trials["origin"]) == {"start", "suggested", "probe", "finalist"}
+    finalists = read_table(EXAMPLE / "finalists.parquet")
+    assert list(finalists) == FINALISTS.names and (finalists["runs"] >= 3).all() and len(finalists) >= 2
+
+
+def test_the_example_is_small_and_tells_nothing_of_a_machine():
+    files = [path for path in EXAMPLE.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 1_500_000
+    for path in files:
+        assert not re.search(rb"/(root|home|Users|tmp|work)/", path.read_bytes()), path
+    samples = read_table(EXAMPLE / "samples.parquet")
+    assert samples["file"].equals(samples["path"])
+
+
+def test_its_report_is_made_from_the_tables(tmp_path):
+    written = report.run(report.Flags((str(EXAMPLE),), out=str(tmp_path / "report.html")))
+    assert 'id="finalists"' in written.read_text()
+    assert pd.read_parquet(EXAMPLE / "trials.parquet")["latency_ms"].notna().all()
