@@ -3,6 +3,7 @@
 HiResCAM (Draelos & Carin 2020, https://arxiv.org/abs/2011.08891).
 """
 
+import sys
 from collections.abc import Mapping
 
 import numpy as np
@@ -43,6 +44,17 @@ def class_maps(
             total += final.shares[name] * _enlarged(found, side)
             weight += final.shares[name]
     return total / np.float32(weight) if weight else None
+
+
+def maps_or_tell(
+    final: Final, data: Mapping[int, Data], indices: NDArray[np.int64], chosen: NDArray[np.int64], side: int
+) -> NDArray[np.float32] | None:
+    """`class_maps`; a page of mistakes is worth having without them, so a failure of whichever kind is told."""
+    try:
+        return class_maps(final, data, indices, chosen, side)
+    except Exception as error:
+        print(f"no class-activation maps ({type(error).__name__}: {error})", file=sys.stderr)
+        return None
 
 
 def class_map(network: nn.Module, config: TrialConfig, images: Tensor, chosen: Tensor) -> Tensor | None:
@@ -89,7 +101,7 @@ def _positions(network: nn.Module, features: Tensor) -> Tensor | None:
         return None
     tokens = features[:, getattr(network, "num_prefix_tokens", 0) :]
     side = round(tokens.shape[1] ** 0.5)
-    return tokens.unflatten(1, (side, side)) if side * side == tokens.shape[1] else None
+    return tokens.reshape(len(tokens), side, side, -1) if side * side == tokens.shape[1] else None
 
 
 def _enlarged(maps: Tensor, side: int) -> NDArray[np.float32]:

@@ -142,7 +142,7 @@ def _tested(model: Path, metrics: Mapping[str, Any]) -> str:
         parts.append(_listed(each, ["class", *(head for figure in figures for head in (figure, "95%"))]))
     parts += [f"![{words}]({name})" for name, words in PICTURES.items() if (model / name).exists()]
     if (model / "mistakes.html").exists():
-        parts.append("The worst mistakes: [mistakes.html](mistakes.html). All plots can be made again from `predictions.parquet`.")
+        parts.append("The worst mistakes: [mistakes.html](mistakes.html). All plots come from `predictions.parquet`.")
     return "\n\n".join(parts)
 
 
@@ -162,7 +162,9 @@ def _calibrated(model: Path, metrics: Mapping[str, Any]) -> str:
         return said
     before, after = tested["calibration_error_untempered"], tested["calibration_error"]
     shown = f"\n\n![Calibration]({CALIBRATION})" if (model / CALIBRATION).exists() else ""
-    return f"{said} Expected calibration error on the test set: {after:.3f}, without the temperature {before:.3f}.{shown}"
+    return (
+        f"{said} Expected calibration error on the test set: {after:.3f}, without the temperature {before:.3f}.{shown}"
+    )
 
 
 def _data(samples: pd.DataFrame, fingerprint: str) -> str:
@@ -208,7 +210,7 @@ def _search(run: Path, provenance: Mapping[str, Any]) -> str:
         )
     else:
         planned = f"{settings['trials']} trials of up to {settings['epochs']} epochs"
-        lines.append(f"\nPlanned were {planned}; what ran isn't known, for the run's tables don't lie beside {plain('best.yaml')}.")
+        lines.append(f"\nPlanned were {planned}. What ran isn't known: no tables of the run lie beside its best.yaml.")
     why = provenance.get("why")
     verdict = f"{plain(provenance.get('verdict'))}: {plain(why)}." if why else "Not known."
     return "## Search\n\n" + "\n".join(lines) + f"\n\n## Verdict\n\n{verdict}"

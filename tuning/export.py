@@ -20,6 +20,7 @@ from tuning.final import Final
 
 CHECKED_IMAGES, CHECKED_DIFFERENCE = 64, 1e-4  # of validation; between probabilities, at most
 BATCH = 16  # images at once when it is checked: another number than it was traced with
+MODEL = "model.onnx"
 CPU = torch.device("cpu")
 
 
@@ -112,6 +113,16 @@ def write_onnx(
         {key: value if isinstance(value, str) else json.dumps(value) for key, value in described.items()}
     )
     program.save(path, external_data=False)
+
+
+def interface(final: Final) -> dict[str, Any]:
+    """Inputs and output of the file, for `config.yaml` and its metadata."""
+    sizes = sorted({config.image_size for _, config in final.networks.values()})
+    return {
+        "inputs": {name: ["batch", 3, side, side] for name, side in zip(input_names(sizes), sizes, strict=True)},
+        "input": "float32, RGB from 0 to 1; mean and std are applied inside",
+        "output": "probabilities, [batch, classes], with the temperature",
+    }
 
 
 def input_names(sizes: Sequence[int]) -> list[str]:

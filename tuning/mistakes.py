@@ -20,7 +20,8 @@ SHOWN = 24  # mistakes
 SIDE = 320  # pixels of a picture
 PROBABILITIES = 5  # classes told of an image, the likeliest and the true one
 CSS = """
-.mistakes { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1.75rem 1.5rem; }
+.mistakes { display: grid; gap: 1.75rem 1.5rem; }
+.mistakes { grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
 .mistakes figure { margin: 0; min-width: 0; break-inside: avoid; }
 .mistakes .pictures { display: grid; grid-template-columns: 1fr 1fr; gap: 4px; border-radius: 8px; overflow: hidden; }
 .mistakes .pictures.alone { grid-template-columns: minmax(0, 50%); }
@@ -41,7 +42,7 @@ class Mistakes(NamedTuple):
 
     rows: NDArray[np.int64]  # of the test set
     predicted: NDArray[np.int64]  # class of each
-    count: int  # of all mistakes
+    total: int  # of all mistakes
 
 
 def worst(targets: NDArray[np.int64], probabilities: NDArray[np.float64]) -> Mistakes:
@@ -90,8 +91,8 @@ def mistakes_page(
             f'<p class="file">{text(sample["path"])}</p></figcaption></figure>'
         )
     links = " · ".join(f'<a href="{name}">{name.removesuffix(".png")}</a>' for name in (*PLOTS, "README.md"))
-    what = f"{mistakes.count:,} of {len(tested):,} test images are taken for another class"
-    most = f"; the {len(figures)} most confident mistakes are shown" if len(figures) < mistakes.count else ""
+    what = f"{mistakes.total:,} of {len(tested):,} test images are taken for another class"
+    most = f"; the {len(figures)} most confident mistakes are shown" if len(figures) < mistakes.total else ""
     head = f"<header><h1>{text(title)}: mistakes</h1><p>{text(what + most)}.</p><p>{links}</p></header>"
     shown = "".join(figures) or "<p>There are none.</p>"
     return still(

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -21,7 +22,7 @@ WITH_COLOURS = 8  # classes, at most, whose curves all have colours; of more the
 FEW = 5
 INK, QUIET, LINE = "#1c1e21", "#5c636b", "#d5d8db"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#6a3d9a", "#8b4513")  # Okabe-Ito's first
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.facecolor": "white",
     "axes.facecolor": "white",
     "axes.edgecolor": QUIET,
