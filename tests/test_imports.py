@@ -38,6 +38,10 @@ ALLOWED = {
     "analysis": {"config", "tables", "space", "optimizer", "calibration", "intervals", "predictions"},
     "finalists": {"config", "tables", "analysis"},
     "page": set(),
+    "plots": {"calibration"},
+    "card": {"__version__", "tables", "analysis", "page", "plots"},
+    "mistakes": {"config", "decoding", "page", "plots"},
+    "reading": {"tables", "calibration", "intervals", "predictions"},
     "sections": {"config", "tables", "space", "analysis", "finalists", "page"},
     "report": {"config", "tables", "analysis", "page", "sections"},
     "augment": {"config"},
@@ -63,11 +67,13 @@ ALLOWED = {
     | {"progress"},
     "final": {"config", "tables", "backbones", "checkpoints", "data", "ensemble", "features", "finetune", "predictions"}
     | {"calibration"},
+    "export": {"config", "backbones", "calibration", "data", "final"},
+    "activation": {"config", "backbones", "data", "prefix", "final"},
 }
 COMMANDS = {"search", "run_search", "train_final"}  # may import all of the above
 TORCHLESS = ["config", "conditions", "space", "samples", "tables", "stopping", "finalists"]
 TORCHLESS += ["calibration", "intervals", "predictions", "ensemble", "analysis"]
-TORCHLESS += ["page", "sections", "report"]
+TORCHLESS += ["page", "sections", "report", "plots", "card", "mistakes", "reading"]
 
 
 def imports(module: str) -> tuple[set[str], set[str]]:

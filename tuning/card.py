@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from tuning import analysis, tables
+from tuning import __version__, analysis, tables
 from tuning.page import duration, number, text
 from tuning.plots import CALIBRATION, CONFUSION, ROC
 
@@ -80,7 +80,7 @@ def _use(model: Path, config: Mapping[str, Any], metrics: Mapping[str, Any]) -> 
     onnx = metrics["onnx"]
     command = "python tuning/model_folder.py predict MODEL IMAGE FOLDER 'GLOB*.png' --out predictions.csv"
     told = (
-        "## Use\n\nWith [finetune-search](https://pypi.org/project/finetune-search/)'s code, where `MODEL` is this "
+        f"## Use\n\nWith finetune-search {__version__}, where `MODEL` is this "
         f"folder:\n\n```\n{command}\n```\n\n"
         '```python\nfrom tuning.model_folder import load_model\n\nmodel = load_model("MODEL")\n'
         'probabilities = model.predict(["film.png"])  # [images, classes], in the order of model.classes\n```'
@@ -126,7 +126,7 @@ def _tested(model: Path, metrics: Mapping[str, Any]) -> str:
     groups = "" if tested["groups"] == tested["images"] else f" of {tested['groups']:,} groups"
     times = "once" if reading["number"] == 1 else f"now for the {reading['number']}th time: these figures are biased"
     rows = [
-        [name.replace("_", " "), tested[name], _interval(tested, name)]
+        [FIGURES.get(name, name), tested[name], _interval(tested, name)]
         for name in ("accuracy", "balanced_accuracy", "auroc", "loss")
     ]
     parts = [
@@ -139,13 +139,14 @@ def _tested(model: Path, metrics: Mapping[str, Any]) -> str:
             [name, *(part for figure in figures for part in (values[figure], _interval(values, figure)))]
             for name, values in tested["classes"].items()
         ]
-        parts.append(_listed(each, ["class", *(head for figure in figures for head in (figure, "95%"))]))
+        parts.append(_listed(each, ["class", "sensitivity", "95%", "specificity", "95%", "AUROC", "95%"]))
     parts += [f"![{words}]({name})" for name, words in PICTURES.items() if (model / name).exists()]
     if (model / "mistakes.html").exists():
         parts.append("The worst mistakes: [mistakes.html](mistakes.html). All plots come from `predictions.parquet`.")
     return "\n\n".join(parts)
 
 
+FIGURES = {"balanced_accuracy": "balanced accuracy", "auroc": "AUROC"}
 PICTURES = {CONFUSION: "Confusion matrix", ROC: "ROC curve of each class against the rest"}
 
 
@@ -174,7 +175,7 @@ def _data(samples: pd.DataFrame, fingerprint: str) -> str:
     total = [["all", *(int(counts[name].sum()) for name in splits)]]
     groups = samples.groupby("split")["group"].nunique()
     within = (
-        "There are no groups (such as patients): images of one may be in several splits."
+        "No groups (such as patients) were given, so images of one may lie in several splits."
         if samples["group"].isna().all()
         else "Groups: " + ", ".join(f"{int(groups[name]):,} in {name}" for name in splits) + "."
     )
@@ -194,7 +195,7 @@ def _audit(audit: pd.DataFrame | None) -> str:
 
 def _search(run: Path, provenance: Mapping[str, Any]) -> str:
     settings = provenance["settings"]
-    lines = [f"Space `{plain(settings['space'])}`, metric `{settings['metric']}`."]
+    lines = [f"Space `{plain(settings['space'])}`, metric `{settings['metric']}`.\n"]
     if (run / "plan.yaml").exists():
         space = yaml.safe_load((run / "plan.yaml").read_text(encoding="utf-8"))["space"]
         given = {name: _range(spec) for name, spec in space.get("parameters", {}).items()} | space.get("fixed", {})

@@ -20,6 +20,7 @@ LABEL = 22  # characters of a class's name that are shown
 WITH_COUNTS = 40  # classes, at most, whose counts are written into the confusion matrix
 WITH_COLOURS = 8  # classes, at most, whose curves all have colours; of more the lowest FEW do
 FEW = 5
+LEAST_IMAGES = 5  # in a bin of the calibration plot that the line goes through
 INK, QUIET, LINE = "#1c1e21", "#5c636b", "#d5d8db"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#6a3d9a", "#8b4513")  # Okabe-Ito's first
 STYLE: dict[Any, Any] = {
@@ -30,6 +31,8 @@ STYLE: dict[Any, Any] = {
     "axes.titlelocation": "left",
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
+    "figure.titlesize": 11,
+    "figure.titleweight": "bold",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "font.family": "DejaVu Sans",  # comes with matplotlib
@@ -124,7 +127,7 @@ def roc(names: Sequence[str], targets: NDArray[np.int64], probabilities: NDArray
             false, true, _ = roc_curve(targets == place, probabilities[:, place])
             curves.append((auc(false, true), name, false, true))
     coloured = curves if len(curves) <= WITH_COLOURS else sorted(curves, key=lambda curve: curve[0])[:FEW]
-    figure = Figure(figsize=(6.6, 4.4), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = _unit_square(figure.subplots())
     for _, _, false, true in curves if coloured is not curves else []:
         axes.plot(false, true, color=LINE, linewidth=0.9)
@@ -134,7 +137,7 @@ def roc(names: Sequence[str], targets: NDArray[np.int64], probabilities: NDArray
     ]
     said = [f"{area:.3f}  {name}" for area, name, _, _ in coloured]  # a label that begins with _ would be left out
     title = "AUROC" if coloured is curves else f"AUROC, lowest of {len(curves)}"
-    legend = figure.legend(lines, said, title=title, loc="outside right center", alignment="left", handlelength=1.2)
+    legend = axes.legend(lines, said, title=title, alignment="left", loc="center left", bbox_to_anchor=(1.02, 0.5))
     legend.get_title().set_fontweight("bold")
     axes.set(xlabel="1 - specificity", ylabel="sensitivity")
     axes.set_title("Each class against the rest")
@@ -157,19 +160,22 @@ def calibration(
         confidence, right = values.max(axis=1), values.argmax(axis=1) == targets
         bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
         count = np.bincount(bins, minlength=BINS)
-        there = count > 0
+        there, many = count > 0, count >= LEAST_IMAGES
         of_bin = np.maximum(count, 1)
         shown = np.bincount(bins, weights=confidence, minlength=BINS) / of_bin
         share = np.bincount(bins, weights=right, minlength=BINS) / of_bin
-        (line,) = above.plot(shown[there], share[there], color=colour, linewidth=1.5, zorder=3)
-        above.scatter(shown[there], share[there], s=12 + 160 * count[there] / len(targets), color=colour, zorder=4)
+        (line,) = above.plot(shown[many], share[many], color=colour, linewidth=1.5, marker="o", markersize=5, zorder=3)
+        few = there & ~many
+        above.scatter(shown[few], share[few], s=18, facecolor="white", edgecolor=colour, zorder=4)
         width = 0.4 / BINS
         below.bar((np.arange(BINS) + 0.29 + 0.42 * place) / BINS, count, width=width, color=colour)
         lines.append(line)
         said.append(f"{words}: calibration error {calibration_error(values, targets):.3f}")
-    above.legend(lines, said, loc="upper left")
     above.set(ylabel="share that is right")
-    above.set_title(f"Calibration on {len(targets):,} test images, temperature {temperature:.2f}")
+    figure.suptitle(f"Calibration on {len(targets):,} test images, temperature {temperature:.2f}", x=0.01, ha="left")
+    lines.append(above.scatter([], [], s=18, facecolor="white", edgecolor=QUIET))
+    said.append(f"fewer than {LEAST_IMAGES} images")
+    figure.legend(lines, said, loc="outside upper left")
     below.set(xlabel="probability of the likeliest class", ylabel="images")
     below.grid(axis="y", color=LINE, linewidth=0.6)
     below.set_axisbelow(True)

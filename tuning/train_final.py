@@ -25,12 +25,9 @@ from numpy.typing import NDArray
 from tuning import tables
 from tuning.audit import load_checked
 from tuning.calibration import fit_temperature, logarithms, tempered
-from tuning.card import card
 from tuning.config import InputError, SearchPlan, TrialConfig, build, command_line
 from tuning.ensemble import named_shares
 from tuning.images import cache_folder, open_images
-from tuning.mistakes import SIDE, mistakes_page, picture, worst
-from tuning.plots import write_plots
 from tuning.predictions import read_predictions, write_tested
 from tuning.reading import measured, note_reading, tell
 
@@ -119,6 +116,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
 
     import torch  # takes seconds to load, and timm more: bad input and --help are told before
 
+    from tuning.card import card
     from tuning.data import join
     from tuning.export import MODEL, export_or_tell, interface
     from tuning.features import FeatureCache
@@ -225,6 +223,8 @@ def _show(
 ) -> None:
     """Write what the model made of the test set: the table, the plots, the page of mistakes."""
     from tuning.activation import maps_or_tell
+    from tuning.mistakes import SIDE, mistakes_page, picture, worst
+    from tuning.plots import write_plots
 
     some = next(iter(data.values()))
     targets = some.labels[some.test]
