@@ -26,6 +26,7 @@ def predictions(classes, images, seed=0):
 @pytest.mark.parametrize(
     ("names", "images"),
     [(["dark", "light"], 40), (ODD, 60), ([f"class number {n}: {ODD[n % 4]}" for n in range(30)], 90)],
+    ids=["two classes", "odd names", "thirty classes"],
 )
 def test_plots_are_drawn(tmp_path, names, images):
     targets, probabilities = predictions(len(names), images)
@@ -35,6 +36,13 @@ def test_plots_are_drawn(tmp_path, names, images):
         width, height = picture.size
         assert 500 < width < 2500 and 500 < height < 2500
         assert picture.getpixel((2, 2)) == (255, 255, 255) and len(picture.getcolors(width * height)) > 20
+
+
+@pytest.mark.slow
+def test_a_thousand_classes_make_no_larger_picture(tmp_path):
+    targets, probabilities = predictions(1000, 2000)
+    write_plots(tmp_path, [f"class {number}" for number in range(1000)], targets, probabilities, 1.4)
+    assert max(Image.open(tmp_path / PLOTS[0]).size) < 6000
 
 
 def test_a_class_that_is_not_in_the_test_set(tmp_path):

@@ -18,6 +18,7 @@ from tuning.calibration import BINS, calibration_error, logarithms, tempered
 CONFUSION, ROC, CALIBRATION = PLOTS = ("confusion.png", "roc.png", "calibration.png")
 LABEL = 22  # characters of a class's name that are shown
 WITH_COUNTS = 40  # classes, at most, whose counts are written into the confusion matrix
+WITH_NAMES = 100  # classes, at most, whose names stand at the confusion matrix
 WITH_COLOURS = 8  # classes, at most, whose curves all have colours; of more the lowest FEW do
 FEW = 5
 LEAST_IMAGES = 5  # in a bin of the calibration plot that the line goes through
@@ -31,8 +32,6 @@ STYLE: dict[Any, Any] = {
     "axes.titlelocation": "left",
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
-    "figure.titlesize": 11,
-    "figure.titleweight": "bold",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "font.family": "DejaVu Sans",  # comes with matplotlib
@@ -93,7 +92,7 @@ def confusion(names: Sequence[str], targets: NDArray[np.int64], probabilities: N
     counts = np.zeros((count, count), dtype=np.int64)
     np.add.at(counts, (targets, probabilities.argmax(axis=1)), 1)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    side = 0.32 * count + 0.9 if count > WITH_COLOURS else 0.55 * count + 1.1
+    side = 0.32 * min(count, WITH_NAMES) + 0.9 if count > WITH_COLOURS else 0.55 * count + 1.1
     figure = Figure(figsize=(max(side + 2.4, 4.5), max(side + 1.9, 3.6)), layout="constrained")
     axes = figure.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1.15)  # the darkest blue leaves no contrast for its ring
@@ -101,6 +100,20 @@ def confusion(names: Sequence[str], targets: NDArray[np.int64], probabilities: N
         dark = shares[row, column] > 0.6
         said = f"{counts[row, column]:,}"
         axes.text(column, row, said, ha="center", va="center", color="white" if dark else INK, fontsize=8)
+    if count <= WITH_NAMES:
+        _name_classes(axes, names)
+    else:
+        axes.set(xticks=[], yticks=[])
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.set_title(f"Confusion on {len(targets):,} test images")
+    return figure
+
+
+def _name_classes(axes: Axes, names: Sequence[str]) -> None:
+    """Name the rows and columns of a matrix, and draw lines between them."""
+    count = len(names)
     turned = count > 3 or max(map(len, names)) > 9
     axes.set_xticks(range(count), names, rotation=90 if count > WITH_COLOURS else 40 if turned else 0)
     if turned and count <= WITH_COLOURS:
@@ -110,11 +123,6 @@ def confusion(names: Sequence[str], targets: NDArray[np.int64], probabilities: N
     axes.set_xticks(np.arange(count + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(count + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="white", linewidth=1.5)
-    axes.tick_params(which="both", length=0)
-    axes.spines[:].set_visible(False)
-    axes.set(xlabel="predicted", ylabel="true")
-    axes.set_title(f"Confusion on {len(targets):,} test images")
-    return figure
 
 
 def roc(names: Sequence[str], targets: NDArray[np.int64], probabilities: NDArray[np.float64]) -> Figure:
@@ -127,7 +135,7 @@ def roc(names: Sequence[str], targets: NDArray[np.int64], probabilities: NDArray
             false, true, _ = roc_curve(targets == place, probabilities[:, place])
             curves.append((auc(false, true), name, false, true))
     coloured = curves if len(curves) <= WITH_COLOURS else sorted(curves, key=lambda curve: curve[0])[:FEW]
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(6.8, 4.2), layout="constrained")
     axes = _unit_square(figure.subplots())
     for _, _, false, true in curves if coloured is not curves else []:
         axes.plot(false, true, color=LINE, linewidth=0.9)
@@ -137,7 +145,7 @@ def roc(names: Sequence[str], targets: NDArray[np.int64], probabilities: NDArray
     ]
     said = [f"{area:.3f}  {name}" for area, name, _, _ in coloured]  # a label that begins with _ would be left out
     title = "AUROC" if coloured is curves else f"AUROC, lowest of {len(curves)}"
-    legend = axes.legend(lines, said, title=title, alignment="left", loc="center left", bbox_to_anchor=(1.02, 0.5))
+    legend = figure.legend(lines, said, title=title, alignment="left", loc="outside right center")
     legend.get_title().set_fontweight("bold")
     axes.set(xlabel="1 - specificity", ylabel="sensitivity")
     axes.set_title("Each class against the rest")
@@ -153,7 +161,7 @@ def calibration(
     """How often the likeliest class is right, by its probability, before and after the temperature."""
     figure = Figure(figsize=(6.6, 5.4), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=[3.2, 1], sharex=True)
-    _unit_square(above, equal=False)
+    _unit_square(above)
     kinds = ((untempered, "without the temperature", COLOURS[1]), (probabilities, "as predicted", COLOURS[0]))
     lines, said = [], []
     for place, (values, words, colour) in enumerate(kinds):
@@ -172,21 +180,20 @@ def calibration(
         lines.append(line)
         said.append(f"{words}: calibration error {calibration_error(values, targets):.3f}")
     above.set(ylabel="share that is right")
-    figure.suptitle(f"Calibration on {len(targets):,} test images, temperature {temperature:.2f}", x=0.01, ha="left")
     lines.append(above.scatter([], [], s=18, facecolor="white", edgecolor=QUIET))
     said.append(f"fewer than {LEAST_IMAGES} images")
-    figure.legend(lines, said, loc="outside upper left")
+    title = f"Calibration on {len(targets):,} test images, temperature {temperature:.2f}"
+    legend = figure.legend(lines, said, title=title, alignment="left", loc="outside upper left")
+    legend.get_title().set(fontweight="bold", fontsize=11)
     below.set(xlabel="probability of the likeliest class", ylabel="images")
     below.grid(axis="y", color=LINE, linewidth=0.6)
     below.set_axisbelow(True)
     return figure
 
 
-def _unit_square(axes: Axes, *, equal: bool = True) -> Axes:
+def _unit_square(axes: Axes) -> Axes:
     axes.plot([0, 1], [0, 1], color=QUIET, linewidth=0.8, linestyle=(0, (4, 4)))
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02))
     axes.grid(color=LINE, linewidth=0.6)
     axes.set_axisbelow(True)
-    if equal:
-        axes.set_aspect("equal")
     return axes
