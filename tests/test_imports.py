@@ -41,6 +41,10 @@ ALLOWED = {
     "finalists": {"config", "tables", "analysis"},
     "page": set(),
     "remarks": {"analysis", "calibration", "checkpoints", "ensemble", "predictions"},
+    "plots": {"calibration"},
+    "card": {"__version__", "tables", "analysis", "page", "plots"},
+    "mistakes": {"config", "decoding", "page", "plots"},
+    "reading": {"tables", "calibration", "intervals", "predictions"},
     "sections": {"config", "tables", "space", "analysis", "overfitting", "spending", "finalists", "page", "remarks"},
     "report": {"config", "tables", "analysis", "spending", "page", "sections"},
     "augment": {"config"},
@@ -65,11 +69,13 @@ ALLOWED = {
     "summary": {"config", "tables", "analysis", "overfitting", "spending", "finalists", "progress", "remarks"},
     "final": {"config", "tables", "backbones", "checkpoints", "data", "ensemble", "features", "finetune", "predictions"}
     | {"calibration"},
+    "export": {"config", "backbones", "calibration", "data", "final"},
+    "activation": {"config", "backbones", "data", "prefix", "final"},
 }
 COMMANDS = {"search", "run_search", "train_final"}  # may import all of the above
 TORCHLESS = ["config", "conditions", "space", "samples", "tables", "stopping", "finalists"]
 TORCHLESS += ["calibration", "intervals", "predictions", "ensemble", "analysis", "overfitting", "spending"]
-TORCHLESS += ["page", "remarks", "sections", "report"]
+TORCHLESS += ["page", "remarks", "sections", "report", "plots", "card", "mistakes", "reading"]
 
 
 def imports(module: str) -> tuple[set[str], set[str]]:

@@ -1,4 +1,11 @@
+import csv
+import io
+import os
+import sys
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import draw_folder
@@ -6,7 +13,7 @@ from PIL import Image
 
 from tuning import backbones
 from tuning.config import InputError, TrialConfig
-from tuning.model_folder import load_model, save_ensemble, save_model
+from tuning.model_folder import load_model, main, save_ensemble, save_model
 
 CONFIG = TrialConfig(backbone="test_resnet", image_size=32, seed=5)
 
@@ -80,3 +87,101 @@ def test_what_is_no_model_folder_is_refused(tmp_path):
             (tmp_path / "config.yaml").write_text(document)
         with pytest.raises(InputError):
             load_model(tmp_path)
+
+
+def predict(monkeypatch, capfd, *words):
+    """The command in this process: its exit code, what it printed, what it told."""
+    monkeypatch.setattr("sys.argv", ["model_folder.py", "predict", *map(str, words)])
+    code = main()
+    sys.stdout.flush()
+    return code, *capfd.readouterr()
+
+
+NAMES = [
+    "a \"quoted\", 'name'.png",
+    "😷.png",
+    "two\nlines.png",
+    "-dash.png",
+    "[1].png",
+    "<script>1.png",
+]
+CLASSES = ["<script>alert(1)</script>", "a, \"b\" 'c'\nd 😷"]
+
+
+@pytest.fixture
+def named(tmp_path, network, monkeypatch):
+    """A model whose classes, and images whose files, have names that need care; the working folder is theirs."""
+    save_model(tmp_path / "model", network, CONFIG, CLASSES)
+    (tmp_path / "films" / "more" / ".hidden").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (len(NAMES), 32, 32), dtype=np.uint8)
+    for name, values in zip(NAMES, pixels, strict=True):
+        Image.fromarray(values).save(tmp_path / "films" / name)
+    for name in ("more/x.PNG", "more/.hidden/y.png", ".z.png"):
+        Image.fromarray(pixels[0]).save(tmp_path / "films" / name, "PNG")
+    (tmp_path / "films" / "notes.txt").write_text("no image")
+    monkeypatch.chdir(tmp_path / "films")
+    return tmp_path / "model"
+
+
+def test_names_come_through_csv_and_parquet(named, tmp_path, monkeypatch, capfd):
+    code, said, told = predict(monkeypatch, capfd, named, *NAMES)
+    assert (code, told) == (0, "")
+    rows = list(csv.DictReader(io.StringIO(said, newline="")))
+    assert [row["path"] for row in rows] == NAMES
+    assert list(rows[0]) == ["path", "predicted", *(f"probability_{name}" for name in CLASSES)]
+    for suffix in ("csv", "parquet"):
+        out = tmp_path / f"out.{suffix}"
+        assert predict(monkeypatch, capfd, named, *NAMES, "--out", out) == (0, "", "")
+        table = pd.read_csv(out) if suffix == "csv" else pd.read_parquet(out)
+        assert list(table["path"]) == NAMES and list(table) == list(rows[0]) and set(table["predicted"]) <= set(CLASSES)
+        assert np.allclose(table.iloc[:, 2:].sum(axis=1), 1, atol=1e-5)
+
+
+def test_folders_and_globs(named, tmp_path, monkeypatch, capfd):
+    def paths(*words):
+        code, said, _ = predict(monkeypatch, capfd, named, *words)
+        assert code == 0
+        return [row["path"] for row in csv.DictReader(io.StringIO(said, newline=""))]
+
+    everything = sorted([*NAMES, "more/x.PNG"])
+    assert sorted(paths(".")) == everything
+    assert sorted(paths(tmp_path / "films")) == [str(tmp_path / "films" / name) for name in everything]
+    assert sorted(paths("*.png")) == sorted(NAMES)
+    assert paths("more/*", "more") == ["more/x.PNG"] and paths("**/*.PNG") == ["more/x.PNG"]
+    assert paths("[1].png", "--", "-dash.png") == ["[1].png", "-dash.png"]
+
+
+def test_unreadable_files_are_told_and_the_rest_is_written(named, tmp_path, monkeypatch, capfd):
+    for number in range(2):
+        (tmp_path / "films" / f"broken{number}.png").write_text("no image")
+    code, said, told = predict(
+        monkeypatch, capfd, named, "broken0.png", ".", "nowhere.png", "no*match", "--out", "o.csv"
+    )
+    assert code == 2 and not said
+    assert len(pd.read_csv("o.csv")) == len(NAMES) + 1
+    for name in ("broken0.png", "broken1.png", "nowhere.png", "no*match"):
+        assert told.count(f"error: {name}: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "at least one image"),
+        (["nowhere"], "nowhere: no such file"),
+        (["😷.png", "--out", "table.xlsx"], "--out: must end in"),
+        (["😷.png", "--out", "nowhere/table.csv"], "can't be written"),
+        (["😷.png", "--out", "nowhere/table.parquet"], "can't be written"),
+    ],
+)
+def test_what_predict_refuses(named, monkeypatch, capfd, words, said):
+    code, printed, told = predict(monkeypatch, capfd, named, *words)
+    assert code == 2 and said in told and not printed
+
+
+def test_a_name_that_is_not_unicode(named, monkeypatch, capfd):
+    odd = os.fsdecode(b"caf\xe9.png")
+    os.rename("😷.png", odd)
+    assert predict(monkeypatch, capfd, named, odd, "--out", "t.csv")[0] == 0
+    assert b"caf\xe9.png" in Path("t.csv").read_bytes()
+    assert predict(monkeypatch, capfd, named, odd, "--out", "t.parquet")[0] == 0
+    assert list(pd.read_parquet("t.parquet")["path"]) == ["caf\N{REPLACEMENT CHARACTER}.png"]

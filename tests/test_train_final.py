@@ -1,13 +1,14 @@
 """From a best.yaml to a tested model, with the search's own tables beside it."""
 
-import csv
 import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -16,16 +17,20 @@ from runs import given_by_ray
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tuning import train_final
 from tuning.audit import load_checked
 from tuning.config import InputError, SearchPlan, TrialConfig
 from tuning.model_folder import Ensemble, load_model
+from tuning.plots import PLOTS
 from tuning.predictions import read_predictions
 from tuning.run_search import write_run
 from tuning.space import parse
 from tuning.tables import Journal, Record, best_epoch, make_tables, read_journal, read_table, write_tables
-from tuning.train_final import Flags, run
+from tuning.train_final import Flags
 from tuning.trial import FinetuneTrial
 
+run = partial(train_final.run, onnx=False)  # which takes five seconds of a core
+WRITTEN = {"config.yaml", "metrics.json", "predictions.parquet", "README.md", "mistakes.html", *PLOTS}
 ROOT = Path(__file__).parent.parent
 CONFIG = TrialConfig(
     backbone="test_resnet",
@@ -56,7 +61,7 @@ def best(tmp_path, folder):
 
 def test_train_test_predict(best, folder, tmp_path):
     model = run(Flags(str(best)))
-    assert {path.name for path in model.iterdir()} == {"model.safetensors", "config.yaml", "metrics.json"}
+    assert {path.name for path in model.iterdir()} == {"model.safetensors", *WRITTEN}
     metrics = json.loads((model / "metrics.json").read_text())
     tested = metrics["test"]
     assert tested["images"] == 12 and tested["accuracy"] > 0.9
@@ -67,18 +72,13 @@ def test_train_test_predict(best, folder, tmp_path):
     assert yaml.safe_load((model / "config.yaml").read_text())["temperature"] == temperature["value"]
     assert set(tested["classes"]) == {"dark", "light"}
     assert np.sum(tested["confusion"]["counts"]) == 12
-    files = [str(folder / "dark" / "000.png"), str(folder / "light" / "000.png")]
-    said = subprocess.run(
-        [sys.executable, str(ROOT / "tuning" / "model_folder.py"), "predict", str(model), *files],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    rows = list(csv.DictReader(said.splitlines()))
-    assert [row["predicted"] for row in rows] == ["dark", "light"]
-    assert float(rows[0]["probability_dark"]) > 0.5
-
+    table = read_table(model / "predictions.parquet")
+    assert list(table) == ["path", "label", "split", "probability_dark", "probability_light"]
+    assert set(table["split"]) == {"test"} and len(table) == 12
+    right = (table["probability_dark"] > 0.5) == (table["label"] == "dark")
+    assert right.mean() == tested["accuracy"]
+    card = (model / "README.md").read_text()
+    assert f"| accuracy | {tested['accuracy']:.3f} |" in card.replace("| 1 |", "| 1.000 |") and "Not a medical" in card
     with pytest.raises(InputError, match="the test set is read once"):
         run(Flags(str(best)))
 
@@ -209,7 +209,7 @@ def test_an_ensemble_of_kept_trials(searched, folder, capsys):
     metrics = metrics_of(model)
     shares = metrics["ensemble"]
     assert sum(shares.values()) == pytest.approx(1) and 1 <= len(shares) <= 5
-    assert {path.name for path in model.iterdir()} == {"config.yaml", "metrics.json", *shares}
+    assert {path.name for path in model.iterdir()} == {*WRITTEN, *shares}
     assert metrics["test"]["accuracy"] > 0.9 and metrics["test_reading"]["number"] == 1
     loaded = load_model(model)
     assert isinstance(loaded, Ensemble) and loaded.classes == ("dark", "light")
@@ -266,3 +266,41 @@ def test_weights_that_do_not_give_what_the_trial_gave_are_refused(searched, tmp_
     with pytest.raises(InputError, match="t00000: its kept weights don't give"):
         run(Flags(str(searched), set=(("ensemble=true",),)))
     assert not (searched / "test_readings.jsonl").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ensemble", [False, True])
+def test_a_model_folder_works_alone(searched, folder, tmp_path, ensemble):
+    """Moved elsewhere, the run deleted, in a process of its own; and so does its ONNX file."""
+    model = train_final.run(Flags(str(searched), set=((f"ensemble={str(ensemble).lower()}",),)))
+    assert metrics_of(model)["onnx"]["largest_difference"] < 1e-5 and metrics_of(model)["onnx"]["images"] == 12
+    moved, elsewhere = tmp_path / "moved" / "m", tmp_path / "elsewhere"
+    moved.parent.mkdir()
+    elsewhere.mkdir()
+    model.rename(moved)
+    shutil.rmtree(searched)
+    out = elsewhere / "predictions.parquet"
+    command = [sys.executable, str(ROOT / "tuning" / "model_folder.py"), "predict", str(moved), str(folder)]
+    subprocess.run([*command, "--out", str(out)], cwd=elsewhere, check=True)
+    table = pd.read_parquet(out)
+    assert len(table) == 60 and (table["predicted"] == [Path(path).parent.name for path in table["path"]]).mean() > 0.9
+
+    # The card's own Python, as it stands there.
+    told = (moved / "README.md").read_text()
+    (code,) = (part.partition("```")[0] for part in told.split("```python\n") if part.startswith("import numpy"))
+    shutil.copy(table["path"][0], moved / "film.png")
+    said = subprocess.run([sys.executable, "-c", code], cwd=moved, capture_output=True, text=True, check=True).stdout
+    found = [float(word.strip("[]")) for word in said.split('"light"]')[1].split()]
+    assert found == pytest.approx(table[["probability_dark", "probability_light"]].iloc[0].to_list(), abs=1e-4)
+
+
+def test_without_test_images_the_rest_is_there(best, folder, tmp_path):
+    rows = [
+        f"{folder}/{name}/{i:03d}.png,{name},{'val' if i % 3 else 'train'}"
+        for name in ("dark", "light")
+        for i in range(30)
+    ]
+    (tmp_path / "data.csv").write_text("path,label,split\n" + "\n".join(rows))
+    model = run(Flags(str(best), data=str(tmp_path / "data.csv"), set=(("epochs=1",),)))
+    assert {path.name for path in model.iterdir()} == {"model.safetensors", "config.yaml", "metrics.json", "README.md"}
+    assert "There were no test images" in (model / "README.md").read_text()

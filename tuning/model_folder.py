@@ -8,9 +8,12 @@ if __name__ == "__main__":  # this folder would come first on the path, and its 
 
 import csv
 import dataclasses
+import glob
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,13 +23,14 @@ import yaml
 from numpy.typing import NDArray
 
 from tuning.calibration import logarithms, tempered
-from tuning.config import InputError, SearchPlan, TrialConfig, build, check_value
+from tuning.config import FORMATS, InputError, SearchPlan, TrialConfig, build, check_value
 from tuning.decoding import decode
 
 if TYPE_CHECKING:  # torch and timm take seconds to load, and --help needs neither
     from torch import nn
 
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
+AT_ONCE = 256  # images that predict decodes before it classifies them
 FITS = {"squash": "squashed to", "crop": "the centre square, at", "letterbox": "in a black square of"}
 
 
@@ -96,25 +100,30 @@ def save_model(
     temperature: float = 1.0,
     **described: Any,
 ) -> None:
-    """Write weights and `config.yaml` (configuration, classes, preprocessing, what is `described`) to a new folder."""
+    """Write weights and `config.yaml` (configuration, classes, preprocessing, what is `described`) to a folder."""
     from safetensors.torch import save_file
 
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}, folder / WEIGHTS)
+    document = {"config": config.model_dump(), "classes": list(classes), "temperature": temperature}
+    _write_config(folder, document | {"preprocessing": preprocessing(config, fit, drop_colour), **described})
+
+
+def preprocessing(config: TrialConfig, fit: str, drop_colour: bool) -> dict[str, Any]:
+    """How an image becomes the network's input, in words and numbers."""
     from tuning import backbones
 
-    folder.mkdir(parents=True)
-    save_file({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}, folder / WEIGHTS)
     mean, std = backbones.input_mean_std(config.backbone)
-    preprocessing = {
+    return {
         "fit": fit,
         "drop_colour": drop_colour,
-        "resize": f"{FITS[fit]} {config.image_size} x {config.image_size} pixels, antialiased",
+        "resize": f"{FITS[fit]} {config.image_size} x {config.image_size} pixels, antialiased (Lanczos)",
         "channels": f"{'grey' if drop_colour else 'RGB; grey is'} repeated three times",
         "scale": "0 to 1",
         "mean": list(mean),
         "std": list(std),
+        "layout": "batch, channel, row, column",
     }
-    document = {"config": config.model_dump(), "classes": list(classes), "temperature": temperature}
-    _write_config(folder, document | {"preprocessing": preprocessing, **described})
 
 
 def save_ensemble(
@@ -178,34 +187,131 @@ def load_model(folder: str | Path) -> Model | Ensemble:
 
 @dataclasses.dataclass(frozen=True)
 class Predict:
-    """Classify images: a CSV line each on the standard output, with the class and every class's probability.
+    """Classify images: a row each, with the class and every class's probability.
 
-    Example: python tuning/model_folder.py predict results/xray/model film1.png film2.jpg
+    Images that can't be read are told and have no row; the exit code is then 2.
+
+    Example: python tuning/model_folder.py predict results/xray/model films/ "more/*.png" --out predictions.csv
     """
 
     model: Annotated[str, tyro.conf.Positional]
     """Model folder."""
     images: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Image files."""
+    """Image files, folders of them, or globs in quotes (** for folders in folders)."""
+    out: str | None = None
+    """Where to write, .csv or .parquet. Default: CSV to the standard output."""
 
 
 def main() -> int:
     """Run the command line; returns the exit code."""
-    flags = tyro.extras.subcommand_cli_from_dict({"predict": Predict})
+    arguments = [_not_a_flag(word) for word in sys.argv[1:]]
+    flags = tyro.extras.subcommand_cli_from_dict({"predict": Predict}, args=arguments)
     try:
-        if not flags.images:
-            raise InputError("predict: give at least one image file")
-        model = load_model(flags.model)
-        probabilities = model.predict(flags.images)
+        faults = run(flags)
     except InputError as error:
-        for fault in error.faults:
-            print(f"error: {fault}", file=sys.stderr)
-        return 2
-    writer = csv.writer(sys.stdout)
-    writer.writerow(["path", "predicted", *(f"probability_{name}" for name in model.classes)])
-    for file, row in zip(flags.images, probabilities, strict=True):
-        writer.writerow([file, model.classes[int(row.argmax())], *(f"{value:.6f}" for value in row)])
-    return 0
+        faults = error.faults
+    for fault in faults:
+        print(f"error: {fault}", file=sys.stderr)
+    return 2 if faults else 0
+
+
+def _not_a_flag(word: str) -> str:
+    """A file whose name begins with a dash, as the shell's * gives it, in a way that is no flag."""
+    return f"./{word}" if word.startswith("-") and os.path.lexists(word) else word
+
+
+def run(flags: Predict) -> list[str]:
+    """Classify the images and write the table; returns what is wrong with those that have no row.
+
+    Raises:
+        InputError: nothing can be classified, or written.
+    """
+    if flags.out is not None and Path(flags.out).suffix not in (".csv", ".parquet"):
+        raise InputError(f"--out: must end in .csv or .parquet, got {flags.out}")
+    files, faults = named_images(flags.images)
+    if not files:
+        raise InputError(faults or ["predict: give at least one image file"])
+    model = load_model(flags.model)
+    known: list[str] = []
+    rows: list[NDArray[np.float64]] = []
+    for start in range(0, len(files), AT_ONCE):
+        part = files[start : start + AT_ONCE]
+        found, unreadable = _predict_readable(model, part)
+        known += [file for file, row in zip(part, found, strict=True) if row is not None]
+        rows += [row for row in found if row is not None]
+        faults += unreadable
+    if rows or flags.out is None:
+        _write_table(flags.out, known, model.classes, np.array(rows).reshape(len(rows), len(model.classes)))
+    return faults
+
+
+def named_images(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Image files that files, folders and globs stand for, in order, and what is wrong with the rest.
+
+    In folders, images are what has the suffix of one; hidden files and folders are left out.
+    """
+    files, faults = [], []
+    for word in words:
+        there = [word] if os.path.lexists(word) else sorted(glob.glob(word, recursive=True))
+        found = [file for place in there for file in (_below(place) if os.path.isdir(place) else [place])]
+        if not found:
+            what = "no images in this folder" if there else "no such file or folder, and no file matches it as a glob"
+            faults.append(f"{word}: {what}; give image files, folders or globs")
+        files += [str(Path(file)) for file in found]
+    return list(dict.fromkeys(files)), faults
+
+
+def _below(folder: str) -> list[str]:
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        images = [name for name in names if os.path.splitext(name)[1].lower() in FORMATS and not name.startswith(".")]
+        found += [os.path.join(place, name) for name in images]
+    return sorted(found)
+
+
+def _predict_readable(
+    model: Model | Ensemble, files: Sequence[str]
+) -> tuple[list[NDArray[np.float64] | None], list[str]]:
+    """Probabilities of each file, null where it can't be read, and why; halves are tried until the faulty are alone."""
+    try:
+        return list(model.predict(files)), []
+    except InputError as error:
+        if len(files) == 1:
+            return [None], error.faults[:1]
+    halves = [_predict_readable(model, part) for part in (files[: len(files) // 2], files[len(files) // 2 :])]
+    return halves[0][0] + halves[1][0], halves[0][1] + halves[1][1]
+
+
+def _write_table(
+    out: str | None, files: Sequence[str], classes: Sequence[str], probabilities: NDArray[np.float64]
+) -> None:
+    """Rows of path, predicted class and each class's probability, as CSV or Parquet."""
+    predicted = [classes[place] for place in probabilities.argmax(axis=1)]
+    heads = ["path", "predicted", *(f"probability_{name}" for name in classes)]
+    try:
+        if out is not None and out.endswith(".parquet"):
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            named = [os.fsencode(file).decode("utf-8", "replace") for file in files]  # Parquet holds Unicode alone
+            columns = [pa.array(values, pa.string()) for values in (named, predicted)]
+            columns += [pa.array(values) for values in probabilities.T]
+            pq.write_table(pa.Table.from_arrays(columns, names=heads), out)
+            return
+        with ExitStack() as stack:
+            if out is None:
+                sys.stdout.reconfigure(errors="surrogateescape", newline="")  # type: ignore[union-attr]
+                stream: Any = sys.stdout
+            else:
+                opened = open(out, "w", encoding="utf-8", errors="surrogateescape", newline="")
+                stream = stack.enter_context(opened)
+            writer = csv.writer(stream)
+            writer.writerow(heads)
+            for file, label, row in zip(files, predicted, probabilities, strict=True):
+                writer.writerow([file, label, *(f"{value:.6f}" for value in row)])
+    except OSError as error:
+        raise InputError(f"{out}: can't be written ({error.strerror}); choose another place by --out") from None
 
 
 if __name__ == "__main__":

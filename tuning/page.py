@@ -121,6 +121,27 @@ def page(title: str, body: Sequence[str], data: Mapping[str, Any], history: Mapp
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)  # in one pass: parts may hold braces
 
 
+def still(title: str, body: Sequence[str], css: str = "") -> str:
+    """A whole page without scripts or figures, in the same style.
+
+    Args:
+        title: of the window.
+        body: sections in HTML.
+        css: more of the style.
+    """
+    style = (HERE / "report.css").read_text(encoding="utf-8") + css
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<title>{text(title)}</title>\n'
+        f'<link rel="icon" href="data:,">\n<style>{style}</style>\n</head>\n<body>\n<main>\n'
+        + "\n".join(body)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
 def _json(value: Any) -> str:
     return json.dumps(value, allow_nan=False, separators=(",", ":"))
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from tuning.tables import predictions_schema, replacing
+from tuning.tables import predictions_schema, replacing, tested_schema
 
 MOST_TRIALS = 200  # are read at once: the best, by validation loss
 
@@ -67,10 +67,35 @@ def write_predictions(
         OSError: they can't be written.
     """
     schema = predictions_schema(classes, epoch=epoch, val_loss=val_loss)
-    columns = [*(pa.array(validation[name], pa.string()) for name in ("path", "label")), *probabilities.T]
     path.parent.mkdir(exist_ok=True)
+    _write(path, schema, validation[["path", "label"]], probabilities)
+
+
+def write_tested(
+    path: Path,
+    tested: pd.DataFrame,
+    classes: Sequence[str],
+    probabilities: NDArray[np.float64],
+    *,
+    temperature: float,
+) -> None:
+    """Write a final model's probabilities.
+
+    Args:
+        path: of the table.
+        tested: the samples of the test split.
+        classes: names, in the order of the columns.
+        probabilities: [images, classes], with the temperature.
+        temperature: that logits were divided by.
+    """
+    schema = tested_schema(classes, temperature=temperature)
+    _write(path, schema, tested[["path", "label", "split"]], probabilities)
+
+
+def _write(path: Path, schema: pa.Schema, known: pd.DataFrame, probabilities: NDArray[np.float64]) -> None:
+    columns = [pa.array(known[name], pa.string()) for name in known] + [pa.array(values) for values in probabilities.T]
     with replacing(path) as temporary:
-        pq.write_table(pa.Table.from_arrays([pa.array(column) for column in columns], schema=schema), temporary)
+        pq.write_table(pa.Table.from_arrays(columns, schema=schema), temporary)
 
 
 def read_predictions(run: str | Path, trials: pd.DataFrame, samples: pd.DataFrame) -> Predictions:

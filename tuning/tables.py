@@ -89,6 +89,13 @@ def predictions_schema(classes: Iterable[str], *, epoch: int, val_loss: float) -
     return schema.with_metadata(schema.metadata | {"best_epoch": str(epoch), "val_loss": repr(float(val_loss))})
 
 
+def tested_schema(classes: Iterable[str], *, temperature: float) -> pa.Schema:
+    """Of a final model's test probabilities; its metadata names the temperature that is in them."""
+    columns = dict.fromkeys(("path", "label", "split"), _TEXT) | {f"probability_{name}": _REAL for name in classes}
+    schema = _schema(columns)
+    return schema.with_metadata(schema.metadata | {"temperature": repr(float(temperature))})
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place, whole and on disk, when the block ends well."""

@@ -12,10 +12,11 @@ import os
 import shutil
 import statistics
 import sys
-from datetime import UTC, datetime
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import pandas as pd
 import tyro
 import yaml
@@ -23,17 +24,16 @@ from numpy.typing import NDArray
 
 from tuning import tables
 from tuning.audit import load_checked
-from tuning.calibration import calibration_error, fit_temperature, logarithms, tempered
+from tuning.calibration import fit_temperature, logarithms, tempered
 from tuning.config import InputError, SearchPlan, TrialConfig, build, command_line
 from tuning.ensemble import named_shares
 from tuning.images import cache_folder, open_images
-from tuning.intervals import measure
-from tuning.predictions import group_numbers, read_predictions
+from tuning.predictions import read_predictions, write_tested
+from tuning.reading import measured, note_reading, tell
 
 if TYPE_CHECKING:
     from tuning.data import Data
-
-READINGS = "test_readings.jsonl"  # beside best.yaml: a line for each time that the test set was read
+    from tuning.final import Final
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ def main() -> int:
             print(f"error: {fault}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; no model was written", file=sys.stderr)
+        print("interrupted; what is not in model/ was not written", file=sys.stderr)
         return 130
     return 0
 
@@ -76,8 +76,12 @@ class Best:
     changed: bool  # whether the configuration or the data is another than the search's
 
 
-def run(flags: Flags) -> Path:
+def run(flags: Flags, *, onnx: bool = True) -> Path:
     """Train, test and write `model/` beside best.yaml; returns its folder.
+
+    Args:
+        flags: of the command line.
+        onnx: whether to write the ONNX file too, which takes the longest of all after training.
 
     Raises:
         InputError: anything the user gave is wrong.
@@ -102,7 +106,7 @@ def run(flags: Flags) -> Path:
         predictions, known = kept_trials(run_folder, table)
         configs = {trial_id: known[trial_id] for trial_id in named_shares(predictions)}
     sizes = sorted({each.image_size for each in configs.values()})
-    table, folders, found, _, told = load_checked(plan, sizes, table=table)
+    table, folders, found, audit, told = load_checked(plan, sizes, table=table)
     if flags.data is None and found != best.provenance["fingerprint"]:
         raise InputError(
             f"the data has changed since {best.path} was written; put it back, or name the new data by --data"
@@ -112,11 +116,13 @@ def run(flags: Flags) -> Path:
 
     import torch  # takes seconds to load, and timm more: bad input and --help are told before
 
+    from tuning.card import card
     from tuning.data import join
+    from tuning.export import MODEL, export_or_tell, interface
     from tuning.features import FeatureCache
     from tuning.features import run_folder as outputs_folder
     from tuning.final import assembled, trained
-    from tuning.model_folder import save_ensemble, save_model
+    from tuning.model_folder import preprocessing, save_ensemble, save_model
     from tuning.models import keep_memory
     from tuning.weights import find_weights
 
@@ -149,22 +155,35 @@ def run(flags: Flags) -> Path:
     fitted = [fit_temperature(logits, some.labels[some.val]) for logits in validated]
     temperature = statistics.median(fitted) if fitted else 1.0
 
-    # Test, once.
-    tested, reading = None, None
-    if len(some.test):
-        reading = _note_reading(run_folder, found, final.metrics["trained_on"], plan.ensemble)
-        tested = _tested(final.logits(data, "test", device), temperature, table, some)
+    # Export: before the test set is read, since it takes a while and may be interrupted.
+    unfinished = folder.with_name(".model")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    shaping = {name: preprocessing(each, plan.fit, plan.drop_colour) for name, (_, each) in final.networks.items()}
+    exported: dict[str, Any] = {"error": "not asked for"}
+    if onnx:
+        described = {"classes": some.classes, "temperature": temperature, "fingerprint": found, **interface(final)}
+        described |= shaping[""] if "" in shaping else {"members": shaping}
+        exported = export_or_tell(unfinished / MODEL, final, data, temperature=temperature, described=described)
 
-    # Write.
+    # Test, once.
+    tested, reading, logits = None, None, None
+    rows = table.iloc[some.test]
+    if len(rows):
+        reading = note_reading(run_folder, found, final.metrics["trained_on"], plan.ensemble)
+        logits = final.logits(data, "test", device)
+        tested = measured(logits, temperature, rows, some.classes)
+
+    # Write: weights and figures first, then what people look at.
     metrics = final.metrics | {
         "verdict": best.provenance.get("verdict"),
         "temperature": {"value": temperature, "fitted_on": fitted_on},
         "test_reading": reading,
         "test": tested,
+        "onnx": exported,
     }
     provenance = {"trained_from": best.path.name, "metric": plan.metric, "fingerprint": found, "epochs": config.epochs}
-    unfinished = folder.with_name(".model")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    described = {"provenance": provenance} | ({} if "error" in exported else {"onnx": interface(final)})
     for name, (network, each) in final.networks.items():
         save_model(
             unfinished / name,
@@ -174,14 +193,54 @@ def run(flags: Flags) -> Path:
             fit=plan.fit,
             drop_colour=plan.drop_colour,
             temperature=1.0 if plan.ensemble else temperature,
-            provenance=provenance,
+            **({"provenance": provenance} if plan.ensemble else described),
         )
     if plan.ensemble:
-        save_ensemble(unfinished, final.shares, some.classes, temperature, provenance=provenance)
+        described["preprocessing"] = {"fit": plan.fit, "drop_colour": plan.drop_colour}
+        save_ensemble(unfinished, final.shares, some.classes, temperature, **described)
     (unfinished / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     unfinished.rename(folder)
-    _tell(folder, metrics)
+    if logits is not None:
+        _show(folder, best, final, data, rows, tempered(logits, temperature), temperature)
+    audited = run_folder / "audit.parquet"
+    if audit is not None:
+        findings = audit.to_pandas()
+    else:
+        findings = tables.read_table(audited) if audited.exists() else None
+    (folder / "README.md").write_text(card(folder, run_folder, best.provenance, table, findings), encoding="utf-8")
+    tell(folder, metrics)
     return folder
+
+
+def _show(
+    folder: Path,
+    best: Best,
+    final: "Final",
+    data: "Mapping[int, Data]",
+    tested: pd.DataFrame,
+    probabilities: NDArray[np.float64],
+    temperature: float,
+) -> None:
+    """Write what the model made of the test set: the table, the plots, the page of mistakes."""
+    from tuning.activation import maps_or_tell
+    from tuning.mistakes import SIDE, mistakes_page, picture, worst
+    from tuning.plots import write_plots
+
+    some = next(iter(data.values()))
+    targets = some.labels[some.test]
+    write_tested(folder / "predictions.parquet", tested, some.classes, probabilities, temperature=temperature)
+    write_plots(folder, some.classes, targets, probabilities, temperature)
+    found = worst(targets, probabilities)
+    indices = some.test[found.rows]
+    plan = best.plan
+    pictures = [
+        picture(file, np.asarray(some.images[index]), fit=plan.fit, drop_colour=plan.drop_colour)
+        for file, index in zip(tested["file"].iloc[found.rows], indices, strict=True)
+    ]
+    maps = maps_or_tell(final, data, indices, found.predicted, SIDE) if len(indices) else None
+    title = str(best.provenance.get("run", "model"))
+    page = mistakes_page(title, found, tested, probabilities, some.classes, pictures, maps)
+    (folder / "mistakes.html").write_text(page, encoding="utf-8", errors="replace")
 
 
 def _read_best(path: Path, flags: Flags) -> Best:
@@ -234,76 +293,10 @@ def _validated(best: Best, logits: NDArray[Any] | None, samples: pd.DataFrame) -
     return [logarithms(each) for each in known.probabilities], named
 
 
-def _note_reading(folder: Path, fingerprint: str, trained_on: str, ensemble: bool) -> dict[str, Any]:
-    """Record, for good, that this data's test set is read; says the how manieth time it is, and when the first was."""
-    path = folder / READINGS
-    journal = tables.Journal(path)
-    journal.append("test_read", fingerprint=fingerprint, trained_on=trained_on, ensemble=ensemble)
-    journal.close()
-    times = [event["time"] for event in tables.read_journal(path) if event["fingerprint"] == fingerprint]
-    first, this = (datetime.fromtimestamp(time, UTC).isoformat(timespec="seconds") for time in (times[0], times[-1]))
-    return {"number": len(times), "at": this, "first_at": first}
-
-
-def _tested(logits: NDArray[Any], temperature: float, samples: pd.DataFrame, data: "Data") -> dict[str, Any]:
-    """What `metrics.json` says of the test set."""
-    rows = samples.iloc[data.test]
-    groups = group_numbers(rows)
-    targets = data.labels[data.test]
-    tested = measure(tempered(logits, temperature), targets, groups, data.classes)
-    return tested | {"calibration_error_untempered": calibration_error(tempered(logits, 1.0), targets)}
-
-
 def _tell_epoch(row: dict[str, Any], epochs: int, *, on_both: bool) -> None:
     names = ("train_loss", "train_eval_loss") + (() if on_both else ("val_loss", "val_accuracy"))
     said = "  ".join(f"{name} {'not finite' if row[name] is None else f'{row[name]:.4f}'}" for name in names)
     print(f"epoch {row['epoch']}/{epochs}  {said}", flush=True)
-
-
-def _tell(folder: Path, metrics: dict[str, Any]) -> None:
-    validation, tested, reading = metrics["validation"], metrics["test"], metrics["test_reading"]
-    if "ensemble" in metrics:
-        members = ", ".join(f"{trial_id} {share:.0%}" for trial_id, share in metrics["ensemble"].items())
-        print(f"ensemble: {members}")
-        if validation is not None:
-            print(
-                f"val_loss {validation['val_loss']:.4f}, of the best trial alone {validation['best_trial_alone']:.4f} "
-                "(each judged on the half of validation that it was not chosen on)"
-            )
-    elif validation is None:
-        print(f"\ntrained on training and validation images together, for {metrics['epochs']} epochs")
-    else:
-        print(f"\nbest epoch {metrics['epochs']}, val_loss {validation['val_loss']:.4f}")
-    if metrics["temperature"]["fitted_on"] is None:
-        print("temperature 1: there is no validation to fit it on")
-    else:
-        print(f"temperature {metrics['temperature']['value']:.2f}, fitted on {metrics['temperature']['fitted_on']}")
-    if tested is None:
-        print("no test images: nothing was tested")
-    else:
-        if reading["number"] > 1:
-            count = "second reading" if reading["number"] == 2 else f"reading number {reading['number']}"
-            print(
-                f"{count} of this test set (the first: {reading['first_at']}): whoever chooses between models by it "
-                "has no test any more"
-            )
-        groups = "" if tested["groups"] == tested["images"] else f" of {tested['groups']} groups"
-        print(f"test, {tested['images']} images{groups}, with 95% intervals:")
-        print(f"  {_figures(tested, 'accuracy', 'balanced_accuracy', 'auroc')}")
-        for name, values in tested["classes"].items():
-            print(f"  {name}: {_figures(values, 'sensitivity', 'specificity', 'auroc')}")
-        before, after = tested["calibration_error_untempered"], tested["calibration_error"]
-        print(f"  calibration error {after:.3f} ({before:.3f} without the temperature)")
-    print(f"\nwritten: {folder}\nNext:\n  python tuning/model_folder.py predict {folder} IMAGE ...")
-
-
-def _figures(values: dict[str, Any], *names: str) -> str:
-    said = []
-    for name in names:
-        interval = "" if values[name] is None else " ({:.3f} to {:.3f})".format(*values[f"{name}_95"])
-        number = "-" if values[name] is None else f"{values[name]:.3f}"
-        said.append(f"{name.replace('_', ' ').replace('auroc', 'AUROC')} {number}{interval}")
-    return "  ".join(said)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,115 @@
+"""The model card says what is known, says what isn't, and shows names as text."""
+
+import json
+
+import pandas as pd
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from runs import make_audit, make_run
+
+from tuning.card import card, plain
+from tuning.config import SearchPlan
+from tuning.tables import read_table
+
+ODD = "<script>alert(1)</script>"
+INTERVAL = [0.5, 0.9]
+
+
+def figures(*names):
+    return {name: 0.75 for name in names} | {f"{name}_95": INTERVAL for name in names}
+
+
+def make_model(folder, classes, **changes):
+    """A model folder's two documents, as train_final.py writes them."""
+    folder.mkdir(exist_ok=True)
+    config = {
+        "config": {"backbone": "test_resnet", "image_size": 32},
+        "classes": list(classes),
+        "temperature": 1.2,
+        "preprocessing": {"fit": "squash", "drop_colour": False},
+        "provenance": {"fingerprint": "f" * 64},
+        "onnx": {"inputs": {"images": ["batch", 3, 32, 32]}},
+    }
+    tested = figures("accuracy", "balanced_accuracy", "auroc") | {"loss": 0.6, "images": 40, "groups": 20}
+    tested |= {"calibration_error": 0.04, "calibration_error_untempered": 0.09}
+    tested["classes"] = {name: figures("sensitivity", "specificity", "auroc") for name in classes}
+    metrics = {
+        "verdict": "winner",
+        "temperature": {"value": 1.2, "fitted_on": "validation"},
+        "test_reading": {"number": 1},
+        "test": tested,
+        "onnx": {"largest_difference": 3e-7, "images": 40},
+    } | changes
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, allow_unicode=True))
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    return folder
+
+
+def provenance(**more):
+    return {"run": "run", "settings": SearchPlan(name="run").model_dump(), "fingerprint": "f" * 64} | more
+
+
+def test_a_whole_run(tmp_path):
+    run = make_run(tmp_path / "run", trials=12)
+    make_audit(run, ("secret/patient 1.png", "secret/patient 2.png"), rows=3)
+    model = make_model(run / "model", ["normal", "pneumonia"])
+    known = provenance(verdict="winner", why="it beats the default t00000")
+    told = card(model, run, known, read_table(run / "samples.parquet"), read_table(run / "audit.parquet"))
+    assert "winner: it beats the default t00000." in told and "12 trials (" in told
+    assert "| normal | 12 | 4 | 4 |" in told and "| all | 24 | 8 | 8 |" in told
+    assert "- stop: exact\\_duplicate: 3" in told.replace("duplicate\\_across\\_splits", "exact\\_duplicate")
+    assert "secret" not in told  # no file's name
+    assert "| accuracy | 0.750 | 0.500 to 0.900 |" in told and "0.040, without the temperature 0.090" in told
+    assert "`learning_rate`: 1e-05 to 0.1, log" in told and "Not a medical device" in told
+    assert "The test set is small (20 groups)" in told and "had been read before" not in told
+
+
+def test_without_a_run_it_says_what_is_not_known(tmp_path):
+    samples = read_table(make_run(tmp_path / "run", trials=3) / "samples.parquet")
+    model = make_model(tmp_path / "model", ["normal", "pneumonia"], test=None, test_reading=None, verdict=None)
+    told = card(model, tmp_path / "nowhere", provenance(), samples, None)
+    for words in ("What ran isn't known", "## Verdict\n\nNot known.", "no audit beside them", "no test images"):
+        assert words in told
+    model = make_model(tmp_path / "model", ["a", "b"], test_reading={"number": 3}, onnx={"error": "ValueError: <b>"})
+    told = card(model, tmp_path / "nowhere", provenance(), samples, None)
+    assert "There is no `model.onnx`: ValueError: &lt;b&gt;." in told and "had been read before" in told
+
+
+def test_names_are_text(tmp_path):
+    classes = [ODD, "a | b\n# c", "`d` *e* [f](g) 😷"]
+    run = make_run(tmp_path / "run", trials=3, classes=tuple(classes))
+    told = card(make_model(run / "model", classes), run, provenance(), read_table(run / "samples.parquet"), None)
+    assert "<script" not in told and told.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 3
+    (row,) = (line for line in told.splitlines() if line.startswith("| a \\| b\\\\n# c | 12"))
+    assert row.replace("\\|", "").count("|") == 5
+    assert "\\`d\\` \\*e\\* \\[f\\](g) 😷" in told
+
+
+def test_many_classes_are_counted(tmp_path):
+    classes = [f"class {number}" for number in range(40)]
+    run = make_run(tmp_path / "run", trials=3, classes=tuple(classes))
+    told = card(make_model(run / "model", classes), run, provenance(), read_table(run / "samples.parquet"), None)
+    assert "Tells 40 classes apart" in told and "class 7" not in told and len(told) < 9000
+
+
+@given(st.text())
+def test_plain_text_is_one_line_without_signs_that_act(value):
+    told = plain(value)
+    assert len((told + ".").splitlines()) == 1 or not told.isprintable()
+    assert "<" not in told and ">" not in told
+    for sign in "`*_[]|~$":
+        assert told.count(sign) == told.count("\\" + sign)
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_an_audit_that_found_nothing(tmp_path, empty):
+    run = make_run(tmp_path / "run", trials=3)
+    rows = pd.DataFrame(columns=["finding", "severity", "path_a", "path_b", "value", "p_value", "detail"])
+    if not empty:
+        rows.loc[0] = ["shortcut_shape", "warn", None, None, 0.99, 0.005, "not square means covid"]
+    model = make_model(run / "model", ["normal", "pneumonia"])
+    told = card(model, run, provenance(), read_table(run / "samples.parquet"), rows)
+    assert ("Nothing was found" in told) is empty
+    assert ("The class can be told from shape alone" in told) is not empty
