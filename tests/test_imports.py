@@ -58,9 +58,10 @@ ALLOWED = {
     "trial": {"config", "tables", "samples", "cluster", "images", "data", "models", "features", "probe", "finetune"}
     | {"checkpoints", "predictions"},
     "model_folder": {"config", "decoding", "backbones", "data", "finetune", "calibration"},
-    "progress": {"config", "tables"},
+    "live": {"config", "tables", "finalists"},
+    "progress": {"config", "tables", "live"},
     "summary": {"config", "tables", "analysis", "finalists", "calibration", "checkpoints", "ensemble", "predictions"}
-    | {"progress"},
+    | {"live", "progress"},
     "final": {"config", "tables", "backbones", "checkpoints", "data", "ensemble", "features", "finetune", "predictions"}
     | {"calibration"},
 }

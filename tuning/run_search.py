@@ -12,6 +12,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -146,7 +147,8 @@ def _search(
     what = "a whole, a half or a quarter GPU" if resources.packed else what
     console.print(f"{at_most}{resources.count} trials at once, {what} each\n")
     _server = serve_images(data.folders.values()) if joining else None  # ends when nothing holds it
-    show = Progress(plan, analysis.class_entropy(data.samples))
+    trials_at_once = None if resources.packed else resources.count
+    show = Progress(plan, analysis.class_entropy(data.samples), trials_at_once)
     search = Search(
         plan,
         space,
@@ -160,10 +162,10 @@ def _search(
         report=refresher(folder),
         redraw=yaml.safe_load((folder / "plan.yaml").read_text())["provenance"].get("val_drawn", False),
     )
-    try:
+    # Ends as Ctrl-C does, where Ray's handler would abort; only here, for Ray's start sets that one.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    with show.watching(search):
         finished = search.run()
-    finally:
-        show.stop()
 
     # Choose and report, from the tables alone.
     trials = tables.read_table(folder / "trials.parquet")
@@ -173,7 +175,6 @@ def _search(
     tables.write_tables({"finalists": pa.Table.from_pandas(judged, schema=tables.FINALISTS)}, folder)
     if verdict.trial_id is not None:
         _write_best(folder, plan, search.record, trials, verdict, data.fingerprint)
-    trials_at_once = None if resources.packed else resources.count
     summarize(folder, plan, verdict, judged, halted=search.halted, slots=trials_at_once)
     if (report := write_or_tell(folder)) is not None:
         console.print(f"\nReport: {report}", markup=False)

@@ -10,8 +10,9 @@ from tuning.calibration import calibration_error
 from tuning.checkpoints import kept
 from tuning.config import PARAMETERS, SearchPlan
 from tuning.ensemble import offer
+from tuning.live import depth
 from tuning.predictions import read_predictions
-from tuning.progress import console, depth, number
+from tuning.progress import console, number
 
 
 def summarize(
