@@ -58,6 +58,7 @@ ALLOWED = {
     "trial": {"config", "tables", "samples", "cluster", "images", "data", "models", "features", "probe", "finetune"}
     | {"checkpoints", "predictions"},
     "model_folder": {"config", "decoding", "backbones", "data", "finetune", "calibration"},
+    "track": {"config", "tables"},
     "live": {"config", "tables", "finalists"},
     "progress": {"config", "tables", "live"},
     "summary": {"config", "tables", "analysis", "finalists", "calibration", "checkpoints", "ensemble", "predictions"}

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -34,6 +35,7 @@ from tuning.progress import Progress, console
 from tuning.report import refresher, write_or_tell
 from tuning.space import Space, fix, image_sizes, load, parse
 from tuning.space import backbones as backbones_in
+from tuning.track import check_installed, tracking
 
 DONE, BAD_INPUT, NO_FINITE_LOSS, INTERRUPTED = 0, 2, 3, 130
 
@@ -98,6 +100,7 @@ def run(flags: Flags) -> int:
     """
     # What is asked for.
     plan, space, folder = _resumed(flags) if flags.resume else _planned(flags)
+    check_installed(plan.track)
     console.print(f"[bold]{plan.name}[/bold]: {plan.trials} trials of up to {plan.epochs} epochs, space {plan.space}")
 
     # Ray starts meanwhile. It and torch take seconds to load, so bad flags are told first.
@@ -148,6 +151,7 @@ def _search(
     console.print(f"{at_most}{resources.count} trials at once, {what} each\n")
     _server = serve_images(data.folders.values()) if joining else None  # ends when nothing holds it
     trials_at_once = None if resources.packed else resources.count
+    provenance = yaml.safe_load((folder / "plan.yaml").read_text())["provenance"]
     show = Progress(plan, analysis.class_entropy(data.samples), trials_at_once)
     search = Search(
         plan,
@@ -160,11 +164,11 @@ def _search(
         priors=priors,
         resumed=flags.resume,
         report=refresher(folder),
-        redraw=yaml.safe_load((folder / "plan.yaml").read_text())["provenance"].get("val_drawn", False),
+        redraw=provenance.get("val_drawn", False),
     )
     # Ends as Ctrl-C does, where Ray's handler would abort; only here, for Ray's start sets that one.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    with show.watching(search):
+    with tracking(search, provenance["run_id"]), show.watching(search):
         finished = search.run()
 
     # Choose and report, from the tables alone.
@@ -326,6 +330,7 @@ def write_run(folder: Path, plan: SearchPlan, space: Space, data: Checked) -> No
     rows = pa.Table.from_pandas(data.samples[tables.SAMPLES.names], schema=tables.SAMPLES, preserve_index=False)
     tables.write_tables({"samples": rows, "audit": data.audit}, unfinished)
     provenance = {
+        "run_id": uuid.uuid4().hex,
         "fingerprint": data.fingerprint,
         "val_drawn": data.samples.attrs.get("val_drawn", False),
         "git_commit": _git_commit(),
