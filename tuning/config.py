@@ -226,8 +226,9 @@ class SearchPlan(BaseModel):
 
 # Where a run lives and what it is called is said by flags alone.
 SETTINGS = tuple(name for name in SearchPlan.model_fields if name not in ("name", "data", "space", "storage"))
-RESUME_MAY_CHANGE = ("trials", "time_budget", "concurrent", "gpus_per_trial", "cpus_per_trial")
-RESUME_MAY_CHANGE += ("optuna_storage", "track")  # where copies are kept
+COPIES = ("optuna_storage", "track")
+RESUME_MAY_CHANGE = ("trials", "time_budget", "concurrent", "gpus_per_trial", "cpus_per_trial", *COPIES)
+
 
 Model = TypeVar("Model", bound=BaseModel)
 
