@@ -85,24 +85,39 @@ def make_run(
     `killed` leaves the last trials running and no finalists; `early` is the share of trials that end early.
     """
     folder.mkdir(parents=True)
-    parameters = SPACE["parameters"] | {"backbone": {"type": "categorical", "choices": list(backbones)}}
-    space = SPACE | {"parameters": parameters, "start": [SPACE["start"][0] | {"backbone": backbones[0]}]}
     plan = SearchPlan(name=folder.name, trials=max(trials, 1), epochs=epochs, data="/data/films")
     provenance = {"fingerprint": "f" * 64, "val_drawn": True}
-    document = {"settings": plan.model_dump(), "space": space, "provenance": provenance}
+    document = {"settings": plan.model_dump(), "space": _space(backbones), "provenance": provenance}
     (folder / "plan.yaml").write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
     _write_samples(folder, classes)
+    options = {"reason": reason, "early": early, "seed": seed, "backbones": backbones}
+    judged = finalists and not killed
+    record = make_record(trials=trials, epochs=epochs, running=2 * killed, finalists=judged, **options)
+    write_tables(make_tables(record, plan.metric), folder)
+    return folder
+
+
+def make_record(
+    *,
+    trials: int,
+    epochs: int,
+    running: int = 0,
+    finalists: bool = False,
+    backbones: tuple[str, ...] = ("resnet18", "vgg16", "densenet121"),
+    reason: str = "",
+    early: float = 0.7,
+    seed: int = 0,
+) -> Record:
+    """Trials as a journal tells of them; the last `running` have not ended."""
     record = Record()
     rng = np.random.default_rng(seed)
     events = _Events(record)
-    parsed = parse(space, "space")
+    parsed = parse(_space(backbones), "space")
     for number in range(trials):
-        params = space["start"][0] if number == 0 else _draw(rng, backbones)
-        running = killed and number >= trials - 2
-        _trial(
-            events, rng, parsed, f"t{number:05d}", number, params, epochs, running=running, reason=reason, early=early
-        )
-    if trials > 2 and finalists and not killed:
+        params = parsed.start[0] if number == 0 else _draw(rng, backbones)
+        runs = number >= trials - running
+        _trial(events, rng, parsed, f"t{number:05d}", number, params, epochs, running=runs, reason=reason, early=early)
+    if trials > 2 and finalists:
         ended = [trial for trial in record.trials.values() if best_epoch(trial.rows, "val_loss")]
         order = sorted(ended, key=lambda trial: best_epoch(trial.rows, "val_loss")["val_loss"])
         chosen = dict.fromkeys(["t00000", *(trial.trial_id for trial in order)])
@@ -110,8 +125,12 @@ def make_run(
             judged = record.trials[list(chosen)[place % 3]]
             options = {"finalist_of": judged.trial_id, "seed": 1 + place // 3}
             _trial(events, rng, parsed, f"f{place:05d}", None, judged.params, epochs, **options)
-    write_tables(make_tables(record, plan.metric), folder)
-    return folder
+    return record
+
+
+def _space(backbones: tuple[str, ...]) -> dict:
+    parameters = SPACE["parameters"] | {"backbone": {"type": "categorical", "choices": list(backbones)}}
+    return SPACE | {"parameters": parameters, "start": [SPACE["start"][0] | {"backbone": backbones[0]}]}
 
 
 def _write_samples(folder: Path, classes: tuple[str, ...]) -> None:

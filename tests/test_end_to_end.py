@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -202,3 +203,20 @@ def test_the_default_search_on_generated_radiographs(tmp_path):
     (row,) = csv.DictReader(said.stdout.decode().splitlines())
     assert row["predicted"] in {"normal", "focal_opacity", "diffuse_opacity"}
     assert not any(name.startswith(("ray", "__pycache__")) for name in os.listdir(tmp_path))
+
+
+def test_a_search_killed_in_the_middle_has_a_report_of_what_there_is(workplace):
+    folder, arguments = workplace
+    run = folder / "results" / "cut"
+    process = start(folder, *arguments, "--name", run.name)
+    assert wait_for_events(run / "journal.jsonl", 30, process)
+    process.kill()
+    process.wait()
+    begun = {event["trial_id"] for event in read_journal(run / "journal.jsonl") if event["event"] == "started"}
+    written = subprocess.run(command("report.py", run), cwd=folder, capture_output=True, text=True, check=True)
+    assert written.stdout == f"written: {run}/report.html\n" and not written.stderr
+    html = (run / "report.html").read_text()
+    (count,) = re.findall(r"not finished: (\d+) of 10 trials", html)
+    assert int(count) <= sum(trial_id.startswith("t") for trial_id in ended(run / "journal.jsonl"))
+    shown = json.loads(re.search(r'id="packed-data">(.*?)</script>', html, re.DOTALL)[1])["ids"]
+    assert len(shown) >= 2 and set(shown) <= begun  # of the last tables, which are written every few seconds

@@ -65,8 +65,10 @@ ALLOWED = {
     "trial": {"config", "tables", "samples", "cluster", "images", "data", "models", "features", "probe", "finetune"}
     | {"checkpoints", "predictions"},
     "model_folder": {"config", "decoding", "backbones", "data", "finetune", "calibration"},
-    "progress": {"config", "tables"},
-    "summary": {"config", "tables", "analysis", "overfitting", "spending", "finalists", "progress", "remarks"},
+    "track": {"config", "tables"},
+    "live": {"config", "tables", "finalists"},
+    "progress": {"config", "tables", "live"},
+    "summary": {"config", "tables", "analysis", "overfitting", "spending", "finalists", "live", "progress", "remarks"},
     "final": {"config", "tables", "backbones", "checkpoints", "data", "ensemble", "features", "finetune", "predictions"}
     | {"calibration"},
     "export": {"config", "backbones", "calibration", "data", "final"},

@@ -18,10 +18,9 @@ from tuning import report, search
 from tuning.audit import load_checked
 from tuning.config import InputError, SearchPlan
 from tuning.images import read_facts
-from tuning.progress import Progress
 from tuning.run_search import Flags, check_new, main, notes, run, write_run
 from tuning.space import load
-from tuning.tables import Row, Trial, read_table
+from tuning.tables import read_table
 
 ROOT = Path(__file__).parent.parent
 SPACE = {
@@ -301,13 +300,3 @@ def test_help_shows_an_example_from_any_folder(tmp_path, command):
         env=os.environ | {"PYTHONPATH": ""},
     ).stdout
     assert f"python tuning/{command}" in said
-
-
-@pytest.mark.parametrize(("val_loss", "warned"), [(0.69, True), (0.3, False)])
-def test_a_backbone_whose_probe_only_guesses_is_warned_of(capsys, val_loss, warned):
-    row = {"val_loss": val_loss, "val_accuracy": 0.5}
-    probe = Trial("p00000", None, "probe", {}, {"backbone": "resnet18"}, status="completed", rows=[Row(row)])
-    Progress(SearchPlan(name="x"), class_entropy=0.693)(None, probe)
-    said = capsys.readouterr().out
-    assert f"resnet18 val_loss {val_loss:.4f}, accuracy 0.50" in said
-    assert ("hardly better than guessing" in said) == warned

@@ -159,6 +159,9 @@ class SearchPlan(BaseModel):
     optuna_storage: str | None = Field(
         None, description="where a copy of the study is kept for optuna-dashboard: a database's URL, or a path in .log"
     )
+    track: Literal["none", "mlflow", "tensorboard"] = Field(
+        "none", description="where a copy of trials and epochs is kept as the search runs"
+    )
     grace_epochs: int = Field(1, ge=1, description="epochs before ASHA may stop a trial: its first rung")
     strata: Literal["none", "unfrozen", "backbone", "both"] = Field(
         "none",
@@ -223,7 +226,9 @@ class SearchPlan(BaseModel):
 
 # Where a run lives and what it is called is said by flags alone.
 SETTINGS = tuple(name for name in SearchPlan.model_fields if name not in ("name", "data", "space", "storage"))
-RESUME_MAY_CHANGE = ("trials", "time_budget", "concurrent", "gpus_per_trial", "cpus_per_trial", "optuna_storage")
+COPIES = ("optuna_storage", "track")
+RESUME_MAY_CHANGE = ("trials", "time_budget", "concurrent", "gpus_per_trial", "cpus_per_trial", *COPIES)
+
 
 Model = TypeVar("Model", bound=BaseModel)
 

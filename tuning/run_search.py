@@ -12,9 +12,11 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -33,6 +35,7 @@ from tuning.progress import Progress, console
 from tuning.report import refresher, write_or_tell
 from tuning.space import Space, fix, image_sizes, load, parse
 from tuning.space import backbones as backbones_in
+from tuning.track import check_installed, tracking
 
 DONE, BAD_INPUT, NO_FINITE_LOSS, INTERRUPTED = 0, 2, 3, 130
 
@@ -97,6 +100,7 @@ def run(flags: Flags) -> int:
     """
     # What is asked for.
     plan, space, folder = _resumed(flags) if flags.resume else _planned(flags)
+    check_installed(plan.track)
     console.print(f"[bold]{plan.name}[/bold]: {plan.trials} trials of up to {plan.epochs} epochs, space {plan.space}")
 
     # Ray starts meanwhile. It and torch take seconds to load, so bad flags are told first.
@@ -146,7 +150,9 @@ def _search(
     what = "a whole, a half or a quarter GPU" if resources.packed else what
     console.print(f"{at_most}{resources.count} trials at once, {what} each\n")
     _server = serve_images(data.folders.values()) if joining else None  # ends when nothing holds it
-    show = Progress(plan, analysis.class_entropy(data.samples))
+    trials_at_once = None if resources.packed else resources.count
+    provenance = yaml.safe_load((folder / "plan.yaml").read_text())["provenance"]
+    show = Progress(plan, analysis.class_entropy(data.samples), trials_at_once)
     search = Search(
         plan,
         space,
@@ -158,12 +164,12 @@ def _search(
         priors=priors,
         resumed=flags.resume,
         report=refresher(folder),
-        redraw=yaml.safe_load((folder / "plan.yaml").read_text())["provenance"].get("val_drawn", False),
+        redraw=provenance.get("val_drawn", False),
     )
-    try:
+    # Ends as Ctrl-C does, where Ray's handler would abort; only here, for Ray's start sets that one.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    with tracking(search, provenance["run_id"]), show.watching(search):
         finished = search.run()
-    finally:
-        show.stop()
 
     # Choose and report, from the tables alone.
     trials = tables.read_table(folder / "trials.parquet")
@@ -173,7 +179,6 @@ def _search(
     tables.write_tables({"finalists": pa.Table.from_pandas(judged, schema=tables.FINALISTS)}, folder)
     if verdict.trial_id is not None:
         _write_best(folder, plan, search.record, trials, verdict, data.fingerprint)
-    trials_at_once = None if resources.packed else resources.count
     summarize(folder, plan, verdict, judged, halted=search.halted, slots=trials_at_once)
     if (report := write_or_tell(folder)) is not None:
         console.print(f"\nReport: {report}", markup=False)
@@ -325,6 +330,7 @@ def write_run(folder: Path, plan: SearchPlan, space: Space, data: Checked) -> No
     rows = pa.Table.from_pandas(data.samples[tables.SAMPLES.names], schema=tables.SAMPLES, preserve_index=False)
     tables.write_tables({"samples": rows, "audit": data.audit}, unfinished)
     provenance = {
+        "run_id": uuid.uuid4().hex,
         "fingerprint": data.fingerprint,
         "val_drawn": "val" in data.samples.attrs["drawn"],
         "git_commit": _git_commit(),

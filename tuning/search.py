@@ -86,6 +86,7 @@ class Search:
         )
         self.rungs = Rungs(grace_epochs=plan.grace_epochs, reduction_factor=plan.reduction_factor, epochs=plan.epochs)
         self._redraw, self._report = redraw, report
+        self.running: dict[str, Trial] = {}  # in the order in which they started
         self.halted: str | None = None  # why no more trials are to be started
         self._tables_due = -math.inf
         self._ray_ids: dict[str, str] = {}
@@ -237,7 +238,9 @@ class Search:
         return self.record.trials[trial_id]
 
     def started(self, ray_id: str) -> None:
-        self._write("started", trial_id=self._ray_ids[ray_id], gpus=self._gpus[self._ray_ids[ray_id]])
+        trial_id = self._ray_ids[ray_id]
+        self._write("started", trial_id=trial_id, gpus=self._gpus[trial_id])
+        self.running[trial_id] = self.record.trials[trial_id]
 
     def result(self, ray_id: str, row: dict[str, Any]) -> bool:
         """Journal a row and what follows from it; true if the trial goes on."""
@@ -325,6 +328,7 @@ class Search:
 
     def _write_end(self, trial: Trial, status: str, reason: str, error: str | None = None) -> None:
         self._write("ended", trial_id=trial.trial_id, status=status, reason=reason, error=error)
+        self.running.pop(trial.trial_id, None)  # not there where an earlier start had run it
 
     def _write(self, event: str, **fields: Any) -> dict[str, Any]:
         entry = self.journal.append(event, **fields)

@@ -7,7 +7,8 @@ import pandas as pd
 
 from tuning import analysis, finalists, overfitting, spending, tables
 from tuning.config import PARAMETERS, SearchPlan
-from tuning.progress import console, depth, number
+from tuning.live import depth
+from tuning.progress import console, number
 from tuning.remarks import remarks
 
 
