@@ -13,7 +13,8 @@ MODULES = sorted(path.stem for path in TUNING.glob("*.py") if path.stem != "__in
 # Each module may import those to its left in its row, and those of rows above that are named.
 ALLOWED = {
     "config": set(),
-    "tables": {"config"},
+    "events": {"config"},
+    "tables": {"config", "events"},
     "samples": {"config", "tables"},
     "phantoms": {"config", "samples"},
     "dicom": {"config"},
@@ -27,7 +28,8 @@ ALLOWED = {
     "audit": {"config", "tables", "samples", "decoding", "images", "phantoms"}
     | {"alignment", "duplicates", "findings", "leaks", "shortcuts"},
     "conditions": {"config"},
-    "space": {"config", "conditions"},
+    "documents": {"config", "conditions"},
+    "space": {"config", "conditions", "documents"},
     "cluster": {"config", "decoding", "images"},
     "optimizer": {"config", "space", "tables"},
     "stopping": {"config"},
@@ -38,7 +40,7 @@ ALLOWED = {
     "analysis": {"config", "tables", "space", "optimizer", "calibration", "intervals", "predictions"},
     "finalists": {"config", "tables", "analysis"},
     "page": set(),
-    "sections": {"config", "tables", "space", "analysis", "finalists", "page"},
+    "sections": {"config", "tables", "space", "analysis", "finalists", "page", "documents"},
     "report": {"config", "tables", "analysis", "page", "sections"},
     "augment": {"config"},
     "weights": {"config"},
@@ -57,7 +59,7 @@ ALLOWED = {
     "checkpoints": {"config", "tables", "finetune"},
     "trial": {"config", "tables", "samples", "cluster", "images", "data", "models", "features", "probe", "finetune"}
     | {"checkpoints", "predictions"},
-    "model_folder": {"config", "decoding", "backbones", "data", "finetune", "calibration"},
+    "model_folder": {"conditions", "config", "documents", "decoding", "backbones", "data", "finetune", "calibration"},
     "progress": {"config", "tables"},
     "summary": {"config", "tables", "analysis", "finalists", "calibration", "checkpoints", "ensemble", "predictions"}
     | {"progress"},
@@ -65,7 +67,7 @@ ALLOWED = {
     | {"calibration"},
 }
 COMMANDS = {"search", "run_search", "train_final"}  # may import all of the above
-TORCHLESS = ["config", "conditions", "space", "samples", "tables", "stopping", "finalists"]
+TORCHLESS = ["config", "conditions", "documents", "events", "space", "samples", "tables", "stopping", "finalists"]
 TORCHLESS += ["calibration", "intervals", "predictions", "ensemble", "analysis"]
 TORCHLESS += ["page", "sections", "report"]
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from tuning.tables import predictions_schema, replacing
+from tuning.tables import predictions_schema, read_whole, replacing
 
 MOST_TRIALS = 200  # are read at once: the best, by validation loss
 
@@ -70,7 +70,8 @@ def write_predictions(
     columns = [*(pa.array(validation[name], pa.string()) for name in ("path", "label")), *probabilities.T]
     path.parent.mkdir(exist_ok=True)
     with replacing(path) as temporary:
-        pq.write_table(pa.Table.from_arrays([pa.array(column) for column in columns], schema=schema), temporary)
+        table = pa.Table.from_arrays([pa.array(column) for column in columns], schema=schema)
+        pq.write_table(table, temporary, write_page_checksum=True)
 
 
 def read_predictions(run: str | Path, trials: pd.DataFrame, samples: pd.DataFrame) -> Predictions:
@@ -111,7 +112,7 @@ def _read(
 ) -> NDArray[np.float64] | None:
     """Probabilities [images, classes]; null where the file isn't of these images, this epoch and this loss."""
     try:
-        table = pq.read_table(path)
+        table = read_whole(path)
     except (OSError, pa.ArrowException):
         return None
     due = predictions_schema(classes, epoch=epoch, val_loss=val_loss)

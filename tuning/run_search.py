@@ -12,6 +12,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ import yaml
 from tuning import analysis, finalists, tables
 from tuning.audit import Checked, load_checked
 from tuning.config import RESUME_MAY_CHANGE, InputError, SearchPlan, build, command_line
+from tuning.documents import read_plan
 from tuning.images import parallel_map, read_facts
 from tuning.progress import Progress, console
 from tuning.report import refresher, write_or_tell
@@ -137,8 +139,7 @@ def _search(
     cpus, gpus = ray_resources()
     resources = slots(plan, cpus=cpus, gpus=gpus)
     if flags.resume:
-        document = yaml.safe_load((folder / "plan.yaml").read_text())
-        _write_yaml(folder / "plan.yaml", document | {"settings": plan.model_dump()})
+        _write_yaml(folder / "plan.yaml", read_plan(folder) | {"settings": plan.model_dump()})
     else:
         write_run(folder, plan, space, data)
     at_most = "up to " if resources.packed else ""
@@ -158,7 +159,7 @@ def _search(
         priors=priors,
         resumed=flags.resume,
         report=refresher(folder),
-        redraw=yaml.safe_load((folder / "plan.yaml").read_text())["provenance"].get("val_drawn", False),
+        redraw=read_plan(folder)["provenance"].get("val_drawn") is True,
     )
     try:
         finished = search.run()
@@ -233,7 +234,7 @@ def _resumed(flags: Flags) -> tuple[SearchPlan, Space, Path]:
     if journal.exists():  # another search that writes this run is told of before Ray starts
         tables.Journal(journal).close()
     plan_path = folder / "plan.yaml"
-    document = yaml.safe_load(plan_path.read_text())
+    document = read_plan(folder)
     missing = SearchPlan.model_fields.keys() - document["settings"].keys()
     if missing:
         cure = "go on with it by the version that began it, or start a run under another --name"
@@ -312,7 +313,7 @@ def _priors(plan: SearchPlan, space: Space) -> list[Any]:
 
 
 def _check_same_data(folder: Path, plan: SearchPlan, fingerprint: str) -> None:
-    if yaml.safe_load((folder / "plan.yaml").read_text())["provenance"]["fingerprint"] != fingerprint:
+    if read_plan(folder)["provenance"]["fingerprint"] != fingerprint:
         cure = "put it back, or start a run under another --name"
         raise InputError(f"--resume: the data ({plan.data}) has changed since {plan.name} began; {cure}")
 
@@ -381,6 +382,7 @@ def _write_best(
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # ends as Ctrl-C does
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()

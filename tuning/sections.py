@@ -10,7 +10,8 @@ import pandas as pd
 import yaml
 
 from tuning import analysis, finalists, tables
-from tuning.config import PARAMETERS, InputError
+from tuning.config import PARAMETERS
+from tuning.documents import read_plan
 from tuning.page import column, duration, figure, note, number, section, table, text
 from tuning.space import Space, parse
 
@@ -50,17 +51,13 @@ def read(folder: Path) -> Run:
     Raises:
         InputError: the folder is not that of a run.
     """
-    if not (folder / "plan.yaml").is_file():
-        raise InputError(f"{folder}: no plan.yaml there; give the folder of a run, like results/NAME")
-    document = yaml.safe_load((folder / "plan.yaml").read_text())
+    document = read_plan(folder)
     settings = document["settings"]
     found = {"samples": tables.read_table(folder / "samples.parquet")}
     if (folder / "trials.parquet").exists():
         found |= {name: tables.read_table(folder / f"{name}.parquet") for name in ("trials", "epochs", "decisions")}
     else:  # killed before the first tables
-        journal = folder / "journal.jsonl"
-        record = tables.Record.of(tables.read_journal(journal) if journal.exists() else [])
-        made = tables.make_tables(record, settings["metric"])
+        made = tables.make_tables(tables.read_record(folder / "journal.jsonl"), settings["metric"])
         found |= {name: made[name].to_pandas() for name in made}
     # Tables of an older version lack columns.
     found["trials"] = found["trials"].reindex(columns=tables.TRIALS.names)
