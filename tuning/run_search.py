@@ -28,7 +28,7 @@ import yaml
 
 from tuning import analysis, finalists, tables
 from tuning.audit import Checked, load_checked
-from tuning.config import RESUME_MAY_CHANGE, InputError, SearchPlan, build, command_line
+from tuning.config import RESUME_MAY_CHANGE, InputError, SearchPlan, build, command_line, without_secrets
 from tuning.documents import read_plan
 from tuning.images import parallel_map, read_facts
 from tuning.progress import Progress, console
@@ -179,7 +179,7 @@ def _search(
     if (report := write_or_tell(folder)) is not None:
         console.print(f"\nReport: {report}", markup=False)
     if not finished:
-        storage = "" if plan.storage == "results" else f" --storage {shlex.quote(plan.storage)}"
+        storage = "" if plan.storage == "results" else f" --storage {shlex.quote(without_secrets(plan.storage))}"
         console.print(f"\nInterrupted. To go on: python tuning/run_search.py --resume --name {plan.name}{storage}")
         return INTERRUPTED
     # By a time budget shorter than an epoch.
@@ -277,7 +277,7 @@ def check_new(folder: Path, plan: SearchPlan) -> None:
 
 
 def _data(plan: SearchPlan, space: Space, recorded: pd.DataFrame | None, map: Callable[..., Any]) -> Checked:
-    console.print(f"data: {plan.data or 'generated chest radiographs'}")
+    console.print(f"data: {without_secrets(plan.data or 'generated chest radiographs')}")
     started = time.perf_counter()
     data = load_checked(plan, image_sizes(space), table=recorded, map=map)
     for label, row in data.samples.groupby(["label", "split"]).size().unstack(fill_value=0).iterrows():

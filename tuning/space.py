@@ -21,7 +21,7 @@ from tuning.conditions import (
     parse_condition,
     show,
 )
-from tuning.config import PARAMETERS, SETTINGS, InputError, SearchPlan, TrialConfig
+from tuning.config import PARAMETERS, SETTINGS, InputError, SearchPlan, TrialConfig, without_secrets
 from tuning.documents import from_yaml
 
 SHIPPED = Path(__file__).resolve().parent.parent / "search_spaces"
@@ -289,6 +289,8 @@ def _search(section: dict[Any, Any], where: str, faults: list[str]) -> dict[str,
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, str):  # what search.optuna_storage says goes to plan.yaml
+        return without_secrets(value)
     return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
