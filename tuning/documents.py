@@ -9,6 +9,7 @@ import yaml
 from tuning.conditions import show
 from tuning.config import InputError, SearchPlan, build
 
+NEEDED = ("name", "data", "space", "trials", "epochs", "metric")  # settings that every version had
 MOST_NODES = 100_000  # of one file, those that aliases repeat counted each time
 
 
@@ -119,6 +120,8 @@ def read_plan(folder: Path) -> dict[str, Any]:
     check_parts(document, path, {"settings": dict, "space": dict, "provenance": dict})
     check_parts(document["provenance"], path, {"fingerprint": str})
     settings = document["settings"]
+    if lost := [key for key in NEEDED if key not in settings]:
+        raise InputError(f"{path}: is damaged: settings lack {', '.join(lost)}; restore it from a copy")
     build(SearchPlan, {key: settings[key] for key in SearchPlan.model_fields if key in settings}, str(path))
     return document
 

@@ -152,6 +152,9 @@ def load_model(folder: str | Path) -> Model | Ensemble:
         told = document["preprocessing"]
         try:
             shaping = {key: check_value(SearchPlan, key, told[key]) for key in ("fit", "drop_colour") if key in told}
+        except ValueError as error:
+            raise InputError(f"{folder / CONFIG}: preprocessing: {error}") from None
+        try:
             if document.get("weights_sha256", digest := _digest(folder)) != digest:
                 raise ValueError(f"{WEIGHTS} is damaged, or of another {CONFIG}")
             tensors = load_file(folder / WEIGHTS)

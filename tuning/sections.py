@@ -59,9 +59,6 @@ def read(folder: Path) -> Run:
     else:  # killed before the first tables
         made = tables.make_tables(tables.read_record(folder / "journal.jsonl"), settings["metric"])
         found |= {name: made[name].to_pandas() for name in made}
-    # Tables of an older version lack columns.
-    found["trials"] = found["trials"].reindex(columns=tables.TRIALS.names)
-    found["epochs"] = found["epochs"].reindex(columns=tables.EPOCHS.names)
     audit = folder / "audit.parquet"
     space = parse(document["space"], str(folder / "plan.yaml"))
     there = tables.read_table(audit) if audit.exists() else None

@@ -382,6 +382,9 @@ def read_table(path: Path) -> pd.DataFrame:
     if version > SCHEMA_VERSION:
         raise InputError(f"{path}: schema_version {version} is newer than {SCHEMA_VERSION}; update finetune-search")
     _check_columns(table, path)
+    for column in SCHEMAS.get(path.stem, ()):  # an older version's table lacks some
+        if column.name not in table.column_names:
+            table = table.append_column(column, pa.nulls(table.num_rows, column.type))
     frame: pd.DataFrame = table.to_pandas(ignore_metadata=True)
     return frame
 
@@ -398,7 +401,7 @@ def read_whole(path: Path) -> pa.Table:
 
 
 def _check_columns(table: pa.Table, path: Path) -> None:
-    """Columns must be of the table's schema, and filled where every row has a value; an older version's lacks some."""
+    """Columns must be of the table's schema, and filled where every row has a value."""
     schema = SCHEMAS.get(path.stem)
     if schema is None:
         return
