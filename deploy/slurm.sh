@@ -22,6 +22,9 @@ head=${nodes[0]}
 address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}')
 gpus=${SLURM_GPUS_ON_NODE:-0}
 export RAY_USAGE_STATS_ENABLED=0
+# Others on these nodes reach Ray's ports, and who may talk to Ray may run code: only this job knows the token (Ray 2.52 and later).
+RAY_AUTH_TOKEN=$("$python" -c 'import secrets; print(secrets.token_hex(32))')
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 
 # Ray's head, the other nodes' Ray, and the search, each a step of its own; the first two live until this script ends them.
 steps=()
