@@ -9,6 +9,7 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
+import tuning.cluster  # noqa: F401 (before Ray, which it tells to listen on the loopback)
 from tuning.data import Data
 
 torch.set_num_threads(1)

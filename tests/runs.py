@@ -10,7 +10,7 @@ import yaml
 
 from tuning.config import SearchPlan, TrialConfig
 from tuning.space import Space, parse, trial_values
-from tuning.tables import SAMPLES, Record, best_epoch, make_tables, write_tables
+from tuning.tables import AUDIT, SAMPLES, Record, best_epoch, make_tables, write_tables
 
 SPACE = {
     "parameters": {
@@ -154,8 +154,8 @@ def _write_samples(folder: Path, classes: tuple[str, ...]) -> None:
 def make_audit(folder: Path, paths: tuple[str, str], rows: int = 1) -> None:
     """Findings about two images."""
     found = {"finding": "duplicate_across_splits", "severity": "stop", "path_a": paths[0], "path_b": paths[1]}
-    table = pa.Table.from_pylist([found | {"value": 0.5, "p_value": None, "detail": "the same pixels"}] * rows)
-    table = table.replace_schema_metadata({"schema_version": "1"})
+    row = found | {"value": 0.5, "p_value": None, "detail": "the same pixels"}
+    table = pa.Table.from_pylist([row] * rows, schema=AUDIT)
     write_tables({"audit": table}, folder)
 
 

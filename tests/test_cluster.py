@@ -27,6 +27,8 @@ def test_workers_have_loaded_what_trials_need_before_the_first():
     with ray_running(SearchPlan(name="test")) as resources:
         cpus, _ = resources()
         assert cpus >= 1
+        assert ray.get_runtime_context().gcs_address.startswith("127.0.0.1:")
+        assert [node["NodeManagerAddress"] for node in ray.nodes()] == ["127.0.0.1"]
         assert ray.get(Worker.remote().loaded.remote())
     assert not ray.is_initialized()
     assert dict(os.environ) == environment

@@ -11,7 +11,37 @@ from tuning.config import (
     check_value,
     command_line,
     parse_duration,
+    without_secrets,
 )
+
+PASSWORD = st.text("abcXYZ0123456789-._~%!$*+,;/:", min_size=6)
+
+
+@given(PASSWORD, st.sampled_from(("", "me")), st.sampled_from(("", "/db", ":5432/db?sslmode=require")))
+def test_a_password_in_a_url_is_neither_written_nor_shown(password, user, rest):
+    url = f"postgresql+psycopg://{user}:<{password}>@host{rest}"
+    plan = SearchPlan(name="x", optuna_storage=url)
+    assert plan.optuna_storage == url
+    assert plan.model_dump()["optuna_storage"] == f"postgresql+psycopg://{user}@host{rest}"
+    told = InputError(f"optuna_storage: '{url}' can't be opened; give another")
+    assert f"<{password}>" not in str(told) + told.faults[0] and "give another" in str(told)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("s3://id:key@bucket/x and mysql://a:b@c/d", "s3://id@bucket/x and mysql://a@c/d"),
+        ("postgresql://u:p@ss@host/db", "postgresql://u@host/db"),
+        ("postgresql://host/db?user=u&password=p&x=1", "postgresql://host/db?user=u&x=1"),
+        ("s3://b/x?access_key=a&secret_key=b&region=c", "s3://b/x?&region=c"),
+        (
+            "C:/data, /data/a@b, me@host:/x, sqlite:////tmp/study.db",
+            "C:/data, /data/a@b, me@host:/x, sqlite:////tmp/study.db",
+        ),
+    ],
+)
+def test_secrets_go_and_all_else_stays(text, shown):
+    assert without_secrets(text) == shown
 
 
 @given(st.integers(0, 99), st.integers(0, 59), st.integers(0, 59))

@@ -131,12 +131,13 @@ def test_with_two_slots_a_killed_driver_loses_and_repeats_nothing(workplace):
             assert (decided.verdict, decided.cutoff) == (event["verdict"], event["cutoff"])
 
 
-def test_ctrl_c_leaves_a_run_that_goes_on(workplace):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_leave_a_run_that_goes_on(workplace, stop):
     folder, arguments = workplace
     run = folder / "results" / "stopped"
     process = start(folder, *arguments, "--name", run.name)
     assert wait_for_events(run / "journal.jsonl", 8, process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(stop)
     assert process.wait(timeout=60) == 130
     assert f"python tuning/run_search.py --resume --name {run.name}" in (folder / "log.txt").read_text()
     trials = read_table(run / "trials.parquet")

@@ -13,7 +13,8 @@ MODULES = sorted(path.stem for path in TUNING.glob("*.py") if path.stem != "__in
 # Each module may import those to its left in its row, and those of rows above that are named.
 ALLOWED = {
     "config": set(),
-    "tables": {"config"},
+    "events": {"config"},
+    "tables": {"config", "events"},
     "samples": {"config", "tables"},
     "phantoms": {"config", "samples"},
     "dicom": {"config"},
@@ -27,7 +28,8 @@ ALLOWED = {
     "audit": {"config", "tables", "samples", "decoding", "images", "phantoms"}
     | {"alignment", "duplicates", "findings", "leaks", "shortcuts"},
     "conditions": {"config"},
-    "space": {"config", "conditions"},
+    "documents": {"config", "conditions"},
+    "space": {"config", "conditions", "documents"},
     "cluster": {"config", "decoding", "images"},
     "optimizer": {"config", "space", "tables"},
     "stopping": {"config"},
@@ -35,7 +37,7 @@ ALLOWED = {
     "intervals": {"calibration"},
     "predictions": {"tables"},
     "ensemble": {"intervals", "predictions"},
-    "analysis": {"config", "tables", "space", "optimizer", "calibration", "intervals", "predictions"},
+    "analysis": {"config", "documents", "tables", "space", "optimizer", "calibration", "intervals", "predictions"},
     "overfitting": {"config", "analysis"},
     "spending": {"tables", "analysis"},
     "finalists": {"config", "tables", "analysis"},
@@ -64,7 +66,7 @@ ALLOWED = {
     "checkpoints": {"config", "tables", "finetune"},
     "trial": {"config", "tables", "samples", "cluster", "images", "data", "models", "features", "probe", "finetune"}
     | {"checkpoints", "predictions"},
-    "model_folder": {"config", "decoding", "backbones", "data", "finetune", "calibration"},
+    "model_folder": {"conditions", "config", "documents", "decoding", "backbones", "data", "finetune", "calibration"},
     "track": {"config", "tables"},
     "live": {"config", "tables", "finalists"},
     "progress": {"config", "tables", "live"},
@@ -75,7 +77,7 @@ ALLOWED = {
     "activation": {"config", "backbones", "data", "prefix", "final"},
 }
 COMMANDS = {"search", "run_search", "train_final"}  # may import all of the above
-TORCHLESS = ["config", "conditions", "space", "samples", "tables", "stopping", "finalists"]
+TORCHLESS = ["config", "conditions", "documents", "events", "space", "samples", "tables", "stopping", "finalists"]
 TORCHLESS += ["calibration", "intervals", "predictions", "ensemble", "analysis", "overfitting", "spending"]
 TORCHLESS += ["page", "remarks", "sections", "report", "plots", "card", "mistakes", "reading"]
 

@@ -17,10 +17,11 @@ from PIL import Image
 from tuning import report, search
 from tuning.audit import load_checked
 from tuning.config import InputError, SearchPlan
+from tuning.finalists import Verdict
 from tuning.images import read_facts
-from tuning.run_search import Flags, check_new, main, notes, run, write_run
+from tuning.run_search import Flags, _planned, _resumed, _write_best, check_new, main, notes, run, write_run
 from tuning.space import load
-from tuning.tables import read_table
+from tuning.tables import Record, Trial, make_tables, read_table
 
 ROOT = Path(__file__).parent.parent
 SPACE = {
@@ -201,6 +202,24 @@ def test_a_run_once_made_is_not_touched(space, folder, tmp_path):
     recorded = yaml.safe_load((run_folder / "plan.yaml").read_text())
     assert recorded["settings"]["trials"] == 2 and recorded["settings"]["patience"] == 5
     assert {"fingerprint", "git_commit", "packages", "python"} <= recorded["provenance"].keys()
+
+
+def test_a_password_is_used_but_not_kept(space, folder, tmp_path):
+    url = "postgresql://me:geheim@host/db"
+    Path(space).write_text(yaml.safe_dump(SPACE | {"search": SPACE["search"] | {"optuna_storage": url}}))
+    plan, parsed, run_folder = _planned(Flags(space=space, data=str(folder), name="secret"))
+    assert plan.optuna_storage == url
+    write_run(run_folder, plan, parsed, load_checked(plan, [32]))
+    verdict = Verdict("not enough runs", "t00000", "the best of the search")
+    record = Record({"t00000": Trial("t00000", 0, "start", {}, {"backbone": "test_resnet"})})
+    nothing = make_tables(Record(), "val_loss")["trials"].to_pandas()
+    _write_best(run_folder, plan, record, nothing, verdict, "f" * 64)
+    assert {"plan.yaml", "best.yaml"} <= {path.name for path in run_folder.iterdir()}
+    assert not [path for path in run_folder.iterdir() if b"geheim" in path.read_bytes()]
+    again, *_ = _resumed(Flags(name="secret", resume=True))
+    assert again.optuna_storage == "postgresql://me@host/db"
+    again, *_ = _resumed(Flags(name="secret", resume=True, set=((f"optuna_storage={url}",),)))
+    assert again.optuna_storage == url
 
 
 @pytest.mark.slow

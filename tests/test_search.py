@@ -426,12 +426,15 @@ def test_probes_come_first_count_as_no_trial_and_are_made_once(tmp_path, folder)
 
 def test_what_another_run_knows_is_journalled_and_outlives_a_restart(tmp_path, folder):
     run = tmp_path / "run"
-    make = make_run(run, folder, trials=2, optuna_storage=f"sqlite:///{tmp_path}/study.db")
+    make = make_run(
+        run, folder, trials=2, optuna_storage=f"sqlite:///file:{tmp_path}/study.db?uri=true&password=geheim"
+    )
     prior = {"params": {"unfreeze_depth": 0, "learning_rate": 1e-3, "augmentation": "none"}, "status": "completed"}
     search = make(priors=[prior | {"epochs": 4, "rank": 0.0}])
     assert search.run()
     again = make(trials=3)
     assert again.run()
+    assert not [path for path in run.rglob("*") if path.is_file() and b"geheim" in path.read_bytes()]
     for bridge in (search.optimizer, again.optimizer):
         assert bridge.study.trials[0].params == prior["params"]
     live = optuna.load_study(study_name="run", storage=f"sqlite:///{tmp_path}/study.db").trials

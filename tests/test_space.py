@@ -1,5 +1,6 @@
 import math
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import optuna
@@ -393,7 +394,11 @@ def written(tmp_path: Path, content: str | bytes) -> str:
         ("fixed: {backbone: 2024-02-31}", "my.yaml: line 1, column 19: not valid YAML: can't be read as timestamp"),
         ("fixed: {backbone: !!bool maybe}", "my.yaml: line 1, column 19: not valid YAML: can't be read as bool"),
         ("fixed: {backbone: 2024-02-03}", "fixed.backbone: must be a single plain value, got a date"),
-        ("fixed: &a {backbone: *a}", "fixed.backbone: must be a single plain value, got a mapping"),
+        ("fixed: &a {backbone: *a}", "my.yaml: holds itself, or more than 100,000 values"),
+        (
+            "a: &a [1]\n" + "".join(f"{n}: &{n} [*{m}, *{m}, *{m}]\n" for m, n in pairwise("abcdefghijklmno")),
+            "holds itself",
+        ),
         ("fixed: {batch_size: 0x" + "f" * 5000 + ", backbone: x}", "fixed.batch_size: must not go beyond 2**53"),
         ("fixed: " + "[" * 600, "my.yaml: nested too deeply"),
         ("a: {when: unfreeze_depth in [1, 2]}", "inside braces a value that has commas or brackets needs quotes"),

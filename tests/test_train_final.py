@@ -95,8 +95,8 @@ def test_settings_can_be_changed(best):
     ("change", "said"),
     [
         (lambda path: path.unlink(), "best.yaml"),
-        (lambda path: path.write_text("backbone: test_resnet"), "not a best.yaml"),
-        (lambda path: path.write_text("[1"), "not a best.yaml"),
+        (lambda path: path.write_text("backbone: test_resnet"), "provenance must be a mapping"),
+        (lambda path: path.write_text("[1"), "best.yaml: line 1, column 3: not valid YAML"),
         (lambda path: path.write_text(path.read_text().replace("backbone: ", "backbon: ")), "backbon"),
         (lambda path: path.write_text(path.read_text().replace("fingerprint: ", "fingerprint: x")), "data has changed"),
     ],

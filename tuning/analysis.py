@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 from numpy.typing import NDArray
 
 from tuning.calibration import logarithms
 from tuning.config import InputError
+from tuning.documents import read_plan
 from tuning.intervals import mean_interval
 from tuning.predictions import Predictions
 from tuning.space import Space, parse
@@ -53,11 +53,7 @@ def load_plan(run: str | Path) -> dict[str, Any]:
     Raises:
         InputError: the folder is not that of a run.
     """
-    path = Path(run) / "plan.yaml"
-    if not path.is_file():
-        raise InputError(f"{run}: no plan.yaml there; give the folder of a run, like results/NAME")
-    document: dict[str, Any] = yaml.safe_load(path.read_text())
-    return document
+    return read_plan(Path(run))
 
 
 def load_space(run: str | Path) -> Space:

@@ -107,7 +107,9 @@ def _load(backbone: str, image_size: int, file: Path) -> Any:
     # timm's own loading renames keys and resamples position embeddings; strict because it only logs missing keys.
     overlay = {"file": str(file), "custom_load": False, "num_classes": classes, "label_offset": 0}
     try:
-        if backbone.partition(".")[0] in PACKAGES and "_conv_stem.weight" in (state := load_state_dict(str(file))):
+        if backbone.partition(".")[0] in PACKAGES and "_conv_stem.weight" in (
+            state := load_state_dict(str(file), weights_only=True)
+        ):
             model = _create(backbone, classes, image_size)
             # The packages' tensors stand in the order of timm's state dict, under other names.
             model.load_state_dict(dict(zip(model.state_dict(), state.values(), strict=True)))

@@ -6,7 +6,16 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    WrapValidator,
+    field_serializer,
+)
 
 DEPTH_ALL = 5  # stages from the head that make up a whole network; the word `all` means this
 FORMATS = {  # of images, by the suffix of their files
@@ -21,6 +30,10 @@ FORMATS = {  # of images, by the suffix of their files
     ".dcm": "DICOM",
     ".dicom": "DICOM",
 }
+# user:password@ of a URL, up to the last @ before the path, and what follows ? and &.
+_PASSWORD = re.compile(r"(?<=://)([^\s:/?#@]*):[^\s@]*@(?:[^\s/?#@]*@)*")
+_SECRETS = "password|passwd|pwd|sslpassword|token|session_token|access_token|secret|secret_key|access_key|key"
+_SECRET_PART = re.compile(rf"[?&](?:{_SECRETS})=[^\s&'\"]*", re.IGNORECASE)
 UNFROZEN = ("head", "part", "all")  # what a depth comes to
 
 
@@ -29,11 +42,16 @@ def unfrozen(unfreeze_depth: int) -> str:
     return UNFROZEN[0 if unfreeze_depth == 0 else 2 if unfreeze_depth == DEPTH_ALL else 1]
 
 
+def without_secrets(text: str) -> str:
+    """A text whose URLs have lost their passwords, tokens and secret keys; it is what may be written and shown."""
+    return _SECRET_PART.sub(lambda part: part[0][0] if part[0][0] == "?" else "", _PASSWORD.sub(r"\1@", text))
+
+
 class InputError(ValueError):
     """Something the user gave is wrong; each of `faults` names the place, the rule, the value and the cure."""
 
     def __init__(self, faults: str | list[str]):
-        self.faults = [faults] if isinstance(faults, str) else list(faults)
+        self.faults = [without_secrets(fault) for fault in ([faults] if isinstance(faults, str) else faults)]
         super().__init__("\n".join(self.faults))
 
 
@@ -222,6 +240,11 @@ class SearchPlan(BaseModel):
     checkpoint_bytes: int = Field(
         20_000_000_000, ge=0, description="best weights of the best five trials; the worst go first"
     )
+
+    @field_serializer("optuna_storage", "data", "storage", "weights", "warm_start", when_used="unless-none")
+    def _written(self, url: str) -> str:
+        """What `model_dump` gives goes to plan.yaml, best.yaml and reports."""
+        return without_secrets(url)
 
 
 # Where a run lives and what it is called is said by flags alone.

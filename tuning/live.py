@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from rich.text import Text
 
 from tuning.config import DEPTH_ALL, SearchPlan
-from tuning.finalists import affordable
+from tuning.finalists import runs_to_make
 from tuning.tables import Trial, best_epoch, loss_like
 
 TOP = 3  # best trials shown
@@ -95,8 +95,10 @@ class Tally:
         if not (plan.finalists and plan.early_stopping):
             return 0
         cap = searched // 4 if plan.finalist_epochs is None else plan.finalist_epochs
-        count, seeds = affordable(plan.finalists, plan.finalist_seeds, epochs=plan.epochs, cap=cap)
-        return (count + 1) * seeds * plan.epochs if count else 0
+        trials = [str(place) for place in range(plan.finalists + 1)]
+        seeds = range(plan.finalist_seeds)
+        runs = runs_to_make(trials, plan.finalists, seeds, asked=set(), epochs=plan.epochs, cap=cap)
+        return len(runs) * plan.epochs
 
 
 def survival(ended: Mapping[int, int], running: Sequence[int], epochs: int) -> list[float]:

@@ -9,6 +9,8 @@ if __name__ == "__main__":  # this folder would come first on the path, and its 
 import csv
 import dataclasses
 import glob
+import hashlib
+import math
 import os
 import re
 import sys
@@ -23,8 +25,10 @@ import yaml
 from numpy.typing import NDArray
 
 from tuning.calibration import logarithms, tempered
+from tuning.conditions import show
 from tuning.config import FORMATS, InputError, SearchPlan, TrialConfig, build, check_value
 from tuning.decoding import decode
+from tuning.documents import check_parts, read_mapping
 
 if TYPE_CHECKING:  # torch and timm take seconds to load, and --help needs neither
     from torch import nn
@@ -106,6 +110,7 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}, folder / WEIGHTS)
     document = {"config": config.model_dump(), "classes": list(classes), "temperature": temperature}
+    document |= {"weights_sha256": _digest(folder)}
     _write_config(folder, document | {"preprocessing": preprocessing(config, fit, drop_colour), **described})
 
 
@@ -149,23 +154,22 @@ def load_model(folder: str | Path) -> Model | Ensemble:
     from tuning import backbones
 
     folder = Path(folder)
-    try:
-        document = yaml.safe_load((folder / CONFIG).read_text())
-        classes, temperature = tuple(document["classes"]), float(document.get("temperature", 1.0))
-        shares: dict[str, float] = dict(document.get("ensemble", {}))
-        # A folder is loaded of each: none but those in this one.
-        outside = [name for name in shares if not (isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name))]
-        if outside:
-            raise InputError(f"{folder / CONFIG}: ensemble: must name folders in it, not {outside[0]!r}; train it anew")
-        if not shares:
-            config = build(TrialConfig, document["config"], str(folder / CONFIG))
-            told = document["preprocessing"]
+    document = _read_config(folder)
+    classes, temperature = tuple(document["classes"]), float(document.get("temperature", 1.0))
+    shares: dict[str, float] = document.get("ensemble", {})
+    if not shares:
+        config = build(TrialConfig, document["config"], str(folder / CONFIG))
+        told = document["preprocessing"]
+        try:
             shaping = {key: check_value(SearchPlan, key, told[key]) for key in ("fit", "drop_colour") if key in told}
+        except ValueError as error:
+            raise InputError(f"{folder / CONFIG}: preprocessing: {error}") from None
+        try:
+            if document.get("weights_sha256", digest := _digest(folder)) != digest:
+                raise ValueError(f"{WEIGHTS} is damaged, or of another {CONFIG}")
             tensors = load_file(folder / WEIGHTS)
-    except InputError:
-        raise
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, SafetensorError) as error:
-        raise InputError(f"{folder}: not a model folder ({error}); train_final.py writes one") from None
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise InputError(f"{folder}: not a model folder ({error}); train_final.py writes one") from None
     if shares:
         return Ensemble(
             tuple(load_model(folder / name) for name in shares), tuple(shares.values()), classes, temperature
@@ -183,6 +187,37 @@ def load_model(folder: str | Path) -> Model | Ensemble:
     except RuntimeError as error:
         raise InputError(f"{folder / WEIGHTS}: not the weights of {config.backbone} ({error})") from None
     return Model(network.eval(), config, classes, **shaping, temperature=temperature)
+
+
+def _digest(folder: Path) -> str:
+    with open(folder / WEIGHTS, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The checked `config.yaml` of one model or of an ensemble."""
+    path = folder / CONFIG
+    document = read_mapping(path)
+    check_parts(document, path, {"classes": list})
+    shares, temperature = document.get("ensemble"), document.get("temperature", 1.0)
+    check_parts(document, path, {"config": dict, "preprocessing": dict} if shares is None else {"ensemble": dict})
+    names = document["classes"]
+    faults = []
+    if len(names) < 2 or len(set(map(str, names))) < len(names) or not all(isinstance(name, str) for name in names):
+        faults.append("classes must be two names or more, each once")
+    if not _is_positive(temperature):
+        faults.append(f"temperature must be a number above 0, got {show(temperature)}")
+    if shares is not None and not (shares and all(_is_positive(share) for share in shares.values())):
+        faults.append("ensemble must hold shares above 0")
+    if not all(isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name) for name in shares or {}):
+        faults.append("ensemble must name folders in this folder")
+    if faults:
+        raise InputError([f"{path}: is damaged: {fault}; restore it from a copy" for fault in faults])
+    return document
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 @dataclasses.dataclass(frozen=True)

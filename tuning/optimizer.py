@@ -287,7 +287,8 @@ class LiveStudy:
             package = getattr(error.__cause__, "name", None) or "for which see SQLAlchemy's manual"
             raise InputError(f"optuna_storage: install the database's driver, {package}") from error
         except Exception as error:  # of whichever database; its message may hold a password
-            cure = "give sqlite:///FILE.db, postgresql://..., or a path ending in .log"
+            cure = "give sqlite:///FILE.db, postgresql://..., or a path ending in .log; no run keeps a password: to go "
+            cure += "on, give the URL again by --set, or have the password in ~/.pgpass"
             raise InputError(f"optuna_storage: can't be opened ({type(error).__name__}); {cure}") from error
 
     def show(self, event: Mapping[str, Any], trial: Trial, metric: str) -> None:

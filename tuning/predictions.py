@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from tuning.tables import predictions_schema, replacing, tested_schema
+from tuning.tables import predictions_schema, read_whole, replacing, tested_schema
 
 MOST_TRIALS = 200  # are read at once: the best, by validation loss
 
@@ -95,7 +95,7 @@ def write_tested(
 def _write(path: Path, schema: pa.Schema, known: pd.DataFrame, probabilities: NDArray[np.float64]) -> None:
     columns = [pa.array(known[name], pa.string()) for name in known] + [pa.array(values) for values in probabilities.T]
     with replacing(path) as temporary:
-        pq.write_table(pa.Table.from_arrays(columns, schema=schema), temporary)
+        pq.write_table(pa.Table.from_arrays(columns, schema=schema), temporary, write_page_checksum=True)
 
 
 def read_predictions(run: str | Path, trials: pd.DataFrame, samples: pd.DataFrame) -> Predictions:
@@ -136,7 +136,7 @@ def _read(
 ) -> NDArray[np.float64] | None:
     """Probabilities [images, classes]; null where the file isn't of these images, this epoch and this loss."""
     try:
-        table = pq.read_table(path)
+        table = read_whole(path)
     except (OSError, pa.ArrowException):
         return None
     due = predictions_schema(classes, epoch=epoch, val_loss=val_loss)

@@ -22,7 +22,7 @@ def note_reading(folder: Path, fingerprint: str, trained_on: str, ensemble: bool
     journal = tables.Journal(path)
     journal.append("test_read", fingerprint=fingerprint, trained_on=trained_on, ensemble=ensemble)
     journal.close()
-    times = [event["time"] for event in tables.read_journal(path) if event["fingerprint"] == fingerprint]
+    times = [event["time"] for event in tables.read_journal(path) if event.get("fingerprint") == fingerprint]
     first, this = (datetime.fromtimestamp(time, UTC).isoformat(timespec="seconds") for time in (times[0], times[-1]))
     return {"number": len(times), "at": this, "first_at": first}
 

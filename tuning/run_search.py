@@ -29,7 +29,8 @@ import yaml
 
 from tuning import analysis, finalists, tables
 from tuning.audit import Checked, load_checked
-from tuning.config import RESUME_MAY_CHANGE, InputError, SearchPlan, build, command_line
+from tuning.config import RESUME_MAY_CHANGE, InputError, SearchPlan, build, command_line, without_secrets
+from tuning.documents import read_plan
 from tuning.images import parallel_map, read_facts
 from tuning.progress import Progress, console
 from tuning.report import refresher, write_or_tell
@@ -141,8 +142,7 @@ def _search(
     cpus, gpus = ray_resources()
     resources = slots(plan, cpus=cpus, gpus=gpus)
     if flags.resume:
-        document = yaml.safe_load((folder / "plan.yaml").read_text())
-        _write_yaml(folder / "plan.yaml", document | {"settings": plan.model_dump()})
+        _write_yaml(folder / "plan.yaml", read_plan(folder) | {"settings": plan.model_dump()})
     else:
         write_run(folder, plan, space, data)
     at_most = "up to " if resources.packed else ""
@@ -151,7 +151,7 @@ def _search(
     console.print(f"{at_most}{resources.count} trials at once, {what} each\n")
     _server = serve_images(data.folders.values()) if joining else None  # ends when nothing holds it
     trials_at_once = None if resources.packed else resources.count
-    provenance = yaml.safe_load((folder / "plan.yaml").read_text())["provenance"]
+    provenance = read_plan(folder)["provenance"]
     show = Progress(plan, analysis.class_entropy(data.samples), trials_at_once)
     search = Search(
         plan,
@@ -164,7 +164,7 @@ def _search(
         priors=priors,
         resumed=flags.resume,
         report=refresher(folder),
-        redraw=provenance.get("val_drawn", False),
+        redraw=provenance.get("val_drawn") is True,
     )
     # Ends as Ctrl-C does, where Ray's handler would abort; only here, for Ray's start sets that one.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
@@ -183,7 +183,7 @@ def _search(
     if (report := write_or_tell(folder)) is not None:
         console.print(f"\nReport: {report}", markup=False)
     if not finished:
-        storage = "" if plan.storage == "results" else f" --storage {shlex.quote(plan.storage)}"
+        storage = "" if plan.storage == "results" else f" --storage {shlex.quote(without_secrets(plan.storage))}"
         console.print(f"\nInterrupted. To go on: python tuning/run_search.py --resume --name {plan.name}{storage}")
         return INTERRUPTED
     # By a time budget shorter than an epoch.
@@ -238,7 +238,7 @@ def _resumed(flags: Flags) -> tuple[SearchPlan, Space, Path]:
     if journal.exists():  # another search that writes this run is told of before Ray starts
         tables.Journal(journal).close()
     plan_path = folder / "plan.yaml"
-    document = yaml.safe_load(plan_path.read_text())
+    document = read_plan(folder)
     missing = SearchPlan.model_fields.keys() - document["settings"].keys()
     if missing:
         cure = "go on with it by the version that began it, or start a run under another --name"
@@ -281,7 +281,7 @@ def check_new(folder: Path, plan: SearchPlan) -> None:
 
 
 def _data(plan: SearchPlan, space: Space, recorded: pd.DataFrame | None, map: Callable[..., Any]) -> Checked:
-    console.print(f"data: {plan.data or 'generated chest radiographs'}")
+    console.print(f"data: {without_secrets(plan.data or 'generated chest radiographs')}")
     started = time.perf_counter()
     data = load_checked(plan, image_sizes(space), table=recorded, map=map)
     for label, row in data.samples.groupby(["label", "split"]).size().unstack(fill_value=0).iterrows():
@@ -317,7 +317,7 @@ def _priors(plan: SearchPlan, space: Space) -> list[Any]:
 
 
 def _check_same_data(folder: Path, plan: SearchPlan, fingerprint: str) -> None:
-    if yaml.safe_load((folder / "plan.yaml").read_text())["provenance"]["fingerprint"] != fingerprint:
+    if read_plan(folder)["provenance"]["fingerprint"] != fingerprint:
         cure = "put it back, or start a run under another --name"
         raise InputError(f"--resume: the data ({plan.data}) has changed since {plan.name} began; {cure}")
 
@@ -387,6 +387,7 @@ def _write_best(
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # ends as Ctrl-C does
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -23,7 +23,7 @@ from tuning.images import cache_folder
 from tuning.optimizer import LiveStudy, Optimizer, Prior
 from tuning.space import Space, backbones, middle, trial_values
 from tuning.stopping import Rungs, compared_value, stratum
-from tuning.tables import Journal, Record, Trial, best_epoch, loss_like, make_tables, read_journal, write_tables
+from tuning.tables import Journal, Trial, best_epoch, loss_like, make_tables, read_record, write_tables
 from tuning.trial import FinetuneTrial
 
 TABLE_SECONDS, TABLE_SHARE = 5.0, 0.05  # between writings of the tables; the driver's time for it, at most
@@ -69,17 +69,16 @@ class Search:
         self.plan, self.space, self.run_folder, self.resources, self.show = plan, space, run, resources, show
         path = run / "journal.jsonl"
         self.journal = Journal(path, clock)
-        events = read_journal(path)
-        self.record = Record.of(events)
+        self.record = read_record(path)
         self.started_wall_s = self.journal.wall_s
         self._live = None
         if plan.optuna_storage is not None:
-            self._live = LiveStudy(plan.optuna_storage, plan.name, space, anew=resumed or bool(events))
+            self._live = LiveStudy(plan.optuna_storage, plan.name, space, anew=resumed or bool(self.record.trials))
             for trial in self.record.trials.values():
                 ends = [{"event": "ended", "trial_id": trial.trial_id, "status": trial.status}] if trial.ended else []
                 for event in ({"event": "asked", "trial_id": trial.trial_id}, *trial.rows, *ends):
                     self._show_live(event)
-        if not events and priors:
+        if not (self.record.trials or self.record.priors) and priors:
             self._write("priors", priors=list(priors))
         self.optimizer = Optimizer(
             space, seed=plan.seed, metric=plan.metric, sampler=plan.sampler, priors=self.record.priors

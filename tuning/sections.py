@@ -58,13 +58,8 @@ def read(folder: Path) -> Run:
     if (folder / "trials.parquet").exists():
         found |= {name: tables.read_table(folder / f"{name}.parquet") for name in ("trials", "epochs", "decisions")}
     else:  # killed before the first tables
-        journal = folder / "journal.jsonl"
-        record = tables.Record.of(tables.read_journal(journal) if journal.exists() else [])
-        made = tables.make_tables(record, settings["metric"])
+        made = tables.make_tables(tables.read_record(folder / "journal.jsonl"), settings["metric"])
         found |= {name: made[name].to_pandas() for name in made}
-    # Tables of an older version lack columns.
-    found["trials"] = found["trials"].reindex(columns=tables.TRIALS.names)
-    found["epochs"] = found["epochs"].reindex(columns=tables.EPOCHS.names)
     audit = folder / "audit.parquet"
     space = parse(document["space"], str(folder / "plan.yaml"))
     there = tables.read_table(audit) if audit.exists() else None

@@ -7,8 +7,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
-
 from tuning.conditions import (
     NUMBERS,
     Condition,
@@ -23,7 +21,8 @@ from tuning.conditions import (
     parse_condition,
     show,
 )
-from tuning.config import PARAMETERS, SETTINGS, InputError, SearchPlan, TrialConfig
+from tuning.config import PARAMETERS, SETTINGS, InputError, SearchPlan, TrialConfig, without_secrets
+from tuning.documents import from_yaml
 
 SHIPPED = Path(__file__).resolve().parent.parent / "search_spaces"
 SECTIONS = ("parameters", "fixed", "start", "search")
@@ -201,65 +200,15 @@ def load(name_or_path: str) -> Space:
         )
     where = str(path)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: byte {error.start + 1}: not UTF-8 text; save the file as UTF-8") from None
+        content = path.read_bytes()
     except FileNotFoundError:
         raise InputError(
             f"{where}: no such file; give the path of a YAML file, or the name of a shipped space: {', '.join(shipped)}"
         ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"{where}: can't be read ({error}); give the path of a YAML file") from None
-    document, faults = _read(text, where)
+    document, faults = from_yaml(content, where)
     return parse(document, where, faults)
-
-
-class _Loader(yaml.SafeLoader):
-    """Collects repeated keys, of which PyYAML would keep the last, and gives every bad value its line."""
-
-    def __init__(self, stream: str):
-        super().__init__(stream)
-        self.repeated: list[str] = []
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        first: dict[str, int] = {}
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                line = key.start_mark.line + 1
-                if key.value in first:
-                    self.repeated.append(
-                        f"line {line}: {show(key.value)} stands already in line {first[key.value]}; delete one of them"
-                    )
-                first.setdefault(key.value, line)
-        return node
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep=deep)
-        except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
-            # PyYAML lets the errors of int(), date() and the like through: 2024-02-31, !!bool maybe.
-            problem = f"can't be read as {node.tag.rpartition(':')[2]} ({error})"
-            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
-
-
-def _read(text: str, where: str) -> tuple[object, list[str]]:
-    try:
-        loader = _Loader(text)
-        document = loader.get_single_data()
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        inside = "flow mapping" in str(error.context)
-        cure = "; inside braces a value that has commas or brackets needs quotes" if inside else ""
-        raise InputError(f"{where}: {place}not valid YAML: {error.problem or error.context}{cure}") from None
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        column = error.position - text.rfind("\n", 0, error.position)
-        raise InputError(f"{where}: line {line}, column {column}: not valid YAML: {error.reason}; delete it") from None
-    except RecursionError:
-        raise InputError(f"{where}: nested too deeply; a space is a mapping of {', '.join(SECTIONS)}") from None
-    return document, [f"{where}: {fault}" for fault in loader.repeated]
 
 
 def parse(document: object, where: str, faults: Sequence[str] = ()) -> Space:
@@ -340,6 +289,8 @@ def _search(section: dict[Any, Any], where: str, faults: list[str]) -> dict[str,
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, str):  # what search.optuna_storage says goes to plan.yaml
+        return without_secrets(value)
     return [_plain(item) for item in value] if isinstance(value, list) else value
 
 

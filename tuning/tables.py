@@ -2,7 +2,6 @@
 
 import fcntl
 import itertools
-import json
 import os
 import time
 from array import array
@@ -18,6 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tuning import events as journal_events
 from tuning.config import PARAMETERS, InputError, TrialConfig
 
 SCHEMA_VERSION = 2
@@ -82,6 +82,16 @@ AUDIT = _schema(
 )
 
 
+SCHEMAS = {"trials": TRIALS, "epochs": EPOCHS, "decisions": DECISIONS, "samples": SAMPLES}
+SCHEMAS |= {"finalists": FINALISTS, "audit": AUDIT}
+FILLED = {
+    "trials": ("trial_id", "origin", "status", "epochs", "seconds", "config_backbone", "config_unfreeze_depth"),
+    "epochs": ("seq", "trial_id", "epoch", "seconds", "wall_s"),
+    "decisions": ("seq", "trial_id", "epoch", "rung", "verdict"),
+    "samples": ("path", "file", "label", "split"),
+}
+
+
 def predictions_schema(classes: Iterable[str], *, epoch: int, val_loss: float) -> pa.Schema:
     """Of a trial's validation probabilities; its metadata names the best epoch and the loss that they belong to."""
     columns = dict.fromkeys(("path", "label"), _TEXT) | {f"probability_{name}": _REAL for name in classes}
@@ -113,16 +123,17 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     """The journal's events in order; a torn last line is dropped.
 
     Raises:
-        InputError: a line before the last is not an event.
+        InputError: a line before the last is not an event, or not as it was written.
     """
-    events = []
+    events: list[dict[str, Any]] = []
     *lines, _torn = path.read_bytes().split(b"\n")
+    sealed = False
     for number, line in enumerate(lines, 1):
         try:
-            event = json.loads(line)
+            event, sealed = journal_events.opened(line, must_be_sealed=sealed)
             if event["seq"] != number:
                 raise ValueError(f"seq {event['seq']} where {number} was due")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{path}: line {number} is damaged ({error}); restore it from a copy") from None
         events.append(event)
     return events
@@ -161,7 +172,7 @@ class Journal:
         """Write one event and return it with its `seq`, `wall_s` and `time` (Unix seconds)."""
         self._seq += 1
         entry = {"seq": self._seq, "event": event, "wall_s": round(self.wall_s, 3), "time": time.time(), **fields}
-        self._file.write(json.dumps(entry, allow_nan=False).encode() + b"\n")
+        self._file.write(journal_events.sealed(entry))
         self._file.flush()
         os.fsync(self._file.fileno())
         return entry
@@ -285,6 +296,20 @@ class Record:
             trial.ended_at = event["time"]
 
 
+def read_record(path: Path) -> Record:
+    """The trials of a search's journal; none where there is no journal yet.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    events = read_journal(path) if path.exists() else []
+    try:
+        journal_events.check(events)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}; restore it from a copy") from None
+    return Record.of(events)
+
+
 def _network(trial: Trial) -> tuple[str, int]:
     """What trials of the same latency have in common."""
     return trial.config["backbone"], trial.config["image_size"]
@@ -362,7 +387,7 @@ def write_tables(tables: dict[str, pa.Table], folder: Path) -> None:
     """Each table to `folder/<name>.parquet`, replaced whole."""
     for name, table in tables.items():
         with replacing(folder / f"{name}.parquet") as temporary:
-            pq.write_table(table, temporary)
+            pq.write_table(table, temporary, write_page_checksum=True)
     pa.default_memory_pool().release_unused()  # else it keeps as much as the largest tables took
 
 
@@ -373,13 +398,48 @@ def read_table(path: Path) -> pd.DataFrame:
         InputError: not there, not Parquet, or written by a newer version.
     """
     try:
-        table = pq.read_table(path)
+        table = read_whole(path)
         version = int((table.schema.metadata or {})[b"schema_version"])
     except FileNotFoundError:
         raise InputError(f"{path}: no such table; give the folder of a run") from None
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: not a table of a run ({error})") from None
+        raise InputError(f"{path}: not a table of a run, or damaged ({error}); restore it from a copy") from None
     if version > SCHEMA_VERSION:
         raise InputError(f"{path}: schema_version {version} is newer than {SCHEMA_VERSION}; update finetune-search")
-    frame: pd.DataFrame = table.to_pandas()
+    _check_columns(table, path)
+    for column in SCHEMAS.get(path.stem, ()):  # an older version's table lacks some
+        if column.name not in table.column_names:
+            table = table.append_column(column, pa.nulls(table.num_rows, column.type))
+    frame: pd.DataFrame = table.to_pandas(ignore_metadata=True)
     return frame
+
+
+def read_whole(path: Path) -> pa.Table:
+    """A Parquet file whose pages are as they were written.
+
+    Raises:
+        pa.ArrowException, OSError: it can't be read, or is damaged.
+    """
+    table = pq.read_table(pa.BufferReader(path.read_bytes()), page_checksum_verification=True)
+    table.validate(full=True)  # that text is UTF-8, say
+    return table
+
+
+def _check_columns(table: pa.Table, path: Path) -> None:
+    """Columns must be of the table's schema, and filled where every row has a value."""
+    schema = SCHEMAS.get(path.stem)
+    if schema is None:
+        return
+    faults = [
+        f"{path}: is damaged: column {field.name!r} of {field.type} is none of this table; restore it from a copy"
+        for field in table.schema
+        if field.name not in schema.names or not field.type.equals(schema.field(field.name).type)
+    ]
+    faults += [
+        f"{path}: is damaged: column {name!r} {'has gaps' if name in table.column_names else 'is missing'}; "
+        "restore it from a copy"
+        for name in FILLED.get(path.stem, ())
+        if name not in table.column_names or table[name].null_count
+    ]
+    if faults:
+        raise InputError(faults)

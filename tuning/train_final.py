@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import pandas as pd
 import tyro
-import yaml
 from numpy.typing import NDArray
 
 from tuning import tables
 from tuning.audit import load_checked
 from tuning.calibration import fit_temperature, logarithms, tempered
 from tuning.config import InputError, SearchPlan, TrialConfig, build, command_line
+from tuning.documents import check_parts, read_mapping
 from tuning.ensemble import named_shares
 from tuning.images import cache_folder, open_images
 from tuning.predictions import read_predictions, write_tested
-from tuning.reading import measured, note_reading, tell
+from tuning.reading import READINGS, measured, note_reading, tell
 
 if TYPE_CHECKING:
     from tuning.data import Data
@@ -90,6 +90,8 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     best = _read_best(Path(flags.best) / "best.yaml" if Path(flags.best).is_dir() else Path(flags.best), flags)
     config, plan, run_folder = best.config, best.plan, best.path.parent
     folder = run_folder / "model"
+    if (run_folder / READINGS).exists():  # damage is told before hours of training
+        tables.read_journal(run_folder / READINGS)
     if folder.exists():
         raise InputError(f"{folder} exists, and the test set is read once; move it away to train again")
     if not os.access(run_folder, os.W_OK | os.X_OK, effective_ids=True):
@@ -244,15 +246,13 @@ def _show(
 
 
 def _read_best(path: Path, flags: Flags) -> Best:
-    try:
-        document = yaml.safe_load(path.read_text())
-        provenance = document.pop("provenance")
-        settings = provenance["settings"]
-        provenance["fingerprint"] = str(provenance["fingerprint"])
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; give the folder of a run that has a best.yaml") from None
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError):
-        raise InputError(f"{path}: not a best.yaml as run_search.py writes it") from None
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give the folder of a run that has a best.yaml")
+    document = read_mapping(path)
+    check_parts(document, path, {"provenance": dict})
+    provenance = document.pop("provenance")
+    check_parts(provenance, path, {"fingerprint": str, "settings": dict})
+    settings = provenance["settings"]
     given, overrides = command_line({"data": flags.data}, flags.set)
     overrides |= {key: given[key] for key in ("epochs", "seed") if key in given}
     plan = build(SearchPlan, settings | given, str(path))
@@ -268,10 +268,11 @@ def _read_best(path: Path, flags: Flags) -> Best:
 
 def _median_best_epoch(best: Best) -> int:
     """The median best epoch of the finalists; without finalists the trial's own. At most all planned epochs."""
-    found: list[int] = best.provenance.get("best_epochs") or [best.provenance.get("best_epoch", {}).get("epoch")]
-    if None in found:
+    own = best.provenance.get("best_epoch")
+    found: Any = best.provenance.get("best_epochs") or [own.get("epoch") if isinstance(own, dict) else None]
+    if not isinstance(found, list) or not all(type(epoch) is int and epoch > 0 for epoch in found):
         raise InputError(f"final_data=train+val: {best.path} says of no epoch that it was best; leave it out")
-    return min(round(statistics.median(found)), best.config.epochs)
+    return min(round(float(statistics.median(found))), best.config.epochs)
 
 
 def _validated(best: Best, logits: NDArray[Any] | None, samples: pd.DataFrame) -> tuple[list[NDArray[Any]], str | None]:

@@ -1,0 +1,69 @@
+#!/bin/bash
+# Start:   sbatch deploy/slurm.sh --data /shared/chest_xrays --storage /shared/results --name xray   (from the checkout)
+# Follow:  tail -f finetune-search-JOBID.log       End: scancel JOBID
+# Go on:   sbatch deploy/slurm.sh --resume --storage /shared/results --name xray
+#
+# The checkout and PYTHON (default .venv/bin/python in it) must be readable on all nodes. Change the next lines to your cluster's.
+#SBATCH --job-name=finetune-search
+#SBATCH --output=finetune-search-%j.log
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=16
+#SBATCH --gpus-per-node=1
+#SBATCH --time=12:00:00
+#SBATCH --signal=B:TERM@120
+set -euo pipefail
+
+python=${PYTHON:-$PWD/.venv/bin/python}
+ray=$(dirname "$python")/ray
+port=${RAY_PORT:-$((20000 + SLURM_JOB_ID % 20000))} # two jobs on a node must not meet
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${nodes[0]}
+address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}')
+gpus=${SLURM_GPUS_ON_NODE:-0}
+export RAY_USAGE_STATS_ENABLED=0
+# Others on these nodes reach Ray's ports, and who may talk to Ray may run code: only this job knows the token (Ray 2.52 and later).
+RAY_AUTH_TOKEN=$("$python" -c 'import secrets; print(secrets.token_hex(32))')
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
+
+# Ray's head, the other nodes' Ray, and the search, each a step of its own; the first two live until this script ends them.
+steps=()
+trap 'kill "${steps[@]}" 2> /dev/null || true; wait' EXIT
+
+srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" "$ray" start --block --head --include-dashboard=false \
+    --node-ip-address="$address" --port="$port" --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="$gpus" &
+steps+=($!)
+for node in "${nodes[@]:1}"; do
+    srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" "$ray" start --block --address="$address:$port" \
+        --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="$gpus" &
+    steps+=($!)
+done
+
+# Wait until all nodes have joined, for two minutes at most; the search then begins with those that are there.
+export RAY_ADDRESS=$address:$port
+"$python" - "${#nodes[@]}" << 'END'
+import sys, time, ray
+
+until = time.monotonic() + 120
+while not ray.is_initialized():
+    try:
+        ray.init(log_to_driver=False, logging_level="ERROR")
+    except ConnectionError:
+        if time.monotonic() > until:
+            raise
+        time.sleep(1)
+while sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[1]) and time.monotonic() < until:
+    time.sleep(1)
+END
+
+# The driver runs on this, the first node. Slurm's SIGTERM, two minutes before the end, is passed on to it: the run can go on then.
+"$python" tuning/run_search.py "$@" &
+driver=$!
+trap 'kill -TERM "$driver"' TERM
+status=0
+wait "$driver" || status=$?
+while kill -0 "$driver" 2> /dev/null; do # a signal ended the first wait, not the driver
+    status=0
+    wait "$driver" || status=$?
+done
+exit "$status"

@@ -1,0 +1,120 @@
+"""What stands in deploy/, as far as it can be tried without such a cluster."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jsonschema
+import pytest
+import ray
+import yaml
+from test_end_to_end import SPACE, wait_for_events
+
+from tuning.tables import FINAL, read_table
+
+ROOT = Path(__file__).parent.parent
+DEPLOY = ROOT / "deploy"
+FILES = ["Containerfile", "cluster.yaml", "rayjob.yaml", "slurm.sh"]
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_file_begins_with_how_to_start_and_follow_it(name):
+    head = (DEPLOY / name).read_text().partition("\n\n")[0]
+    assert re.search(r"^# (Start|Build): ", head, re.MULTILINE) and re.search(r"^# Follow: ", head, re.MULTILINE)
+    assert f"`{name}`" in (DEPLOY / "README.md").read_text()
+
+
+def test_the_cluster_file_is_what_ray_up_takes():
+    schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
+    cluster = yaml.safe_load((DEPLOY / "cluster.yaml").read_text())
+    jsonschema.validate(cluster, schema)
+    assert cluster["max_workers"] == len(cluster["provider"]["worker_ips"])
+    started = [command for key in ("head", "worker") for command in cluster[f"{key}_start_ray_commands"]]
+    assert not any("0.0.0.0" in command for command in started)
+
+
+def test_the_ray_job_has_what_kuberay_requires():
+    job = yaml.safe_load((DEPLOY / "rayjob.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob") and job["metadata"]["name"]
+    spec = job["spec"]["rayClusterSpec"]
+    assert "tuning/run_search.py" in job["spec"]["entrypoint"]
+    assert f"=={spec['rayVersion']}'" in (DEPLOY / "Containerfile").read_text()
+    assert f"=={spec['rayVersion']}'" in (DEPLOY / "cluster.yaml").read_text()
+    for group in spec["workerGroupSpecs"]:
+        assert group["groupName"] and group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        assert container["name"] and container["image"] and container["resources"]["limits"]
+        assert all(isinstance(each["value"], str) for each in container["env"])
+        mounted = {mount["name"] for mount in container["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in pod["volumes"]}
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
+def test_scripts_pass_shellcheck():
+    for script in DEPLOY.glob("*.sh"):
+        found = subprocess.run([SHELLCHECK, str(script)], capture_output=True, text=True, check=False)
+        assert found.returncode == 0, found.stdout
+
+
+# Stand-ins for Slurm's commands on one machine; `hostname` keeps Ray on the loopback.
+STAND_INS = {
+    "srun": 'while [[ $1 == --* ]]; do shift; done\nexec "$@"',
+    "scontrol": "echo localhost",
+    "hostname": "echo 127.0.0.1",
+}
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """A function that starts slurm.sh as Slurm would, in a process group of its own."""
+    for name, body in STAND_INS.items():
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    started = []
+
+    def start(*arguments):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": sys.executable}
+        environment |= {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "localhost", "SLURM_CPUS_PER_TASK": "1"}
+        environment |= {"RAY_PORT": str(port), "RAY_TMPDIR": ray_folder}
+        with open(tmp_path / "log.txt", "w") as log:
+            command = ["bash", str(DEPLOY / "slurm.sh"), *map(str, arguments)]
+            options = {"cwd": ROOT, "env": environment, "stdout": log, "stderr": log, "start_new_session": True}
+            started.append(subprocess.Popen(command, **options))
+        return started[-1]
+
+    with tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as ray_folder:  # short: it holds sockets
+        yield start
+        for process in started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_slurm_job_that_is_ended_goes_on_in_another(slurm, tmp_path, folder):
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(SPACE | {"search": SPACE["search"] | {"trials": 6}}))
+    run = tmp_path / "results" / "job"
+    name = ["--storage", tmp_path / "results", "--name", "job"]
+    process = slurm("--space", tmp_path / "space.yaml", "--data", folder, *name)
+    assert wait_for_events(run / "journal.jsonl", 8, process), (tmp_path / "log.txt").read_text()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 130, (tmp_path / "log.txt").read_text()
+    assert "interrupted" in set(read_table(run / "trials.parquet")["status"])
+    assert slurm("--resume", *name).wait(timeout=600) == 0, (tmp_path / "log.txt").read_text()
+    assert read_table(run / "trials.parquet")["status"].isin(FINAL).all()
+    with pytest.raises(ProcessLookupError):  # Ray has ended with the job
+        os.killpg(process.pid, 0)
