@@ -133,7 +133,7 @@ def save_ensemble(
 
 
 def _write_config(folder: Path, document: dict[str, Any]) -> None:
-    (folder / CONFIG).write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
+    (folder / CONFIG).write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def load_model(folder: str | Path) -> Model | Ensemble:
@@ -149,7 +149,7 @@ def load_model(folder: str | Path) -> Model | Ensemble:
 
     folder = Path(folder)
     try:
-        document = yaml.safe_load((folder / CONFIG).read_text())
+        document = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
         classes, temperature = tuple(document["classes"]), float(document.get("temperature", 1.0))
         shares: dict[str, float] = dict(document.get("ensemble", {}))
         if not shares:
