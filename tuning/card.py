@@ -124,7 +124,7 @@ def _tested(model: Path, metrics: Mapping[str, Any]) -> str:
     if tested is None:
         return "## Test\n\nThere were no test images: how good it is on new images isn't known."
     groups = "" if tested["groups"] == tested["images"] else f" of {tested['groups']:,} groups"
-    times = "once" if reading["number"] == 1 else f"now for the {reading['number']}th time: these figures are biased"
+    times = "once" if reading["number"] == 1 else f"before: this is reading number {reading['number']}"
     rows = [
         [FIGURES.get(name, name), tested[name], _interval(tested, name)]
         for name in ("accuracy", "balanced_accuracy", "auroc", "loss")
