@@ -36,6 +36,7 @@ def make_model(folder, classes, **changes):
     tested |= {"calibration_error": 0.04, "calibration_error_untempered": 0.09}
     tested["classes"] = {name: figures("sensitivity", "specificity", "auroc") for name in classes}
     metrics = {
+        "trained_on": "train",
         "verdict": "winner",
         "temperature": {"value": 1.2, "fitted_on": "validation"},
         "test_reading": {"number": 1},
@@ -60,7 +61,7 @@ def test_a_whole_run(tmp_path):
     assert "winner: it beats the default t00000." in told and "12 trials (" in told
     assert "| normal | 12 | 4 | 4 |" in told and "| all | 24 | 8 | 8 |" in told
     assert "- stop: exact\\_duplicate: 3" in told.replace("duplicate\\_across\\_splits", "exact\\_duplicate")
-    assert "secret" not in told  # no file's name
+    assert "fine-tuned on 24 images" in told and "secret" not in told  # no file's name
     assert "| accuracy | 0.750 | 0.500 to 0.900 |" in told and "0.040, without the temperature 0.090" in told
     assert "`learning_rate`: 1e-05 to 0.1, log" in told and "Not a medical device" in told
     assert "The test set is small (20 groups)" in told and "had been read before" not in told
@@ -73,7 +74,8 @@ def test_without_a_run_it_says_what_is_not_known(tmp_path):
     for words in ("What ran isn't known", "## Verdict\n\nNot known.", "no audit beside them", "no test images"):
         assert words in told
     model = make_model(tmp_path / "model", ["a", "b"], test_reading={"number": 3}, onnx={"error": "ValueError: <b>"})
-    told = card(model, tmp_path / "nowhere", provenance(), samples, None)
+    told = card(model, tmp_path / "nowhere", provenance(changed=True), samples, None)
+    assert "is another than the search's" in told
     assert "There is no `model.onnx`: ValueError: &lt;b&gt;." in told and "had been read before" in told
 
 

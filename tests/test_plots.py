@@ -32,7 +32,8 @@ def test_plots_are_drawn(tmp_path, names, images):
     targets, probabilities = predictions(len(names), images)
     write_plots(tmp_path, names, targets, probabilities, 1.4)
     for name in PLOTS:
-        picture = Image.open(tmp_path / name).convert("RGB")
+        with Image.open(tmp_path / name) as image:
+            picture = image.convert("RGB")
         width, height = picture.size
         assert 500 < width < 2500 and 500 < height < 2500
         assert picture.getpixel((2, 2)) == (255, 255, 255) and len(picture.getcolors(width * height)) > 20
@@ -42,7 +43,8 @@ def test_plots_are_drawn(tmp_path, names, images):
 def test_a_thousand_classes_make_no_larger_picture(tmp_path):
     targets, probabilities = predictions(1000, 2000)
     write_plots(tmp_path, [f"class {number}" for number in range(1000)], targets, probabilities, 1.4)
-    assert max(Image.open(tmp_path / PLOTS[0]).size) < 6000
+    with Image.open(tmp_path / PLOTS[0]) as picture:
+        assert max(picture.size) < 6000
 
 
 def test_a_class_that_is_not_in_the_test_set(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from conftest import draw_folder
+from PIL import Image
 from runs import given_by_ray
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -304,3 +305,26 @@ def test_without_test_images_the_rest_is_there(best, folder, tmp_path):
     model = run(Flags(str(best), data=str(tmp_path / "data.csv"), set=(("epochs=1",),)))
     assert {path.name for path in model.iterdir()} == {"model.safetensors", "config.yaml", "metrics.json", "README.md"}
     assert "There were no test images" in (model / "README.md").read_text()
+
+
+def test_names_of_any_kind_are_text_everywhere(best, tmp_path):
+    labels = ["<script>alert(1)</script>", "a, \"b\" 'c'\n😷"]
+    names = ["a \"quoted\" 'name' {}.png", "😷 {}.png", "two\nlines {}.png", "<script>{}.png"]
+    rng = np.random.default_rng(0)
+    (tmp_path / "films").mkdir()
+    rows = []
+    for number in range(48):
+        path = names[number % 4].format(number)
+        Image.fromarray(rng.integers(0, 256, (32, 32), dtype=np.uint8)).save(tmp_path / "films" / path)
+        split = ("train", "val", "test")[number % 3]
+        rows.append({"path": f"films/{path}", "label": labels[number // 4 % 2], "split": split})
+    pd.DataFrame(rows).to_parquet(tmp_path / "data.parquet")
+    model = run(Flags(str(best), data=str(tmp_path / "data.parquet"), set=(("epochs=1",),)))
+    assert load_model(model).classes == tuple(labels)
+    table = read_table(model / "predictions.parquet")
+    assert set(table["label"]) == set(labels) and list(table)[3:] == [f"probability_{name}" for name in labels]
+    assert set(table["path"]) == {row["path"] for row in rows if row["split"] == "test"}
+    page, card = (model / "mistakes.html").read_text(), (model / "README.md").read_text()
+    assert "<script" not in page and "<script" not in card
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in card
+    assert "two\\nlines" in page or "😷" in page

@@ -31,14 +31,14 @@ def card(
     Args:
         model: its folder, with `config.yaml` and `metrics.json`; told are its plots, if they lie there.
         run: folder of the best.yaml; of its tables those are used that there are.
-        provenance: of the best.yaml.
+        provenance: of the best.yaml; `changed` in it says whether another configuration or other data was trained.
         samples: what it was trained and tested on.
         audit: of these samples; null where there was none.
     """
     config = yaml.safe_load((model / "config.yaml").read_text(encoding="utf-8"))
     metrics = json.loads((model / "metrics.json").read_text(encoding="utf-8"))
     parts = [
-        _head(config, provenance, samples),
+        _head(config, metrics, provenance, samples),
         _use(model, config, metrics),
         _tested(model, metrics),
         _calibrated(model, metrics),
@@ -46,7 +46,7 @@ def card(
         _audit(audit),
         _search(run, provenance),
         _configuration(config, provenance),
-        _limits(metrics, samples, audit),
+        _limits(metrics, audit, provenance.get("changed", False)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -64,14 +64,17 @@ def _listed(rows: list[list[Any]], heads: list[str]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [*lines, *cells])
 
 
-def _head(config: Mapping[str, Any], provenance: Mapping[str, Any], samples: pd.DataFrame) -> str:
+def _head(
+    config: Mapping[str, Any], metrics: Mapping[str, Any], provenance: Mapping[str, Any], samples: pd.DataFrame
+) -> str:
     classes = config["classes"]
     named = ", ".join(map(plain, classes)) if len(classes) <= CLASSES_SHOWN else f"{len(classes)} classes"
     members = config.get("ensemble", {})
     what = config["config"]["backbone"] if not members else f"an ensemble of {len(members)} fine-tuned networks"
+    images = int(samples["split"].isin(metrics["trained_on"].split("+")).sum())
     return (
         f"# {plain(provenance.get('run', 'model'))}\n\n"
-        f"Tells {named} apart: {plain(what)}, fine-tuned on {int((samples['split'] == 'train').sum()):,} images.\n\n"
+        f"Tells {named} apart: {plain(what)}, fine-tuned on {images:,} images.\n\n"
         "**Not a medical device.** It is made for research; no finding, treatment or triage may rest on it."
     )
 
@@ -124,7 +127,7 @@ def _tested(model: Path, metrics: Mapping[str, Any]) -> str:
     if tested is None:
         return "## Test\n\nThere were no test images: how good it is on new images isn't known."
     groups = "" if tested["groups"] == tested["images"] else f" of {tested['groups']:,} groups"
-    times = "once" if reading["number"] == 1 else f"now for the {reading['number']}th time: these figures are biased"
+    times = "once" if reading["number"] == 1 else f"before: this is reading number {reading['number']}"
     rows = [
         [FIGURES.get(name, name), tested[name], _interval(tested, name)]
         for name in ("accuracy", "balanced_accuracy", "auroc", "loss")
@@ -230,7 +233,7 @@ def _configuration(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> 
     return f"## Configuration\n\n````yaml\n{told}````"
 
 
-def _limits(metrics: Mapping[str, Any], samples: pd.DataFrame, audit: pd.DataFrame | None) -> str:
+def _limits(metrics: Mapping[str, Any], audit: pd.DataFrame | None, changed: bool) -> str:
     lines = [
         "Training and test images come from the same sources. On films of another hospital, device or group of "
         "patients it may do worse; test it there before anything rests on it.",
@@ -246,6 +249,8 @@ def _limits(metrics: Mapping[str, Any], samples: pd.DataFrame, audit: pd.DataFra
         kinds = sorted(shortcuts["finding"].str.removeprefix("shortcut_").unique())
         if kinds:
             lines.append(f"The class can be told from {', '.join(kinds)} alone: it may have learnt that.")
+    if changed:
+        lines.append("The configuration or the data is another than the search's, of which search and verdict speak.")
     if metrics.get("verdict") in (None, "not enough runs"):
         lines.append("The configuration was not compared with the default again: it may be the luckiest of many.")
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)

@@ -139,7 +139,7 @@ def save_ensemble(
 
 
 def _write_config(folder: Path, document: dict[str, Any]) -> None:
-    (folder / CONFIG).write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
+    (folder / CONFIG).write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def load_model(folder: str | Path) -> Model | Ensemble:

@@ -78,6 +78,9 @@ def tell(folder: Path, metrics: dict[str, Any]) -> None:
             print(f"  {name}: {_figures(values, 'sensitivity', 'specificity', 'auroc')}")
         before, after = tested["calibration_error_untempered"], tested["calibration_error"]
         print(f"  calibration error {after:.3f} ({before:.3f} without the temperature)")
+    if "error" not in metrics["onnx"]:
+        difference, images = metrics["onnx"]["largest_difference"], metrics["onnx"]["images"]
+        print(f"model.onnx gives PyTorch's probabilities to {difference:.1g}, on {images} validation images")
     print(f"\nwritten: {folder}\nNext:\n  python tuning/model_folder.py predict {folder} IMAGE ...")
 
 

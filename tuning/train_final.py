@@ -209,7 +209,8 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
         findings = audit.to_pandas()
     else:
         findings = tables.read_table(audited) if audited.exists() else None
-    (folder / "README.md").write_text(card(folder, run_folder, best.provenance, table, findings), encoding="utf-8")
+    whence = best.provenance | {"changed": best.changed}
+    (folder / "README.md").write_text(card(folder, run_folder, whence, table, findings), encoding="utf-8")
     tell(folder, metrics)
     return folder
 
