@@ -55,10 +55,10 @@ def read(folder: Path) -> Run:
     document = yaml.safe_load((folder / "plan.yaml").read_text())
     settings = document["settings"]
     found = {"samples": tables.read_table(folder / "samples.parquet")}
-    if (folder / "trials.parquet").exists():
+    journal, trials = folder / "journal.jsonl", folder / "trials.parquet"
+    if trials.exists() and not (journal.exists() and journal.stat().st_mtime > trials.stat().st_mtime):
         found |= {name: tables.read_table(folder / f"{name}.parquet") for name in ("trials", "epochs", "decisions")}
-    else:  # killed before the first tables
-        journal = folder / "journal.jsonl"
+    else:  # killed, since when tables are written the journal is no newer
         record = tables.Record.of(tables.read_journal(journal) if journal.exists() else [])
         made = tables.make_tables(record, settings["metric"])
         found |= {name: made[name].to_pandas() for name in made}
