@@ -172,6 +172,7 @@ class MLflow:
 
     def __init__(self, plan: SearchPlan, run_id: str, trials: Iterable[Trial]):
         os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when it is imported
+        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # else two lines for each trial
         for name, value in REQUEST.items():
             os.environ.setdefault(name, value)
         self._plan, self._run_id = plan, run_id
