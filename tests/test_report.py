@@ -99,7 +99,7 @@ def test_a_run_killed_before_its_first_tables(tmp_path):
 FIXED = {
     **{"stage_lr_decay": 1.0, "optimizer": "adamw", "schedule": "cosine", "warmup_epochs": 0.0, "weight_decay": 0.0},
     **{"label_smoothing": 0.0, "head_init": "random", "head_dropout": 0.0, "class_weighting": "none"},
-    **{"batch_norm": "train", "batch_size": 32, "image_size": 224},
+    **{"batch_norm": "train", "batch_size": 32, "image_size": 224, "epochs": 10},
 }
 
 

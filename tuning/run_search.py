@@ -140,6 +140,8 @@ def _search(
 
     # Search.
     cpus, gpus = ray_resources()
+    # Ray has laid a handler of its own over ours, which aborts the process 3 s after a SIGTERM.
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     resources = slots(plan, cpus=cpus, gpus=gpus)
     if flags.resume:
         _write_yaml(folder / "plan.yaml", read_plan(folder) | {"settings": plan.model_dump()})
