@@ -33,6 +33,7 @@ from tuning.progress import Progress, console
 from tuning.report import refresher, write_or_tell
 from tuning.space import Space, fix, image_sizes, load, parse
 from tuning.space import backbones as backbones_in
+from tuning.storage import is_uri
 
 DONE, BAD_INPUT, NO_FINITE_LOSS, INTERRUPTED = 0, 2, 3, 130
 
@@ -216,7 +217,9 @@ def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
     prefix = "sqlite:///" if url.startswith("sqlite:///") else ""
     if prefix or url.endswith(".log"):
         settings = settings | {"optuna_storage": prefix + os.path.abspath(url.removeprefix(prefix))}
-    return settings | {key: os.path.abspath(os.path.expanduser(path)) for key, path in paths.items()}
+    return settings | {
+        key: path if is_uri(path) else os.path.abspath(os.path.expanduser(path)) for key, path in paths.items()
+    }
 
 
 def _resumed(flags: Flags) -> tuple[SearchPlan, Space, Path]:
