@@ -20,6 +20,7 @@ ALLOWED = {
     "dicom": {"config"},
     "decoding": {"config", "dicom", "storage"},
     "images": {"config", "tables", "decoding", "storage"},
+    "mirror": {"config", "images", "storage", "tables"},
     "leaks": set(),
     "alignment": {"images"},
     "duplicates": {"alignment", "decoding"},
@@ -40,7 +41,7 @@ ALLOWED = {
     "finalists": {"config", "tables", "analysis"},
     "page": set(),
     "sections": {"config", "tables", "space", "analysis", "finalists", "page"},
-    "report": {"config", "tables", "analysis", "page", "sections"},
+    "report": {"config", "tables", "analysis", "page", "sections", "mirror", "storage"},
     "augment": {"config"},
     "weights": {"config"},
     "backbones": {"config", "weights"},
@@ -57,7 +58,7 @@ ALLOWED = {
     | {"scores", "probe"},
     "checkpoints": {"config", "tables", "finetune"},
     "trial": {"config", "tables", "samples", "cluster", "images", "data", "models", "features", "probe", "finetune"}
-    | {"checkpoints", "predictions"},
+    | {"checkpoints", "predictions", "mirror"},
     "model_folder": {"config", "decoding", "backbones", "data", "finetune", "calibration"},
     "progress": {"config", "tables"},
     "summary": {"config", "tables", "analysis", "finalists", "calibration", "checkpoints", "ensemble", "predictions"}

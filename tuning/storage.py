@@ -1,6 +1,7 @@
 """Data and runs where clusters keep them: whatever pyarrow's file systems open, such as S3, GCS and fsspec's."""
 
 import os
+import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -94,6 +95,37 @@ def files_below(uri: str) -> dict[str, Stored]:
     found = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
     start = len(path.rstrip("/")) + 1
     return {info.path[start:]: Stored(info.size, info.mtime_ns or 0) for info in found if info.is_file}
+
+
+def unwritable(place: str) -> str | None:
+    """Why nothing can be written to a folder or URI, tried; null where it can."""
+    trial = joined(place, f".reach-{uuid.uuid4().hex}")
+    try:
+        if is_uri(place):
+            write_bytes(trial, b"")
+            delete(trial)
+        else:
+            with open(trial, "w"):
+                pass
+            os.unlink(trial)
+    except (OSError, InputError) as error:
+        return str(error)
+    return None
+
+
+def unreadable(place: str) -> str | None:
+    """Why a folder or file, or a URI of one, can't be read; null where it can."""
+    try:
+        if is_uri(place):
+            if stored([place]) == [None] and not files_below(place):
+                return "nothing is there"
+        elif os.path.isdir(place):
+            os.scandir(place).close()
+        else:
+            open(place, "rb").close()
+    except (OSError, InputError) as error:
+        return str(error)
+    return None
 
 
 def readable(uri: str) -> BytesIO:

@@ -16,6 +16,7 @@ from tuning.progress import console, depth, number
 
 def summarize(
     folder: Path,
+    place: str,
     plan: SearchPlan,
     verdict: finalists.Verdict,
     judged: pd.DataFrame,
@@ -27,6 +28,7 @@ def summarize(
 
     Args:
         folder: of the run, whose tables are read.
+        place: what the user calls it: the folder, or a URI.
         judged: the table of finalists.
         halted: why the search ended early, if it did.
         slots: trials at once, if that number is fixed.
@@ -51,11 +53,11 @@ def summarize(
     _tell_best(trials.set_index("trial_id").loc[verdict.trial_id], plan.metric)
     _tell_predictions(folder, trials, verdict.trial_id)
     console.print("\nNext:")
-    quoted = shlex.quote(str(folder))
+    quoted = shlex.quote(place)
     console.print(
         f"  python tuning/train_final.py {quoted}        # train it again, test it, write its model/", markup=False
     )
-    console.print(f"  python -c \"import pandas as pd; print(pd.read_parquet('{folder}/trials.parquet'))\"")
+    console.print(f"  python -c \"import pandas as pd; print(pd.read_parquet('{place}/trials.parquet'))\"")
 
 
 def _tell_trials(trials: pd.DataFrame, metric: str) -> None:
