@@ -62,6 +62,19 @@ def test_what_goes_here_goes_there(run, bucket):
 
 
 @pytest.mark.parametrize("bucket", ["file"], indirect=True)
+def test_what_other_nodes_have_put_there_comes_here_and_nothing_else(run, bucket):
+    here = Mirror(run, f"{bucket}/xray")
+    here.push()
+    (run / "plan.yaml").write_text("plan, newer")
+    for name in ("plan.yaml", "predictions/t00001.parquet", "checkpoints/t00000.state.safetensors"):
+        storage.write_bytes(f"{bucket}/xray/{name}", b"there")
+    here.fetch_others()
+    assert (run / "plan.yaml").read_text() == "plan, newer"
+    assert (run / "predictions" / "t00001.parquet").read_bytes() == b"there"
+    assert (run / "checkpoints" / "t00000.state.safetensors").read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize("bucket", ["file"], indirect=True)
 def test_of_two_journals_the_longer_goes_on_and_of_two_histories_the_one_in_the_storage(run, bucket, tmp_path):
     journal(run, 3)
     Mirror(run, f"{bucket}/xray").push()

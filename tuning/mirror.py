@@ -25,6 +25,7 @@ SYNC_SECONDS = 5.0
 LAST_TRIES, LAST_TRY_SECONDS = 4, 5.0  # at the end of a search, for a storage that fails
 CLAIM_SECONDS = 60.0  # a driver that has not been heard of for so long is gone
 JOURNAL, SEGMENTS, CLAIM = "journal.jsonl", "journal/", "driver.json"
+OTHERS = ("checkpoints/", "predictions/")  # what other nodes write
 
 
 def run_folder(storage: str, name: str) -> Path:
@@ -127,6 +128,7 @@ class Mirror:
         self._journal_bytes = self._segments = 0
         self._stop, self._thread = threading.Event(), threading.Thread(target=self._keep_alike, daemon=True)
         self._failing = False
+        self._lock = threading.Lock()  # for `_sent`
         self._claimed_at = -CLAIM_SECONDS
 
     def fetch(self, without: tuple[str, ...] = ()) -> None:
@@ -185,10 +187,14 @@ class Mirror:
         self.elsewhere.pop(name, None)
         self._doomed.add(name)
 
-    def fetch_or_tell(self) -> None:
-        """Bring here what other nodes have put there, as far as the storage gives it."""
+    def fetch_others(self) -> None:
+        """Bring here the weights and predictions that other nodes have put there; a storage that fails is told."""
         try:
-            self.fetch()
+            with self._lock:
+                for name, there in files_below(self.uri).items():
+                    if name.startswith(OTHERS) and not (self.folder / name).exists():
+                        fetch_file(self.folder, self.uri, name, there)
+                        self._sent[name] = _stamp(self.folder / name)
         except OSError as error:
             print(f"{self.uri}: what other nodes left can't be read ({error})", file=sys.stderr)
 
@@ -221,7 +227,8 @@ class Mirror:
     def _pushed(self) -> bool:
         """Whether the storage took it; a failure is told once, and what failed is sent again the next time."""
         try:
-            self.push()
+            with self._lock:
+                self.push()
             if time.monotonic() - self._claimed_at > CLAIM_SECONDS / 3:
                 self._write_claim()
             mine = {f"checkpoints/{path.name}" for path in (self.folder / "checkpoints").glob("[!.]*")}

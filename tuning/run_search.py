@@ -176,7 +176,7 @@ def _search(
 
     # Choose and report, from the tables alone.
     if mirror is not None:
-        mirror.fetch_or_tell()
+        mirror.fetch_others()
     trials = tables.read_table(folder / "trials.parquet")
     top = analysis.best(trials, plan.metric)
     ratio = finalists.val_over_train(data.samples)
