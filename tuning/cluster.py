@@ -111,16 +111,20 @@ def cluster_map(function: Callable[[Item], Result], items: Sequence[Item]) -> It
 
 def on_each_node(check: Callable[[], str | None]) -> dict[str, str]:
     """What a check has to say on the nodes that have a complaint, by their names."""
-    task = ray.remote(num_cpus=0)(check)
+    task = ray.remote(num_cpus=0)(_call)
     asked = {
         node["NodeManagerHostname"]: task.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote()
+        ).remote(check)
         for node in ray.nodes()
         if node["Alive"]
     }
     found = {name: ray.get(answer) for name, answer in asked.items()}
     return {name: said for name, said in found.items() if said is not None}
+
+
+def _call(check: Callable[[], str | None]) -> str | None:
+    return check()
 
 
 def _call_each(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:

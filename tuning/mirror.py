@@ -192,7 +192,7 @@ class Mirror:
         try:
             with self._lock:
                 for name, there in files_below(self.uri).items():
-                    if name.startswith(OTHERS) and not (self.folder / name).exists():
+                    if name.startswith(OTHERS) and name not in self._sent and not (self.folder / name).exists():
                         fetch_file(self.folder, self.uri, name, there)
                         self._sent[name] = _stamp(self.folder / name)
         except OSError as error:
