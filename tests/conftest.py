@@ -1,6 +1,14 @@
 """What the tests share: a tiny labelled folder, and the cache and working folder kept out of the user's."""
 
 import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +55,48 @@ def draw_folder(folder: Path, *, classes: tuple[str, ...] = ("dark", "light"), c
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two classes of 30 images each, without splits."""
     return draw_folder(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of an S3 server on this machine, which the environment names."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen(
+        [sys.executable, "-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    named = {
+        "AWS_ENDPOINT_URL": address,
+        "AWS_ACCESS_KEY_ID": "nobody",
+        "AWS_SECRET_ACCESS_KEY": "nothing",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in named.items():
+            patch.setenv(name, value)
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(address).close()
+                break
+            except urllib.error.URLError:
+                time.sleep(0.1)
+        yield address
+    server.terminate()
+    server.wait()
+
+
+@pytest.fixture(params=["file", "s3"])
+def bucket(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URI of an empty place in a storage."""
+    if request.param == "file":
+        return f"file://{tmp_path}/storage"
+    name = f"bucket-{uuid.uuid4().hex}"
+    made = urllib.request.Request(f"{request.getfixturevalue('s3')}/{name}", method="PUT")
+    urllib.request.urlopen(made).close()
+    return f"s3://{name}"
 
 
 def make_data(count=48, side=32, classes=2):

@@ -37,6 +37,8 @@ def given_by_ray(run, images, *, early_loss_epochs):
         "gpus": 0,
         "device": "cpu",
         "redraw": False,
+        "storage": None,
+        "home": None,
         "ending": {
             "metric": "val_loss",
             "patience": None,

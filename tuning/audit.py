@@ -151,7 +151,7 @@ def _decoded(
         )
         columns = {key: getattr(plan, key) for key in SETTINGS if key.endswith(("_column", "_fraction"))}
         table = samples.load_samples(data, **columns)
-    hashes = images.content_hashes(list(table["file"]), cache)
+    hashes = images.content_hashes(list(table["file"]), cache, map)
     folders: dict[int, Path] = {}
     for size in image_sizes:
         folders[size], unreadable = images.decode_all(

@@ -62,11 +62,15 @@ def save(
             save_file(weights, temporary, metadata=described)
     if not ended:
         with replacing(state_file(run, trial_id)) as temporary:
-            save_file(rest, temporary, metadata={"history": json.dumps(state.history)})
+            described = {
+                "history": json.dumps(state.history),
+                "best_epoch": str(best["epoch"]) if weights and best else "",
+            }
+            save_file(rest, temporary, metadata=described)
 
 
 def load_state(run: str | Path, trial_id: str) -> "State | None":
-    """A trial's checkpoint, null where there is none."""
+    """A trial's checkpoint; null where there is none, or its best weights were lost: a storage may have older ones."""
     from safetensors.torch import load_file
 
     from tuning.finetune import State
@@ -75,13 +79,15 @@ def load_state(run: str | Path, trial_id: str) -> "State | None":
     if not path.exists():
         return None
     with safe_open(path, framework="pt") as file:
-        history = json.loads(file.metadata()["history"])
-    tensors = load_file(path)
+        history, due = json.loads(file.metadata()["history"]), int(file.metadata()["best_epoch"] or 0)
+    tensors, epoch = load_file(path), 0
     if best.exists():
         with safe_open(best, framework="pt") as file:
             epoch = int(file.metadata()["best_epoch"])
-        if epoch <= len(history):  # else a crash came between the two: that epoch is trained again
-            tensors |= load_file(best)
+    if epoch < due:
+        return None
+    if 0 < epoch <= len(history):  # else a crash came between the two: that epoch is trained again
+        tensors |= load_file(best)
     return State(history, tensors)
 
 

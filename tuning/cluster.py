@@ -113,6 +113,24 @@ def cluster_map(function: Callable[[Item], Result], items: Sequence[Item]) -> It
     yield from chain.from_iterable(map(ray.get, pending))
 
 
+def on_each_node(check: Callable[[], str | None]) -> dict[str, str]:
+    """What a check has to say on the nodes that have a complaint, by their names."""
+    task = ray.remote(num_cpus=0)(_call)
+    asked = {
+        node["NodeManagerHostname"]: task.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(check)
+        for node in ray.nodes()
+        if node["Alive"]
+    }
+    found = {name: ray.get(answer) for name, answer in asked.items()}
+    return {name: said for name, said in found.items() if said is not None}
+
+
+def _call(check: Callable[[], str | None]) -> str | None:
+    return check()
+
+
 def _call_each(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
     return [function(item) for item in items]
 

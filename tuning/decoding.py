@@ -22,6 +22,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from tuning import dicom
 from tuning.config import FORMATS, InputError
+from tuning.storage import is_uri, readable
 
 DECODER_VERSION = 2  # raised with any change of the decoded pixels or facts: no older array is taken for a new one
 MAX_PIXELS = 178_000_000  # of one image; Pillow's own limit for what it calls a decompression bomb
@@ -104,7 +105,7 @@ def decode(file: str, image_size: int, *, fit: str = "squash", drop_colour: bool
     for rounding, is a grey one. Colour profiles are not applied.
 
     Args:
-        file: JPEG, PNG, TIFF, WebP, BMP, GIF or DICOM, whatever it is called.
+        file: JPEG, PNG, TIFF, WebP, BMP, GIF or DICOM, whatever it is called; a path or a URI.
         image_size: side, in pixels.
         fit: `squash` to a square, `crop` to the centre square, or `letterbox`: with black bars.
         drop_colour: makes every image grey.
@@ -114,12 +115,14 @@ def decode(file: str, image_size: int, *, fit: str = "squash", drop_colour: bool
 
     Raises:
         InputError: the file can't be read or is of a kind that isn't supported; the message doesn't name the file.
+        OSError: the storage fails, which says nothing of the image.
     """
+    content = readable(file) if is_uri(file) else None
     try:
-        with open(file, "rb") as stream, _quietly():
+        with content or open(file, "rb") as stream, _quietly():
             kind = _kind(stream)
             shown = _show_dicom(stream) if kind == "DICOM" else _show(stream, kind, image_size, drop_colour)
-            n_bytes = os.fstat(stream.fileno()).st_size
+            n_bytes = stream.seek(0, os.SEEK_END)
             image = _in_mode("L", shown.image) if drop_colour else shown.image
             pixels = _pixels(_square(image, image_size, fit))
     except InputError:

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from tuning.config import InputError
 from tuning.decoding import DECODER_VERSION, Facts, Pixels, decode
+from tuning.storage import is_uri, readable, stored
 
 DECODING = ".decoding-"  # prefix of a folder that is being written
 ABANDONED_S = 3600.0  # a folder that is being written is touched every TOUCH_IMAGES, which takes seconds
@@ -66,12 +67,17 @@ def parallel_map(function: Callable[[Item], Result], items: Iterable[Item]) -> I
             yield pending.popleft().result()
 
 
-def content_hashes(files: Sequence[str], folder: Path) -> list[str]:
+def content_hashes(
+    files: Sequence[str],
+    folder: Path,
+    map: Callable[[Callable[[str], str], Sequence[str]], Iterable[str]] = parallel_map,
+) -> list[str]:
     """sha256 of each file's bytes; a file of unchanged size and time is not read again.
 
     Args:
-        files: paths.
+        files: paths or URIs.
         folder: holds `hashes.parquet`, what is known from before; made where it is missing.
+        map: of `decode_all`.
 
     Returns:
         One hash a file, in hex.
@@ -89,11 +95,12 @@ def content_hashes(files: Sequence[str], folder: Path) -> list[str]:
         raise InputError(f"{table}: can't be read ({error}); delete it, it is made anew") from error
 
     try:
-        keys = [(os.path.abspath(file), (status := os.stat(file)).st_size, status.st_mtime_ns) for file in files]
+        keys = _sizes_and_times(files)
         new = [key for key in dict.fromkeys(keys) if key not in known]
-        found = dict(zip(new, parallel_map(_hash_file, [file for file, _, _ in new]), strict=True))
+        found = dict(zip(new, map(_hash_file, [file for file, _, _ in new]), strict=True))
     except OSError as error:
-        raise InputError(f"{error.filename}: can't be read ({error.strerror}); make it readable") from error
+        place, why = error.filename or "a storage", error.strerror or error
+        raise InputError(f"{place}: can't be read ({why}); make it readable") from error
     known |= found
     if found:
         # A changed file replaces its older row.
@@ -107,8 +114,24 @@ def content_hashes(files: Sequence[str], folder: Path) -> list[str]:
     return [known[key] for key in keys]
 
 
+def _sizes_and_times(files: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Each file's full name, bytes, and time of change in ns."""
+    uris = [file for file in files if is_uri(file)]
+    there = dict(zip(uris, stored(uris), strict=True))
+    found = []
+    for file in files:
+        if file not in there:
+            status = os.stat(file)
+            found.append((os.path.abspath(file), status.st_size, status.st_mtime_ns))
+        elif (known := there[file]) is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), file)
+        else:
+            found.append((file, *known))
+    return found
+
+
 def _hash_file(file: str) -> str:
-    with open(file, "rb") as stream:
+    with readable(file) if is_uri(file) else open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,8 +20,10 @@ import tyro
 
 from tuning import analysis, spending, tables
 from tuning.config import PARAMETERS, InputError
+from tuning.mirror import borrowed
 from tuning.page import column, columns, duration, figure, note, page, section, table, text
 from tuning.sections import TRIALS_SHOWN, Run, body, judged, read, same
+from tuning.storage import is_uri, joined
 
 EPOCHS_KEPT = 105_000  # of the trials' histories; the best trials', if there are more
 EPOCHS_WITH_TIMES = 30_000  # of more the page would grow over 6 MB if it told where their time went
@@ -39,7 +42,7 @@ class Flags:
     """
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Folders of runs."""
+    """Folders of runs, or URIs of them."""
     out: str | None = None
     """Where to write. Default: report.html in the run's folder, comparison.html beside several runs."""
 
@@ -55,17 +58,30 @@ def main() -> int:
     return 0
 
 
-def run(flags: Flags) -> Path:
+def run(flags: Flags) -> Path | str:
     """Write what the flags say; returns where.
 
     Raises:
         InputError: a folder is not that of a run, or the page can't be written.
     """
-    folders = [Path(name) for name in flags.runs]
-    if not folders:
+    if not flags.runs:
         raise InputError("which run? give its folder: python tuning/report.py results/NAME")
-    out = folders[0] / "report.html" if len(folders) == 1 else folders[0].resolve().parent / "comparison.html"
-    out = Path(flags.out) if flags.out else out
+    with ExitStack() as stack:
+        folders = [stack.enter_context(borrowed(place, without=("checkpoints/", "model/"))) for place in flags.runs]
+        written = _write(folders, _where(flags, folders))
+    sent = flags.out is None and len(folders) == 1 and is_uri(flags.runs[0])
+    return joined(flags.runs[0], written.name) if sent else written
+
+
+def _where(flags: Flags, folders: list[Path]) -> Path:
+    if flags.out:
+        return Path(flags.out)
+    if len(folders) == 1:
+        return folders[0] / "report.html"
+    return Path() / "comparison.html" if is_uri(flags.runs[0]) else folders[0].resolve().parent / "comparison.html"
+
+
+def _write(folders: list[Path], out: Path) -> Path:
     runs = [read(folder) for folder in folders]
     content = report(runs[0]) if len(runs) == 1 else compare(runs)
     try:

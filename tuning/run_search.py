@@ -18,6 +18,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -32,10 +33,12 @@ from tuning.audit import Checked, load_checked
 from tuning.config import RESUME_MAY_CHANGE, InputError, SearchPlan, build, command_line, without_secrets
 from tuning.documents import read_plan
 from tuning.images import parallel_map, read_facts
+from tuning.mirror import Mirror, fetch, mirrored, run_folder
 from tuning.progress import Progress, console
 from tuning.report import refresher, write_or_tell
 from tuning.space import Space, fix, image_sizes, load, parse
 from tuning.space import backbones as backbones_in
+from tuning.storage import files_below, is_uri, joined, unreadable, unwritable
 from tuning.track import check_installed, tracking
 
 DONE, BAD_INPUT, NO_FINITE_LOSS, INTERRUPTED = 0, 2, 3, 130
@@ -107,12 +110,17 @@ def run(flags: Flags) -> int:
     # Ray starts meanwhile. It and torch take seconds to load, so bad flags are told first.
     from tuning.cluster import ray_running
 
-    with ray_running(plan) as resources:
-        return _search(flags, plan, space, folder, resources)
+    with mirrored(folder, plan.storage) as mirror, ray_running(plan) as resources:
+        return _search(flags, plan, space, folder, mirror, resources)
 
 
 def _search(
-    flags: Flags, plan: SearchPlan, space: Space, folder: Path, ray_resources: Callable[[], tuple[int, float]]
+    flags: Flags,
+    plan: SearchPlan,
+    space: Space,
+    folder: Path,
+    mirror: Mirror | None,
+    ray_resources: Callable[[], tuple[int, float]],
 ) -> int:
     # What it is to be done with. All of it is checked before anything is written.
     from tuning import backbones
@@ -122,13 +130,13 @@ def _search(
     from tuning.weights import find_weights
 
     weights = find_weights(backbones_in(space), plan.weights)
-    joining = (
-        "RAY_ADDRESS" in os.environ
-    )  # a cluster of many nodes; Ray on this machine starts while images are decoded
+    joining = "RAY_ADDRESS" in os.environ  # else Ray starts, on this machine, while images are decoded
+    spread = False
     if joining:
         ray_resources()
+        spread = _checked_nodes(plan)
     recorded = tables.read_table(folder / "samples.parquet") if flags.resume else None
-    data = _data(plan, space, recorded, map=cluster_map if joining else parallel_map)
+    data = _data(plan, space, recorded, map=cluster_map if spread else parallel_map)
     if flags.resume:
         _check_same_data(folder, plan, data.fingerprint)
     for backbone, file in weights.items():  # a damaged file or an image size that can't be is found here, not in trials
@@ -167,6 +175,7 @@ def _search(
         resumed=flags.resume,
         report=refresher(folder),
         redraw=provenance.get("val_drawn") is True,
+        mirror=mirror,
     )
     # Ends as Ctrl-C does, where Ray's handler would abort; only here, for Ray's start sets that one.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
@@ -174,6 +183,8 @@ def _search(
         finished = search.run()
 
     # Choose and report, from the tables alone.
+    if mirror is not None:
+        mirror.fetch_others()
     trials = tables.read_table(folder / "trials.parquet")
     top = analysis.top(trials, plan.metric)
     ratio = finalists.val_over_train(data.samples)
@@ -181,9 +192,10 @@ def _search(
     tables.write_tables({"finalists": pa.Table.from_pandas(judged, schema=tables.FINALISTS)}, folder)
     if verdict.trial_id is not None:
         _write_best(folder, plan, search.record, trials, verdict, data.fingerprint)
-    summarize(folder, plan, verdict, judged, halted=search.halted, slots=trials_at_once)
+    place = joined(plan.storage, plan.name)
+    summarize(folder, place, plan, verdict, judged, halted=search.halted, slots=trials_at_once)
     if (report := write_or_tell(folder)) is not None:
-        console.print(f"\nReport: {report}", markup=False)
+        console.print(f"\nReport: {joined(place, report.name)}", markup=False)
     if not finished:
         storage = "" if plan.storage == "results" else f" --storage {shlex.quote(without_secrets(plan.storage))}"
         console.print(f"\nInterrupted. To go on: python tuning/run_search.py --resume --name {plan.name}{storage}")
@@ -193,6 +205,28 @@ def _search(
     return NO_FINITE_LOSS if top is None and not interrupted else DONE
 
 
+def _checked_nodes(plan: SearchPlan) -> bool:
+    """Whether all nodes can read the data, so that each decodes a part; where one doesn't, this one decodes all.
+
+    Raises:
+        InputError: a node can't write where results go.
+    """
+    from tuning.cluster import on_each_node
+
+    absolute = plan.storage if is_uri(plan.storage) else os.path.abspath(plan.storage)
+    said = on_each_node(partial(unwritable, absolute))
+    cure = "give --storage a folder or URI that all nodes reach, and each node the keys"
+    faults = [f"--storage {plan.storage}: node {node} can't write there ({why}); {cure}" for node, why in said.items()]
+    if faults:
+        raise InputError(faults)
+    if plan.data is None:
+        return False
+    blind = on_each_node(partial(unreadable, plan.data))
+    if blind:
+        console.print(f"  {', '.join(blind)} can't read it: images are decoded here, and sent there")
+    return not blind
+
+
 def _planned(flags: Flags) -> tuple[SearchPlan, Space, Path]:
     """Plan and space from the flags, the space's own settings and the defaults, in this order of precedence."""
     space = load(flags.space or "quick")
@@ -200,7 +234,7 @@ def _planned(flags: Flags) -> tuple[SearchPlan, Space, Path]:
     stem = re.sub(r"[^A-Za-z0-9._-]", "-", Path(flags.space or "quick").stem).lstrip("._-")
     settings = {"name": f"{stem or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"} | _absolute(space.search) | given
     plan = build(SearchPlan, settings, "command line")
-    folder = Path(plan.storage) / plan.name
+    folder = run_folder(plan.storage, plan.name)
     check_new(folder, plan)
     return plan, fix(space, overrides), folder
 
@@ -223,17 +257,22 @@ def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
     prefix = "sqlite:///" if url.startswith("sqlite:///") else ""
     if prefix or url.endswith(".log"):
         settings = settings | {"optuna_storage": prefix + os.path.abspath(url.removeprefix(prefix))}
-    return settings | {key: os.path.abspath(os.path.expanduser(path)) for key, path in paths.items()}
+    return settings | {
+        key: path if is_uri(path) else os.path.abspath(os.path.expanduser(path)) for key, path in paths.items()
+    }
 
 
 def _resumed(flags: Flags) -> tuple[SearchPlan, Space, Path]:
     """Plan and space of the run that goes on; only a few settings may be given anew."""
     if flags.name is None:
         raise InputError("--resume: which run? give its --name")
-    folder = Path(flags.storage or "results") / flags.name
+    folder = run_folder(flags.storage or "results", flags.name)
+    if flags.storage is not None and is_uri(flags.storage):
+        fetch(folder, joined(flags.storage, flags.name))
     if not (folder / "plan.yaml").is_file():
         there = sorted(path.parent.name for path in folder.parent.glob("*/plan.yaml"))
-        raise InputError(f"--resume: there is no run {folder}; runs there: {', '.join(there) or 'none'}")
+        place = joined(flags.storage or "results", flags.name)
+        raise InputError(f"--resume: there is no run {place}; runs there: {', '.join(there) or 'none'}")
     if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
         raise InputError(f"--resume: no permission to write in {folder}")
     journal = folder / "journal.jsonl"
@@ -262,6 +301,7 @@ def _resumed(flags: Flags) -> tuple[SearchPlan, Space, Path]:
     if faults:
         raise InputError(faults)
     changed = {key: value for key, value in given.items() if key in RESUME_MAY_CHANGE}
+    changed["storage"] = flags.storage or "results"  # the run may have been moved
     plan = build(SearchPlan, settings | changed, str(folder / "plan.yaml"))
     return plan, parse(document["space"], str(folder / "plan.yaml")), folder
 
@@ -272,14 +312,22 @@ def check_new(folder: Path, plan: SearchPlan) -> None:
     Raises:
         InputError: one of them is not so.
     """
-    if folder.exists():
-        raise InputError(f"--name {plan.name}: {folder} exists; go on with it by --resume, or choose another name")
+    if folder.exists() or (is_uri(plan.storage) and _in_storage(plan)):
+        place = joined(plan.storage, plan.name)
+        raise InputError(f"--name {plan.name}: {place} exists; go on with it by --resume, or choose another name")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--storage {plan.storage}: can't be made ({error.strerror}); choose another") from None
     if not os.access(folder.parent, os.W_OK | os.X_OK, effective_ids=True):
         raise InputError(f"--storage {plan.storage}: no permission to write there; choose another")
+
+
+def _in_storage(plan: SearchPlan) -> bool:
+    try:
+        return bool(files_below(joined(plan.storage, plan.name)))
+    except OSError as error:
+        raise InputError(f"--storage {plan.storage}: can't be read ({error}); are its keys given?") from None
 
 
 def _data(plan: SearchPlan, space: Space, recorded: pd.DataFrame | None, map: Callable[..., Any]) -> Checked:

@@ -4,14 +4,17 @@ import csv
 import hashlib
 import json
 import os
+import posixpath
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from io import TextIOWrapper
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tuning import storage
 from tuning.config import FORMATS, InputError
 
 IMAGE_SUFFIXES = tuple(FORMATS)
@@ -28,6 +31,20 @@ class Sample(NamedTuple):
     label: str | None
     split: str | None
     group: str | None
+
+
+class Entry(NamedTuple):
+    """A file or folder in a storage, as `os.scandir` gives those of this machine."""
+
+    name: str
+    path: str
+    folder: bool
+
+    def is_dir(self) -> bool:
+        return self.folder
+
+
+Lister: TypeAlias = Callable[[str, list[str]], Sequence[os.DirEntry[str] | Entry]]
 
 
 def load_samples(
@@ -48,7 +65,7 @@ def load_samples(
     from train; with no split at all every split is drawn.
 
     Args:
-        data: folder, or CSV or Parquet manifest.
+        data: folder, or CSV or Parquet manifest; a path or a URI.
         path_column, label_column: columns of the manifest.
         split_column, group_column: columns of the manifest that may be missing if they have their default names.
         val_fraction: share of all images (where train is given: of its images) drawn for validation.
@@ -56,13 +73,14 @@ def load_samples(
 
     Returns:
         One row per image, sorted by path: `path` (relative to the root where it lies below, with slashes), `file`
-        (absolute), `label`, `split` (train, val or test), `group` (None where no groups are given); Python strings.
-        `attrs["drawn"]` names the splits that were drawn here: none, or train and val, or all three.
+        (absolute path or URI), `label`, `split` (train, val or test), `group` (None where no groups are given); Python
+        strings. `attrs["drawn"]` names the splits that were drawn here: none, or train and val, or all three.
 
     Raises:
         InputError: every fault found in the data.
     """
-    root = os.path.abspath(os.path.expanduser(data))
+    root = data.rstrip("/") if storage.is_uri(data) else os.path.abspath(os.path.expanduser(data))
+    columns = (path_column, label_column, split_column, group_column)
     faults: list[str] = []
     if val_fraction + test_fraction >= 1:
         faults.append(
@@ -70,13 +88,11 @@ def load_samples(
             f"{test_fraction}; lower one of them"
         )
     samples: list[Sample] = []
-    if os.path.isdir(root):
-        samples = _read_folder(root, faults)
-    elif not os.path.exists(root):
-        faults.append(f"{data}: no such folder or file; give a folder of class folders, or a CSV or Parquet manifest")
-    else:
-        samples = _read_manifest(root, (path_column, label_column, split_column, group_column), faults)
-    missing = [sample.path for sample in samples if not os.path.isfile(sample.file)]
+    try:
+        samples = _read_stored(root, columns, faults) if storage.is_uri(root) else _read_local(root, columns, faults)
+        missing = [sample.path for sample, there in zip(samples, _there(samples), strict=True) if not there]
+    except OSError as error:
+        raise InputError(f"{data}: can't be read ({error}); is the storage reached, and are its keys given?") from None
     if missing:
         faults.append(
             f"{data}: {len(missing)} image files are missing ({_examples(missing)}); bring them or take them out"
@@ -115,6 +131,46 @@ def drawn(samples: pd.DataFrame, units: Sequence[str], *, val_fraction: float, t
     if faults:
         raise InputError(faults)
     return found
+
+
+def _read_local(root: str, columns: tuple[str, str, str, str], faults: list[str]) -> list[Sample]:
+    if os.path.isdir(root):
+        return _read_folder(root, _entries, faults)
+    if os.path.exists(root):
+        return _read_manifest(root, columns, faults)
+    faults.append(f"{root}: no such folder or file; give a folder of class folders, or a CSV or Parquet manifest")
+    return []
+
+
+def _read_stored(root: str, columns: tuple[str, str, str, str], faults: list[str]) -> list[Sample]:
+    """Samples of a folder or manifest in a storage; a folder is listed in one go."""
+    if storage.stored([root]) != [None]:
+        return _read_manifest(root, columns, faults)
+    files = storage.files_below(root)
+    if not files:
+        faults.append(f"{root}: nothing is there; give a folder of class folders, or a CSV or Parquet manifest")
+        return []
+    below: dict[str, dict[str, Entry]] = defaultdict(dict)
+    for name in files:
+        folder, parts = root, name.split("/")
+        for part in parts[:-1]:
+            below[folder][part] = Entry(part, storage.joined(folder, part), True)
+            folder = storage.joined(folder, part)
+        below[folder].setdefault(parts[-1], Entry(parts[-1], storage.joined(folder, parts[-1]), False))
+
+    def entries(folder: str, faults: list[str]) -> list[Entry]:
+        return sorted(entry for entry in below[folder].values() if not entry.name.startswith("."))
+
+    return _read_folder(root, entries, faults)
+
+
+def _there(samples: list[Sample]) -> list[bool]:
+    """Whether each file is there."""
+    uris = [sample.file for sample in samples if storage.is_uri(sample.file)]
+    known = dict(zip(uris, storage.stored(uris), strict=True))
+    return [
+        known[file] is not None if file in known else os.path.isfile(file) for file in (row.file for row in samples)
+    ]
 
 
 def redrawn(samples: pd.DataFrame, seed: int) -> pd.DataFrame:
@@ -163,11 +219,11 @@ def _examples(values: Iterable[Any]) -> str:
 # --- Folders ---------------------------------------------------------------------------------------------------------
 
 
-def _read_folder(root: str, faults: list[str]) -> list[Sample]:
+def _read_folder(root: str, entries_of: Lister, faults: list[str]) -> list[Sample]:
     """Samples of a folder of class folders, with or without split folders; faults are appended to `faults`."""
     split_of = {
         entry.name: SPLIT_WORDS[entry.name.lower()]
-        for entry in _entries(root, faults)
+        for entry in entries_of(root, faults)
         if entry.is_dir() and entry.name.lower() in SPLIT_WORDS
     }
     if len(set(split_of.values())) < len(split_of):
@@ -182,8 +238,8 @@ def _read_folder(root: str, faults: list[str]) -> list[Sample]:
     parts: list[str | None] = [*split_of] or [None]
     for part in parts:
         split = split_of[part] if part else None
-        folder = os.path.join(root, part) if part else root
-        entries = _entries(folder, faults)
+        folder = storage.joined(root, part) if part else root
+        entries = entries_of(folder, faults)
         class_folders = [entry for entry in entries if entry.is_dir()]
         loose = [entry.name for entry in entries if not entry.is_dir() and _is_image(entry.name)]
         if loose:
@@ -195,7 +251,7 @@ def _read_folder(root: str, faults: list[str]) -> list[Sample]:
             faults.append(f"{folder}: no class folders; put the images of each class into a folder of its name")
         for entry in class_folders:
             classes[split].add(entry.name)
-            files = _list_files(entry.path, faults, set())
+            files = _list_files(entry.path, entries_of, faults, set())
             images = [file for file in files if _is_image(file)]
             if not images:
                 suffixes = sorted({os.path.splitext(file)[1] or "none" for file in files})
@@ -205,7 +261,7 @@ def _read_folder(root: str, faults: list[str]) -> list[Sample]:
                     f"({', '.join(IMAGE_SUFFIXES)}) or take it away"
                 )
             for file in images:
-                path = os.path.relpath(file, root).replace(os.sep, "/")
+                path = file.removeprefix(root).lstrip(os.sep).replace(os.sep, "/")
                 samples.append(Sample(path, file, entry.name, split, None))
     faults += [f"{root}: {fault}" for fault in _class_faults(classes)]
 
@@ -228,15 +284,15 @@ def _entries(folder: str, faults: list[str]) -> list[os.DirEntry[str]]:
         return []
 
 
-def _list_files(folder: str, faults: list[str], seen: set[str]) -> list[str]:
+def _list_files(folder: str, entries_of: Lister, faults: list[str], seen: set[str]) -> list[str]:
     """All files below a folder; `seen` holds the real folders already listed, for links may run in a circle."""
     real = os.path.realpath(folder)
     if real in seen:
         return []
     seen.add(real)
     files: list[str] = []
-    for entry in _entries(folder, faults):
-        files += _list_files(entry.path, faults, seen) if entry.is_dir() else [entry.path]
+    for entry in entries_of(folder, faults):
+        files += _list_files(entry.path, entries_of, faults, seen) if entry.is_dir() else [entry.path]
     return files
 
 
@@ -307,7 +363,7 @@ def _read_manifest(file: str, columns: tuple[str, str, str, str], faults: list[s
 
 def _read_csv(file: str) -> tuple[list[str], dict[str, list[Any]]]:
     """Column names and columns of text; only an empty cell is empty, for `NA` and `None` may be classes."""
-    with open(file, encoding="utf-8-sig", newline="") as stream:
+    with _open(file) as raw, TextIOWrapper(raw, encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream, skipinitialspace=True, strict=True)
         there = [name.strip() for name in reader.fieldnames or []]
         reader.fieldnames = there
@@ -326,14 +382,26 @@ def _read_csv(file: str) -> tuple[list[str], dict[str, list[Any]]]:
 
 def _read_parquet(file: str, columns: Sequence[str]) -> tuple[list[str], dict[str, list[Any]]]:
     """All column names, and the wanted columns as Python values."""
-    schema = pq.read_schema(file)
+    with _open(file) as stream:
+        content = pq.ParquetFile(stream)
+        return _parquet_columns(file, content, columns)
+
+
+def _parquet_columns(
+    file: str, content: pq.ParquetFile, columns: Sequence[str]
+) -> tuple[list[str], dict[str, list[Any]]]:
+    schema = content.schema_arrow
     wanted = [name for name in dict.fromkeys(columns) if schema.names.count(name) == 1]
     nested = [name for name in wanted if pa.types.is_nested(schema.field(name).type)]
     if nested:
         raise InputError(
             [f"{file}: column {name!r} holds {schema.field(name).type}; give one value per image" for name in nested]
         )
-    return schema.names, {name: pq.read_table(file, columns=[name])[name].to_pylist() for name in wanted}
+    return schema.names, {name: content.read(columns=[name])[name].to_pylist() for name in wanted}
+
+
+def _open(file: str) -> BinaryIO:
+    return storage.readable(file) if storage.is_uri(file) else open(file, "rb")
 
 
 def _cell_text(value: Any) -> str | None:
@@ -346,6 +414,9 @@ def _cell_text(value: Any) -> str | None:
 
 
 def _manifest_sample(root: str, path: str, label: str | None, split: str | None, group: str | None) -> Sample:
+    if storage.is_uri(path) or (storage.is_uri(root) and not os.path.isabs(path)):
+        file = path if storage.is_uri(path) else storage.joined(root, posixpath.normpath(path.replace("\\", "/")))
+        return Sample(file.removeprefix(f"{root}/"), file, label, split, group)
     file = os.path.abspath(os.path.join(root, path.replace("\\", "/")))
     below = file.startswith(os.path.join(root, ""))
     shown = os.path.relpath(file, root) if below or not os.path.isabs(path) else file

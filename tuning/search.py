@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -20,6 +21,7 @@ from tuning.config import SearchPlan, TrialConfig
 from tuning.features import run_folder
 from tuning.finalists import candidates, runs_to_make
 from tuning.images import cache_folder
+from tuning.mirror import Mirror
 from tuning.optimizer import LiveStudy, Optimizer, Prior
 from tuning.space import Space, backbones, middle, trial_values
 from tuning.stopping import Rungs, compared_value, stratum
@@ -47,6 +49,7 @@ class Search:
         resumed: whether the run was there before.
         report: called after the tables have been written anew; bounds its own share of the time.
         redraw: whether finalists' runs draw training and validation anew: not where the user has fixed the split.
+        mirror: keeps the run's copy in a storage, if it lies in one.
         clock: seconds; simulated ones in benchmarks.
     """
 
@@ -64,6 +67,7 @@ class Search:
         resumed: bool = False,
         report: Callable[[], object] = lambda: None,
         redraw: bool = False,
+        mirror: Mirror | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.plan, self.space, self.run_folder, self.resources, self.show = plan, space, run, resources, show
@@ -84,7 +88,7 @@ class Search:
             space, seed=plan.seed, metric=plan.metric, sampler=plan.sampler, priors=self.record.priors
         )
         self.rungs = Rungs(grace_epochs=plan.grace_epochs, reduction_factor=plan.reduction_factor, epochs=plan.epochs)
-        self._redraw, self._report = redraw, report
+        self._redraw, self._report, self._mirror = redraw, report, mirror
         self.running: dict[str, Trial] = {}  # in the order in which they started
         self.halted: str | None = None  # why no more trials are to be started
         self._tables_due = -math.inf
@@ -97,6 +101,8 @@ class Search:
             "threads": resources.cpus,
             "cache_bytes": plan.cache_bytes,
             "device": "cuda" if resources.gpus else "cpu",
+            "storage": None if mirror is None else mirror.uri,
+            "home": None if mirror is None else ray.get_runtime_context().get_node_id(),
         }
         self._ending = {
             "metric": plan.metric,
@@ -361,19 +367,27 @@ class Search:
     def _delete_checkpoints(self) -> None:
         """Of ended trials keep the best few's best weights, within `checkpoint_bytes`; the worst of them go first."""
         folder = self.run_folder / "checkpoints"
-        there = sorted({path.name.partition(".")[0] for path in folder.glob("[!.]*")})  # trials with files
-        trials = [self.record.trials[trial_id] for trial_id in there if trial_id in self.record.trials]
-        states = [state_file(self.run_folder, trial.trial_id) for trial in trials if not trial.ended]
-        total = sum(path.stat().st_size for path in states if path.exists())
+        sizes = {path.name: path.stat().st_size for path in folder.glob("[!.]*")}
+        if self._mirror is not None:
+            sizes = {Path(name).name: size for name, size in self._mirror.elsewhere.items()} | sizes
+        named = sorted({name.partition(".")[0] for name in sizes})  # trials with files
+        trials = [self.record.trials[trial_id] for trial_id in named if trial_id in self.record.trials]
+        state, best = (
+            {each.trial_id: file("", each.trial_id).name for each in trials} for file in (state_file, best_file)
+        )
+        total = sum(sizes.get(state[trial.trial_id], 0) for trial in trials if not trial.ended)
         for place, trial in enumerate(sorted((trial for trial in trials if trial.ended), key=self._rank)):
-            state_file(self.run_folder, trial.trial_id).unlink(missing_ok=True)
-            best = best_file(self.run_folder, trial.trial_id)
-            if best.exists():
-                kept = total + best.stat().st_size
-                if place >= KEPT_CHECKPOINTS or trial.number is None or kept > self.plan.checkpoint_bytes:
-                    best.unlink()
-                else:
-                    total = kept
+            self._delete_checkpoint(state[trial.trial_id])
+            size = sizes.get(best[trial.trial_id], 0)
+            if place >= KEPT_CHECKPOINTS or trial.number is None or total + size > self.plan.checkpoint_bytes:
+                self._delete_checkpoint(best[trial.trial_id])
+            else:
+                total += size
+
+    def _delete_checkpoint(self, name: str) -> None:
+        (self.run_folder / "checkpoints" / name).unlink(missing_ok=True)
+        if self._mirror is not None and f"checkpoints/{name}" in self._mirror.elsewhere:
+            self._mirror.forget(f"checkpoints/{name}")
 
     def _rank(self, trial: Trial) -> tuple[bool, float]:
         """Finalists' runs come last: what they were run for is in the tables."""

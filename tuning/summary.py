@@ -14,6 +14,7 @@ from tuning.remarks import remarks
 
 def summarize(
     folder: Path,
+    place: str,
     plan: SearchPlan,
     verdict: finalists.Verdict,
     judged: pd.DataFrame,
@@ -25,6 +26,7 @@ def summarize(
 
     Args:
         folder: of the run, whose tables are read.
+        place: what the user calls it: the folder, or a URI.
         judged: the table of finalists.
         halted: why the search ended early, if it did.
         slots: trials at once, if that number is fixed.
@@ -52,11 +54,11 @@ def summarize(
     for words, alarming in remarks(folder, trials, samples, verdict.trial_id):
         console.print(words, style="bold" if alarming else None)
     console.print("\nNext:")
-    quoted = shlex.quote(str(folder))
+    quoted = shlex.quote(place)
     console.print(
         f"  python tuning/train_final.py {quoted}        # train it again, test it, write its model/", markup=False
     )
-    console.print(f"  python -c \"import pandas as pd; print(pd.read_parquet('{folder}/trials.parquet'))\"")
+    console.print(f"  python -c \"import pandas as pd; print(pd.read_parquet('{place}/trials.parquet'))\"")
 
 
 def _tell_trials(trials: pd.DataFrame, metric: str) -> None:

@@ -28,8 +28,10 @@ from tuning.config import InputError, SearchPlan, TrialConfig, build, command_li
 from tuning.documents import check_parts, read_mapping
 from tuning.ensemble import named_shares
 from tuning.images import cache_folder, open_images
+from tuning.mirror import borrowed
 from tuning.predictions import read_predictions, write_tested
 from tuning.reading import READINGS, measured, note_reading, tell
+from tuning.storage import is_uri
 
 if TYPE_CHECKING:
     from tuning.data import Data
@@ -53,8 +55,12 @@ class Flags:
 
 def main() -> int:
     """Run the command line; returns the exit code."""
+    flags = tyro.cli(Flags)
     try:
-        run(tyro.cli(Flags))
+        with borrowed(flags.best) as place:
+            run(dataclasses.replace(flags, best=str(place)))
+        if is_uri(flags.best):
+            print(f"sent to {flags.best}")
     except InputError as error:
         for fault in error.faults:
             print(f"error: {fault}", file=sys.stderr)

@@ -10,17 +10,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 from ray import tune
 from safetensors import SafetensorError
 
-from tuning.checkpoints import load_state, save
+from tuning.checkpoints import best_file, load_state, save, state_file
 from tuning.cluster import images_here
 from tuning.config import TrialConfig
 from tuning.data import Data, join, placed
 from tuning.features import FeatureCache
 from tuning.finetune import Row, State, finetune, out_of_memory
 from tuning.images import open_images
+from tuning.mirror import copies, fetch_files, push_file
 from tuning.models import Models, keep_memory
 from tuning.predictions import predictions_file, write_predictions
 from tuning.probe import probe
@@ -101,11 +103,17 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._config = config
+        self._run = Path(config["run"])
+        self._away = config["storage"] is not None and ray.get_runtime_context().get_node_id() != config["home"]
+        if self._away:  # this node has a copy of its own of what it needs
+            self._run = copies(config["storage"]) / self._run.name
         self._saved, self._saved_at = False, time.monotonic()
         self._predicted: int | None = None  # the epoch whose validation probabilities are on disk
 
     def _start(self) -> Iterator[tuple[Row, Callable[[], State]]]:
-        state = load_state(self._config["run"], self._config["trial_id"])
+        if self._away:
+            fetch_files(self._run, self._config["storage"], self._checkpoint_names())
+        state = load_state(self._run, self._config["trial_id"])
         self._replay = list(state.history) if state else []
         trial = TrialConfig(**self._config["config"])
         data = self._load(trial)
@@ -122,7 +130,9 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
         return finetune(trial, data, state=state, **given, **self._config["ending"])
 
     def _load(self, trial: TrialConfig) -> Data:
-        samples = read_table(Path(self._config["run"]) / "samples.parquet")
+        if self._away:
+            fetch_files(self._run, self._config["storage"], ["samples.parquet"])
+        samples = read_table(self._run / "samples.parquet")
         if trial.image_size not in self._data:
             images = open_images(images_here(Path(self._config["images"][str(trial.image_size)])))
             self._data[trial.image_size] = join(samples, placed(images, self._device))
@@ -135,27 +145,48 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
 
     def _save(self, state: State, *, final: bool = False) -> bool:
         """Write a checkpoint; true if it is on disk. A full disk costs the checkpoint, not the trial."""
-        run, trial_id, config = (self._config[name] for name in ("run", "trial_id", "config"))
+        trial_id, config = self._config["trial_id"], self._config["config"]
+        ended = final or state.history[-1]["ends"] is not None
         best = best_epoch(state.history, self._config["ending"]["metric"])
         self._save_predictions(state, best)
         self._saved_at = time.monotonic()
         try:
-            save(run, trial_id, state, best, config, ended=final or state.history[-1]["ends"] is not None)
+            save(self._run, trial_id, state, best, config, ended=ended)
+            if self._away:
+                self._send(ended)
         except (OSError, SafetensorError) as error:
             print(f"{trial_id}: no checkpoint was written: {error}", file=sys.stderr)
             return False
         return True
+
+    def _checkpoint_names(self) -> list[str]:
+        trial_id = self._config["trial_id"]
+        return [str(file("", trial_id)) for file in (best_file, state_file)]
+
+    def _send(self, ended: bool) -> None:
+        """Put into the storage what this node has written; what is of no more use here goes.
+
+        Raises:
+            OSError: the storage fails.
+        """
+        names = [str(predictions_file("", self._config["trial_id"])), *self._checkpoint_names()]
+        for name in names:
+            push_file(self._run, self._config["storage"], name)
+            if ended:
+                (self._run / name).unlink(missing_ok=True)
 
     def _save_predictions(self, state: State, best: Row | None) -> None:
         """Write validation probabilities, before the checkpoint: who goes on from it may never make them again."""
         logits = state.tensors.get("validation/logits")
         if best is None or logits is None or best["epoch"] == self._predicted:
             return
-        run, trial_id = self._config["run"], self._config["trial_id"]
+        trial_id = self._config["trial_id"]
         probabilities = torch.softmax(logits.double(), dim=1).numpy()
         named: dict[str, Any] = {"epoch": best["epoch"], "val_loss": best["val_loss"]}
         try:
-            write_predictions(predictions_file(run, trial_id), self._validation, self._classes, probabilities, **named)
+            write_predictions(
+                predictions_file(self._run, trial_id), self._validation, self._classes, probabilities, **named
+            )
         except OSError as error:
             print(f"{trial_id}: no validation probabilities were written: {error}", file=sys.stderr)
         else:

@@ -1,0 +1,127 @@
+"""Whole searches whose data and results lie in a storage, and on several nodes; commands as a user types them."""
+
+import os
+import subprocess
+import time
+
+import pandas as pd
+import pytest
+import yaml
+from ray.cluster_utils import Cluster
+from test_end_to_end import SPACE, command, ended, outcome
+
+from tuning import storage
+from tuning.mirror import borrowed
+from tuning.tables import FINAL, read_journal, read_table
+
+pytestmark = pytest.mark.slow
+SETTINGS = ("trials=8", "epochs=5", "finalists=0")
+
+
+@pytest.fixture
+def place(tmp_path, folder, bucket):
+    """A folder with a space, and a bucket with the images."""
+    space = SPACE | {"search": {"weights": "random", "reduction_factor": 3}}
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(space))
+    for file in folder.rglob("*.png"):
+        storage.write_bytes(f"{bucket}/films/{file.relative_to(folder)}", file.read_bytes())
+    return tmp_path, bucket
+
+
+def start(folder, *arguments, **environment):
+    with open(folder / "log.txt", "a") as log:
+        name, *rest = arguments
+        return subprocess.Popen(command(name, *rest), cwd=folder, stdout=log, stderr=log, env=os.environ | environment)
+
+
+def finish(process, folder):
+    assert process.wait(timeout=300) == 0, (folder / "log.txt").read_text()
+
+
+def wait_for(condition, process, seconds=240):
+    """Until something holds, while the search runs."""
+    for _ in range(10 * seconds):
+        if condition():
+            return
+        assert process.poll() is None
+        time.sleep(0.1)
+    pytest.fail("it never came to this")
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("bucket", ["s3"], indirect=True)
+def test_a_run_in_a_storage_killed_and_gone_on_with_elsewhere_equals_one_here(place, folder):
+    here, bucket = place
+    common = ("--space", "space.yaml", "--set", *SETTINGS, "concurrent=1")
+    finish(start(here, "run_search.py", *common, "--data", folder, "--name", "whole"), here)
+    there = f"{bucket}/runs"
+    arguments = (*common, "--data", f"{bucket}/films", "--storage", there, "--name", "whole")
+    process = start(here, "run_search.py", *arguments, FINETUNE_SEARCH_CACHE=str(here / "one machine"))
+    wait_for(lambda: len(storage.files_below(f"{there}/whole/journal")) >= 1, process)
+    process.kill()
+    process.wait()
+    another = {"FINETUNE_SEARCH_CACHE": str(here / "another machine")}
+    finish(start(here, "run_search.py", "--resume", "--name", "whole", "--storage", there, **another), here)
+    with borrowed(f"{there}/whole") as run:
+        for rows, expected in zip(outcome(run), outcome(here / "results" / "whole"), strict=True):
+            pd.testing.assert_frame_equal(pd.DataFrame(rows), pd.DataFrame(expected), check_exact=True)
+        files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    kept = {str(path.relative_to(here / "results" / "whole")) for path in (here / "results" / "whole").rglob("*.*")}
+    assert files == kept
+    assert not (here / "results" / "s3:").exists()
+    assert not list((here / "another machine" / "runs").iterdir())
+    again = start(here, "run_search.py", *arguments)
+    assert again.wait(timeout=60) == 2
+    assert f"{there}/whole exists" in (here / "log.txt").read_text()
+
+    finish(start(here, "train_final.py", f"{there}/whole", **another), here)
+    finish(start(here, "report.py", f"{there}/whole", **another), here)
+    assert {"whole/report.html", "whole/model/config.yaml"} <= storage.files_below(there).keys()
+
+
+def trials_ended(runs):
+    return sum(len(ended(journal)) for journal in runs.glob("*/three/journal.jsonl"))
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("bucket", ["s3"], indirect=True)
+def test_three_nodes_of_which_one_dies_end_every_trial_once(place):
+    here, bucket = place
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        nodes = [
+            cluster.add_node(num_cpus=1, env_vars={"FINETUNE_SEARCH_CACHE": str(here / f"node {number}")})
+            for number in range(2)
+        ]
+        there = f"{bucket}/runs"
+        settings = ("trials=8", "epochs=6", "finalists=0", "early_stopping=true")
+        arguments = ("--space", "space.yaml", "--data", f"{bucket}/films", "--storage", there, "--name", "three")
+        process = start(
+            here,
+            "run_search.py",
+            *arguments,
+            "--set",
+            *settings,
+            RAY_ADDRESS=cluster.address,
+            FINETUNE_SEARCH_CACHE=str(here / "driver"),
+        )
+        wait_for(lambda: trials_ended(here / "driver" / "runs") >= 2, process)
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        finish(process, here)
+    finally:
+        cluster.shutdown()
+    with borrowed(f"{there}/three") as run:
+        trials = read_table(run / "trials.parquet")
+        events = read_journal(run / "journal.jsonl")
+        left = sorted(path.name for path in (run / "checkpoints").iterdir())
+        predictions = {path.stem for path in (run / "predictions").iterdir()}
+    searched = trials[trials["number"].notna()]
+    assert sorted(searched["number"]) == list(range(8))
+    assert set(trials["status"]) <= set(FINAL)
+    ends = [event["trial_id"] for event in events if event["event"] == "ended"]
+    assert sorted(ends) == sorted(trials["trial_id"])
+    finite = searched[searched["val_loss"].notna()]
+    assert set(finite["trial_id"]) <= predictions
+    best = finite.nsmallest(5, "val_loss")["trial_id"]
+    assert left == sorted(f"{trial_id}.best.safetensors" for trial_id in best)
+    assert any((here / f"node {number}" / "runs").exists() for number in range(2))  # trials did run there

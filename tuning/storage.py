@@ -1,0 +1,159 @@
+"""Data and runs where clusters keep them: whatever pyarrow's file systems open, such as S3, GCS and fsspec's."""
+
+import os
+import uuid
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from io import BytesIO
+from typing import NamedTuple
+
+import pyarrow as pa
+from pyarrow import fs
+
+from tuning.config import InputError
+
+READERS = 32  # requests at once
+
+
+class Stored(NamedTuple):
+    """What a storage says of a file."""
+
+    size: int  # bytes
+    mtime_ns: int
+
+
+def is_uri(place: object) -> bool:
+    """Whether a place is named by a URI (s3://bucket/folder), and not a path of this machine."""
+    return "://" in str(place)
+
+
+def joined(place: str, name: str) -> str:
+    """A name below a folder, which is a path or a URI."""
+    return f"{place.rstrip('/')}/{name}" if is_uri(place) else os.path.join(place, name)
+
+
+def read_bytes(uri: str) -> bytes:
+    """A file's content.
+
+    Raises:
+        OSError: it is not there, or the storage fails.
+    """
+    filesystem, path = _opened(uri)
+    with filesystem.open_input_stream(path, compression=None) as stream:
+        content: bytes = stream.readall()
+    return content
+
+
+def write_bytes(uri: str, content: bytes) -> None:
+    """Put a file there, whole.
+
+    Raises:
+        OSError: the storage fails.
+    """
+    filesystem, path = _opened(uri)
+    if isinstance(filesystem, fs.LocalFileSystem):  # others have no folders, or make them
+        filesystem.create_dir(os.path.dirname(path), recursive=True)
+    with filesystem.open_output_stream(path, compression=None) as stream:
+        stream.write(content)
+
+
+def delete(uri: str) -> None:
+    """Take a file away, if it is there.
+
+    Raises:
+        OSError: the storage fails.
+    """
+    filesystem, path = _opened(uri)
+    if filesystem.get_file_info(path).type != fs.FileType.NotFound:
+        filesystem.delete_file(path)
+
+
+def stored(uris: Sequence[str]) -> list[Stored | None]:
+    """What is known of each file; null where there is none.
+
+    Raises:
+        OSError: the storage fails.
+    """
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(_stored, uris))
+
+
+def _stored(uri: str) -> Stored | None:
+    filesystem, path = _opened(uri)
+    info = filesystem.get_file_info(path)
+    return Stored(info.size, info.mtime_ns or 0) if info.type == fs.FileType.File else None
+
+
+def files_below(uri: str) -> dict[str, Stored]:
+    """All files below a folder by their names relative to it; none where there is no such folder.
+
+    Raises:
+        OSError: the storage fails.
+    """
+    filesystem, path = _opened(uri)
+    found = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+    start = len(path.rstrip("/")) + 1
+    return {info.path[start:]: Stored(info.size, info.mtime_ns or 0) for info in found if info.is_file}
+
+
+def unwritable(place: str) -> str | None:
+    """Why nothing can be written to a folder or URI, tried; null where it can."""
+    trial = joined(place, f".reach-{uuid.uuid4().hex}")
+    try:
+        if is_uri(place):
+            write_bytes(trial, b"")
+            delete(trial)
+        else:
+            with open(trial, "w"):
+                pass
+            os.unlink(trial)
+    except (OSError, InputError) as error:
+        return str(error)
+    return None
+
+
+def unreadable(place: str) -> str | None:
+    """Why a folder or file, or a URI of one, can't be read; null where it can."""
+    try:
+        if is_uri(place):
+            if stored([place]) == [None] and not files_below(place):
+                return "nothing is there"
+        elif os.path.isdir(place):
+            os.scandir(place).close()
+        else:
+            open(place, "rb").close()
+    except (OSError, InputError) as error:
+        return str(error)
+    return None
+
+
+def readable(uri: str) -> BytesIO:
+    """A file to be read from memory: image formats jump to and fro, and each jump would be a request."""
+    return BytesIO(read_bytes(uri))
+
+
+def _opened(uri: str) -> tuple[fs.FileSystem, str]:
+    """The file system, and the path in it, taken literally: no query, no percent signs to be decoded."""
+    scheme, _, rest = uri.partition("://")
+    host, _, path = rest.partition("/")
+    filesystem, base = _filesystem(f"{scheme}://{host}" if host else f"{scheme}:///")
+    return filesystem, f"{base.rstrip('/')}/{path}".rstrip("/")
+
+
+@lru_cache
+def _filesystem(base: str) -> tuple[fs.FileSystem, str]:
+    """Raises InputError where there is none of this kind."""
+    if "@" in base:
+        cure = "take it out and give it by the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, say)"
+        raise InputError(
+            f"{base.partition('://')[0]}://...@...: a password in a URI would be written into tables; {cure}"
+        )
+    try:
+        opened: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(base)
+    except (pa.ArrowException, OSError, ValueError, ImportError) as error:
+        raise InputError(
+            f"{base}: no storage of this kind ({error}); give a folder, or s3://, gs://, abfs://, hdfs:// or "
+            "fsspec+NAME:// and what follows"
+        ) from None
+    return opened
