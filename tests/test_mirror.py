@@ -27,10 +27,13 @@ def contents(folder):
 
 
 def journal(folder, events, more=b""):
-    lines = b"".join(
-        json.dumps({"seq": n, "event": "priors", "wall_s": 0.0}).encode() + b"\n" for n in range(1, events + 1)
-    )
-    (folder / "journal.jsonl").write_bytes(lines + more)
+    """Append events until there are so many; `more` is what a killed driver left."""
+    there = Journal(folder / "journal.jsonl")
+    for _ in range(events - len(read_journal(folder / "journal.jsonl"))):
+        there.append("priors", priors=[])
+    there.close()
+    with open(folder / "journal.jsonl", "ab") as file:
+        file.write(more)
 
 
 def test_what_is_sent_comes_back_the_same(run, bucket, tmp_path):
@@ -85,8 +88,8 @@ def test_of_two_journals_the_longer_goes_on_and_of_two_histories_the_one_in_the_
     other = tmp_path / "there" / "xray"
     there = Mirror(other, f"{bucket}/xray")
     there.fetch()
-    with_another_end = (other / "journal.jsonl").read_bytes() + b'{"seq": 4, "event": "other"}\n'
-    (other / "journal.jsonl").write_bytes(with_another_end)
+    journal(other, 4)
+    with_another_end = (other / "journal.jsonl").read_bytes()
     there.push()
     fetch(run, f"{bucket}/xray")
     assert (run / "journal.jsonl").read_bytes() == with_another_end

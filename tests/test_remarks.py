@@ -5,7 +5,7 @@ import pytest
 from runs import make_run
 
 from tuning import report
-from tuning.analysis import best, searched
+from tuning.analysis import searched, top
 from tuning.predictions import predictions_file, write_predictions
 from tuning.remarks import remarks
 from tuning.sections import read
@@ -23,7 +23,7 @@ def make_judged(folder, sure):
         probabilities = each / each.sum(axis=1, keepdims=True)
         named = {"epoch": int(row.best_epoch), "val_loss": row.val_loss}
         write_predictions(predictions_file(folder, row.trial_id), validation, classes, probabilities, **named)
-    chosen = best(run.trials, "val_loss")["trial_id"]
+    chosen = top(run.trials, "val_loss")["trial_id"]
     return chosen, remarks(folder, searched(run.trials), run.samples, chosen)
 
 

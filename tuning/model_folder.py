@@ -209,8 +209,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         faults.append(f"temperature must be a number above 0, got {show(temperature)}")
     if shares is not None and not (shares and all(_is_positive(share) for share in shares.values())):
         faults.append("ensemble must hold shares above 0")
-    if not all(isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name) for name in shares or {}):
-        faults.append("ensemble must name folders in this folder")
+    # A folder is loaded of each: none but those in this one.
+    outside = [name for name in shares or {} if not (isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name))]
+    if outside:
+        faults.append(f"ensemble must name folders in it, not {show(outside[0])}")
     if faults:
         raise InputError([f"{path}: is damaged: {fault}; restore it from a copy" for fault in faults])
     return document

@@ -391,12 +391,13 @@ def write_tables(tables: dict[str, pa.Table], folder: Path) -> None:
     pa.default_memory_pool().release_unused()  # else it keeps as much as the largest tables took
 
 
-def read_table(path: Path) -> pd.DataFrame:
+def read_table(path: str | Path) -> pd.DataFrame:
     """A table of a run.
 
     Raises:
         InputError: not there, not Parquet, or written by a newer version.
     """
+    path = Path(path)
     try:
         table = read_whole(path)
         version = int((table.schema.metadata or {})[b"schema_version"])
@@ -406,7 +407,7 @@ def read_table(path: Path) -> pd.DataFrame:
         raise InputError(f"{path}: not a table of a run, or damaged ({error}); restore it from a copy") from None
     if version > SCHEMA_VERSION:
         raise InputError(f"{path}: schema_version {version} is newer than {SCHEMA_VERSION}; update finetune-search")
-    _check_columns(table, path)
+    _check_columns(table, path, version)
     for column in SCHEMAS.get(path.stem, ()):  # an older version's table lacks some
         if column.name not in table.column_names:
             table = table.append_column(column, pa.nulls(table.num_rows, column.type))
@@ -425,15 +426,16 @@ def read_whole(path: Path) -> pa.Table:
     return table
 
 
-def _check_columns(table: pa.Table, path: Path) -> None:
-    """Columns must be of the table's schema, and filled where every row has a value."""
+def _check_columns(table: pa.Table, path: Path, version: int) -> None:
+    """Columns must be of the table's schema, and filled where every row has a value; older versions may have others."""
     schema = SCHEMAS.get(path.stem)
     if schema is None:
         return
     faults = [
         f"{path}: is damaged: column {field.name!r} of {field.type} is none of this table; restore it from a copy"
         for field in table.schema
-        if field.name not in schema.names or not field.type.equals(schema.field(field.name).type)
+        if (version == SCHEMA_VERSION and field.name not in schema.names)
+        or (field.name in schema.names and not field.type.equals(schema.field(field.name).type))
     ]
     faults += [
         f"{path}: is damaged: column {name!r} {'has gaps' if name in table.column_names else 'is missing'}; "
