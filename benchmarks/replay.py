@@ -50,6 +50,7 @@ from tuning.tables import make_tables
 
 BEST = (0.05, 0.01)  # shares of the grid's configurations that a method is timed to
 MAX_EPOCHS = 600
+FEWER_EPOCHS = {"syne-cqr": 200}  # its surrogate is fitted anew for each suggestion: 600 take over a minute
 WARM_EPOCHS = 200
 SIGNALS_AT = (1, 2, 3, 4)  # epochs whose signals are compared with how trials end
 SHOWN_AFTER = (60, 200)  # epochs after which the best loss found is printed
@@ -341,7 +342,7 @@ PLOTTED = tuple(METHODS)[:7]  # the product's default and the peers
 
 
 def replay(curves_name: str, method_name: str, slots: int, seed: int) -> pd.DataFrame:
-    """Search until MAX_EPOCHS are trained.
+    """Search until MAX_EPOCHS, or the method's FEWER_EPOCHS, are trained.
 
     Returns:
         A row per epoch: seconds (simulated, at its end) and best (val_loss so far).
@@ -351,7 +352,8 @@ def replay(curves_name: str, method_name: str, slots: int, seed: int) -> pd.Data
     np.random.seed(seed)  # of peers that draw from the global generator
     curves, clock = curves_of(curves_name), SimpleNamespace(now=0.0)
     method = METHODS[method_name](curves, seed, slots, clock)
-    return pd.DataFrame(searched(method, curves, slots, clock, MAX_EPOCHS), columns=["seconds", "best"])
+    epochs = FEWER_EPOCHS.get(method_name, MAX_EPOCHS)
+    return pd.DataFrame(searched(method, curves, slots, clock, epochs), columns=["seconds", "best"])
 
 
 def searched(
