@@ -34,6 +34,15 @@ def test_workers_have_loaded_what_trials_need_before_the_first():
     assert dict(os.environ) == environment
 
 
+def test_without_an_address_no_other_cluster_on_this_machine_is_joined():
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 7, "include_dashboard": False})
+    try:
+        with ray_running(SearchPlan(name="test")) as resources:
+            assert resources() == (os.cpu_count(), 0.0)
+    finally:
+        cluster.shutdown()
+
+
 def test_a_map_over_two_nodes_keeps_the_order_and_uses_both(monkeypatch):
     def node_and_double(number: int) -> tuple[str, int]:
         time.sleep(0.02)

@@ -82,6 +82,7 @@ def _start(plan: SearchPlan) -> tuple[int, float]:
     if "RAY_ADDRESS" in os.environ:
         options["runtime_env"] = {"py_modules": [str(package)]}
     else:
+        options["address"] = "local"  # without it Ray joins whichever cluster was started on this machine last
         cores = os.cpu_count() or 1
         if cores <= MOST_PRELOADING and 2 * min(plan.concurrent or cores, plan.trials) >= cores:
             # Workers load torch at once, not when a trial starts: 7.9 s to the first epoch instead of 10.4.
