@@ -18,7 +18,7 @@ bench: setup
 	$(BIN)/python benchmarks/speed.py $(ARGS)
 
 example: setup
-	$(BIN)/python benchmarks/example.py $(ARGS)
+	$(BIN)/python benchmarks/example.py --place build/example $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)

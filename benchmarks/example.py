@@ -51,21 +51,24 @@ SHOWN = {"display.width": 150, "display.max_columns": 30, "display.max_rows": 10
 class Flags:
     """Make results/example and the answers in results/ANALYSIS.md anew."""
 
-    answers_only: bool = False
-    """Take the runs that are there."""
+    place: str
+    """A folder of its own for the two runs; those that are there are taken."""
 
 
 def main() -> None:
-    """Search, prune, print."""
-    os.chdir(ROOT)
-    if not tyro.cli(Flags).answers_only:
-        for name, words in SEARCHES.items():
-            shutil.rmtree(Path("results") / name, ignore_errors=True)
-            command = [sys.executable, "tuning/run_search.py", "--space", "quick", "--name", name, *words.split()]
-            subprocess.run(command, check=True)
+    """Search beside all other runs, print the answers, and take the first run and its pictures into the project."""
+    place = Path(tyro.cli(Flags).place).resolve()
+    place.mkdir(parents=True, exist_ok=True)
+    os.chdir(place)
+    for name, words in SEARCHES.items():
+        if not (Path("results") / name / "best.yaml").exists():
+            command = [sys.executable, str(ROOT / "tuning" / "run_search.py"), "--space", "quick", "--name", name]
+            subprocess.run([*command, *words.split()], check=True)
             prune(Path("results") / name)
     PAGE.write_text(answered(PAGE.read_text()))
     take_pictures(Path("results/example"))
+    shutil.rmtree(ROOT / "results" / "example")
+    shutil.copytree("results/example", ROOT / "results" / "example")
 
 
 def prune(run: Path) -> None:

@@ -39,6 +39,7 @@ def given_by_ray(run, images, *, early_loss_epochs):
         "redraw": False,
         "storage": None,
         "home": None,
+        "run_id": "",
         "ending": {
             "metric": "val_loss",
             "patience": None,

@@ -49,7 +49,8 @@ ALLOWED = {
     "card": {"__version__", "tables", "analysis", "page", "plots"},
     "mistakes": {"config", "decoding", "page", "plots"},
     "reading": {"tables", "calibration", "intervals", "predictions"},
-    "sections": {"config", "tables", "space", "analysis", "overfitting", "spending", "finalists", "page", "remarks"},
+    "sections": {"config", "tables", "space", "analysis", "overfitting", "spending", "finalists", "page", "remarks"}
+    | {"storage"},
     "report": {"config", "tables", "analysis", "spending", "page", "sections", "mirror", "storage"},
     "augment": {"config"},
     "weights": {"config"},

@@ -152,12 +152,13 @@ def differences(plans: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
 
 def _space(space: Mapping[str, Any]) -> dict[str, str]:
     """What is declared of each parameter, in a few words."""
-    parameters = {key: _said(value) for key, value in space.get("parameters", {}).items()}
+    parameters = {key: described(value) for key, value in space.get("parameters", {}).items()}
     fixed = {key: f"fixed at {value}" for key, value in space.get("fixed", {}).items()}
     return parameters | fixed | {"start points": str(len(space.get("start", [])))}
 
 
-def _said(spec: Mapping[str, Any]) -> str:
+def described(spec: Mapping[str, Any]) -> str:
+    """A parameter's values, in words."""
     if spec["type"] == "categorical":
         words = ", ".join(map(str, spec["choices"]))
     else:

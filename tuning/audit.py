@@ -116,7 +116,10 @@ def load_checked(
     Raises:
         InputError: the data is unusable: all unreadable images are listed together, and all leaks are counted.
     """
-    decoded = _decoded(plan, image_sizes, table, map, skip=plan.skip_unreadable)
+    try:
+        decoded = _decoded(plan, image_sizes, table, map, skip=plan.skip_unreadable)
+    except ConnectionError as error:
+        raise InputError(f"{plan.data}: the storage fails ({error}); start again when it works") from None
     checked, found = decoded.samples, None
     told: list[str] = []
     if table is None:

@@ -183,7 +183,7 @@ def _data(samples: pd.DataFrame, fingerprint: str) -> str:
         else "Groups: " + ", ".join(f"{int(groups[name]):,} in {name}" for name in splits) + "."
     )
     shown = (rows if len(rows) <= CLASSES_SHOWN else []) + total
-    return f"## Data\n\n{_listed(shown, ['class', *splits])}\n\n{within} Fingerprint: `{plain(fingerprint)}`."
+    return f"## Data\n\n{_listed(shown, ['class', *splits])}\n\n{within} Fingerprint: {plain(fingerprint)}."
 
 
 def _audit(audit: pd.DataFrame | None) -> str:
@@ -198,10 +198,12 @@ def _audit(audit: pd.DataFrame | None) -> str:
 
 def _search(run: Path, provenance: Mapping[str, Any]) -> str:
     settings = provenance["settings"]
-    lines = [f"Space `{plain(settings['space'])}`, metric `{settings['metric']}`.\n"]
+    lines = [f"Space {plain(settings['space'])}, metric `{settings['metric']}`.\n"]
     if (run / "plan.yaml").exists():
         space = yaml.safe_load((run / "plan.yaml").read_text(encoding="utf-8"))["space"]
-        given = {name: _range(spec) for name, spec in space.get("parameters", {}).items()} | space.get("fixed", {})
+        given = {name: analysis.described(spec) for name, spec in space.get("parameters", {}).items()} | space.get(
+            "fixed", {}
+        )
         lines += [f"- `{name}`: {plain(value)}" for name, value in given.items()]
     if (run / "trials.parquet").exists():
         trials = tables.read_table(run / "trials.parquet")
@@ -218,12 +220,6 @@ def _search(run: Path, provenance: Mapping[str, Any]) -> str:
     why = provenance.get("why")
     verdict = f"{plain(provenance.get('verdict'))}: {plain(why)}." if why else "Not known."
     return "## Search\n\n" + "\n".join(lines) + f"\n\n## Verdict\n\n{verdict}"
-
-
-def _range(spec: Mapping[str, Any]) -> str:
-    if spec["type"] == "categorical":
-        return ", ".join(map(str, spec["choices"]))
-    return f"{spec['low']:g} to {spec['high']:g}" + (", log" if spec.get("log") else "")
 
 
 def _configuration(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:

@@ -94,14 +94,17 @@ def borrowed(place: str, *, without: tuple[str, ...] = ()) -> Iterator[Path]:
         yield Path(place)
         return
     (cache_folder() / "runs").mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_folder() / "runs") as temporary:
-        folder = Path(temporary) / place.rstrip("/").rpartition("/")[2]
-        mirror = Mirror(folder, place.rstrip("/"))
-        with _failure_told(place):
-            mirror.fetch(without)
+    folder = Path(tempfile.mkdtemp(dir=cache_folder() / "runs")) / place.rstrip("/").rpartition("/")[2]
+    mirror = Mirror(folder, place.rstrip("/"))
+    with _failure_told(place):
+        mirror.fetch(without)
+    try:
         yield folder
-        with _failure_told(place):
-            mirror.push()
+    finally:  # also what an interrupted command has noted, such as a reading of the test set
+        if mirror.sent_at_last():
+            shutil.rmtree(folder.parent, ignore_errors=True)
+        else:
+            print(f"{place}: what was made couldn't be sent; it is in {folder}", file=sys.stderr)
 
 
 @contextmanager
@@ -147,8 +150,8 @@ class Mirror:
         if segments and not (path.exists() and path.read_bytes().startswith(journal)):
             _write(path, journal)
         for name in sorted(name for name in there if not name.startswith((SEGMENTS, CLAIM, *without))):
-            fetch_file(self.folder, self.uri, name, there[name])
-            self._sent[name] = _stamp(self.folder / name)
+            if fetch_file(self.folder, self.uri, name, there[name]):  # what is newer here is yet to be sent
+                self._sent[name] = _stamp(self.folder / name)
 
     def push(self) -> None:
         """Send there what has changed here.
@@ -214,22 +217,35 @@ class Mirror:
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join()
+        return self.sent_at_last() and self._unclaimed()
+
+    def sent_at_last(self) -> bool:
+        """Send what has changed, tried again a few times; false where the storage goes on failing."""
         for _ in range(LAST_TRIES):
-            if self._pushed() and self._unclaimed():
+            if self._pushed(claim=False):
                 return True
             time.sleep(LAST_TRY_SECONDS)
         return False
+
+    def push_first(self) -> None:
+        """Send a new run before its trials start: nodes read its samples there.
+
+        Raises:
+            InputError: the storage can't be written.
+        """
+        with _failure_told(self.uri), self._lock:
+            self.push()
 
     def _keep_alike(self) -> None:
         while not self._stop.wait(SYNC_SECONDS):
             self._pushed()
 
-    def _pushed(self) -> bool:
+    def _pushed(self, *, claim: bool = True) -> bool:
         """Whether the storage took it; a failure is told once, and what failed is sent again the next time."""
         try:
             with self._lock:
                 self.push()
-            if time.monotonic() - self._claimed_at > CLAIM_SECONDS / 3:
+            if claim and time.monotonic() - self._claimed_at > CLAIM_SECONDS / 3:
                 self._write_claim()
             mine = {f"checkpoints/{path.name}" for path in (self.folder / "checkpoints").glob("[!.]*")}
             there = files_below(joined(self.uri, "checkpoints"))
@@ -251,7 +267,10 @@ class Mirror:
         place = joined(self.uri, CLAIM)
         if stored([place]) == [None]:
             return
-        said = json.loads(read_bytes(place))
+        try:
+            said = json.loads(read_bytes(place))
+        except ValueError:  # half written
+            return
         gone = said["host"] == platform.node() and not Path(f"/proc/{said['pid']}").exists()
         if not gone and time.time() - said["time"] < CLAIM_SECONDS:
             cure = f"stop it, or wait {CLAIM_SECONDS:.0f} s if it has crashed"
@@ -271,11 +290,19 @@ class Mirror:
         self._claimed_at = time.monotonic()
 
 
-def fetch_file(folder: Path, uri: str, name: str, there: Stored) -> None:
-    """Bring a file here, unless the one here is newer."""
+def fetch_file(folder: Path, uri: str, name: str, there: Stored) -> bool:
+    """Bring a file here, unless the one here is newer; says whether it was brought.
+
+    Raises:
+        InputError: its name leads out of the folder.
+    """
+    if ".." in Path(name).parts or Path(name).is_absolute():
+        raise InputError(f"{uri}: holds a file {name!r}, whose name leads out of the run's folder; take it away")
     path = folder / name
-    if not path.exists() or path.stat().st_mtime_ns < there.mtime_ns:
-        _write(path, read_bytes(joined(uri, name)))
+    if path.exists() and path.stat().st_mtime_ns >= there.mtime_ns:
+        return False
+    _write(path, read_bytes(joined(uri, name)))
+    return True
 
 
 def fetch_files(folder: Path, uri: str, names: Iterable[str]) -> None:

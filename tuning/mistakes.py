@@ -138,7 +138,7 @@ def picture(file: str, seen: NDArray[np.uint8], *, fit: str, drop_colour: bool) 
     """
     try:
         pixels, _ = decode(file, SIDE, fit=fit, drop_colour=drop_colour)
-    except InputError:
+    except (InputError, OSError):
         shown = Image.fromarray(seen[:, :, 0] if seen.shape[2] == 1 else seen)
         pixels = np.asarray(shown.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
     return pixels if pixels.ndim == 3 else np.repeat(pixels[:, :, None], 3, axis=2)

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.text import Text
 
 from tuning import tables
@@ -94,7 +95,7 @@ class Progress:
 
     def _probe(self, search: Any, trial: tables.Trial) -> None:
         if not trial.rows:
-            self._say(f"probe     {trial.config['backbone']} {trial.status}: {trial.reason}")
+            self._say(f"probe     {trial.config['backbone']} {trial.status}: {escape(str(trial.reason))}")
             return
         row = trial.rows[-1]
         if row["val_loss"] is None:

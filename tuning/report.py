@@ -67,7 +67,7 @@ def run(flags: Flags) -> Path | str:
     if not flags.runs:
         raise InputError("which run? give its folder: python tuning/report.py results/NAME")
     with ExitStack() as stack:
-        folders = [stack.enter_context(borrowed(place, without=("checkpoints/", "model/"))) for place in flags.runs]
+        folders = [stack.enter_context(borrowed(place, without=("model/",))) for place in flags.runs]
         written = _write(folders, _where(flags, folders))
     sent = flags.out is None and len(folders) == 1 and is_uri(flags.runs[0])
     return joined(flags.runs[0], written.name) if sent else written

@@ -38,7 +38,7 @@ from tuning.progress import Progress, console
 from tuning.report import refresher, write_or_tell
 from tuning.space import Space, fix, image_sizes, load, parse
 from tuning.space import backbones as backbones_in
-from tuning.storage import files_below, is_uri, joined, unreadable, unwritable
+from tuning.storage import is_uri, joined, stored, unreadable, unwritable
 from tuning.track import check_installed, tracking
 
 DONE, BAD_INPUT, NO_FINITE_LOSS, INTERRUPTED = 0, 2, 3, 130
@@ -155,6 +155,8 @@ def _search(
         _write_yaml(folder / "plan.yaml", read_plan(folder) | {"settings": plan.model_dump()})
     else:
         write_run(folder, plan, space, data)
+        if mirror is not None:
+            mirror.push_first()
     at_most = "up to " if resources.packed else ""
     what = f"{resources.gpus:g} GPU" if resources.gpus else f"{resources.cpus} core{'s' * (resources.cpus > 1)}"
     what = "a whole, a half or a quarter GPU" if resources.packed else what
@@ -176,6 +178,7 @@ def _search(
         report=refresher(folder),
         redraw=provenance.get("val_drawn") is True,
         mirror=mirror,
+        run_id=provenance["run_id"],
     )
     # Ends as Ctrl-C does, where Ray's handler would abort; only here, for Ray's start sets that one.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
@@ -185,6 +188,7 @@ def _search(
     # Choose and report, from the tables alone.
     if mirror is not None:
         mirror.fetch_others()
+        search.delete_checkpoints()
     trials = tables.read_table(folder / "trials.parquet")
     top = analysis.top(trials, plan.metric)
     ratio = finalists.val_over_train(data.samples)
@@ -325,7 +329,7 @@ def check_new(folder: Path, plan: SearchPlan) -> None:
 
 def _in_storage(plan: SearchPlan) -> bool:
     try:
-        return bool(files_below(joined(plan.storage, plan.name)))
+        return stored([joined(joined(plan.storage, plan.name), "plan.yaml")]) != [None]
     except OSError as error:
         raise InputError(f"--storage {plan.storage}: can't be read ({error}); are its keys given?") from None
 

@@ -50,6 +50,7 @@ class Search:
         report: called after the tables have been written anew; bounds its own share of the time.
         redraw: whether finalists' runs draw training and validation anew: not where the user has fixed the split.
         mirror: keeps the run's copy in a storage, if it lies in one.
+        run_id: tells this run from another one of the same name.
         clock: seconds; simulated ones in benchmarks.
     """
 
@@ -68,6 +69,7 @@ class Search:
         report: Callable[[], object] = lambda: None,
         redraw: bool = False,
         mirror: Mirror | None = None,
+        run_id: str = "",
         clock: Callable[[], float] = time.monotonic,
     ):
         self.plan, self.space, self.run_folder, self.resources, self.show = plan, space, run, resources, show
@@ -102,6 +104,7 @@ class Search:
             "cache_bytes": plan.cache_bytes,
             "device": "cuda" if resources.gpus else "cpu",
             "storage": None if mirror is None else mirror.uri,
+            "run_id": run_id,
             "home": None if mirror is None else ray.get_runtime_context().get_node_id(),
         }
         self._ending = {
@@ -359,12 +362,12 @@ class Search:
         started = time.monotonic()
         if now or started > self._tables_due:
             write_tables(make_tables(self.record, self.plan.metric), self.run_folder)
-            self._delete_checkpoints()
+            self.delete_checkpoints()
             ended = time.monotonic()
             self._tables_due = ended + max(TABLE_SECONDS, (ended - started) / TABLE_SHARE)
             self._report()
 
-    def _delete_checkpoints(self) -> None:
+    def delete_checkpoints(self) -> None:
         """Of ended trials keep the best few's best weights, within `checkpoint_bytes`; the worst of them go first."""
         folder = self.run_folder / "checkpoints"
         sizes = {path.name: path.stat().st_size for path in folder.glob("[!.]*")}

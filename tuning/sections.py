@@ -15,6 +15,7 @@ from tuning.config import PARAMETERS
 from tuning.page import column, duration, figure, note, number, section, table, text
 from tuning.remarks import remarks
 from tuning.space import Space, parse
+from tuning.storage import is_uri, joined
 
 TRIALS_SHOWN = 3000  # rows of the table of trials; the best, if there are more
 AUDIT_ROWS = 100  # of each finding
@@ -137,8 +138,14 @@ def _best(run: Run, verdict: finalists.Verdict) -> str:
         "best",
         f"The best configuration: {verdict.trial_id}",
         f'<div class="copy">{button}<pre id="config">{words}</pre></div>',
-        note(f"Train it again and test it once: python tuning/train_final.py {run.folder}"),
+        note(f"Train it again and test it once: python tuning/train_final.py {_place(run)}"),
     )
+
+
+def _place(run: Run) -> str:
+    """What the user calls the run's folder: what lies in a storage has only a copy on this machine."""
+    storage = run.settings.get("storage", "")
+    return joined(storage, run.settings["name"]) if is_uri(storage) else str(run.folder)
 
 
 def _plain(value: Any) -> Any:

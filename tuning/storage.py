@@ -1,12 +1,13 @@
 """Data and runs where clusters keep them: whatever pyarrow's file systems open, such as S3, GCS and fsspec's."""
 
 import os
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, wraps
 from io import BytesIO
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import pyarrow as pa
 from pyarrow import fs
@@ -14,6 +15,24 @@ from pyarrow import fs
 from tuning.config import InputError
 
 READERS = 32  # requests at once
+READ_TRIES = 3  # of an image
+Given = ParamSpec("Given")
+Answer = TypeVar("Answer")
+
+
+def _as_os_errors(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
+    """Some file systems raise errors of their own kinds."""
+
+    @wraps(function)
+    def call(*args: Given.args, **named: Given.kwargs) -> Answer:
+        try:
+            return function(*args, **named)
+        except (OSError, InputError):
+            raise
+        except Exception as error:
+            raise OSError(f"{type(error).__name__}: {error}") from error
+
+    return call
 
 
 class Stored(NamedTuple):
@@ -33,6 +52,7 @@ def joined(place: str, name: str) -> str:
     return f"{place.rstrip('/')}/{name}" if is_uri(place) else os.path.join(place, name)
 
 
+@_as_os_errors
 def read_bytes(uri: str) -> bytes:
     """A file's content.
 
@@ -45,6 +65,7 @@ def read_bytes(uri: str) -> bytes:
     return content
 
 
+@_as_os_errors
 def write_bytes(uri: str, content: bytes) -> None:
     """Put a file there, whole.
 
@@ -52,12 +73,19 @@ def write_bytes(uri: str, content: bytes) -> None:
         OSError: the storage fails.
     """
     filesystem, path = _opened(uri)
-    if isinstance(filesystem, fs.LocalFileSystem):  # others have no folders, or make them
+    if isinstance(filesystem, fs.S3FileSystem | fs.GcsFileSystem):  # an object appears whole
+        with filesystem.open_output_stream(path, compression=None) as stream:
+            stream.write(content)
+        return
+    if isinstance(filesystem, fs.LocalFileSystem):  # others make folders
         filesystem.create_dir(os.path.dirname(path), recursive=True)
-    with filesystem.open_output_stream(path, compression=None) as stream:
+    unfinished = f"{path}.part-{uuid.uuid4().hex}"
+    with filesystem.open_output_stream(unfinished, compression=None) as stream:
         stream.write(content)
+    filesystem.move(unfinished, path)
 
 
+@_as_os_errors
 def delete(uri: str) -> None:
     """Take a file away, if it is there.
 
@@ -79,12 +107,14 @@ def stored(uris: Sequence[str]) -> list[Stored | None]:
         return list(pool.map(_stored, uris))
 
 
+@_as_os_errors
 def _stored(uri: str) -> Stored | None:
     filesystem, path = _opened(uri)
     info = filesystem.get_file_info(path)
     return Stored(info.size, info.mtime_ns or 0) if info.type == fs.FileType.File else None
 
 
+@_as_os_errors
 def files_below(uri: str) -> dict[str, Stored]:
     """All files below a folder by their names relative to it; none where there is no such folder.
 
@@ -129,8 +159,19 @@ def unreadable(place: str) -> str | None:
 
 
 def readable(uri: str) -> BytesIO:
-    """A file to be read from memory: image formats jump to and fro, and each jump would be a request."""
-    return BytesIO(read_bytes(uri))
+    """A file to be read from memory: image formats jump to and fro, and each jump would be a request.
+
+    Raises:
+        ConnectionError: the storage fails again and again.
+    """
+    for tries_left in reversed(range(READ_TRIES)):
+        try:
+            return BytesIO(read_bytes(uri))
+        except OSError as error:
+            if not tries_left:
+                raise ConnectionError(str(error)) from None
+            time.sleep(1.0)
+    raise AssertionError
 
 
 def _opened(uri: str) -> tuple[fs.FileSystem, str]:
@@ -153,7 +194,7 @@ def _filesystem(base: str) -> tuple[fs.FileSystem, str]:
         opened: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(base)
     except (pa.ArrowException, OSError, ValueError, ImportError) as error:
         raise InputError(
-            f"{base}: no storage of this kind ({error}); give a folder, or s3://, gs://, abfs://, hdfs:// or "
-            "fsspec+NAME:// and what follows"
+            f"{base}: no storage of this kind ({error}); give a folder, or s3://, gs://, hdfs:// or fsspec+NAME:// "
+            "and what follows"
         ) from None
     return opened

@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 
 import pandas as pd
+from rich.markup import escape
 
 from tuning import analysis, finalists, overfitting, spending, tables
 from tuning.config import PARAMETERS, SearchPlan
@@ -33,7 +34,7 @@ def summarize(
     """
     console.print()
     if halted is not None:
-        console.print(f"[bold]The search ended early[/bold]: {halted}\n")
+        console.print(f"[bold]The search ended early[/bold]: {escape(halted)}\n")
     everything = tables.read_table(folder / "trials.parquet")
     trials = analysis.searched(everything)
     if trials.empty:
@@ -58,7 +59,9 @@ def summarize(
     console.print(
         f"  python tuning/train_final.py {quoted}        # train it again, test it, write its model/", markup=False
     )
-    console.print(f"  python -c \"import pandas as pd; print(pd.read_parquet('{place}/trials.parquet'))\"")
+    console.print(
+        f"  python -c \"import pandas as pd; print(pd.read_parquet('{place}/trials.parquet'))\"", markup=False
+    )
 
 
 def _tell_trials(trials: pd.DataFrame, metric: str) -> None:

@@ -12,12 +12,12 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuning.config import InputError, SearchPlan
+from tuning.config import InputError, SearchPlan, without_secrets
 from tuning.tables import EPOCHS, Trial, best_epoch
 
 COLUMNS = [name for name in EPOCHS.names if name not in ("seq", "trial_id", "epoch")]
@@ -74,7 +74,7 @@ def values(trial: Trial, row: Mapping[str, Any], metric: str) -> dict[str, float
 
 
 def _tell(track: str, error: Exception, what_next: str) -> None:
-    said = " ".join(str(error).split())[:200]
+    said = without_secrets(" ".join(str(error).split()))[:200]
     print(f"track={track}: {type(error).__name__}: {said}; the search goes on, {what_next}", file=sys.stderr)
 
 
@@ -148,7 +148,8 @@ class TensorBoard:
     def close(self, trials: Iterable[Trial]) -> None:
         """What is to be written has been."""
         for file in self._files.values():
-            file.close()
+            with suppress(OSError):  # it was told when it failed
+                file.close()
 
 
 # ---- MLflow -----------------------------------------------------------------------------------------------------

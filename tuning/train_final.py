@@ -9,9 +9,9 @@ if __name__ == "__main__":  # this folder would come first on the path, and its 
 import dataclasses
 import json
 import os
-import shutil
 import statistics
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -96,8 +96,13 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     best = _read_best(Path(flags.best) / "best.yaml" if Path(flags.best).is_dir() else Path(flags.best), flags)
     config, plan, run_folder = best.config, best.plan, best.path.parent
     folder = run_folder / "model"
-    if (run_folder / READINGS).exists():  # damage is told before hours of training
+    # Damage is told before hours of training.
+    if (run_folder / READINGS).exists():
         tables.read_journal(run_folder / READINGS)
+    if (run_folder / "trials.parquet").exists():
+        tables.read_table(run_folder / "trials.parquet")
+    audited = run_folder / "audit.parquet"
+    findings = tables.read_table(audited) if audited.exists() else None
     if folder.exists():
         raise InputError(f"{folder} exists, and the test set is read once; move it away to train again")
     if not os.access(run_folder, os.W_OK | os.X_OK, effective_ids=True):
@@ -115,6 +120,8 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
         configs = {trial_id: known[trial_id] for trial_id in named_shares(predictions)}
     sizes = sorted({each.image_size for each in configs.values()})
     table, folders, found, audit, told = load_checked(plan, sizes, table=table)
+    if audit is not None:
+        findings = audit.to_pandas()
     if flags.data is None and found != best.provenance["fingerprint"]:
         raise InputError(
             f"the data has changed since {best.path} was written; put it back, or name the new data by --data"
@@ -164,9 +171,8 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     temperature = statistics.median(fitted) if fitted else 1.0
 
     # Export: before the test set is read, since it takes a while and may be interrupted.
-    unfinished = folder.with_name(".model")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
+    unfinished = Path(tempfile.mkdtemp(prefix=".model-", dir=run_folder))
+    unfinished.chmod(0o755)
     shaping = {name: preprocessing(each, plan.fit, plan.drop_colour) for name, (_, each) in final.networks.items()}
     exported: dict[str, Any] = {"error": "not asked for"}
     if onnx:
@@ -207,17 +213,21 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
         described["preprocessing"] = {"fit": plan.fit, "drop_colour": plan.drop_colour}
         save_ensemble(unfinished, final.shares, some.classes, temperature, **described)
     (unfinished / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    unfinished.rename(folder)
     if logits is not None:
-        _show(folder, best, final, data, rows, tempered(logits, temperature), temperature)
-    audited = run_folder / "audit.parquet"
-    if audit is not None:
-        findings = audit.to_pandas()
-    else:
-        findings = tables.read_table(audited) if audited.exists() else None
-    whence = best.provenance | {"changed": best.changed}
-    (folder / "README.md").write_text(card(folder, run_folder, whence, table, findings), encoding="utf-8")
+        probabilities = tempered(logits, temperature)
+        write_tested(unfinished / "predictions.parquet", rows, some.classes, probabilities, temperature=temperature)
+    try:
+        unfinished.rename(folder)
+    except OSError as error:
+        raise InputError(f"{folder}: can't be written ({error.strerror}); the model is in {unfinished}") from None
     tell(folder, metrics)
+    try:  # the model is there, and its test set is read: what is only shown of it must not end this
+        if logits is not None:
+            _show(folder, best, final, data, rows, probabilities, temperature)
+        whence = best.provenance | {"changed": best.changed}
+        (folder / "README.md").write_text(card(folder, run_folder, whence, table, findings), encoding="utf-8")
+    except Exception as error:
+        print(f"plots, mistakes.html or README.md are missing ({type(error).__name__}: {error})", file=sys.stderr)
     return folder
 
 
@@ -237,7 +247,6 @@ def _show(
 
     some = next(iter(data.values()))
     targets = some.labels[some.test]
-    write_tested(folder / "predictions.parquet", tested, some.classes, probabilities, temperature=temperature)
     write_plots(folder, some.classes, targets, probabilities, temperature)
     found = worst(targets, probabilities)
     indices = some.test[found.rows]

@@ -106,7 +106,7 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
         self._run = Path(config["run"])
         self._away = config["storage"] is not None and ray.get_runtime_context().get_node_id() != config["home"]
         if self._away:  # this node has a copy of its own of what it needs
-            self._run = copies(config["storage"]) / self._run.name
+            self._run = copies(f"{config['storage']} {config['run_id']}") / self._run.name
         self._saved, self._saved_at = False, time.monotonic()
         self._predicted: int | None = None  # the epoch whose validation probabilities are on disk
 
@@ -171,7 +171,8 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
         """
         names = [str(predictions_file("", self._config["trial_id"])), *self._checkpoint_names()]
         for name in names:
-            push_file(self._run, self._config["storage"], name)
+            if not (ended and name == names[-1]):  # nobody goes on from the state of a trial that has ended
+                push_file(self._run, self._config["storage"], name)
             if ended:
                 (self._run / name).unlink(missing_ok=True)
 
