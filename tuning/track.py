@@ -248,6 +248,8 @@ class MLflow:
             client.update_run(self._parent, status="RUNNING")
         else:
             self._parent = self._make_parent(client)
+        if not (found and found[0].data.params):  # a failure may have come between the run and its settings
+            self._describe_parent(client)
         self._children, token = {}, None
         while token != "":
             parent = f"tags.`mlflow.parentRunId` = '{self._parent}'"
@@ -260,14 +262,16 @@ class MLflow:
         self._client = client
 
     def _make_parent(self, client: Any) -> str:
-        from mlflow.entities import Param
-
         run_id: str = client.create_run(
             self._experiment, run_name=self._plan.name, tags={"search_id": self._run_id}
         ).info.run_id
-        settings = self._plan.model_dump(exclude_none=True)
-        client.log_batch(run_id, params=[Param(name, str(value)) for name, value in settings.items()])
         return run_id
+
+    def _describe_parent(self, client: Any) -> None:
+        from mlflow.entities import Param
+
+        settings = self._plan.model_dump(exclude_none=True)
+        client.log_batch(self._parent, params=[Param(name, str(value)) for name, value in settings.items()])
 
     def _send(self, trial: Trial) -> None:
         from mlflow.entities import Metric, Param, RunTag
