@@ -184,6 +184,8 @@ def _search(
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     with tracking(search, provenance["run_id"]), show.watching(search):
         finished = search.run()
+    if mirror is not None and mirror.taken is not None:
+        raise InputError(mirror.taken)
 
     # Choose and report, from the tables alone.
     if mirror is not None:

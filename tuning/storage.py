@@ -65,6 +65,16 @@ def read_bytes(uri: str) -> bytes:
     return content
 
 
+def read_all(uris: Sequence[str]) -> list[bytes]:
+    """Several files' contents.
+
+    Raises:
+        OSError: one is not there, or the storage fails.
+    """
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(read_bytes, uris))
+
+
 @_as_os_errors
 def write_bytes(uri: str, content: bytes) -> None:
     """Put a file there, whole.
@@ -79,7 +89,8 @@ def write_bytes(uri: str, content: bytes) -> None:
         return
     if isinstance(filesystem, fs.LocalFileSystem):  # others make folders
         filesystem.create_dir(os.path.dirname(path), recursive=True)
-    unfinished = f"{path}.part-{uuid.uuid4().hex}"
+    folder, _, name = path.rpartition("/")
+    unfinished = f"{folder}/.{name}.part-{uuid.uuid4().hex}"
     with filesystem.open_output_stream(unfinished, compression=None) as stream:
         stream.write(content)
     filesystem.move(unfinished, path)
