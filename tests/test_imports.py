@@ -22,7 +22,8 @@ ALLOWED = {
     "decoding": {"config", "dicom", "storage"},
     "images": {"config", "tables", "decoding", "storage"},
     "claim": {"config", "storage"},
-    "mirror": {"config", "images", "storage", "tables", "claim"},
+    "transfer": {"config", "storage", "tables", "claim"},
+    "mirror": {"config", "images", "storage", "claim", "transfer"},
     "leaks": set(),
     "alignment": {"images"},
     "duplicates": {"alignment", "decoding"},
@@ -69,7 +70,7 @@ ALLOWED = {
     | {"scores", "probe"},
     "checkpoints": {"config", "tables", "finetune"},
     "trial": {"config", "tables", "samples", "cluster", "images", "data", "models", "features", "probe", "finetune"}
-    | {"checkpoints", "predictions", "mirror"},
+    | {"checkpoints", "predictions", "mirror", "transfer"},
     "model_folder": {"conditions", "config", "documents", "decoding", "backbones", "data", "finetune", "calibration"},
     "track": {"config", "tables"},
     "live": {"config", "tables", "finalists"},

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tuning import claim, mirror, storage
+from tuning import claim, mirror, storage, transfer
 from tuning.config import InputError
-from tuning.mirror import Mirror, borrowed, fetch, fetch_files, mirrored, push_file, run_folder
+from tuning.mirror import Mirror, borrowed, fetch, mirrored, run_folder
 from tuning.tables import Journal, read_journal
+from tuning.transfer import fetch_files, push_file
 
 
 @pytest.fixture
@@ -25,8 +26,8 @@ def run(tmp_path):
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    for name in ("SYNC_SECONDS", "RETRY_SECONDS"):
-        monkeypatch.setattr(mirror, name, 0.05)
+    monkeypatch.setattr(mirror, "SYNC_SECONDS", 0.05)
+    monkeypatch.setattr(transfer, "RETRY_SECONDS", 0.05)
 
 
 def driver(folder, uri):
@@ -267,7 +268,7 @@ def test_a_storage_that_fails_for_a_while_gets_everything_later(run, bucket, cap
 
 @pytest.mark.parametrize("bucket", ["file"], indirect=True)
 def test_what_could_not_be_sent_stays_here(run, bucket, monkeypatch, capsys):
-    monkeypatch.setattr(mirror, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(transfer, "PATIENCE_SECONDS", 0.1)
     place = Path(bucket.removeprefix("file://"))
     with mirrored(run, bucket):
         shutil.rmtree(place)

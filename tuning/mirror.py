@@ -14,24 +14,20 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
 
-from tuning import claim
+from tuning import claim, transfer
 from tuning.claim import SEGMENTS
 from tuning.config import InputError
 from tuning.images import cache_folder
-from tuning.storage import Stored, delete, files_below, is_uri, joined, read_all, read_bytes, stored, write_bytes
-from tuning.tables import replacing
+from tuning.storage import Stored, delete, files_below, is_uri, joined, read_all, read_bytes, write_bytes
+from tuning.transfer import fetch_file, patiently, push_file, write_file
 
 SYNC_SECONDS = 5.0
-PATIENCE_SECONDS = 300.0  # with a storage that fails, where nothing goes on without it
-RETRY_SECONDS = 5.0
 JOURNAL = "journal.jsonl"
 OTHERS = ("checkpoints/", "predictions/")  # what other nodes write
-Answer = TypeVar("Answer")
 
 
 def run_folder(storage: str, name: str) -> Path:
@@ -120,22 +116,6 @@ def _failure_told(place: str) -> Iterator[None]:
         raise InputError(f"{place}: {error}; is the storage reached, and are its keys given?") from None
 
 
-def patiently(attempt: Callable[[], Answer]) -> Answer:
-    """What an attempt gives, which is made again and again while a storage fails.
-
-    Raises:
-        OSError: it fails for `PATIENCE_SECONDS`.
-    """
-    until = time.monotonic() + PATIENCE_SECONDS
-    while True:
-        try:
-            return attempt()
-        except OSError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(RETRY_SECONDS)
-
-
 class Mirror:
     """Keeps the copy of a run in a storage like the one on this machine.
 
@@ -179,7 +159,7 @@ class Mirror:
         if path.exists() and not path.read_bytes().startswith(journal):
             shutil.rmtree(self.folder)
         if segments and not path.exists():
-            _write(path, journal)
+            write_file(path, journal)
         for name in sorted(name for name in there if not name.startswith((SEGMENTS, claim.CLAIMS, *without))):
             fetched = fetch_file(self.folder, self.uri, name, there[name])
             if fetched or _stamp(self.folder / name) == there[name]:  # what is newer here is yet to be sent
@@ -214,7 +194,7 @@ class Mirror:
                 else:
                     wanted = name not in self._doomed | self._sent.keys()
                 if wanted:
-                    _write(path, read_bytes(joined(self.uri, name)), there.mtime_ns)
+                    write_file(path, read_bytes(joined(self.uri, name)), there.mtime_ns)
                     self._note(name, there)
 
     def _listed(self) -> dict[str, Stored]:
@@ -326,11 +306,11 @@ class Mirror:
 
     def sent_at_last(self) -> bool:
         """Send what has changed, tried again for a while; false where the storage goes on failing."""
-        until = time.monotonic() + PATIENCE_SECONDS
+        until = time.monotonic() + transfer.PATIENCE_SECONDS
         while not self._pushed():
             if self.taken is not None or time.monotonic() > until:
                 return False
-            time.sleep(RETRY_SECONDS)
+            time.sleep(transfer.RETRY_SECONDS)
         return True
 
     def _keep_alike(self) -> None:
@@ -378,55 +358,6 @@ class Mirror:
         return True
 
 
-def fetch_file(folder: Path, uri: str, name: str, there: Stored) -> bool:
-    """Bring a file here, unless the one here is newer; says whether it was brought.
-
-    Raises:
-        InputError: its name leads out of the folder.
-    """
-    if ".." in Path(name).parts or Path(name).is_absolute():
-        raise InputError(f"{uri}: holds a file {name!r}, whose name leads out of the run's folder; take it away")
-    path = folder / name
-    if path.exists() and path.stat().st_mtime_ns >= there.mtime_ns:
-        return False
-    _write(path, read_bytes(joined(uri, name)), there.mtime_ns)
-    return True
-
-
-def fetch_files(folder: Path, uri: str, names: Iterable[str]) -> None:
-    """Bring files here that are there: all of them, or none where the last of them is newer here."""
-    names = list(names)
-    there = stored([joined(uri, name) for name in names])
-    last = folder / names[-1]
-    newest = there[-1]
-    if last.exists() and (newest is None or last.stat().st_mtime_ns >= newest.mtime_ns):
-        return
-    for name, known in zip(names, there, strict=True):
-        if known is not None:
-            _write(folder / name, read_bytes(joined(uri, name)), known.mtime_ns)
-
-
-def push_file(folder: Path, uri: str, name: str, driver: str | None) -> None:
-    """Send a file there; one that has gone meanwhile is left out.
-
-    Args:
-        folder, uri: of the run.
-        name: of the file, in both.
-        driver: name of the claim for which it is sent; null where a run is only borrowed.
-
-    Raises:
-        InputError: another driver writes the run.
-        OSError: the storage fails.
-    """
-    try:
-        content = (folder / name).read_bytes()
-    except FileNotFoundError:
-        return
-    if driver is not None:
-        claim.check_mine(uri, driver)
-    write_bytes(joined(uri, name), content)
-
-
 def _check_unused(journal: Path) -> None:
     """Raises InputError where another process on this machine writes the journal."""
     with suppress(FileNotFoundError), open(journal, "rb") as file:
@@ -434,15 +365,6 @@ def _check_unused(journal: Path) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{journal.parent}: another search is writing this run; wait for it or stop it") from None
-
-
-def _write(path: Path, content: bytes, mtime_ns: int = 0) -> None:
-    """Write a file as old as the storage says it is, so that it is known for newer or older by one clock alone."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
-        if mtime_ns:
-            os.utime(temporary, ns=(mtime_ns, mtime_ns))
 
 
 def _files(folder: Path) -> list[str]:

@@ -24,12 +24,13 @@ from tuning.data import Data, join, placed
 from tuning.features import FeatureCache
 from tuning.finetune import Row, State, finetune, out_of_memory
 from tuning.images import open_images
-from tuning.mirror import copies, fetch_files, patiently, push_file
+from tuning.mirror import copies
 from tuning.models import Models, keep_memory
 from tuning.predictions import predictions_file, write_predictions
 from tuning.probe import probe
 from tuning.samples import redrawn
 from tuning.tables import best_epoch, read_table
+from tuning.transfer import fetch_files, patiently, push_file
 
 CHECKPOINT_SECONDS = 30.0
 
