@@ -143,6 +143,22 @@ def test_what_can_not_be_reached_is_told(bucket, tmp_path):
         load_samples(bucket.replace("bucket-", "no-bucket-"))
     with pytest.raises(InputError, match=r"nosuch://x: no storage of this kind .* s3://"):
         load_samples("nosuch://x/films")
-    with pytest.raises(InputError, match="password in a URI") as told:
-        load_samples("s3://key:hidden@bucket/films")
-    assert "hidden" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://key:hidden@bucket/films",
+        "s3://hidden@bucket/films",
+        "gs://anonymous:hidden@bucket/films",
+        "fsspec+sftp://me:hidden@host/films",
+        "s3://bucket/films?X-Amz-Signature=hidden",
+        "fsspec+abfs://films?sig=hidden",
+        "s3://bucket?secret_key=hidden",
+    ],
+)
+def test_a_secret_in_a_uri_is_refused_and_not_shown(uri):
+    for read in (load_samples, storage.read_bytes, storage.files_below):
+        with pytest.raises(InputError, match="password or key in a URI") as told:
+            read(uri)
+        assert "hidden" not in str(told.value)

@@ -13,11 +13,12 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import pyarrow as pa
 from pyarrow import fs
 
-from tuning.config import InputError
+from tuning.config import InputError, without_secrets
 
 READERS = 32  # requests at once
 READ_TRIES = 3  # of an image
 LISTED = 20  # files of a folder from which it is listed: it may hold many more than those that are asked for
+ANONYMOUS = "gs://anonymous"  # how pyarrow is told that a public bucket needs no keys
 Given = ParamSpec("Given")
 Answer = TypeVar("Answer")
 
@@ -239,6 +240,9 @@ def _opened(uri: str) -> tuple[fs.FileSystem, str]:
     """The file system, and the path in it, taken literally: no query, no percent signs to be decoded."""
     scheme, _, rest = uri.partition("://")
     host, _, path = rest.partition("/")
+    if without_secrets(uri) != uri or ("@" in host and f"{scheme}://{host}".rpartition("@")[0] != ANONYMOUS):
+        cure = "take it out and give it by the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, say)"
+        raise InputError(f"{scheme}://...: a password or key in a URI would be written into tables; {cure}")
     filesystem, base = _filesystem(f"{scheme}://{host}" if host else f"{scheme}:///")
     return filesystem, f"{base.rstrip('/')}/{path}".rstrip("/")
 
@@ -246,11 +250,6 @@ def _opened(uri: str) -> tuple[fs.FileSystem, str]:
 @lru_cache
 def _filesystem(base: str) -> tuple[fs.FileSystem, str]:
     """Raises InputError where there is none of this kind."""
-    if "@" in base:
-        cure = "take it out and give it by the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, say)"
-        raise InputError(
-            f"{base.partition('://')[0]}://...@...: a password in a URI would be written into tables; {cure}"
-        )
     try:
         opened: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(base)
     except (pa.ArrowException, OSError, ValueError, ImportError) as error:
