@@ -132,7 +132,7 @@ def test_three_nodes_of_which_one_dies_end_every_trial_once(place):
 
 
 class Way:
-    """A way to a server on this machine that can be cut: connections then break, and none is taken until it is mended."""
+    """A way to a server on this machine that can be cut: connections break, and none is taken until it is mended."""
 
     def __init__(self, port):
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -198,3 +198,20 @@ def test_a_storage_that_is_cut_off_for_a_while_has_the_whole_run_at_the_end(plac
     best = trials.sort_values("val_loss")["trial_id"][:5]
     assert left == {f"{trial_id}.best.safetensors" for trial_id in best}
     assert any((here / "node" / "runs").iterdir())  # trials did run there
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("bucket", ["s3"], indirect=True)
+def test_a_node_that_does_not_reach_the_storage_is_found_before_the_first_trial(place):
+    here, bucket = place
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        node = cluster.add_node(num_cpus=1, env_vars={"AWS_ENDPOINT_URL": "http://127.0.0.1:1"})
+        arguments = ("--space", "space.yaml", "--storage", f"{bucket}/runs", "--name", "three")
+        process = start(here, "run_search.py", *arguments, RAY_ADDRESS=cluster.address)
+        assert process.wait(timeout=300) == 2
+    finally:
+        cluster.shutdown()
+    [told] = [line for line in (here / "log.txt").read_text().splitlines() if line.startswith("error: ")]
+    assert f"({node.node_id[:8]}): " in told and told.endswith("that all nodes reach, and each node the keys")
+    assert not storage.files_below(f"{bucket}/runs")
