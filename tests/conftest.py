@@ -1,6 +1,7 @@
 """What the tests share: a tiny labelled folder, and the cache and working folder kept out of the user's."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -58,16 +59,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def s3_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("s3") / "log.txt"
+
+
+@pytest.fixture
+def requests(s3_log: Path) -> Callable[[], list[str]]:
+    """A function that gives the S3 server's requests so far: method and path."""
+    return lambda: re.findall(r"[A-Z]+ /\S* HTTP", s3_log.read_text())
+
+
+@pytest.fixture(scope="session")
+def s3(s3_log: Path) -> Iterator[str]:
     """Address of an S3 server on this machine, which the environment names."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    server = subprocess.Popen(
-        [sys.executable, "-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    command = [sys.executable, "-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p", str(port)]
+    with open(s3_log, "w") as log:
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
     named = {
         "AWS_ENDPOINT_URL": address,
         "AWS_ACCESS_KEY_ID": "nobody",

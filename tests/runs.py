@@ -38,6 +38,7 @@ def given_by_ray(run, images, *, early_loss_epochs):
         "device": "cpu",
         "redraw": False,
         "storage": None,
+        "driver": None,
         "home": None,
         "run_id": "",
         "ending": {

@@ -34,6 +34,13 @@ def test_a_password_in_a_url_is_neither_written_nor_shown(password, user, rest):
         ("postgresql://u:p@ss@host/db", "postgresql://u@host/db"),
         ("postgresql://host/db?user=u&password=p&x=1", "postgresql://host/db?user=u&x=1"),
         ("s3://b/x?access_key=a&secret_key=b&region=c", "s3://b/x?&region=c"),
+        ("https://h/x?X-Amz-Date=1&X-Amz-Credential=a&X-Amz-Signature=b", "https://h/x?X-Amz-Date=1"),
+        ("https://h/x?x-amz-security-token=a%2Fb", "https://h/x?"),
+        ("https://h/x?AWSAccessKeyId=a&Expires=1&Signature=b", "https://h/x?&Expires=1"),
+        ("https://h/x?sv=1&se=2&sig=a%3D&sp=r", "https://h/x?sv=1&se=2&sp=r"),
+        ("https://h/x?GoogleAccessId=me&X-Goog-Signature=a", "https://h/x?GoogleAccessId=me"),
+        ("fsspec+abfs://c/x?account_key=a&sas_token=b&api-key=c&client.secret=d", "fsspec+abfs://c/x?"),
+        ("mysql://u@h/db?charset=utf8&passphrase=x&author=me", "mysql://u@h/db?charset=utf8&author=me"),
         (
             "C:/data, /data/a@b, me@host:/x, sqlite:////tmp/study.db",
             "C:/data, /data/a@b, me@host:/x, sqlite:////tmp/study.db",

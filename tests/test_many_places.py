@@ -1,8 +1,11 @@
 """Whole searches whose data and results lie in a storage, and on several nodes; commands as a user types them."""
 
 import os
+import socket
 import subprocess
+import threading
 import time
+from contextlib import suppress
 
 import pandas as pd
 import pytest
@@ -126,3 +129,89 @@ def test_three_nodes_of_which_one_dies_end_every_trial_once(place):
     assert len(left) <= 5
     assert set(left) <= {f"{trial_id}.best.safetensors" for trial_id in finite["trial_id"]}
     assert any((here / f"node {number}" / "runs").exists() for number in range(2))  # trials did run there
+
+
+class Way:
+    """A way to a server on this machine that can be cut: connections break, and none is taken until it is mended."""
+
+    def __init__(self, port):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self._to, self._open = port, []
+        self.mend()
+
+    def mend(self):
+        self._open = [socket.create_server(("127.0.0.1", self.port))]
+        threading.Thread(target=self._take, args=(self._open[0],), daemon=True).start()
+
+    def cut(self):
+        for end in self._open:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def _take(self, server):
+        with suppress(OSError):
+            while True:
+                pair = [server.accept()[0], socket.create_connection(("127.0.0.1", self._to))]
+                self._open += pair
+                for ends in (pair, pair[::-1]):
+                    threading.Thread(target=self._carry, args=ends, daemon=True).start()
+
+    def _carry(self, source, target):
+        with suppress(OSError):
+            while content := source.recv(65536):
+                target.sendall(content)
+            target.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("bucket", ["s3"], indirect=True)
+def test_a_storage_that_is_cut_off_for_a_while_has_the_whole_run_at_the_end(place, s3, monkeypatch):
+    here, bucket = place
+    way = Way(int(s3.rpartition(":")[2]))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{way.port}")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        cluster.add_node(num_cpus=1, env_vars={"FINETUNE_SEARCH_CACHE": str(here / "node")})
+        there = f"{bucket}/runs"
+        settings = ("trials=8", "epochs=6", "finalists=0", "early_stopping=false")
+        arguments = ("--space", "space.yaml", "--data", f"{bucket}/films", "--storage", there, "--name", "three")
+        named = {"RAY_ADDRESS": cluster.address, "FINETUNE_SEARCH_CACHE": str(here / "driver")}
+        process = start(here, "run_search.py", *arguments, "--set", *settings, **named)
+        wait_for(lambda: trials_ended(here / "driver" / "runs") >= 2, process)
+        way.cut()
+        cut_at = trials_ended(here / "driver" / "runs")
+        wait_for(lambda: "the storage fails" in (here / "log.txt").read_text(), process)
+        wait_for(lambda: trials_ended(here / "driver" / "runs") >= cut_at + 2, process)
+        way.mend()
+        finish(process, here)
+    finally:
+        cluster.shutdown()
+    assert "the storage works again" in (here / "log.txt").read_text()
+    with borrowed(f"{there}/three") as run:
+        trials = read_table(run / "trials.parquet")
+        left = {path.name for path in (run / "checkpoints").iterdir()}
+        predictions = {path.stem for path in (run / "predictions").iterdir()}
+    assert list(trials["status"]) == ["completed"] * 8
+    assert predictions == set(trials["trial_id"])
+    best = trials.sort_values("val_loss")["trial_id"][:5]
+    assert left == {f"{trial_id}.best.safetensors" for trial_id in best}
+    assert any((here / "node" / "runs").iterdir())  # trials did run there
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("bucket", ["s3"], indirect=True)
+def test_a_node_that_does_not_reach_the_storage_is_found_before_the_first_trial(place):
+    here, bucket = place
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        node = cluster.add_node(num_cpus=1, env_vars={"AWS_ENDPOINT_URL": "http://127.0.0.1:1"})
+        arguments = ("--space", "space.yaml", "--storage", f"{bucket}/runs", "--name", "three")
+        process = start(here, "run_search.py", *arguments, RAY_ADDRESS=cluster.address)
+        assert process.wait(timeout=300) == 2
+    finally:
+        cluster.shutdown()
+    [told] = [line for line in (here / "log.txt").read_text().splitlines() if line.startswith("error: ")]
+    assert f"({node.node_id[:8]}): " in told and told.endswith("that all nodes reach, and each node the keys")
+    assert not storage.files_below(f"{bucket}/runs")

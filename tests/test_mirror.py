@@ -1,15 +1,17 @@
-import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tuning import mirror, storage
+from tuning import claim, mirror, storage, transfer
 from tuning.config import InputError
-from tuning.mirror import Mirror, borrowed, fetch, fetch_files, mirrored, run_folder
+from tuning.mirror import Mirror, borrowed, fetch, mirrored, run_folder
 from tuning.tables import Journal, read_journal
+from tuning.transfer import fetch_files, push_file
 
 
 @pytest.fixture
@@ -20,6 +22,25 @@ def run(tmp_path):
     (folder / "checkpoints" / "t00000.state.safetensors").write_bytes(b"weights")
     (folder / "checkpoints" / ".half-written").write_bytes(b"x")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(mirror, "SYNC_SECONDS", 0.05)
+    monkeypatch.setattr(transfer, "RETRY_SECONDS", 0.05)
+
+
+def driver(folder, uri):
+    """A mirror as a driver has it, without its threads."""
+    made = Mirror(folder, uri)
+    made.claim = claim.take(uri)
+    return made
+
+
+def segments(uri):
+    """Which driver wrote each segment of the journal, and where it begins."""
+    names = sorted(storage.files_below(f"{uri}/journal"))
+    return [(int(name.split("-")[0]), int(name.split("-")[2].removesuffix(".jsonl"))) for name in names]
 
 
 def contents(folder):
@@ -38,15 +59,17 @@ def journal(folder, events, more=b""):
 
 def test_what_is_sent_comes_back_the_same(run, bucket, tmp_path):
     journal(run, 3, b'{"torn')
-    here = Mirror(run, f"{bucket}/xray")
+    here = driver(run, f"{bucket}/xray")
     here.push()
+    half = len((run / "journal.jsonl").read_bytes()) - len(b'{"torn')
     journal(run, 5)
     (run / "plan.yaml").write_text("plan, longer")
     here.push()
     here.push()
-    names = sorted(storage.files_below(f"{bucket}/xray"))
-    segments = ["journal/00000001.jsonl", "journal/00000002.jsonl"]
-    assert names == ["checkpoints/t00000.state.safetensors", *segments, "plan.yaml"]
+    claim.release(here.uri, here.claim)
+    assert segments(here.uri) == [(1, 0), (1, half)]
+    names = sorted(name for name in storage.files_below(here.uri) if not name.startswith("journal/"))
+    assert names == ["checkpoints/t00000.state.safetensors", "plan.yaml"]
     there = tmp_path / "there" / "xray"
     Mirror(there, f"{bucket}/xray").fetch()
     (run / "checkpoints" / ".half-written").unlink()
@@ -74,25 +97,28 @@ def test_what_other_nodes_have_put_there_comes_here_and_nothing_else(run, bucket
     here.fetch_others()
     assert (run / "plan.yaml").read_text() == "plan, newer"
     assert (run / "predictions" / "t00001.parquet").read_bytes() == b"there"
-    assert (run / "checkpoints" / "t00000.state.safetensors").read_bytes() == b"weights"
+    assert (run / "checkpoints" / "t00000.state.safetensors").read_bytes() == b"there"
 
 
 @pytest.mark.parametrize("bucket", ["file"], indirect=True)
 def test_of_two_journals_the_longer_goes_on_and_of_two_histories_the_one_in_the_storage(run, bucket, tmp_path):
     journal(run, 3)
-    Mirror(run, f"{bucket}/xray").push()
+    uri = f"{bucket}/xray"
+    here = driver(run, uri)
+    here.push()
+    claim.release(uri, here.claim)
     journal(run, 5)  # killed before this was sent
-    here = Mirror(run, f"{bucket}/xray")
-    here.fetch()
+    (run / "checkpoints" / "t00001.state.safetensors").write_bytes(b"of a history that no one goes on with")
+    Mirror(run, uri).fetch()
     assert len(read_journal(run / "journal.jsonl")) == 5
     other = tmp_path / "there" / "xray"
-    there = Mirror(other, f"{bucket}/xray")
+    there = driver(other, uri)
     there.fetch()
     journal(other, 4)
-    with_another_end = (other / "journal.jsonl").read_bytes()
     there.push()
-    fetch(run, f"{bucket}/xray")
-    assert (run / "journal.jsonl").read_bytes() == with_another_end
+    claim.release(uri, there.claim)
+    fetch(run, uri)
+    assert contents(run) == contents(other)
 
 
 @pytest.mark.parametrize("bucket", ["file"], indirect=True)
@@ -109,8 +135,7 @@ def test_a_state_comes_with_the_best_weights_it_belongs_to(run, bucket):
     assert [(run / name).read_bytes() for name in names] == [b"old, there"] * 2
 
 
-def test_a_search_sends_as_it_goes_and_leaves_no_copy(bucket, monkeypatch):
-    monkeypatch.setattr(mirror, "SYNC_SECONDS", 0.05)
+def test_a_search_sends_as_it_goes_and_leaves_no_copy(bucket):
     folder = run_folder(bucket, "xray")
     with mirrored(folder, bucket) as kept:
         assert not folder.exists()
@@ -118,18 +143,19 @@ def test_a_search_sends_as_it_goes_and_leaves_no_copy(bucket, monkeypatch):
         events = Journal(folder / "journal.jsonl")
         events.append("priors", priors=[])
         for _ in range(200):
-            if "journal/00000001.jsonl" in storage.files_below(f"{bucket}/xray"):
+            if segments(f"{bucket}/xray"):
                 break
             time.sleep(0.05)
         else:
             pytest.fail("nothing was sent")
-        with pytest.raises(InputError, match="another search, on"), mirrored(folder, bucket):
+        with pytest.raises(InputError, match="another search"), mirrored(folder, bucket):
             pass
         events.append("priors", priors=[])
         events.close()
     assert kept.uri == f"{bucket}/xray"
     assert not folder.parent.exists()
-    assert sorted(storage.files_below(f"{bucket}/xray")) == ["journal/00000001.jsonl", "journal/00000002.jsonl"]
+    assert [number for number, _ in segments(kept.uri)] == [1, 1]
+    assert len(storage.files_below(kept.uri)) == 2  # no claim is left
 
 
 def test_a_run_here_has_no_mirror(tmp_path):
@@ -138,39 +164,111 @@ def test_a_run_here_has_no_mirror(tmp_path):
         assert kept is None
 
 
-@pytest.mark.parametrize("bucket", ["file"], indirect=True)
-def test_the_claim_of_a_driver_that_is_gone_does_not_hold(run, bucket):
-    for claim in (
-        {"host": "elsewhere", "pid": 1, "time": time.time() - 100},
-        {"host": os.uname().nodename, "pid": 2**22 + 1, "time": time.time()},
-    ):
-        storage.write_bytes(f"{bucket}/xray/driver.json", json.dumps(claim).encode())
-        fetch(run, f"{bucket}/xray")
-    claim = {"host": "elsewhere", "pid": 1, "time": time.time()}
-    storage.write_bytes(f"{bucket}/xray/driver.json", json.dumps(claim).encode())
+def test_a_second_driver_is_kept_off_until_the_first_is_gone_by_the_storages_clock(bucket, monkeypatch):
+    uri = f"{bucket}/xray"
+    monkeypatch.setattr(claim.platform, "node", lambda: "elsewhere")
+    first = claim.take(uri)
+    monkeypatch.undo()
+    monkeypatch.setattr(time, "time", lambda: 0.0)  # this machine's clock has no say
     with pytest.raises(InputError, match="another search, on elsewhere, is writing this run"):
-        fetch(run, f"{bucket}/xray")
+        claim.take(uri)
+    monkeypatch.setattr(claim, "CLAIM_SECONDS", 0.0)
+    second = claim.take(uri)
+    assert (first[:5], second[:5]) == ("0001-", "0002-")
+    claim.check_mine(uri, second)
+    for late in (claim.check_mine, claim.renew):
+        with pytest.raises(InputError, match="another search has taken this run over"):
+            late(uri, first)
+    storage.write_bytes(f"{uri}/journal/{second}-000000000000.jsonl", b"{}\n")
+    claim.release(uri, second)
+    with pytest.raises(InputError, match="taken this run over"):  # also when that one has ended
+        claim.check_mine(uri, first)
+    assert len(storage.files_below(uri)) == 1
 
 
 @pytest.mark.parametrize("bucket", ["file"], indirect=True)
-def test_a_storage_that_fails_for_a_while_gets_everything_later(run, bucket, monkeypatch, capsys):
-    monkeypatch.setattr(mirror, "SYNC_SECONDS", 0.05)
-    monkeypatch.setattr(mirror, "LAST_TRY_SECONDS", 0.05)
+def test_a_driver_that_was_killed_on_this_machine_is_gone_at_once(bucket):
+    code = f"from tuning import claim; print(claim.take('{bucket}/xray'))"
+    killed = subprocess.run([sys.executable, "-c", code], check=True, text=True, stdout=subprocess.PIPE).stdout
+    assert claim.take(f"{bucket}/xray") > killed
+
+
+def test_a_driver_that_was_cut_off_writes_nothing_more(run, bucket, tmp_path, monkeypatch, capsys):
+    uri = f"{bucket}/xray"
+    journal(run, 3)
+    first = driver(run, uri)
+    first.push()
+    journal(run, 5)  # cut off
+    monkeypatch.setattr(claim, "CLAIM_SECONDS", 0.0)
+    other = tmp_path / "there" / "xray"
+    second = driver(other, uri)
+    second.fetch()
+    journal(other, 4)
+    second.push()
+    late = f"{first.claim}-{first._journal_bytes:012d}.jsonl"  # was on its way when the second began
+    storage.write_bytes(f"{uri}/journal/{late}", b"".join((run / "journal.jsonl").read_bytes().splitlines(True)[3:]))
+    there = storage.files_below(uri)
+    (run / "plan.yaml").write_text("of the first")
+    assert not first.sent_at_last()
+    assert "taken this run over" in first.taken
+    with pytest.raises(InputError, match="taken this run over"):  # what its workers would send
+        push_file(run, uri, "plan.yaml", first.claim)
+    assert storage.files_below(uri) == there
+    third = tmp_path / "anywhere" / "xray"
+    Mirror(third, uri).fetch()
+    assert contents(third) == contents(other)
+
+
+@pytest.mark.parametrize("bucket", ["file"], indirect=True)
+def test_a_search_whose_run_is_taken_over_ends_with_an_error_and_leaves_no_copy(run, bucket, monkeypatch):
+    monkeypatch.setattr(claim, "CLAIM_SECONDS", 0.0)
+    with pytest.raises(InputError, match="taken this run over"), mirrored(run, bucket) as kept:
+        claim.take(kept.uri)
+    assert not run.exists()
+
+
+@pytest.mark.parametrize("bucket", ["file"], indirect=True)
+def test_a_journal_with_a_gap_is_refused(run, bucket):
+    storage.write_bytes(f"{bucket}/xray/journal/0001-00ff-000000000010.jsonl", b"{}\n")
+    with pytest.raises(InputError, match="doesn't go on with the journal"):
+        Mirror(run, f"{bucket}/xray").fetch()
+
+
+def test_after_a_resume_what_other_nodes_have_made_anew_comes_here(run, bucket, tmp_path):
+    uri, name = f"{bucket}/xray", "checkpoints/t00000.state.safetensors"
+    Mirror(run, uri).push()
+    there = tmp_path / "there" / "xray"
+    gone_on = Mirror(there, uri)
+    gone_on.fetch()
+    gone_on.push()
+    storage.write_bytes(f"{uri}/predictions/t00000.parquet", b"another")
+    time.sleep(1.1 if bucket.startswith("s3") else 0)  # seconds are what S3 tells
+    storage.write_bytes(f"{uri}/{name}", b"WEIGHTS")
+    gone_on.fetch_others()
+    assert (there / name).read_bytes() == b"WEIGHTS"
+    assert (there / "predictions" / "t00000.parquet").read_bytes() == b"another"
+    (there / name).write_bytes(b"of this node")
+    gone_on.fetch_others()
+    assert (there / name).read_bytes() == b"of this node"
+
+
+@pytest.mark.parametrize("bucket", ["file"], indirect=True)
+def test_a_storage_that_fails_for_a_while_gets_everything_later(run, bucket, capsys):
     place = Path(bucket.removeprefix("file://"))
     with mirrored(run, bucket):
-        shutil.rmtree(place)
+        place.rename(place.with_name("away"))
         place.touch()  # a file where the folder was: nothing can be written
         (run / "best.yaml").write_text("best")
         time.sleep(0.5)
         place.unlink()
-        Mirror(run, f"{bucket}/xray")
+        place.with_name("away").rename(place)
     assert capsys.readouterr().err.count("the storage fails") == 1
     assert storage.read_bytes(f"{bucket}/xray/best.yaml") == b"best"
 
 
 @pytest.mark.parametrize("bucket", ["file"], indirect=True)
 def test_what_could_not_be_sent_stays_here(run, bucket, monkeypatch, capsys):
-    monkeypatch.setattr(mirror, "LAST_TRY_SECONDS", 0.01)
+    monkeypatch.setattr(transfer, "PATIENCE_SECONDS", 0.1)
     place = Path(bucket.removeprefix("file://"))
     with mirrored(run, bucket):
         shutil.rmtree(place)

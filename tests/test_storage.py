@@ -78,6 +78,64 @@ def test_a_manifest_here_may_name_files_in_a_storage(bucket, tmp_path):
     assert list(load_samples(str(tmp_path / "manifest.csv"))["file"]) == [row["path"] for row in rows]
 
 
+def at(places):
+    """A function that asks each node, as Ray does, where a node's place is what the driver's is called there."""
+
+    def on_each(check):
+        said = {}
+        for node, (mine, theirs) in places.items():
+            [meeting] = check.args
+            said[node] = check.func(meeting.replace(mine, theirs), node)
+        return {node: why for node, why in said.items() if why is not None}
+
+    return on_each
+
+
+def test_nodes_that_have_another_place_of_the_same_name_are_found(bucket, tmp_path):
+    (tmp_path / "file").touch()
+    away, wrong = f"file://{tmp_path}/local", f"file://{tmp_path}/file"
+    places = {"a": (bucket, bucket), "b": (bucket, away), "c": (bucket, wrong), "d": (bucket, "nosuch://x")}
+    found = storage.apart(f"{bucket}/runs", places, at(places))
+    assert sorted(found) == ["b", "c", "d"]
+    assert "another place of the same name" in found["b"] and "no storage of this kind" in found["d"]
+    assert not storage.files_below(bucket)
+    with pytest.raises(OSError, match="file"):
+        storage.apart(wrong, places, at(places))
+
+
+def test_what_a_node_writes_has_to_be_seen(bucket):
+    def on_each(check):  # what it writes goes nowhere
+        return {}
+
+    assert storage.apart(bucket, ["a"], on_each) == {"a": "what it writes there isn't seen here"}
+
+
+@pytest.mark.parametrize("bucket", ["s3"], indirect=True)
+def test_many_images_take_few_requests_beside_their_reading(bucket, tmp_path, requests, monkeypatch):
+    monkeypatch.setattr(storage, "LISTED", 5)
+    folder = write_images(tmp_path / "films")
+    for file in folder.rglob("*.png"):
+        storage.write_bytes(f"{bucket}/films/{file.relative_to(folder)}", file.read_bytes())
+    before = requests()
+    files = list(load_samples(f"{bucket}/films")["file"])
+    listed = requests()
+    assert len(files) == 16 and len(listed) - len(before) < 8
+    content_hashes(files, tmp_path / "known")
+    read = requests()
+    assert len(read) - len(listed) < 2 * 16 + 8  # each is asked for its size and read
+    content_hashes(files, tmp_path / "known")
+    assert len(requests()) - len(read) < 8
+
+
+def test_files_are_found_alone_and_among_many(bucket):
+    few, many = [f"{bucket}/few/{index}" for index in range(3)], [f"{bucket}/many/{index}" for index in range(25)]
+    for uri in (*few, *many):
+        storage.write_bytes(uri, b"x" * len(uri))
+    asked = [few[0], many[3], f"{bucket}/many/none", f"{bucket}/few/none", *many, many[3]]
+    known = [None if found is None else found.size for found in storage.stored(asked)]
+    assert known == [None if uri.endswith("none") else len(uri) for uri in asked]
+
+
 def test_what_can_not_be_reached_is_told(bucket, tmp_path):
     with pytest.raises(InputError, match="nothing is there"):
         load_samples(f"{bucket}/nowhere")
@@ -85,6 +143,22 @@ def test_what_can_not_be_reached_is_told(bucket, tmp_path):
         load_samples(bucket.replace("bucket-", "no-bucket-"))
     with pytest.raises(InputError, match=r"nosuch://x: no storage of this kind .* s3://"):
         load_samples("nosuch://x/films")
-    with pytest.raises(InputError, match="password in a URI") as told:
-        load_samples("s3://key:hidden@bucket/films")
-    assert "hidden" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://key:hidden@bucket/films",
+        "s3://hidden@bucket/films",
+        "gs://anonymous:hidden@bucket/films",
+        "fsspec+sftp://me:hidden@host/films",
+        "s3://bucket/films?X-Amz-Signature=hidden",
+        "fsspec+abfs://films?sig=hidden",
+        "s3://bucket?secret_key=hidden",
+    ],
+)
+def test_a_secret_in_a_uri_is_refused_and_not_shown(uri):
+    for read in (load_samples, storage.read_bytes, storage.files_below):
+        with pytest.raises(InputError, match="password or key in a URI") as told:
+            read(uri)
+        assert "hidden" not in str(told.value)

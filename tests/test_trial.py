@@ -1,12 +1,17 @@
 """The trainable as Ray drives it, without Ray: what it leaves on disk."""
 
 import json
+import threading
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from runs import given_by_ray
+from safetensors import safe_open
 
+from tuning import transfer
+from tuning import trial as trial_module
 from tuning.audit import load_checked
 from tuning.checkpoints import best_file
 from tuning.config import SearchPlan, TrialConfig
@@ -14,6 +19,7 @@ from tuning.predictions import predictions_file
 from tuning.run_search import write_run
 from tuning.scores import score
 from tuning.space import parse
+from tuning.storage import files_below
 from tuning.tables import best_epoch, read_table
 from tuning.trial import FinetuneTrial
 
@@ -130,3 +136,30 @@ def test_a_trial_without_a_finite_loss_has_none(given):
     assert step(trial)[0]["ends"] == "diverged"
     trial.cleanup()
     assert not predictions_file(given("t0")["run"], "t0").exists()
+
+
+def test_what_a_storage_did_not_take_is_sent_later(given, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trial_module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(transfer, "RETRY_SECONDS", 0.05)
+    place = tmp_path / "storage"
+    trial = FinetuneTrial(given("t0"))
+    trial._config |= {"storage": f"file://{place}"}
+    trial._away = True  # as on a node beside which no driver is
+    place.touch()  # a file where a folder would be: nothing can be written
+    assert not step(trial)[0]["checkpoint"]
+    assert "t0: no checkpoint was written" in capsys.readouterr().err
+    place.unlink()
+    assert step(trial)[0]["checkpoint"]
+    names = {"checkpoints/t0.best.safetensors", "checkpoints/t0.state.safetensors", "predictions/t0.parquet"}
+    assert files_below(f"file://{place}").keys() == names
+    place.rename(tmp_path / "away")
+    place.touch()
+    last = step(trial, 3)[-1]
+    assert (last["ends"], last["checkpoint"]) == ("completed", False)
+    mended = threading.Timer(0.3, lambda: (place.unlink(), (tmp_path / "away").rename(place)))
+    mended.start()
+    trial.cleanup()
+    mended.join()
+    with safe_open(place / "checkpoints" / "t0.best.safetensors", framework="np") as file:
+        assert int(file.metadata()["best_epoch"]) == 3
+    assert not list(Path(given("t0")["run"]).glob("checkpoints/*"))  # nothing of use stays on the node

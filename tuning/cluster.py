@@ -114,22 +114,25 @@ def cluster_map(function: Callable[[Item], Result], items: Sequence[Item]) -> It
     yield from chain.from_iterable(map(ray.get, pending))
 
 
-def on_each_node(check: Callable[[], str | None]) -> dict[str, str]:
-    """What a check has to say on the nodes that have a complaint, by their names."""
+def node_names() -> dict[str, str]:
+    """What the nodes are called, by their ids: a machine may have several."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return {node["NodeID"]: f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})" for node in alive}
+
+
+def on_each_node(check: Callable[[str], str | None]) -> dict[str, str]:
+    """What a check, called on each node with the node's id, has to say where it has a complaint, by their ids."""
     task = ray.remote(num_cpus=0)(_call)
     asked = {
-        node["NodeManagerHostname"]: task.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote(check)
-        for node in ray.nodes()
-        if node["Alive"]
+        node: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(check, node)
+        for node in node_names()
     }
-    found = {name: ray.get(answer) for name, answer in asked.items()}
-    return {name: said for name, said in found.items() if said is not None}
+    found = {node: ray.get(answer) for node, answer in asked.items()}
+    return {node: said for node, said in found.items() if said is not None}
 
 
-def _call(check: Callable[[], str | None]) -> str | None:
-    return check()
+def _call(check: Callable[[str], str | None], node: str) -> str | None:
+    return check(node)
 
 
 def _call_each(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:

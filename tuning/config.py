@@ -30,9 +30,10 @@ FORMATS = {  # of images, by the suffix of their files
     ".dcm": "DICOM",
     ".dicom": "DICOM",
 }
-# user:password@ of a URL, up to the last @ before the path, and what follows ? and &.
+# user:password@ of a URL, up to the last @ before the path, and what follows ? and &: also what signs a URL.
 _PASSWORD = re.compile(r"(?<=://)([^\s:/?#@]*):[^\s@]*@(?:[^\s/?#@]*@)*")
-_SECRETS = "password|passwd|pwd|sslpassword|token|session_token|access_token|secret|secret_key|access_key|key"
+_SECRETS = r"[\w.-]*(?:passw|passphrase|pwd|token|secret|signature|credential)[\w.-]*"
+_SECRETS += r"|(?:[\w.-]*[._-])?(?:key|sig|sas|auth)|[a-z]*key(?:id)?"
 _SECRET_PART = re.compile(rf"[?&](?:{_SECRETS})=[^\s&'\"]*", re.IGNORECASE)
 UNFROZEN = ("head", "part", "all")  # what a depth comes to
 

@@ -1,30 +1,32 @@
 """A run that lies in a storage: a copy on this machine that all else works with, and what keeps the two alike.
 
-The journal goes there in segments, for objects can't be appended to; everything else goes whole.
+The journal goes there in segments, for objects can't be appended to; everything else goes whole. A segment's name says
+who wrote it and at which byte of the journal it begins.
 """
 
+import fcntl
 import hashlib
-import json
+import math
 import os
-import platform
+import re
 import shutil
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from tuning import claim, transfer
+from tuning.claim import SEGMENTS
 from tuning.config import InputError
 from tuning.images import cache_folder
-from tuning.storage import Stored, delete, files_below, is_uri, joined, read_bytes, stored, write_bytes
-from tuning.tables import replacing
+from tuning.storage import Stored, delete, files_below, is_uri, joined, read_all, read_bytes, write_bytes
+from tuning.transfer import fetch_file, patiently, push_file, write_file
 
 SYNC_SECONDS = 5.0
-LAST_TRIES, LAST_TRY_SECONDS = 4, 5.0  # at the end of a search, for a storage that fails
-CLAIM_SECONDS = 60.0  # a driver that has not been heard of for so long is gone
-JOURNAL, SEGMENTS, CLAIM = "journal.jsonl", "journal/", "driver.json"
+JOURNAL = "journal.jsonl"
 OTHERS = ("checkpoints/", "predictions/")  # what other nodes write
 
 
@@ -54,10 +56,8 @@ def mirrored(folder: Path, storage: str) -> Iterator["Mirror | None"]:
         return
     uri = joined(storage, folder.name)
     mirror = Mirror(folder, uri)
-    if folder.exists():
-        with _failure_told(uri):
-            mirror.fetch()
-    mirror.start()
+    with _failure_told(uri):
+        mirror.start()
     try:
         yield mirror
     finally:
@@ -65,6 +65,8 @@ def mirrored(folder: Path, storage: str) -> Iterator["Mirror | None"]:
             shutil.rmtree(folder.parent, ignore_errors=True)
         else:
             print(f"{uri}: the end of this run couldn't be sent; it is in {folder}, --resume sends it", file=sys.stderr)
+    if mirror.taken is not None:
+        raise InputError(mirror.taken)
 
 
 def fetch(folder: Path, uri: str) -> None:
@@ -73,10 +75,9 @@ def fetch(folder: Path, uri: str) -> None:
     Raises:
         InputError: another driver writes it, or the storage fails.
     """
-    mirror = Mirror(folder, uri)
     with _failure_told(uri):
-        mirror.check_claim()
-        mirror.fetch()
+        claim.check_free(uri)
+        Mirror(folder, uri).fetch()
 
 
 @contextmanager
@@ -126,32 +127,89 @@ class Mirror:
     def __init__(self, folder: Path, uri: str):
         self.folder, self.uri = folder, uri
         self.elsewhere: dict[str, int] = {}  # bytes of checkpoints that other nodes have put there
+        self.claim: str | None = None  # the claim's name while this process is the run's driver
+        self.taken: str | None = None  # why nothing more is sent: another driver writes the run
         self._sent: dict[str, tuple[int, int]] = {}  # size and time here of what is there
+        self._there: dict[str, Stored] = {}  # what the storage said of files that other nodes write too
         self._doomed: set[str] = set()
-        self._journal_bytes = self._segments = 0
-        self._stop, self._thread = threading.Event(), threading.Thread(target=self._keep_alike, daemon=True)
+        self._journal_bytes = 0
+        self._stop, self._ended = threading.Event(), threading.Event()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._keep_alike, self._keep_claim)]
         self._failing = False
-        self._lock = threading.Lock()  # for `_sent`
-        self._claimed_at = -CLAIM_SECONDS
+        self._lock = threading.Lock()  # for `_sent` and `_there`
+
+    # What is there comes here.
 
     def fetch(self, without: tuple[str, ...] = ()) -> None:
         """Bring here what is there, but for files that are newer here, and names that begin as in `without`.
 
         A journal that begins as the one there is kept: a driver that was killed on this machine hadn't sent its end.
+        Where it does not, another driver has gone on, and all that is here is void.
 
         Raises:
+            InputError: another driver on this machine works with the copy, or a segment of the journal is missing.
             OSError: the storage fails.
         """
-        there = files_below(self.uri)
-        segments = sorted(name for name in there if name.startswith(SEGMENTS))
-        journal = b"".join(read_bytes(joined(self.uri, name)) for name in segments)
-        self._journal_bytes, self._segments = len(journal), len(segments)
+        there = {name: known for name, known in files_below(self.uri).items() if "/." not in f"/{name}"}
+        segments = sorted(name for name in there if name.startswith(SEGMENTS) and name.endswith(".jsonl"))
+        journal = self._journal(segments)
+        self._journal_bytes = len(journal)
         path = self.folder / JOURNAL
-        if segments and not (path.exists() and path.read_bytes().startswith(journal)):
-            _write(path, journal)
-        for name in sorted(name for name in there if not name.startswith((SEGMENTS, CLAIM, *without))):
-            if fetch_file(self.folder, self.uri, name, there[name]):  # what is newer here is yet to be sent
-                self._sent[name] = _stamp(self.folder / name)
+        _check_unused(path)
+        if path.exists() and not path.read_bytes().startswith(journal):
+            shutil.rmtree(self.folder)
+        if segments and not path.exists():
+            write_file(path, journal)
+        for name in sorted(name for name in there if not name.startswith((SEGMENTS, claim.CLAIMS, *without))):
+            fetched = fetch_file(self.folder, self.uri, name, there[name])
+            if fetched or _stamp(self.folder / name) == there[name]:  # what is newer here is yet to be sent
+                self._note(name, there[name])
+
+    def _journal(self, segments: list[str]) -> bytes:
+        """The journal of these segments; what a driver sent after another had taken the run over is void."""
+        journal = bytearray()
+        for name, lines in zip(segments, read_all([joined(self.uri, name) for name in segments]), strict=True):
+            named = re.fullmatch(r"\d+-\w+-(\d+)\.jsonl", name.removeprefix(SEGMENTS))
+            begin = int(named[1]) if named else math.inf
+            if begin > len(journal):
+                cure = "bring back the segments that lay before it"
+                raise InputError(f"{joined(self.uri, name)}: doesn't go on with the journal; {cure}")
+            del journal[int(begin) :]
+            journal += lines
+        return bytes(journal)
+
+    def fetch_others(self) -> None:
+        """Bring here the weights and predictions that other nodes have put there; a storage that fails is told."""
+        try:
+            patiently(self._fetch_others)
+        except OSError as error:
+            print(f"{self.uri}: what other nodes left can't be read ({error})", file=sys.stderr)
+
+    def _fetch_others(self) -> None:
+        with self._lock:
+            for name, there in self._listed().items():
+                path = self.folder / name
+                if path.exists():  # not what is newer here, nor what is the same
+                    wanted = self._sent.get(name) == _stamp(path) and self._there.get(name) != there
+                else:
+                    wanted = name not in self._doomed | self._sent.keys()
+                if wanted:
+                    write_file(path, read_bytes(joined(self.uri, name)), there.mtime_ns)
+                    self._note(name, there)
+
+    def _listed(self) -> dict[str, Stored]:
+        """What there is of that which other nodes write too."""
+        return {
+            f"{folder}{name}": known
+            for folder in OTHERS
+            for name, known in files_below(joined(self.uri, folder)).items()
+            if not name.startswith(".")  # half written
+        }
+
+    def _note(self, name: str, there: Stored) -> None:
+        self._sent[name], self._there[name] = _stamp(self.folder / name), there
+
+    # What is here goes there.
 
     def push(self) -> None:
         """Send there what has changed here.
@@ -159,19 +217,24 @@ class Mirror:
         The plan goes last of the files, and the journal after it: where they are, what they need is there.
 
         Raises:
+            InputError: another driver writes the run.
             OSError: the storage fails.
         """
         here = sorted(_files(self.folder), key=lambda name: (name == "plan.yaml", name))
         for name in here:
             with_stamp = _stamp(self.folder / name)
             if self._sent.get(name) != with_stamp:
-                push_file(self.folder, self.uri, name)
+                push_file(self.folder, self.uri, name, self.claim)
                 self._sent[name] = with_stamp
+                self._there.pop(name, None)
         for name in self._doomed | (self._sent.keys() - set(here)):
+            self._check_mine()
             delete(joined(self.uri, name))
             self._sent.pop(name, None)
+            self._there.pop(name, None)
             self._doomed.discard(name)
         self._push_journal()
+        self._see()
 
     def _push_journal(self) -> None:
         path = self.folder / JOURNAL
@@ -182,75 +245,99 @@ class Mirror:
             lines = file.read()
         whole = lines[: lines.rfind(b"\n") + 1]
         if whole:
-            write_bytes(joined(self.uri, f"{SEGMENTS}{self._segments + 1:08d}.jsonl"), whole)
-            self._segments, self._journal_bytes = self._segments + 1, self._journal_bytes + len(whole)
+            assert self.claim is not None  # who only borrows a run doesn't write its journal
+            self._check_mine()
+            write_bytes(joined(self.uri, f"{SEGMENTS}{self.claim}-{self._journal_bytes:012d}.jsonl"), whole)
+            self._journal_bytes += len(whole)
+
+    def _see(self) -> None:
+        """Note what the storage says of files that have been sent, and what other nodes have put there."""
+        there = self._listed()
+        for name in self._sent.keys() & there.keys():
+            self._there.setdefault(name, there[name])
+        checkpoints = {name: known.size for name, known in there.items() if name.startswith("checkpoints/")}
+        self.elsewhere = {name: size for name, size in checkpoints.items() if not (self.folder / name).exists()}
+
+    def _check_mine(self) -> None:
+        if self.claim is not None:
+            claim.check_mine(self.uri, self.claim)
 
     def forget(self, name: str) -> None:
         """Delete a file that another node has put there, with the next sending."""
         self.elsewhere.pop(name, None)
         self._doomed.add(name)
 
-    def fetch_others(self) -> None:
-        """Bring here the weights and predictions that other nodes have put there; a storage that fails is told."""
-        try:
-            with self._lock:
-                for name, there in files_below(self.uri).items():
-                    if name.startswith(OTHERS) and name not in self._sent and not (self.folder / name).exists():
-                        fetch_file(self.folder, self.uri, name, there)
-                        self._sent[name] = _stamp(self.folder / name)
-        except OSError as error:
-            print(f"{self.uri}: what other nodes left can't be read ({error})", file=sys.stderr)
-
-    def start(self) -> None:
-        """Send what changes from now on, every few seconds, beside what this process does.
-
-        Raises:
-            InputError: another driver writes this run, or the storage can't be written.
-        """
-        with _failure_told(self.uri):
-            self.check_claim()
-            self._write_claim()
-        self._thread.start()
-
-    def close(self) -> bool:
-        """Send the last changes; false where the storage goes on failing. What is here then stays."""
-        self._stop.set()
-        if self._thread.ident is not None:
-            self._thread.join()
-        return self.sent_at_last() and self._unclaimed()
-
-    def sent_at_last(self) -> bool:
-        """Send what has changed, tried again a few times; false where the storage goes on failing."""
-        for _ in range(LAST_TRIES):
-            if self._pushed(claim=False):
-                return True
-            time.sleep(LAST_TRY_SECONDS)
-        return False
-
     def push_first(self) -> None:
         """Send a new run before its trials start: nodes read its samples there.
 
         Raises:
-            InputError: the storage can't be written.
+            InputError: the storage can't be written, or another driver writes the run.
         """
         with _failure_told(self.uri), self._lock:
             self.push()
 
+    # The two are kept alike while a search runs.
+
+    def start(self) -> None:
+        """Become the run's driver, bring here what is there, and send what changes from now on, every few seconds.
+
+        Raises:
+            InputError: another driver writes this run.
+            OSError: the storage fails.
+        """
+        _check_unused(self.folder / JOURNAL)
+        self.claim = claim.take(self.uri)
+        if self.folder.exists():
+            self.fetch()
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> bool:
+        """Send the last changes; false where the storage goes on failing. What is here then stays.
+
+        Where another driver has taken the run over, what is here is of no use.
+        """
+        self._stop.set()
+        self._threads[0].join()
+        sent = self.sent_at_last()
+        self._ended.set()
+        self._threads[1].join()
+        return self.taken is not None or (sent and self._released())
+
+    def sent_at_last(self) -> bool:
+        """Send what has changed, tried again for a while; false where the storage goes on failing."""
+        until = time.monotonic() + transfer.PATIENCE_SECONDS
+        while not self._pushed():
+            if self.taken is not None or time.monotonic() > until:
+                return False
+            time.sleep(transfer.RETRY_SECONDS)
+        return True
+
     def _keep_alike(self) -> None:
-        while not self._stop.wait(SYNC_SECONDS):
+        while self.taken is None and not self._stop.wait(SYNC_SECONDS):
             self._pushed()
 
-    def _pushed(self, *, claim: bool = True) -> bool:
+    def _keep_claim(self) -> None:
+        """Beside the sending, which may take longer than a claim holds."""
+        assert self.claim is not None
+        while self.taken is None and not self._ended.wait(claim.CLAIM_SECONDS / 3):
+            try:
+                claim.renew(self.uri, self.claim)
+            except InputError as error:
+                self.taken = str(error)
+            except OSError:
+                pass  # the sending tells of it
+
+    def _pushed(self) -> bool:
         """Whether the storage took it; a failure is told once, and what failed is sent again the next time."""
+        if self.taken is not None:
+            return False
         try:
             with self._lock:
                 self.push()
-            if claim and time.monotonic() - self._claimed_at > CLAIM_SECONDS / 3:
-                self._write_claim()
-            mine = {f"checkpoints/{path.name}" for path in (self.folder / "checkpoints").glob("[!.]*")}
-            there = files_below(joined(self.uri, "checkpoints"))
-            sizes = {f"checkpoints/{name}": known.size for name, known in there.items()}
-            self.elsewhere = {name: size for name, size in sizes.items() if name not in mine}
+        except InputError as error:
+            self.taken = str(error)
+            return False
         except OSError as error:
             if not self._failing:
                 cure = f"it is kept in {self.folder} and sent again"
@@ -262,75 +349,22 @@ class Mirror:
         self._failing = False
         return True
 
-    def check_claim(self) -> None:
-        """Raises InputError where another driver writes the run."""
-        place = joined(self.uri, CLAIM)
-        if stored([place]) == [None]:
-            return
+    def _released(self) -> bool:
+        assert self.claim is not None
         try:
-            said = json.loads(read_bytes(place))
-        except ValueError:  # half written
-            return
-        gone = said["host"] == platform.node() and not Path(f"/proc/{said['pid']}").exists()
-        if not gone and time.time() - said["time"] < CLAIM_SECONDS:
-            cure = f"stop it, or wait {CLAIM_SECONDS:.0f} s if it has crashed"
-            raise InputError(f"{self.uri}: another search, on {said['host']}, is writing this run; {cure}")
-
-    def _unclaimed(self) -> bool:
-        try:
-            delete(joined(self.uri, CLAIM))
+            claim.release(self.uri, self.claim)
         except OSError:
             return False
         return True
 
-    def _write_claim(self) -> None:
-        """Note in the storage that this process writes the run."""
-        claim = {"host": platform.node(), "pid": os.getpid(), "time": time.time()}
-        write_bytes(joined(self.uri, CLAIM), json.dumps(claim).encode())
-        self._claimed_at = time.monotonic()
 
-
-def fetch_file(folder: Path, uri: str, name: str, there: Stored) -> bool:
-    """Bring a file here, unless the one here is newer; says whether it was brought.
-
-    Raises:
-        InputError: its name leads out of the folder.
-    """
-    if ".." in Path(name).parts or Path(name).is_absolute():
-        raise InputError(f"{uri}: holds a file {name!r}, whose name leads out of the run's folder; take it away")
-    path = folder / name
-    if path.exists() and path.stat().st_mtime_ns >= there.mtime_ns:
-        return False
-    _write(path, read_bytes(joined(uri, name)))
-    return True
-
-
-def fetch_files(folder: Path, uri: str, names: Iterable[str]) -> None:
-    """Bring files here that are there: all of them, or none where the last of them is newer here."""
-    names = list(names)
-    there = stored([joined(uri, name) for name in names])
-    last = folder / names[-1]
-    newest = there[-1]
-    if last.exists() and (newest is None or last.stat().st_mtime_ns >= newest.mtime_ns):
-        return
-    for name, known in zip(names, there, strict=True):
-        if known is not None:
-            _write(folder / name, read_bytes(joined(uri, name)))
-
-
-def push_file(folder: Path, uri: str, name: str) -> None:
-    """Send a file there; one that has gone meanwhile is left out."""
-    try:
-        content = (folder / name).read_bytes()
-    except FileNotFoundError:
-        return
-    write_bytes(joined(uri, name), content)
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
+def _check_unused(journal: Path) -> None:
+    """Raises InputError where another process on this machine writes the journal."""
+    with suppress(FileNotFoundError), open(journal, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{journal.parent}: another search is writing this run; wait for it or stop it") from None
 
 
 def _files(folder: Path) -> list[str]:

@@ -18,7 +18,6 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +37,7 @@ from tuning.progress import Progress, console
 from tuning.report import refresher, write_or_tell
 from tuning.space import Space, fix, image_sizes, load, parse
 from tuning.space import backbones as backbones_in
-from tuning.storage import is_uri, joined, stored, unreadable, unwritable
+from tuning.storage import apart, is_uri, joined, stored, unreadable
 from tuning.track import check_installed, tracking
 
 DONE, BAD_INPUT, NO_FINITE_LOSS, INTERRUPTED = 0, 2, 3, 130
@@ -184,6 +183,8 @@ def _search(
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     with tracking(search, provenance["run_id"]), show.watching(search):
         finished = search.run()
+    if mirror is not None and mirror.taken is not None:
+        raise InputError(mirror.taken)
 
     # Choose and report, from the tables alone.
     if mirror is not None:
@@ -213,21 +214,26 @@ def _checked_nodes(plan: SearchPlan) -> bool:
     """Whether all nodes can read the data, so that each decodes a part; where one doesn't, this one decodes all.
 
     Raises:
-        InputError: a node can't write where results go.
+        InputError: results don't go to one place that this node and all others write.
     """
-    from tuning.cluster import on_each_node
+    from tuning.cluster import node_names, on_each_node
 
-    absolute = plan.storage if is_uri(plan.storage) else os.path.abspath(plan.storage)
-    said = on_each_node(partial(unwritable, absolute))
+    names = node_names()
+    place = plan.storage if is_uri(plan.storage) else f"file://{os.path.abspath(plan.storage)}"
+    try:
+        said = apart(place, names, on_each_node)
+    except OSError as error:
+        raise InputError(f"--storage {plan.storage}: can't be written ({error}); are its keys given?") from None
     cure = "give --storage a folder or URI that all nodes reach, and each node the keys"
-    faults = [f"--storage {plan.storage}: node {node} can't write there ({why}); {cure}" for node, why in said.items()]
-    if faults:
-        raise InputError(faults)
-    if plan.data is None:
+    if said:
+        raise InputError([f"--storage {plan.storage}: node {names[node]}: {why}; {cure}" for node, why in said.items()])
+    data = plan.data
+    if data is None:
         return False
-    blind = on_each_node(partial(unreadable, plan.data))
+    blind = on_each_node(lambda node: unreadable(data))
     if blind:
-        console.print(f"  {', '.join(blind)} can't read it: images are decoded here, and sent there")
+        who = ", ".join(names[node] for node in blind)
+        console.print(f"  {who} can't read it: images are decoded here, and sent there", markup=False)
     return not blind
 
 

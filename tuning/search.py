@@ -104,6 +104,7 @@ class Search:
             "cache_bytes": plan.cache_bytes,
             "device": "cuda" if resources.gpus else "cpu",
             "storage": None if mirror is None else mirror.uri,
+            "driver": None if mirror is None else mirror.claim,
             "run_id": run_id,
             "home": None if mirror is None else ray.get_runtime_context().get_node_id(),
         }
@@ -157,9 +158,7 @@ class Search:
 
     def next_trial(self, ray_id: str) -> dict[str, Any] | str | None:
         """The next trial's configuration for Ray, or FINISHED; null: not now, for no GPU has room for it."""
-        if self.halted is None and self._budget_over():
-            self.halted = "the time budget is over"
-        if self.halted is not None:
+        if self._halted():
             return str(Searcher.FINISHED)
         if self._unfinished:
             trial = self._unfinished.pop(0)
@@ -270,10 +269,8 @@ class Search:
             return self._end(trial, "stopped", stop_reason(self.plan, decision))
         if decision is not None:
             self.optimizer.passed_rung(trial)
-        if self.halted is not None or self._budget_over():
-            return self._end(
-                trial, "interrupted", f"{self.halted or 'the time budget is over'}; --resume goes on with it"
-            )
+        if self._halted():
+            return self._end(trial, "interrupted", f"{self.halted}; --resume goes on with it")
         self.show(self, trial)
         self._write_tables()
         return True
@@ -353,6 +350,14 @@ class Search:
         except Exception as error:
             print(f"optuna_storage: {type(error).__name__}: the live study ends here", file=sys.stderr)
             self._live = None
+
+    def _halted(self) -> bool:
+        """Whether no more is to be done; `halted` then says why."""
+        if self.halted is None and self._mirror is not None:
+            self.halted = self._mirror.taken
+        if self.halted is None and self._budget_over():
+            self.halted = "the time budget is over"
+        return self.halted is not None
 
     def _budget_over(self) -> bool:
         budget = self.plan.time_budget

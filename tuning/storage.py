@@ -3,19 +3,22 @@
 import os
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from io import BytesIO
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import pyarrow as pa
 from pyarrow import fs
 
-from tuning.config import InputError
+from tuning.config import InputError, without_secrets
 
 READERS = 32  # requests at once
 READ_TRIES = 3  # of an image
+LISTED = 20  # files of a folder from which it is listed: it may hold many more than those that are asked for
+ANONYMOUS = "gs://anonymous"  # how pyarrow is told that a public bucket needs no keys
 Given = ParamSpec("Given")
 Answer = TypeVar("Answer")
 
@@ -65,6 +68,16 @@ def read_bytes(uri: str) -> bytes:
     return content
 
 
+def read_all(uris: Sequence[str]) -> list[bytes]:
+    """Several files' contents.
+
+    Raises:
+        OSError: one is not there, or the storage fails.
+    """
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(read_bytes, uris))
+
+
 @_as_os_errors
 def write_bytes(uri: str, content: bytes) -> None:
     """Put a file there, whole.
@@ -79,10 +92,22 @@ def write_bytes(uri: str, content: bytes) -> None:
         return
     if isinstance(filesystem, fs.LocalFileSystem):  # others make folders
         filesystem.create_dir(os.path.dirname(path), recursive=True)
-    unfinished = f"{path}.part-{uuid.uuid4().hex}"
+    folder, _, name = path.rpartition("/")
+    unfinished = f"{folder}/.{name}.part-{uuid.uuid4().hex}"
     with filesystem.open_output_stream(unfinished, compression=None) as stream:
         stream.write(content)
     filesystem.move(unfinished, path)
+
+
+@_as_os_errors
+def delete_folder(uri: str) -> None:
+    """Take a folder away with all that is in it.
+
+    Raises:
+        OSError: it is not there, or the storage fails.
+    """
+    filesystem, path = _opened(uri)
+    filesystem.delete_dir(path)
 
 
 @_as_os_errors
@@ -98,13 +123,19 @@ def delete(uri: str) -> None:
 
 
 def stored(uris: Sequence[str]) -> list[Stored | None]:
-    """What is known of each file; null where there is none.
+    """What is known of each file; null where there is none. Folders with many of them are listed: a request for each
+    thousand files, not for each.
 
     Raises:
         OSError: the storage fails.
     """
+    folders = Counter(uri.rpartition("/")[0] for uri in uris)
+    listed = [folder for folder, count in folders.items() if count >= LISTED]
     with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(_stored, uris))
+        there = dict(zip(listed, pool.map(_files_in, listed), strict=True))
+        alone = [uri for uri in uris if uri.rpartition("/")[0] not in there]
+        known = dict(zip(alone, pool.map(_stored, alone), strict=True))
+    return [known[uri] if uri in known else there[uri.rpartition("/")[0]].get(uri.rpartition("/")[2]) for uri in uris]
 
 
 @_as_os_errors
@@ -121,23 +152,54 @@ def files_below(uri: str) -> dict[str, Stored]:
     Raises:
         OSError: the storage fails.
     """
+    return _listed(uri, recursive=True)
+
+
+@_as_os_errors
+def _files_in(uri: str) -> dict[str, Stored]:
+    """The same of a folder without those in it."""
+    return _listed(uri, recursive=False)
+
+
+def _listed(uri: str, *, recursive: bool) -> dict[str, Stored]:
     filesystem, path = _opened(uri)
-    found = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+    found = filesystem.get_file_info(fs.FileSelector(path, recursive=recursive, allow_not_found=True))
     start = len(path.rstrip("/")) + 1
     return {info.path[start:]: Stored(info.size, info.mtime_ns or 0) for info in found if info.is_file}
 
 
-def unwritable(place: str) -> str | None:
-    """Why nothing can be written to a folder or URI, tried; null where it can."""
-    trial = joined(place, f".reach-{uuid.uuid4().hex}")
+def apart(
+    place: str, nodes: Iterable[str], on_each: Callable[[Callable[[str], str | None]], dict[str, str]]
+) -> dict[str, str]:
+    """What keeps nodes from working at one place with this one, tried: each must see what the other has written.
+
+    Args:
+        place: URI of what they are to share.
+        nodes: their ids.
+        on_each: calls a function with each node's id, there, and gives what it answers where that isn't null.
+
+    Returns:
+        Why, for each node's id that this is so of.
+
+    Raises:
+        OSError: this one can't write there.
+    """
+    meeting = joined(place, f".nodes-{uuid.uuid4().hex}")
+    write_bytes(joined(meeting, "driver"), b"here")
     try:
-        if is_uri(place):
-            write_bytes(trial, b"")
-            delete(trial)
-        else:
-            with open(trial, "w"):
-                pass
-            os.unlink(trial)
+        said = on_each(partial(_attend, meeting))
+        seen = zip(nodes, stored([joined(meeting, node) for node in nodes]), strict=True)
+        return {node: "what it writes there isn't seen here" for node, known in seen if known is None} | said
+    finally:
+        delete_folder(meeting)
+
+
+def _attend(meeting: str, node: str) -> str | None:
+    """Why a node doesn't see what the driver wrote, or can't write; null where it does and has."""
+    try:
+        if stored([joined(meeting, "driver")]) == [None]:
+            return "what is written here isn't seen there: it is another place of the same name"
+        write_bytes(joined(meeting, node), b"here")
     except (OSError, InputError) as error:
         return str(error)
     return None
@@ -178,6 +240,9 @@ def _opened(uri: str) -> tuple[fs.FileSystem, str]:
     """The file system, and the path in it, taken literally: no query, no percent signs to be decoded."""
     scheme, _, rest = uri.partition("://")
     host, _, path = rest.partition("/")
+    if without_secrets(uri) != uri or ("@" in host and f"{scheme}://{host}".rpartition("@")[0] != ANONYMOUS):
+        cure = "take it out and give it by the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, say)"
+        raise InputError(f"{scheme}://...: a password or key in a URI would be written into tables; {cure}")
     filesystem, base = _filesystem(f"{scheme}://{host}" if host else f"{scheme}:///")
     return filesystem, f"{base.rstrip('/')}/{path}".rstrip("/")
 
@@ -185,11 +250,6 @@ def _opened(uri: str) -> tuple[fs.FileSystem, str]:
 @lru_cache
 def _filesystem(base: str) -> tuple[fs.FileSystem, str]:
     """Raises InputError where there is none of this kind."""
-    if "@" in base:
-        cure = "take it out and give it by the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, say)"
-        raise InputError(
-            f"{base.partition('://')[0]}://...@...: a password in a URI would be written into tables; {cure}"
-        )
     try:
         opened: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(base)
     except (pa.ArrowException, OSError, ValueError, ImportError) as error:

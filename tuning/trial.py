@@ -7,6 +7,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,18 @@ from safetensors import SafetensorError
 
 from tuning.checkpoints import best_file, load_state, save, state_file
 from tuning.cluster import images_here
-from tuning.config import TrialConfig
+from tuning.config import InputError, TrialConfig
 from tuning.data import Data, join, placed
 from tuning.features import FeatureCache
 from tuning.finetune import Row, State, finetune, out_of_memory
 from tuning.images import open_images
-from tuning.mirror import copies, fetch_files, push_file
+from tuning.mirror import copies
 from tuning.models import Models, keep_memory
 from tuning.predictions import predictions_file, write_predictions
 from tuning.probe import probe
 from tuning.samples import redrawn
 from tuning.tables import best_epoch, read_table
+from tuning.transfer import fetch_files, patiently, push_file
 
 CHECKPOINT_SECONDS = 30.0
 
@@ -57,6 +60,7 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
             keep_memory()
         self._data: dict[int, Data] = {}
         self._models = Models()
+        self._unsent: dict[str, bool] = {}  # files that a storage is to get, and whether they go here then
         folder = Path(config["features"]) / platform.node()  # nodes may share the disk that the cache is on
         self._features = FeatureCache(folder, config["cache_bytes"], self._device)
         self._begin(config)
@@ -74,6 +78,10 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
         if self._snapshot is not None and not self._saved:
             self._save(self._snapshot())
         self._forget()
+        try:
+            patiently(self._send)
+        except (OSError, InputError) as error:
+            print(f"{', '.join(self._unsent)}: couldn't be sent: {error}", file=sys.stderr)
 
     def step(self) -> dict[str, str]:
         try:
@@ -111,8 +119,8 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
         self._predicted: int | None = None  # the epoch whose validation probabilities are on disk
 
     def _start(self) -> Iterator[tuple[Row, Callable[[], State]]]:
-        if self._away:
-            fetch_files(self._run, self._config["storage"], self._checkpoint_names())
+        if self._config["storage"] is not None:  # another node may have begun the trial, and been lost
+            self._fetch(self._checkpoint_names())
         state = load_state(self._run, self._config["trial_id"])
         self._replay = list(state.history) if state else []
         trial = TrialConfig(**self._config["config"])
@@ -129,9 +137,18 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
             return iter([(row, lambda: State([row], {}))])
         return finetune(trial, data, state=state, **given, **self._config["ending"])
 
+    def _fetch(self, names: list[str]) -> None:
+        """Bring files here that the storage has; beside the driver, which has what it needs, nothing waits for it."""
+        attempt = partial(fetch_files, self._run, self._config["storage"], names)
+        if self._away:
+            patiently(attempt)
+        else:
+            with suppress(OSError):
+                attempt()
+
     def _load(self, trial: TrialConfig) -> Data:
         if self._away:
-            fetch_files(self._run, self._config["storage"], ["samples.parquet"])
+            self._fetch(["samples.parquet"])
         samples = read_table(self._run / "samples.parquet")
         if trial.image_size not in self._data:
             images = open_images(images_here(Path(self._config["images"][str(trial.image_size)])))
@@ -153,8 +170,9 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
         try:
             save(self._run, trial_id, state, best, config, ended=ended)
             if self._away:
-                self._send(ended)
-        except (OSError, SafetensorError) as error:
+                self._have_sent(ended)
+                self._send()
+        except (OSError, SafetensorError, InputError) as error:
             print(f"{trial_id}: no checkpoint was written: {error}", file=sys.stderr)
             return False
         return True
@@ -163,18 +181,28 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
         trial_id = self._config["trial_id"]
         return [str(file("", trial_id)) for file in (best_file, state_file)]
 
-    def _send(self, ended: bool) -> None:
-        """Put into the storage what this node has written; what is of no more use here goes.
+    def _have_sent(self, ended: bool) -> None:
+        """What the next sending is to put into the storage."""
+        best, state = self._checkpoint_names()
+        self._unsent |= dict.fromkeys((str(predictions_file("", self._config["trial_id"])), best), ended)
+        if ended:  # nobody goes on from its state
+            self._unsent.pop(state, None)
+            (self._run / state).unlink(missing_ok=True)
+        else:
+            self._unsent[state] = False
+
+    def _send(self) -> None:
+        """Put into the storage what this node has written; what failed is sent with the next.
 
         Raises:
+            InputError: another driver writes the run.
             OSError: the storage fails.
         """
-        names = [str(predictions_file("", self._config["trial_id"])), *self._checkpoint_names()]
-        for name in names:
-            if not (ended and name == names[-1]):  # nobody goes on from the state of a trial that has ended
-                push_file(self._run, self._config["storage"], name)
-            if ended:
+        for name, goes in list(self._unsent.items()):
+            push_file(self._run, self._config["storage"], name, self._config["driver"])
+            if goes:
                 (self._run / name).unlink(missing_ok=True)
+            del self._unsent[name]
 
     def _save_predictions(self, state: State, best: Row | None) -> None:
         """Write validation probabilities, before the checkpoint: who goes on from it may never make them again."""
