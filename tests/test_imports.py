@@ -46,7 +46,7 @@ ALLOWED = {
     "page": set(),
     "remarks": {"analysis", "calibration", "checkpoints", "ensemble", "predictions"},
     "plots": {"calibration"},
-    "card": {"__version__", "tables", "analysis", "page", "plots"},
+    "card": {"__version__", "documents", "tables", "analysis", "page", "plots"},
     "mistakes": {"config", "decoding", "page", "plots"},
     "reading": {"tables", "calibration", "intervals", "predictions"},
     "sections": {"config", "tables", "space", "analysis", "overfitting", "spending", "finalists", "page", "remarks"}
@@ -69,7 +69,8 @@ ALLOWED = {
     "checkpoints": {"config", "tables", "finetune"},
     "trial": {"config", "tables", "samples", "cluster", "images", "data", "models", "features", "probe", "finetune"}
     | {"checkpoints", "predictions", "mirror"},
-    "model_folder": {"conditions", "config", "documents", "decoding", "backbones", "data", "finetune", "calibration"},
+    "model_folder": {"conditions", "config", "documents", "decoding", "backbones", "data", "finetune", "calibration"}
+    | {"mirror", "storage"},
     "track": {"config", "tables"},
     "live": {"config", "tables", "finalists"},
     "progress": {"config", "tables", "live"},

@@ -148,10 +148,12 @@ def _decoded(
         cure = "give a few choices, or a range with a step"
         raise InputError(f"image_size: takes {len(image_sizes)} values, each of which is decoded and kept; {cure}")
     cache = _cache()
+    data = plan.data
+    if data is None:
+        data = str(phantoms.write_phantoms(cache / f"phantoms-{phantoms.VERSION}"))
+        if table is not None:  # drawn anew: the run may come from another machine
+            table = table.assign(file=[os.path.join(data, path) for path in table["path"]])
     if table is None:
-        data = (
-            plan.data if plan.data is not None else str(phantoms.write_phantoms(cache / f"phantoms-{phantoms.VERSION}"))
-        )
         columns = {key: getattr(plan, key) for key in SETTINGS if key.endswith(("_column", "_fraction"))}
         table = samples.load_samples(data, **columns)
     hashes = images.content_hashes(list(table["file"]), cache, map)

@@ -43,8 +43,8 @@ def measured(
     return found | {"calibration_error_untempered": calibration_error(tempered(logits, 1.0), targets)}
 
 
-def tell(folder: Path, metrics: dict[str, Any]) -> None:
-    """What the screen shows at the end."""
+def tell(metrics: dict[str, Any]) -> None:
+    """What the screen shows of the figures."""
     validation, tested, reading = metrics["validation"], metrics["test"], metrics["test_reading"]
     if "ensemble" in metrics:
         members = ", ".join(f"{trial_id} {share:.0%}" for trial_id, share in metrics["ensemble"].items())
@@ -81,7 +81,6 @@ def tell(folder: Path, metrics: dict[str, Any]) -> None:
     if "error" not in metrics["onnx"]:
         difference, images = metrics["onnx"]["largest_difference"], metrics["onnx"]["images"]
         print(f"model.onnx gives PyTorch's probabilities to {difference:.1g}, on {images} validation images")
-    print(f"\nwritten: {folder}\nNext:\n  python tuning/model_folder.py predict {folder} IMAGE ...")
 
 
 def _figures(values: dict[str, Any], *names: str) -> str:

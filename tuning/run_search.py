@@ -197,7 +197,8 @@ def _search(
     if verdict.trial_id is not None:
         _write_best(folder, plan, search.record, trials, verdict, data.fingerprint)
     place = joined(plan.storage, plan.name)
-    summarize(folder, place, plan, verdict, judged, halted=search.halted, slots=trials_at_once)
+    since = search.started_wall_s
+    summarize(folder, place, plan, verdict, judged, halted=search.halted, slots=trials_at_once, since=since)
     if (report := write_or_tell(folder)) is not None:
         console.print(f"\nReport: {joined(place, report.name)}", markup=False)
     if not finished:

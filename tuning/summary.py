@@ -22,6 +22,7 @@ def summarize(
     *,
     halted: str | None,
     slots: int | None,
+    since: float,
 ) -> None:
     """Print it.
 
@@ -31,6 +32,7 @@ def summarize(
         judged: the table of finalists.
         halted: why the search ended early, if it did.
         slots: trials at once, if that number is fixed.
+        since: when this start of the search began, in active seconds.
     """
     console.print()
     if halted is not None:
@@ -43,7 +45,8 @@ def summarize(
     epochs = tables.read_table(folder / "epochs.parquet")
     _tell_trials(trials, plan.metric)
     _tell_overfitting(trials, epochs, plan.metric)
-    _tell_cost(trials, epochs, spending.cost(everything), plan.epochs, slots)
+    _tell_cost(trials, epochs, spending.cost(everything), plan.epochs)
+    _tell_slots(epochs, slots, since)
     if verdict.trial_id is None:
         advice = " Try lower learning rates." if (trials["status"] == "diverged").any() else ""
         console.print(f"\n[bold]No trial had a finite loss[/bold]: there is no best.yaml.{advice}")
@@ -109,9 +112,7 @@ def _tell_overfitting(trials: pd.DataFrame, epochs: pd.DataFrame, metric: str) -
         console.print(f"val_loss from a trial's best epoch to its last, median: {said}.")
 
 
-def _tell_cost(
-    trials: pd.DataFrame, epochs: pd.DataFrame, costs: pd.DataFrame, epochs_allowed: int, slots: int | None
-) -> None:
+def _tell_cost(trials: pd.DataFrame, epochs: pd.DataFrame, costs: pd.DataFrame, epochs_allowed: int) -> None:
     """What stopping saved, what each backbone cost, and where the time went."""
     saved = spending.saved(trials, epochs_allowed)
     spent, spared = trials["seconds"].sum(), saved["seconds_saved"].sum()
@@ -131,9 +132,13 @@ def _tell_cost(
     shares = ", ".join(f"{names[part]} {value / total:.0%}" for part, value in parts.items())
     hits = int(epochs["cache_hits"].sum())
     console.print(f"Time: {shares}. Frozen layers' outputs of {hits:,} images came from the cache.")
-    busy = None if slots is None else spending.utilisation(epochs, slots)
+
+
+def _tell_slots(epochs: pd.DataFrame, slots: int | None, since: float) -> None:
+    busy = None if slots is None else spending.utilisation(epochs, slots, since)
     if busy is not None:
-        console.print(f"Slots were in use {busy:.0%} of the time until the last trial began.")
+        went_on = ", since the search went on" if (epochs["wall_s"] < since).any() else ""
+        console.print(f"Slots were in use {busy:.0%} of the time until the last trial began{went_on}.")
 
 
 def _tell_verdict(verdict: finalists.Verdict, judged: pd.DataFrame) -> None:
