@@ -165,6 +165,17 @@ def test_several_runs_are_compared(folder, tmp_path):
     assert report.run(report.Flags((str(folder), str(other)), out=str(tmp_path / "c.html"))) == tmp_path / "c.html"
 
 
+def test_names_of_runs_and_settings_are_text_in_a_comparison(tmp_path):
+    odd = "<img src=x onerror=alert(1)> 'a' \"b\" 🫁\n"
+    made = [make_run(tmp_path / name, trials=2, backbones=(f"{odd}{name}",)) for name in ("a", "b")]
+    folders = [folder.rename(tmp_path / f"{odd}{folder.name}") for folder in made]
+    html = report.run(report.Flags(tuple(map(str, folders)), out=str(tmp_path / "c.html"))).read_text()
+    told = html.partition('id="packed-data"')[0]
+    assert "<img" not in told and "&lt;img src=x onerror=alert(1)&gt; &#x27;a&#x27; &quot;b&quot; 🫁\\n" in told
+    assert "<img" not in html.partition('id="packed-data"')[2].partition("</script>")[0]
+    assert [one["name"] for one in data(html)["runs"]] == [f"{odd}a", f"{odd}b"]
+
+
 def test_it_is_refreshed_when_it_is_due(folder):
     now = [0.0]
     path = folder / "report.html"

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from tuning.calibration import logarithms, tempered
 from tuning.conditions import show
-from tuning.config import FORMATS, InputError, SearchPlan, TrialConfig, build, check_value
+from tuning.config import FORMATS, InputError, SearchPlan, TrialConfig, build, check_value, visible
 from tuning.decoding import decode
 from tuning.documents import check_parts, read_mapping
 from tuning.mirror import borrowed
@@ -251,7 +251,7 @@ def main() -> int:
     except InputError as error:
         faults = error.faults
     for fault in faults:
-        print(f"error: {fault}", file=sys.stderr)
+        print(f"error: {visible(fault)}", file=sys.stderr)
     return 2 if faults else 0
 
 

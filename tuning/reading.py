@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from tuning import tables
 from tuning.calibration import calibration_error, tempered
+from tuning.config import visible
 from tuning.intervals import measure
 from tuning.predictions import group_numbers
 
@@ -75,7 +76,7 @@ def tell(metrics: dict[str, Any]) -> None:
         print(f"test, {tested['images']} images{groups}, with 95% intervals:")
         print(f"  {_figures(tested, 'accuracy', 'balanced_accuracy', 'auroc')}")
         for name, values in tested["classes"].items():
-            print(f"  {name}: {_figures(values, 'sensitivity', 'specificity', 'auroc')}")
+            print(f"  {visible(name)}: {_figures(values, 'sensitivity', 'specificity', 'auroc')}")
         before, after = tested["calibration_error_untempered"], tested["calibration_error"]
         print(f"  calibration error {after:.3f} ({before:.3f} without the temperature)")
     if "error" not in metrics["onnx"]:

@@ -203,7 +203,10 @@ def _depths() -> str:
         "depth",
         "Backbone and unfreeze depth",
         figure("depths", "the best trial of each backbone and depth"),
-        note("The best trial of each pair; 0 is the classifier alone. Pairs tried once say little."),
+        note(
+            "The best trial of each pair. Head: the classifier alone; all: the whole network. Pairs tried once say "
+            "little."
+        ),
     )
 
 

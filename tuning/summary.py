@@ -1,16 +1,17 @@
 """What a search says at its end: why trials ended, where they overfit, what it cost, and the verdict."""
 
+import json
 import shlex
 from pathlib import Path
 
 import pandas as pd
-from rich.markup import escape
 
 from tuning import analysis, finalists, overfitting, spending, tables
 from tuning.config import PARAMETERS, SearchPlan
 from tuning.live import depth
-from tuning.progress import console, number
+from tuning.progress import console, number, plain
 from tuning.remarks import remarks
+from tuning.storage import joined
 
 
 def summarize(
@@ -36,7 +37,7 @@ def summarize(
     """
     console.print()
     if halted is not None:
-        console.print(f"[bold]The search ended early[/bold]: {escape(halted)}\n")
+        console.print(f"[bold]The search ended early[/bold]: {plain(halted)}\n")
     everything = tables.read_table(folder / "trials.parquet")
     trials = analysis.searched(everything)
     if trials.empty:
@@ -62,9 +63,9 @@ def summarize(
     console.print(
         f"  python tuning/train_final.py {quoted}        # train it again, test it, write its model/", markup=False
     )
-    console.print(
-        f"  python -c \"import pandas as pd; print(pd.read_parquet('{place}/trials.parquet'))\"", markup=False
-    )
+    table = json.dumps(joined(place, "trials.parquet"), ensure_ascii=False)  # a string of Python too
+    code = shlex.quote(f"import pandas as pd; print(pd.read_parquet({table}))")
+    console.print(f"  python -c {code}", markup=False)
 
 
 def _tell_trials(trials: pd.DataFrame, metric: str) -> None:
@@ -78,8 +79,7 @@ def _tell_trials(trials: pd.DataFrame, metric: str) -> None:
         console.print(
             f"{row['trial_id']:<7} {row['config_backbone']:<{width}} {depth(row['config_unfreeze_depth']):<8} "
             f"{row['config_learning_rate']:.1e} {row['config_augmentation']:<6} {number(row[metric]):>8}  "
-            f"{row['epochs']:>6}  {row['status']}: {row['reason']}",
-            markup=False,
+            f"{row['epochs']:>6}  {row['status']}: {plain(row['reason'])}"
         )
 
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from tuning import tables
 from tuning.audit import load_checked
 from tuning.calibration import fit_temperature, logarithms, tempered
-from tuning.config import InputError, SearchPlan, TrialConfig, build, command_line
+from tuning.config import InputError, SearchPlan, TrialConfig, build, command_line, visible
 from tuning.documents import check_parts, read_mapping
 from tuning.ensemble import named_shares
 from tuning.images import cache_folder, open_images
@@ -69,7 +69,7 @@ def main() -> int:
         print(f"\nwritten: {written}\nNext:\n  python tuning/model_folder.py predict {shlex.quote(written)} IMAGE ...")
     except InputError as error:
         for fault in error.faults:
-            print(f"error: {fault}", file=sys.stderr)
+            print(f"error: {visible(fault)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; what is not in model/ was not written", file=sys.stderr)
@@ -134,7 +134,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
             cure = f"train on what is drawn here by --data {Path(table['file'].iloc[0]).parents[1]}"
         raise InputError(f"the data has changed since {best.path} was written; put it back, or {cure}")
     for line in told:
-        print(line)
+        print(visible(line))
 
     import torch  # takes seconds to load, and timm more: bad input and --help are told before
 
