@@ -314,7 +314,8 @@ def named_images(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def _stored(uri: str) -> list[str]:
     if stored([uri]) != [None]:
         return [uri]
-    return [joined(uri, name) for name in sorted(files_below(uri)) if os.path.splitext(name)[1].lower() in FORMATS]
+    images = [name for name in sorted(files_below(uri)) if os.path.splitext(name)[1].lower() in FORMATS]
+    return [joined(uri, name) for name in images if not any(part.startswith(".") for part in name.split("/"))]
 
 
 def _below(folder: str) -> list[str]:
