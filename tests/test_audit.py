@@ -293,6 +293,24 @@ def test_the_command_tells_writes_and_exits(films, capsys):
     assert "a: 5 test, 3 train, 4 val" in capsys.readouterr().out  # as a search would take them
 
 
+def test_names_of_any_kind_are_text_on_the_screen(films, capsys, monkeypatch):
+    folder, manifest = films
+    odd = "[red]a[red]\n\x1b[31m 'b' \"c\" 🫁"
+    shutil.copy(folder / "00.png", folder / odd)
+    data = manifest((odd, odd, "train"), ("./23.png", odd, "val"), ("./22.png", odd, "test"))
+    monkeypatch.setattr("sys.argv", ["audit.py", data, "--out", str(folder), "--set", "on_leak=warn"])
+    assert main() == 2
+    told = capsys.readouterr().err
+    shown = "[red]a[red]\\n\\x1b[31m 'b' \"c\" 🫁"
+    assert told.count("\n") == 1 and "paths occur more than once (22.png, 23.png)" in told
+    for number in (24, 25):
+        picture(number).save(folder / f"{number}.png")
+    data = manifest((odd, odd, "train"), ("24.png", odd, "val"), ("25.png", odd, "test"))
+    assert run(Flags(data, out=str(folder), set=(("on_leak=warn",),))) == 0
+    said = capsys.readouterr().out
+    assert f"{shown}: 1 test, 1 train, 1 val" in said and f"such as 00.png and {shown}" in said and "\x1b" not in said
+
+
 def test_the_command_refuses_what_it_does_not_know(films, capsys, monkeypatch):
     folder, manifest = films
     data = manifest()

@@ -11,8 +11,17 @@ from tuning.config import (
     check_value,
     command_line,
     parse_duration,
+    visible,
     without_secrets,
 )
+
+
+@given(st.text())
+def test_what_is_visible_is_one_line_that_moves_no_cursor(value):
+    told = visible(value)
+    assert len((told + ".").splitlines()) == 1 and not any(ord(sign) < 32 or 127 <= ord(sign) < 160 for sign in told)
+    assert visible("lung 🫁 [red]\n\x1b[31m") == "lung 🫁 [red]\\n\\x1b[31m"
+
 
 PASSWORD = st.text("abcXYZ0123456789-._~%!$*+,;/:", min_size=6)
 

@@ -45,12 +45,12 @@ ALLOWED = {
     "overfitting": {"config", "analysis"},
     "spending": {"tables", "analysis"},
     "finalists": {"config", "tables", "analysis"},
-    "page": set(),
+    "page": {"config"},
     "remarks": {"analysis", "calibration", "checkpoints", "ensemble", "predictions"},
     "plots": {"calibration"},
-    "card": {"__version__", "tables", "analysis", "page", "plots"},
+    "card": {"__version__", "documents", "tables", "analysis", "page", "plots"},
     "mistakes": {"config", "decoding", "page", "plots"},
-    "reading": {"tables", "calibration", "intervals", "predictions"},
+    "reading": {"config", "tables", "calibration", "intervals", "predictions"},
     "sections": {"config", "tables", "space", "analysis", "overfitting", "spending", "finalists", "page", "remarks"}
     | {"storage"},
     "report": {"config", "tables", "analysis", "spending", "page", "sections", "mirror", "storage"},
@@ -71,11 +71,13 @@ ALLOWED = {
     "checkpoints": {"config", "tables", "finetune"},
     "trial": {"config", "tables", "samples", "cluster", "images", "data", "models", "features", "probe", "finetune"}
     | {"checkpoints", "predictions", "mirror", "transfer"},
-    "model_folder": {"conditions", "config", "documents", "decoding", "backbones", "data", "finetune", "calibration"},
+    "model_folder": {"conditions", "config", "documents", "decoding", "backbones", "data", "finetune", "calibration"}
+    | {"mirror", "storage"},
     "track": {"config", "tables"},
     "live": {"config", "tables", "finalists"},
     "progress": {"config", "tables", "live"},
-    "summary": {"config", "tables", "analysis", "overfitting", "spending", "finalists", "live", "progress", "remarks"},
+    "summary": {"config", "tables", "analysis", "overfitting", "spending", "finalists", "live", "progress", "remarks"}
+    | {"storage"},
     "final": {"config", "tables", "backbones", "checkpoints", "data", "ensemble", "features", "finetune", "predictions"}
     | {"calibration"},
     "export": {"config", "backbones", "calibration", "data", "final"},

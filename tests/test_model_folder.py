@@ -11,7 +11,7 @@ import torch
 from conftest import draw_folder
 from PIL import Image
 
-from tuning import backbones
+from tuning import backbones, storage
 from tuning.config import InputError, TrialConfig
 from tuning.model_folder import load_model, main, save_ensemble, save_model
 
@@ -161,6 +161,26 @@ def test_unreadable_files_are_told_and_the_rest_is_written(named, tmp_path, monk
     assert len(pd.read_csv("o.csv")) == len(NAMES) + 1
     for name in ("broken0.png", "broken1.png", "nowhere.png", "no*match"):
         assert told.count(f"error: {name}: ") == 1
+
+
+def test_a_model_and_images_in_a_storage(named, bucket, tmp_path, monkeypatch, capfd):
+    """What train_final.py says to type next for a run in a storage."""
+    for folder, place in ((named, f"{bucket}/xray/model"), (tmp_path / "films", f"{bucket}/films")):
+        for file in folder.iterdir():
+            if file.is_file() and "\n" not in file.name:  # S3 takes none
+                storage.write_bytes(f"{place}/{file.name}", file.read_bytes())
+    before = storage.files_below(bucket)
+    _, here, _ = predict(monkeypatch, capfd, named, "[1].png", "😷.png")
+    one, there = f"{bucket}/films/[1].png", f"{bucket}/xray/model"
+    code, said, told = predict(monkeypatch, capfd, there, one, "😷.png")
+    assert (code, told) == (0, "") and said == here.replace("[1].png", one)
+    code, said, told = predict(monkeypatch, capfd, there, f"{bucket}/films/", f"{bucket}/nowhere")
+    assert code == 2 and f"error: {bucket}/nowhere: neither an image nor a folder of images" in told
+    rows = list(csv.DictReader(io.StringIO(said, newline="")))
+    assert sorted(row["path"] for row in rows) == sorted(f"{bucket}/films/{name}" for name in NAMES if "\n" not in name)
+    code, _, told = predict(monkeypatch, capfd, f"{bucket}/xray/none", one)
+    assert code == 2 and f"{bucket}/xray/none/config.yaml: can't be read" in told  # not the copy's name
+    assert storage.files_below(bucket) == before
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 
 import pyarrow.parquet as pq
@@ -8,7 +9,7 @@ from runs import make_audit, make_run
 from tuning import report
 from tuning.config import InputError
 from tuning.sections import AUDIT_ROWS, read
-from tuning.tables import Journal
+from tuning.tables import Journal, make_tables, read_record, write_tables
 
 LIMIT = 6_000_000  # bytes of a report
 EVIL = "<script>alert(1)</script>"
@@ -88,15 +89,33 @@ def test_a_run_killed_before_its_first_tables(tmp_path):
     assert "No trial has begun" in page(folder)
     config = read(folder).document["space"]["start"][0]
     journal = Journal(folder / "journal.jsonl")
-    journal.append(
-        "asked", trial_id="t00000", number=0, origin="start", params=config, config=config | {"seed": 0} | FIXED
-    )
+    journal.append("asked", trial_id="t00000", number=0, origin="start", params=config, config=config | FIXED)
     journal.append("started", trial_id="t00000", gpus=0.0)
     journal.close()
     assert data(page(folder))["trials"]["status"] == ["running"]
 
 
+def test_a_run_killed_while_its_tables_were_written(tmp_path):
+    """The journal tells more than they do, or one of them more than the others: it is taken, whatever is newer."""
+    folder = make_run(tmp_path / "run", trials=1)
+    config = read(folder).document["space"]["start"][0]
+    journal = Journal(folder / "journal.jsonl")
+    for number in range(2):
+        named = {"trial_id": f"t{number:05d}", "number": number, "origin": "start"}
+        journal.append("asked", **named, params=config, config=config | FIXED)
+        journal.append("started", trial_id=named["trial_id"], gpus=0.0)
+        made = make_tables(read_record(folder / "journal.jsonl"), "val_loss")
+        write_tables(made if number == 0 else {"trials": made["trials"]}, folder)
+        assert len(data(page(folder))["ids"]) == number + 1
+    journal.append("asked", **named | {"trial_id": "t00002", "number": 2}, params=config, config=config | FIXED)
+    journal.append("started", trial_id="t00002", gpus=0.0)
+    journal.close()
+    os.utime(folder / "journal.jsonl", (1, 1))  # a copy has times of its own
+    assert len(data(page(folder))["ids"]) == 3
+
+
 FIXED = {
+    "seed": 0,
     **{"stage_lr_decay": 1.0, "optimizer": "adamw", "schedule": "cosine", "warmup_epochs": 0.0, "weight_decay": 0.0},
     **{"label_smoothing": 0.0, "head_init": "random", "head_dropout": 0.0, "class_weighting": "none"},
     **{"batch_norm": "train", "batch_size": 32, "image_size": 224, "epochs": 10},
@@ -144,6 +163,17 @@ def test_several_runs_are_compared(folder, tmp_path):
     )
     assert "40 of 40" in html and "30 of 30" in html and "different images" not in html
     assert report.run(report.Flags((str(folder), str(other)), out=str(tmp_path / "c.html"))) == tmp_path / "c.html"
+
+
+def test_names_of_runs_and_settings_are_text_in_a_comparison(tmp_path):
+    odd = "<img src=x onerror=alert(1)> 'a' \"b\" 🫁\n"
+    made = [make_run(tmp_path / name, trials=2, backbones=(f"{odd}{name}",)) for name in ("a", "b")]
+    folders = [folder.rename(tmp_path / f"{odd}{folder.name}") for folder in made]
+    html = report.run(report.Flags(tuple(map(str, folders)), out=str(tmp_path / "c.html"))).read_text()
+    told = html.partition('id="packed-data"')[0]
+    assert "<img" not in told and "&lt;img src=x onerror=alert(1)&gt; &#x27;a&#x27; &quot;b&quot; 🫁\\n" in told
+    assert "<img" not in html.partition('id="packed-data"')[2].partition("</script>")[0]
+    assert [one["name"] for one in data(html)["runs"]] == [f"{odd}a", f"{odd}b"]
 
 
 def test_it_is_refreshed_when_it_is_due(folder):

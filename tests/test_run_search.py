@@ -1,6 +1,7 @@
 """Bad input: one clear error that names the place and the cure, before any trial starts, and nothing lost."""
 
 import os
+import shlex
 import struct
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from conftest import draw_folder
@@ -18,8 +20,8 @@ from tuning import report, search
 from tuning.audit import load_checked
 from tuning.config import InputError, SearchPlan
 from tuning.finalists import Verdict
-from tuning.images import read_facts
-from tuning.run_search import Flags, _planned, _resumed, _write_best, check_new, main, notes, run, write_run
+from tuning.images import parallel_map, read_facts
+from tuning.run_search import Flags, _data, _planned, _resumed, _write_best, check_new, main, notes, run, write_run
 from tuning.space import load
 from tuning.tables import Record, Trial, make_tables, read_table
 
@@ -222,6 +224,22 @@ def test_a_password_is_used_but_not_kept(space, folder, tmp_path):
     assert again.optuna_storage == url
 
 
+def test_names_of_any_kind_are_text_on_the_screen(tmp_path, capsys):
+    odd = ("[red]x[/red]", "<script>alert(1)</script> :smile:\n\x1b[31m")
+    folder = draw_folder(tmp_path / "[bold]films", count=10)
+    rows = [f"{path.parent.name}/{path.name}" for path in sorted(folder.rglob("*.png"))]
+    rows[0] = "dark/a 'b' \"c\"\n[red] 🫁.jpg"
+    (folder / "dark" / "000.png").rename(folder / rows[0])
+    table = pd.DataFrame({"path": rows, "label": [odd[path.startswith("light")] for path in rows]})
+    table.to_parquet(folder / "films.parquet")
+    plan = SearchPlan(name="x", data=str(folder / "films.parquet"))
+    _data(plan, load("quick"), None, parallel_map)
+    said = capsys.readouterr().out
+    assert f"data: {folder}/films.parquet\n" in said
+    assert "\n  [red]x[/red]: 2 test" in said and ":smile:\\n\\x1b[31m: 2 test" in said and "\x1b" not in said
+    assert "1 image (dark/a 'b' \"c\"\\n[red] 🫁.jpg): is a PNG file named .jpg" in said
+
+
 @pytest.mark.slow
 def test_a_search_says_what_to_type_next_and_reports_meanwhile(space, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(report, "REFRESH_SECONDS", 0.0)
@@ -233,6 +251,9 @@ def test_a_search_says_what_to_type_next_and_reports_meanwhile(space, folder, tm
     assert run(Flags(space=space, data=str(folder), name="once")) == 0
     said = capsys.readouterr().out
     assert "Best" in said and "python tuning/train_final.py results/once" in said
+    (typed,) = (line for line in said.splitlines() if line.startswith("  python -c "))
+    shown = subprocess.run([sys.executable, *shlex.split(typed)[1:]], capture_output=True, text=True, check=True).stdout
+    assert "t00000" in shown
     assert "Report: results/once/report.html" in said
     assert "running" in made[0] and "running" not in made[-1]
     assert " better than the class frequencies" in said and "expected calibration error" in said

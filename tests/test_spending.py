@@ -42,6 +42,14 @@ def test_utilisation_of_trials_that_all_began_at_once_is_unknown():
     assert spending.utilisation(epochs(("a", 7, 5), ("b", 12, 9.5)), 2) is None
 
 
+def test_utilisation_of_a_search_that_went_on_with_other_slots_is_that_of_its_last_start():
+    before = [("a", 7, 5), ("b", 12, 9), ("b", 13, 1)]  # the last one reported as the search went on
+    after = [("c", 25, 5), ("d", 30, 5), ("e", 36, 6)]
+    assert spending.utilisation(epochs(*before, *after), 1, since=12.5) == pytest.approx(1.0)
+    assert spending.utilisation(epochs(*before, *after), 1) < 0.9
+    assert spending.utilisation(epochs(*before), 1, since=12.5) is None
+
+
 def test_best_so_far_counts_what_all_trials_took(trials):
     trials.loc[3, "origin"] = "probe"
     rows = [

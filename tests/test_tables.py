@@ -9,7 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tuning.config import InputError, TrialConfig
-from tuning.tables import Journal, Record, Row, make_tables, read_journal, read_table, replacing, write_tables
+from tuning.tables import (
+    Journal,
+    Record,
+    Row,
+    make_tables,
+    read_journal,
+    read_record,
+    read_table,
+    replacing,
+    tell_all,
+    write_tables,
+)
 
 CONFIG = TrialConfig(backbone="test_resnet", epochs=3).model_dump()
 
@@ -168,6 +179,23 @@ def test_tables_come_back_and_newer_or_foreign_ones_are_refused(tmp_path):
             read_table(tmp_path / f"{name}.parquet")
     with pytest.raises(InputError, match="no such table"):
         read_table(tmp_path / "none.parquet")
+
+
+def test_tables_know_whether_they_tell_of_all_events(journal, tmp_path):
+    ask(journal)
+    assert not tell_all(tmp_path)  # there are none yet
+    write_tables(make_tables(read_record(tmp_path / "journal.jsonl"), "val_loss"), tmp_path)
+    assert tell_all(tmp_path)
+    journal.append("started", trial_id="t00000", gpus=0.0)
+    assert not tell_all(tmp_path)
+    made = make_tables(read_record(tmp_path / "journal.jsonl"), "val_loss")
+    for name in ("trials", "epochs", "decisions"):  # a driver killed between these has written some of them
+        assert not tell_all(tmp_path)
+        write_tables({name: made[name]}, tmp_path)
+    assert tell_all(tmp_path)
+    (tmp_path / "journal.jsonl").unlink()
+    (tmp_path / "trials.parquet").write_text("no table")
+    assert tell_all(tmp_path)  # there is nothing else to be read
 
 
 def test_a_failed_replacement_leaves_the_old_file(tmp_path):

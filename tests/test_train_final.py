@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 import yaml
@@ -18,7 +19,7 @@ from runs import given_by_ray
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tuning import train_final
+from tuning import phantoms, train_final
 from tuning.audit import load_checked
 from tuning.config import InputError, SearchPlan, TrialConfig
 from tuning.model_folder import Ensemble, load_model
@@ -26,7 +27,7 @@ from tuning.plots import PLOTS
 from tuning.predictions import read_predictions
 from tuning.run_search import write_run
 from tuning.space import parse
-from tuning.tables import Journal, Record, best_epoch, make_tables, read_journal, read_table, write_tables
+from tuning.tables import SAMPLES, Journal, Record, best_epoch, make_tables, read_journal, read_table, write_tables
 from tuning.train_final import Flags
 from tuning.trial import FinetuneTrial
 
@@ -46,7 +47,7 @@ CONFIG = TrialConfig(
 
 def make_best(run, folder):
     """A run's folder with nothing but what a search begins with, and a best.yaml."""
-    plan = SearchPlan(name="run", data=str(folder), weights="random")
+    plan = SearchPlan(name="run", data=None if folder is None else str(folder), weights="random")
     checked = load_checked(plan, [32])
     space = parse({"fixed": {"backbone": "test_resnet"}, "parameters": {}}, "test")
     write_run(run, plan, space, checked)
@@ -167,6 +168,24 @@ def test_a_second_reading_of_the_test_set_is_marked(best, capsys):
     assert second["test_reading"]["number"] == 2 and second["test_reading"]["first_at"] == first["test_reading"]["at"]
     assert "second reading of this test set" in capsys.readouterr().out
     assert first["test"] == second["test"]
+
+
+@pytest.mark.slow
+def test_generated_images_are_drawn_anew_where_they_are_not(tmp_path, cache):
+    """As for results/example, whose samples name no place on a disk."""
+    plan = SearchPlan(name="run", weights="random")
+    checked = load_checked(plan, [32])
+    best = make_best(tmp_path / "run", None)
+    samples = checked.samples.assign(file=checked.samples["path"])
+    write_tables({"samples": pa.Table.from_pandas(samples, schema=SAMPLES, preserve_index=False)}, best)
+    model = run(Flags(str(best), set=(("epochs=1",),)))
+    assert metrics_of(model)["test"]["images"] == 96 and (model / "mistakes.html").exists()
+    (best / "model").rename(best / "before")
+    document = yaml.safe_load((best / "best.yaml").read_text())
+    document["provenance"]["fingerprint"] = "other"
+    (best / "best.yaml").write_text(yaml.safe_dump(document))
+    with pytest.raises(InputError, match=f"drawn here by --data {cache}/phantoms-{phantoms.VERSION}$"):
+        run(Flags(str(best)))
 
 
 def test_other_data_in_another_shape_is_another_test_set(best, tmp_path):

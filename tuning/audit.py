@@ -21,7 +21,7 @@ import tyro
 
 from tuning import findings, images, leaks, phantoms, samples, tables
 from tuning.alignment import SIDE, Ints
-from tuning.config import SETTINGS, InputError, SearchPlan, build, command_line
+from tuning.config import SETTINGS, InputError, SearchPlan, build, command_line, visible
 from tuning.duplicates import VERSION, Pairs, bars_of, near_duplicates, shrunk
 from tuning.findings import Finding
 
@@ -63,7 +63,7 @@ def main() -> int:
         return run(tyro.cli(Flags))
     except InputError as error:
         for fault in error.faults:
-            print(f"error: {fault}", file=sys.stderr)
+            print(f"error: {visible(fault)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
@@ -92,8 +92,8 @@ def run(flags: Flags) -> int:
     found, moved, told = _audited(plan, decoded)
     tables.write_tables({"audit": findings.table(found)}, out)
     for label, row in moved.groupby(["label", "split"]).size().unstack(fill_value=0).iterrows():
-        print(f"{label}: " + ", ".join(f"{count} {split}" for split, count in row.items()))
-    print("\n".join(told))
+        print(f"{visible(label)}: " + ", ".join(f"{count} {split}" for split, count in row.items()))
+    print("\n".join(map(visible, told)))
     print(f"written: {out / 'audit.parquet'}")
     return 2 if any(row.severity == "stop" for row in found) else 0
 
@@ -148,10 +148,12 @@ def _decoded(
         cure = "give a few choices, or a range with a step"
         raise InputError(f"image_size: takes {len(image_sizes)} values, each of which is decoded and kept; {cure}")
     cache = _cache()
+    data = plan.data
+    if data is None:
+        data = str(phantoms.write_phantoms(cache / f"phantoms-{phantoms.VERSION}"))
+        if table is not None:  # drawn anew: the run may come from another machine
+            table = table.assign(file=[os.path.join(data, path) for path in table["path"]])
     if table is None:
-        data = (
-            plan.data if plan.data is not None else str(phantoms.write_phantoms(cache / f"phantoms-{phantoms.VERSION}"))
-        )
         columns = {key: getattr(plan, key) for key in SETTINGS if key.endswith(("_column", "_fraction"))}
         table = samples.load_samples(data, **columns)
     hashes = images.content_hashes(list(table["file"]), cache, map)

@@ -10,6 +10,7 @@ import pandas as pd
 import yaml
 
 from tuning import __version__, analysis, tables
+from tuning.documents import read_plan
 from tuning.page import duration, number, text
 from tuning.plots import CALIBRATION, CONFUSION, ROC
 
@@ -200,7 +201,7 @@ def _search(run: Path, provenance: Mapping[str, Any]) -> str:
     settings = provenance["settings"]
     lines = [f"Space {plain(settings['space'])}, metric `{settings['metric']}`.\n"]
     if (run / "plan.yaml").exists():
-        space = yaml.safe_load((run / "plan.yaml").read_text(encoding="utf-8"))["space"]
+        space = read_plan(run)["space"]
         given = {name: analysis.described(spec) for name, spec in space.get("parameters", {}).items()} | space.get(
             "fixed", {}
         )

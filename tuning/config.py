@@ -56,6 +56,14 @@ class InputError(ValueError):
         super().__init__("\n".join(self.faults))
 
 
+CONTROLS = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160))}
+
+
+def visible(value: object) -> str:
+    """Anything as one line of text: a newline in a file's name shows as \\n, and nothing moves a terminal's cursor."""
+    return str(value).translate(CONTROLS)
+
+
 def _depth(value: Any) -> Any:
     return DEPTH_ALL if value == "all" else value
 

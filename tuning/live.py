@@ -34,7 +34,7 @@ class Tally:
     ended: Counter[str] = field(default_factory=Counter)  # searched trials by status
     lengths: Counter[int] = field(default_factory=Counter)  # the same by epochs run
     finalists: int = 0  # runs of theirs that ended
-    epochs: int = 0
+    epochs: int = 0  # of this start, as are the next three
     seconds: float = 0.0  # that they took, with those of probes
     began: float = math.inf  # when the first epoch did
     reported: float = 0.0  # when the last one ended
@@ -43,6 +43,8 @@ class Tally:
     def take(self, trial: Trial) -> None:
         """Take in what a trial has reported since it was last taken in."""
         for row in trial.rows[self._epochs.get(trial.trial_id, 0) :]:  # voided epochs count once
+            if row["wall_s"] < self.started:  # with other slots, maybe, or on another machine
+                continue
             self.epochs += trial.origin != "probe"
             self.seconds += row["seconds"]
             self.began = min(self.began, row["wall_s"] - row["seconds"])

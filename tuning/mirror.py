@@ -101,6 +101,8 @@ def borrowed(place: str, *, without: tuple[str, ...] = ()) -> Iterator[Path]:
         mirror.fetch(without)
     try:
         yield folder
+    except InputError as error:  # the copy isn't there for long
+        raise InputError([fault.replace(str(folder), mirror.uri) for fault in error.faults]) from None
     finally:  # also what an interrupted command has noted, such as a reading of the test set
         if mirror.sent_at_last():
             shutil.rmtree(folder.parent, ignore_errors=True)

@@ -26,14 +26,17 @@ from numpy.typing import NDArray
 
 from tuning.calibration import logarithms, tempered
 from tuning.conditions import show
-from tuning.config import FORMATS, InputError, SearchPlan, TrialConfig, build, check_value
+from tuning.config import FORMATS, InputError, SearchPlan, TrialConfig, build, check_value, visible
 from tuning.decoding import decode
 from tuning.documents import check_parts, read_mapping
+from tuning.mirror import borrowed
+from tuning.storage import files_below, is_uri, joined, stored
 
 if TYPE_CHECKING:  # torch and timm take seconds to load, and --help needs neither
     from torch import nn
 
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
+NOT_LOADED = ("model.onnx", "mistakes.html")
 AT_ONCE = 256  # images that predict decodes before it classifies them
 FITS = {"squash": "squashed to", "crop": "the centre square, at", "letterbox": "in a black square of"}
 
@@ -232,9 +235,9 @@ class Predict:
     """
 
     model: Annotated[str, tyro.conf.Positional]
-    """Model folder."""
+    """Model folder, or its URI."""
     images: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Image files, folders of them, or globs in quotes (** for folders in folders)."""
+    """Image files, folders of them, URIs of these, or globs in quotes (** for folders in folders)."""
     out: str | None = None
     """Where to write, .csv or .parquet. Default: CSV to the standard output."""
 
@@ -248,7 +251,7 @@ def main() -> int:
     except InputError as error:
         faults = error.faults
     for fault in faults:
-        print(f"error: {fault}", file=sys.stderr)
+        print(f"error: {visible(fault)}", file=sys.stderr)
     return 2 if faults else 0
 
 
@@ -265,10 +268,14 @@ def run(flags: Predict) -> list[str]:
     """
     if flags.out is not None and Path(flags.out).suffix not in (".csv", ".parquet"):
         raise InputError(f"--out: must end in .csv or .parquet, got {flags.out}")
-    files, faults = named_images(flags.images)
+    try:
+        files, faults = named_images(flags.images)
+    except OSError as error:
+        raise InputError(f"predict: {error}; is the storage reached, and are its keys given?") from None
     if not files:
         raise InputError(faults or ["predict: give at least one image file"])
-    model = load_model(flags.model)
+    with borrowed(flags.model, without=NOT_LOADED) as folder:
+        model = load_model(folder)
     known: list[str] = []
     rows: list[NDArray[np.float64]] = []
     for start in range(0, len(files), AT_ONCE):
@@ -289,13 +296,26 @@ def named_images(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     files, faults = [], []
     for word in words:
-        there = [word] if os.path.lexists(word) else sorted(glob.glob(word, recursive=True))
-        found = [file for place in there for file in (_below(place) if os.path.isdir(place) else [place])]
-        if not found:
+        if is_uri(word):
+            there, found = [], _stored(word)
+            what = "neither an image nor a folder of images"
+        else:
+            there = [word] if os.path.lexists(word) else sorted(glob.glob(word, recursive=True))
+            found = [
+                str(Path(file)) for place in there for file in (_below(place) if os.path.isdir(place) else [place])
+            ]
             what = "no images in this folder" if there else "no such file or folder, and no file matches it as a glob"
+        if not found:
             faults.append(f"{word}: {what}; give image files, folders or globs")
-        files += [str(Path(file)) for file in found]
+        files += found
     return list(dict.fromkeys(files)), faults
+
+
+def _stored(uri: str) -> list[str]:
+    if stored([uri]) != [None]:
+        return [uri]
+    images = [name for name in sorted(files_below(uri)) if os.path.splitext(name)[1].lower() in FORMATS]
+    return [joined(uri, name) for name in images if not any(part.startswith(".") for part in name.split("/"))]
 
 
 def _below(folder: str) -> list[str]:

@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tuning.config import visible
+
 HERE = Path(__file__).parent
-_CONTROLS = {code: repr(chr(code))[1:-1] for code in range(32)}  # a newline in a file's name shows as \\n
 SHORT = 16  # characters of a cell that isn't broken
 
 
 def text(value: object) -> str:
     """Anything as HTML text; control characters are made visible."""
-    return html.escape(str(value).translate(_CONTROLS))
+    return html.escape(visible(value))
 
 
 def number(value: Any, digits: int = 4) -> str:

@@ -14,13 +14,13 @@ from rich.markup import escape
 from rich.text import Text
 
 from tuning import tables
-from tuning.config import SearchPlan
+from tuning.config import SearchPlan, visible
 from tuning.live import Tally, block, clock, depth, status_line
 
 HOPELESS = 0.95  # of the class entropy: a probe with a higher loss is warned of
 HEARTBEAT_SECONDS = 30.0  # between lines where the output is no terminal
 REFRESH_PER_SECOND = 1
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, emoji=False)
 
 
 class Progress:
@@ -95,7 +95,7 @@ class Progress:
 
     def _probe(self, search: Any, trial: tables.Trial) -> None:
         if not trial.rows:
-            self._say(f"probe     {trial.config['backbone']} {trial.status}: {escape(str(trial.reason))}")
+            self._say(f"probe     {trial.config['backbone']} {trial.status}: {plain(trial.reason)}")
             return
         row = trial.rows[-1]
         if row["val_loss"] is None:
@@ -112,6 +112,11 @@ class Progress:
     def _say(self, line: str) -> None:
         console.print(line)
         self._said_at = time.monotonic()
+
+
+def plain(value: object) -> str:
+    """What a user or a file has named, as text in what the console prints: one line, and no markup."""
+    return escape(visible(value))
 
 
 def describe(config: dict[str, Any]) -> str:

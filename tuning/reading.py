@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from tuning import tables
 from tuning.calibration import calibration_error, tempered
+from tuning.config import visible
 from tuning.intervals import measure
 from tuning.predictions import group_numbers
 
@@ -43,8 +44,8 @@ def measured(
     return found | {"calibration_error_untempered": calibration_error(tempered(logits, 1.0), targets)}
 
 
-def tell(folder: Path, metrics: dict[str, Any]) -> None:
-    """What the screen shows at the end."""
+def tell(metrics: dict[str, Any]) -> None:
+    """What the screen shows of the figures."""
     validation, tested, reading = metrics["validation"], metrics["test"], metrics["test_reading"]
     if "ensemble" in metrics:
         members = ", ".join(f"{trial_id} {share:.0%}" for trial_id, share in metrics["ensemble"].items())
@@ -75,13 +76,12 @@ def tell(folder: Path, metrics: dict[str, Any]) -> None:
         print(f"test, {tested['images']} images{groups}, with 95% intervals:")
         print(f"  {_figures(tested, 'accuracy', 'balanced_accuracy', 'auroc')}")
         for name, values in tested["classes"].items():
-            print(f"  {name}: {_figures(values, 'sensitivity', 'specificity', 'auroc')}")
+            print(f"  {visible(name)}: {_figures(values, 'sensitivity', 'specificity', 'auroc')}")
         before, after = tested["calibration_error_untempered"], tested["calibration_error"]
         print(f"  calibration error {after:.3f} ({before:.3f} without the temperature)")
     if "error" not in metrics["onnx"]:
         difference, images = metrics["onnx"]["largest_difference"], metrics["onnx"]["images"]
         print(f"model.onnx gives PyTorch's probabilities to {difference:.1g}, on {images} validation images")
-    print(f"\nwritten: {folder}\nNext:\n  python tuning/model_folder.py predict {folder} IMAGE ...")
 
 
 def _figures(values: dict[str, Any], *names: str) -> str:

@@ -6,6 +6,8 @@ const data = JSON.parse(document.getElementById("packed-data").textContent);
 const STATUSES = ["completed", "converged", "stopped", "diverged", "out_of_memory", "failed", "running", "interrupted"];
 const SYMBOLS = ["circle", "diamond", "square", "x", "triangle-up", "cross", "star", "triangle-down"];
 const PAGE = 50; // rows of the table
+const MEASURED = /second|_s$|_ms$|_mb$/; // seconds, images a second, milliseconds, megabytes
+const letters = new Intl.Collator("en"); // localeCompare is many times slower
 const POINTS = 15000; // of the learning curves; every second epoch, or third, where there are more
 const trials = data.trials || {};
 const metric = data.metric;
@@ -27,8 +29,9 @@ function shown(one) {
   return Math.abs(one) >= 1e-3 && Math.abs(one) < 1e4 ? one.toFixed(4) : one.toExponential(2);
 }
 
-// Configurations span decades, and are not read down a column digit by digit.
+// Configurations span decades, and are not read down a column digit by digit; of times nobody wants milliseconds.
 function cell(key, one) {
+  if (MEASURED.test(key) && typeof one === "number") return one.toFixed(2);
   if (!key.startsWith("config_") || typeof one !== "number" || Number.isInteger(one)) return shown(one);
   return Math.abs(one) < 1e-2 ? one.toExponential(1) : String(Number(one.toPrecision(3)));
 }
@@ -246,11 +249,11 @@ const figures = {
     const { status, epochs, trials: counts } = data.ends;
     const traces = STATUSES.map((one) => {
       const rows = status.map((_, row) => row).filter((row) => status[row] === one);
-      const bars = { type: "bar", name: words(one), x: rows.map((row) => epochs[row]), y: rows.map((row) => counts[row]), marker: { color: token(one) } };
+      const bars = { type: "bar", name: words(one), x: rows.map((row) => epochs[row]), y: rows.map((row) => counts[row]), width: 0.8, marker: { color: token(one) } };
       return rows.length && { ...bars, hovertemplate: `${words(one)} after %{x} epochs: %{y}<extra></extra>` };
     }).filter(Boolean);
     const xaxis = { title: { text: "epochs" }, tickformat: "d", range: [-0.5, data.epochs + 0.5] };
-    return { traces, layout: { barmode: "stack", xaxis, yaxis: { title: { text: "trials" }, tickformat: ",d" }, bargap: 0.15 }, height: 300 };
+    return { traces, layout: { barmode: "stack", xaxis, yaxis: { title: { text: "trials" }, tickformat: ",d" } }, height: 300 };
   },
 
   seconds: () => costs("seconds", "seconds"),
@@ -413,7 +416,7 @@ function tableOfTrials(home) {
     return found.sort((a, b) => {
       const [one, other] = [value(view.key, a), value(view.key, b)];
       if (one === null || other === null) return (one === null) - (other === null); // missing ones last, either way
-      return way * (numeric.has(view.key) ? one - other : String(one).localeCompare(String(other)));
+      return way * (numeric.has(view.key) ? one - other : letters.compare(String(one), String(other)));
     });
   }
 
@@ -495,8 +498,10 @@ function curvesOf(columns, rows) {
 }
 
 function plainTable(columns, rows) {
-  const heads = columns.map((name) => element("th", { scope: "col", class: "number" }, words(name)));
-  const lines = rows[0].map((_, row) => element("tr", {}, ...rows.map((column) => element("td", { class: "number" }, shown(column[row])))));
+  const kinds = rows.map((column) => (finite(column).every((one) => typeof one === "number") ? { class: "number" } : {}));
+  const heads = columns.map((name, place) => element("th", { scope: "col", ...kinds[place] }, words(name)));
+  const cells = (row) => rows.map((column, place) => element("td", kinds[place], cell(columns[place], column[row])));
+  const lines = rows[0].map((_, row) => element("tr", {}, ...cells(row)));
   return element("div", { class: "scroll" }, element("table", {}, element("thead", {}, element("tr", {}, ...heads)), element("tbody", {}, ...lines)));
 }
 

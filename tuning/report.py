@@ -19,7 +19,7 @@ import pandas as pd
 import tyro
 
 from tuning import analysis, spending, tables
-from tuning.config import PARAMETERS, InputError
+from tuning.config import PARAMETERS, InputError, visible
 from tuning.mirror import borrowed
 from tuning.page import column, columns, duration, figure, note, page, section, table, text
 from tuning.sections import TRIALS_SHOWN, Run, body, judged, read, same
@@ -53,7 +53,7 @@ def main() -> int:
         print(f"written: {run(tyro.cli(Flags))}")
     except InputError as error:
         for fault in error.faults:
-            print(f"error: {fault}", file=sys.stderr)
+            print(f"error: {visible(fault)}", file=sys.stderr)
         return 2
     return 0
 

@@ -29,11 +29,11 @@ import yaml
 
 from tuning import analysis, finalists, tables
 from tuning.audit import Checked, load_checked
-from tuning.config import RESUME_MAY_CHANGE, InputError, SearchPlan, build, command_line, without_secrets
+from tuning.config import RESUME_MAY_CHANGE, InputError, SearchPlan, build, command_line, visible, without_secrets
 from tuning.documents import read_plan
 from tuning.images import parallel_map, read_facts
 from tuning.mirror import Mirror, fetch, mirrored, run_folder
-from tuning.progress import Progress, console
+from tuning.progress import Progress, console, plain
 from tuning.report import refresher, write_or_tell
 from tuning.space import Space, fix, image_sizes, load, parse
 from tuning.space import backbones as backbones_in
@@ -88,7 +88,7 @@ def main() -> int:
         return run(tyro.cli(Flags))
     except InputError as error:
         for fault in error.faults:
-            print(f"error: {fault}", file=sys.stderr)
+            print(f"error: {visible(fault)}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -104,7 +104,9 @@ def run(flags: Flags) -> int:
     # What is asked for.
     plan, space, folder = _resumed(flags) if flags.resume else _planned(flags)
     check_installed(plan.track)
-    console.print(f"[bold]{plan.name}[/bold]: {plan.trials} trials of up to {plan.epochs} epochs, space {plan.space}")
+    console.print(
+        f"[bold]{plan.name}[/bold]: {plan.trials} trials of up to {plan.epochs} epochs, space {plain(plan.space)}"
+    )
 
     # Ray starts meanwhile. It and torch take seconds to load, so bad flags are told first.
     from tuning.cluster import ray_running
@@ -198,12 +200,15 @@ def _search(
     if verdict.trial_id is not None:
         _write_best(folder, plan, search.record, trials, verdict, data.fingerprint)
     place = joined(plan.storage, plan.name)
-    summarize(folder, place, plan, verdict, judged, halted=search.halted, slots=trials_at_once)
+    since = search.started_wall_s
+    summarize(folder, place, plan, verdict, judged, halted=search.halted, slots=trials_at_once, since=since)
     if (report := write_or_tell(folder)) is not None:
         console.print(f"\nReport: {joined(place, report.name)}", markup=False)
     if not finished:
         storage = "" if plan.storage == "results" else f" --storage {shlex.quote(without_secrets(plan.storage))}"
-        console.print(f"\nInterrupted. To go on: python tuning/run_search.py --resume --name {plan.name}{storage}")
+        console.print(
+            f"\nInterrupted. To go on: python tuning/run_search.py --resume --name {plan.name}{plain(storage)}"
+        )
         return INTERRUPTED
     # By a time budget shorter than an epoch.
     interrupted = (analysis.searched(trials)["status"] == "interrupted").all()
@@ -232,8 +237,8 @@ def _checked_nodes(plan: SearchPlan) -> bool:
         return False
     blind = on_each_node(lambda node: unreadable(data))
     if blind:
-        who = ", ".join(names[node] for node in blind)
-        console.print(f"  {who} can't read it: images are decoded here, and sent there", markup=False)
+        who = plain(", ".join(names[node] for node in blind))
+        console.print(f"  {who} can't read it: images are decoded here, and sent there")
     return not blind
 
 
@@ -341,15 +346,15 @@ def _in_storage(plan: SearchPlan) -> bool:
 
 
 def _data(plan: SearchPlan, space: Space, recorded: pd.DataFrame | None, map: Callable[..., Any]) -> Checked:
-    console.print(f"data: {without_secrets(plan.data or 'generated chest radiographs')}")
+    console.print(f"data: {plain(without_secrets(plan.data or 'generated chest radiographs'))}")
     started = time.perf_counter()
     data = load_checked(plan, image_sizes(space), table=recorded, map=map)
     for label, row in data.samples.groupby(["label", "split"]).size().unstack(fill_value=0).iterrows():
-        console.print(f"  {label}: " + ", ".join(f"{count} {split}" for split, count in row.items()), markup=False)
+        console.print(f"  {plain(label)}: " + ", ".join(f"{count} {split}" for split, count in row.items()))
     audited = "decoded" if data.audit is None else "decoded, audited"
     console.print(f"  read, {audited} in {time.perf_counter() - started:.1f} s")
     for note in [*notes(data.samples, read_facts(next(iter(data.folders.values())))), *data.told]:
-        console.print(f"  {note}", markup=False)
+        console.print(f"  {plain(note)}")
     return data
 
 
@@ -370,7 +375,7 @@ def _priors(plan: SearchPlan, space: Space) -> list[Any]:
 
     trials = tables.read_table(Path(plan.warm_start) / "trials.parquet")
     priors, outside = read_priors(trials, space, plan.metric, plan.warm_start_weight)
-    console.print(f"warm start: {len(priors)} trials of {plan.warm_start}")
+    console.print(f"warm start: {len(priors)} trials of {plain(plan.warm_start)}")
     if outside:
         console.print(f"  {outside} of its trials lie outside this space and are left out")
     return priors

@@ -56,11 +56,10 @@ def read(folder: Path) -> Run:
     document = analysis.load_plan(folder)
     settings = document["settings"]
     found = {"samples": tables.read_table(folder / "samples.parquet")}
-    journal, trials = folder / "journal.jsonl", folder / "trials.parquet"
-    if trials.exists() and not (journal.exists() and journal.stat().st_mtime > trials.stat().st_mtime):
+    if tables.tell_all(folder):
         found |= {name: tables.read_table(folder / f"{name}.parquet") for name in ("trials", "epochs", "decisions")}
-    else:  # killed, since when tables are written the journal is no newer
-        made = tables.make_tables(tables.read_record(journal), settings["metric"])
+    else:
+        made = tables.make_tables(tables.read_record(folder / "journal.jsonl"), settings["metric"])
         found |= {name: made[name].to_pandas() for name in made}
     audit = folder / "audit.parquet"
     space = parse(document["space"], str(folder / "plan.yaml"))
@@ -204,7 +203,10 @@ def _depths() -> str:
         "depth",
         "Backbone and unfreeze depth",
         figure("depths", "the best trial of each backbone and depth"),
-        note("The best trial of each pair; 0 is the classifier alone. Pairs tried once say little."),
+        note(
+            "The best trial of each pair. Head: the classifier alone; all: the whole network. Pairs tried once say "
+            "little."
+        ),
     )
 
 

@@ -44,7 +44,7 @@ def spent(epochs: pd.DataFrame) -> dict[str, float]:
     return {part: float(epochs[f"{part}_seconds"].sum()) for part in ("data", "prefix", "train", "evaluate")}
 
 
-def utilisation(epochs: pd.DataFrame, slots: int) -> float | None:
+def utilisation(epochs: pd.DataFrame, slots: int, since: float = 0.0) -> float | None:
     """The share of the slots' time that went into epochs, from the first epoch's start until the last trial's.
 
     After that slots stand idle for want of trials. Null where no trial began after the first epoch.
@@ -52,12 +52,16 @@ def utilisation(epochs: pd.DataFrame, slots: int) -> float | None:
     Args:
         epochs: the table.
         slots: trials at once.
+        since: when they were so many, in active seconds: an earlier start of the search may have had others.
     """
-    begins = epochs["wall_s"] - epochs["seconds"]
-    start, end = begins.min(), begins.groupby(epochs["trial_id"]).min().max()
-    inside = (epochs["wall_s"].clip(upper=end) - begins).clip(lower=0)
+    mine = epochs[epochs["wall_s"] - epochs["seconds"] >= since]
+    if mine.empty:
+        return None
+    begins = mine["wall_s"] - mine["seconds"]
+    start, end = begins.min(), begins.groupby(mine["trial_id"]).min().max()
+    inside = (mine["wall_s"].clip(upper=end) - begins).clip(lower=0)
     # A search that has begun with all its slots at once has an `end` just after its start.
-    return float(inside.sum() / (slots * (end - start))) if epochs["wall_s"].min() <= end else None
+    return float(inside.sum() / (slots * (end - start))) if mine["wall_s"].min() <= end else None
 
 
 def best_so_far(trials: pd.DataFrame, epochs: pd.DataFrame, metric: str) -> pd.DataFrame:

@@ -1,16 +1,17 @@
 """What a search says at its end: why trials ended, where they overfit, what it cost, and the verdict."""
 
+import json
 import shlex
 from pathlib import Path
 
 import pandas as pd
-from rich.markup import escape
 
 from tuning import analysis, finalists, overfitting, spending, tables
 from tuning.config import PARAMETERS, SearchPlan
 from tuning.live import depth
-from tuning.progress import console, number
+from tuning.progress import console, number, plain
 from tuning.remarks import remarks
+from tuning.storage import joined
 
 
 def summarize(
@@ -22,6 +23,7 @@ def summarize(
     *,
     halted: str | None,
     slots: int | None,
+    since: float,
 ) -> None:
     """Print it.
 
@@ -31,10 +33,11 @@ def summarize(
         judged: the table of finalists.
         halted: why the search ended early, if it did.
         slots: trials at once, if that number is fixed.
+        since: when this start of the search began, in active seconds.
     """
     console.print()
     if halted is not None:
-        console.print(f"[bold]The search ended early[/bold]: {escape(halted)}\n")
+        console.print(f"[bold]The search ended early[/bold]: {plain(halted)}\n")
     everything = tables.read_table(folder / "trials.parquet")
     trials = analysis.searched(everything)
     if trials.empty:
@@ -43,7 +46,8 @@ def summarize(
     epochs = tables.read_table(folder / "epochs.parquet")
     _tell_trials(trials, plan.metric)
     _tell_overfitting(trials, epochs, plan.metric)
-    _tell_cost(trials, epochs, spending.cost(everything), plan.epochs, slots)
+    _tell_cost(trials, epochs, spending.cost(everything), plan.epochs)
+    _tell_slots(epochs, slots, since)
     if verdict.trial_id is None:
         advice = " Try lower learning rates." if (trials["status"] == "diverged").any() else ""
         console.print(f"\n[bold]No trial had a finite loss[/bold]: there is no best.yaml.{advice}")
@@ -59,9 +63,9 @@ def summarize(
     console.print(
         f"  python tuning/train_final.py {quoted}        # train it again, test it, write its model/", markup=False
     )
-    console.print(
-        f"  python -c \"import pandas as pd; print(pd.read_parquet('{place}/trials.parquet'))\"", markup=False
-    )
+    table = json.dumps(joined(place, "trials.parquet"), ensure_ascii=False)  # a string of Python too
+    code = shlex.quote(f"import pandas as pd; print(pd.read_parquet({table}))")
+    console.print(f"  python -c {code}", markup=False)
 
 
 def _tell_trials(trials: pd.DataFrame, metric: str) -> None:
@@ -75,8 +79,7 @@ def _tell_trials(trials: pd.DataFrame, metric: str) -> None:
         console.print(
             f"{row['trial_id']:<7} {row['config_backbone']:<{width}} {depth(row['config_unfreeze_depth']):<8} "
             f"{row['config_learning_rate']:.1e} {row['config_augmentation']:<6} {number(row[metric]):>8}  "
-            f"{row['epochs']:>6}  {row['status']}: {row['reason']}",
-            markup=False,
+            f"{row['epochs']:>6}  {row['status']}: {plain(row['reason'])}"
         )
 
 
@@ -109,9 +112,7 @@ def _tell_overfitting(trials: pd.DataFrame, epochs: pd.DataFrame, metric: str) -
         console.print(f"val_loss from a trial's best epoch to its last, median: {said}.")
 
 
-def _tell_cost(
-    trials: pd.DataFrame, epochs: pd.DataFrame, costs: pd.DataFrame, epochs_allowed: int, slots: int | None
-) -> None:
+def _tell_cost(trials: pd.DataFrame, epochs: pd.DataFrame, costs: pd.DataFrame, epochs_allowed: int) -> None:
     """What stopping saved, what each backbone cost, and where the time went."""
     saved = spending.saved(trials, epochs_allowed)
     spent, spared = trials["seconds"].sum(), saved["seconds_saved"].sum()
@@ -131,9 +132,13 @@ def _tell_cost(
     shares = ", ".join(f"{names[part]} {value / total:.0%}" for part, value in parts.items())
     hits = int(epochs["cache_hits"].sum())
     console.print(f"Time: {shares}. Frozen layers' outputs of {hits:,} images came from the cache.")
-    busy = None if slots is None else spending.utilisation(epochs, slots)
+
+
+def _tell_slots(epochs: pd.DataFrame, slots: int | None, since: float) -> None:
+    busy = None if slots is None else spending.utilisation(epochs, slots, since)
     if busy is not None:
-        console.print(f"Slots were in use {busy:.0%} of the time until the last trial began.")
+        went_on = ", since the search went on" if (epochs["wall_s"] < since).any() else ""
+        console.print(f"Slots were in use {busy:.0%} of the time until the last trial began{went_on}.")
 
 
 def _tell_verdict(verdict: finalists.Verdict, judged: pd.DataFrame) -> None:

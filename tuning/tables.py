@@ -260,6 +260,7 @@ class Record:
 
     trials: dict[str, Trial] = field(default_factory=dict)
     priors: list[dict[str, Any]] = field(default_factory=list)  # what the sampler knows of another run
+    seq: int = 0  # of the last event
 
     @classmethod
     def of(cls, events: Iterable[dict[str, Any]]) -> "Record":
@@ -270,6 +271,7 @@ class Record:
 
     def apply(self, event: dict[str, Any]) -> None:
         """Take in one event."""
+        self.seq = event["seq"]
         kind = event["event"]
         if kind == "priors":
             self.priors = event["priors"]
@@ -362,16 +364,45 @@ def _utc(seconds: float | None) -> datetime | None:
 
 
 def make_tables(record: Record, metric: str) -> dict[str, pa.Table]:
-    """The tables `trials`, `epochs` and `decisions`; best epochs are chosen by `metric`."""
+    """The tables `trials`, `epochs` and `decisions`; best epochs are chosen by `metric`.
+
+    Their metadata names the `seq` of the last event that they tell of.
+    """
     trials = [trial for trial in record.trials.values() if trial.started_at is not None]
     latencies = _latencies(trials)
     epochs = sorted((row for trial in trials for row in trial.rows), key=lambda row: int(row["seq"]))
     decisions = sorted((row for trial in trials for row in trial.decisions), key=lambda row: int(row["seq"]))
-    return {
+    made = {
         "trials": _table((_trial_row(trial, metric, latencies) for trial in trials), TRIALS),
         "epochs": _table(epochs, EPOCHS),
         "decisions": _table(decisions, DECISIONS),
     }
+    return {
+        name: table.replace_schema_metadata(table.schema.metadata | {"seq": str(record.seq)})
+        for name, table in made.items()
+    }
+
+
+def tell_all(folder: Path) -> bool:
+    """Whether a run's three tables tell of all that its journal does.
+
+    They don't where the driver was killed before it wrote them anew, or while it did. A run without a journal has
+    its tables alone.
+    """
+    journal = folder / "journal.jsonl"
+    if not journal.exists():
+        return (folder / "trials.parquet").exists()
+    told = {_seq_told(folder / f"{name}.parquet") for name in ("trials", "epochs", "decisions")}
+    events = journal.read_bytes().count(b"\n")  # `seq` counts them
+    return len(told) == 1 and min(told) >= events
+
+
+def _seq_told(path: Path) -> int:
+    """Of the last event that a table tells of; -1 where there is no table, or none of this version."""
+    try:
+        return int((pq.read_schema(path).metadata or {})[b"seq"])
+    except (OSError, pa.ArrowException, KeyError, ValueError):
+        return -1
 
 
 def _table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:

@@ -9,6 +9,7 @@ if __name__ == "__main__":  # this folder would come first on the path, and its 
 import dataclasses
 import json
 import os
+import shlex
 import statistics
 import sys
 import tempfile
@@ -24,14 +25,14 @@ from numpy.typing import NDArray
 from tuning import tables
 from tuning.audit import load_checked
 from tuning.calibration import fit_temperature, logarithms, tempered
-from tuning.config import InputError, SearchPlan, TrialConfig, build, command_line
+from tuning.config import InputError, SearchPlan, TrialConfig, build, command_line, visible
 from tuning.documents import check_parts, read_mapping
 from tuning.ensemble import named_shares
 from tuning.images import cache_folder, open_images
 from tuning.mirror import borrowed
 from tuning.predictions import read_predictions, write_tested
 from tuning.reading import READINGS, measured, note_reading, tell
-from tuning.storage import is_uri
+from tuning.storage import is_uri, joined
 
 if TYPE_CHECKING:
     from tuning.data import Data
@@ -58,12 +59,17 @@ def main() -> int:
     flags = tyro.cli(Flags)
     try:
         with borrowed(flags.best) as place:
-            run(dataclasses.replace(flags, best=str(place)))
+            model = run(dataclasses.replace(flags, best=str(place)))
         if is_uri(flags.best):
-            print(f"sent to {flags.best}")
+            if place.exists():  # it couldn't be sent, which has been told
+                return 2
+            written = joined(flags.best, "model")
+        else:
+            written = str(model)
+        print(f"\nwritten: {written}\nNext:\n  python tuning/model_folder.py predict {shlex.quote(written)} IMAGE ...")
     except InputError as error:
         for fault in error.faults:
-            print(f"error: {fault}", file=sys.stderr)
+            print(f"error: {visible(fault)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; what is not in model/ was not written", file=sys.stderr)
@@ -123,11 +129,12 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     if audit is not None:
         findings = audit.to_pandas()
     if flags.data is None and found != best.provenance["fingerprint"]:
-        raise InputError(
-            f"the data has changed since {best.path} was written; put it back, or name the new data by --data"
-        )
+        cure = "name the new data by --data"
+        if plan.data is None:
+            cure = f"train on what is drawn here by --data {Path(table['file'].iloc[0]).parents[1]}"
+        raise InputError(f"the data has changed since {best.path} was written; put it back, or {cure}")
     for line in told:
-        print(line)
+        print(visible(line))
 
     import torch  # takes seconds to load, and timm more: bad input and --help are told before
 
@@ -220,7 +227,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
         unfinished.rename(folder)
     except OSError as error:
         raise InputError(f"{folder}: can't be written ({error.strerror}); the model is in {unfinished}") from None
-    tell(folder, metrics)
+    tell(metrics)
     try:  # the model is there, and its test set is read: what is only shown of it must not end this
         if logits is not None:
             _show(folder, best, final, data, rows, probabilities, temperature)
