@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tuning.config import InputError, TrialConfig
-from tuning.tables import Journal, Record, Row, make_tables, read_journal, read_table, replacing, write_tables
+from tuning.tables import (
+    Journal,
+    Record,
+    Row,
+    make_tables,
+    read_journal,
+    read_record,
+    read_table,
+    replacing,
+    write_tables,
+)
 
 CONFIG = TrialConfig(backbone="test_resnet", epochs=3).model_dump()
 
@@ -103,6 +113,14 @@ def test_resumed_voids_later_rows_and_decisions(journal, tmp_path):
     tables = make_tables(Record.of(read_journal(tmp_path / "journal.jsonl")), "val_loss")
     assert tables["epochs"]["val_loss"].to_pylist() == [1.0, 0.7]
     assert tables["decisions"]["epoch"].to_pylist() == [1]
+
+
+def test_lost_workers_are_counted_by_whether_the_trial_had_begun_there(journal, tmp_path):
+    ask(journal)
+    for started in (True, False, True):
+        journal.append("lost", trial_id="t00000", started=started, error="the node is dead")
+    trial = read_record(tmp_path / "journal.jsonl").trials["t00000"]
+    assert (trial.losses, trial.lost_starts, trial.status) == (2, 1, None)
 
 
 @given(st.binary(max_size=40).filter(lambda torn: b"\n" not in torn))
