@@ -105,6 +105,7 @@ def run(tmp_path_factory):
         decided = {"epoch": 1, "rung": 1, "stratum": "all", "value": 0.5, "cutoff": 0.6, "verdict": "continue"}
         journal.append("decision", **named, **decided)
         journal.append("checkpoint", **named, epoch=1)
+        journal.append("lost", **named, started=True, error="the worker died")
         journal.append("resumed", **named, from_epoch=1)
         journal.append("ended", **named, status="completed", reason="all 3 epochs", error=None)
     journal.close()

@@ -116,6 +116,14 @@ def test_resumed_voids_later_rows_and_decisions(journal, tmp_path):
     assert tables["decisions"]["epoch"].to_pylist() == [1]
 
 
+def test_lost_workers_are_counted_by_whether_the_trial_had_begun_there(journal, tmp_path):
+    ask(journal)
+    for started in (True, False, True):
+        journal.append("lost", trial_id="t00000", started=started, error="the node is dead")
+    trial = read_record(tmp_path / "journal.jsonl").trials["t00000"]
+    assert (trial.losses, trial.lost_starts, trial.status) == (2, 1, None)
+
+
 @given(st.binary(max_size=40).filter(lambda torn: b"\n" not in torn))
 def test_a_torn_last_line_is_dropped_and_written_over(tmp_path_factory, torn):
     path = tmp_path_factory.mktemp("journal") / "journal.jsonl"

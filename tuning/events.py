@@ -29,6 +29,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     | {"number": _Count | None, "origin": str, "params": dict[str, Any]}
     | {"config": Annotated[dict[str, Any], AfterValidator(_whole)]},
     "started": _Trial | {"gpus": float},
+    "lost": _Trial | {"started": bool, "error": str | None},
     "resumed": _Trial | {"from_epoch": _Count},
     "epoch": _Trial
     | {"epoch": _Epoch, "images": _Count, "unfreeze_depth": _Count, "micro_batch": int | None}

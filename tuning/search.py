@@ -31,6 +31,8 @@ from tuning.trial import FinetuneTrial
 TABLE_SECONDS, TABLE_SHARE = 5.0, 0.05  # between writings of the tables; the driver's time for it, at most
 KEPT_CHECKPOINTS = 5  # ended trials whose best weights are kept
 LOST_ACTOR_RETRIES = 3
+LOST_STARTS = 10  # times that a trial's worker may be gone before the trial has begun there
+LOST_START_SECONDS = 1.0  # before trials are handed out again: a node that dies takes several workers
 FAILURES_AT_FIRST = 4  # if the first so many trials all fail, something is wrong with all of them
 
 
@@ -93,7 +95,7 @@ class Search:
         self._redraw, self._report, self._mirror = redraw, report, mirror
         self.running: dict[str, Trial] = {}  # in the order in which they started
         self.halted: str | None = None  # why no more trials are to be started
-        self._tables_due = -math.inf
+        self._tables_due = self._hand_out_at = -math.inf
         self._ray_ids: dict[str, str] = {}
         self._gpus: dict[str, float] = {}  # what each trial is given
         self._context = {
@@ -121,6 +123,7 @@ class Search:
         probed = {trial.config["backbone"] for trial in self.record.trials.values() if trial.origin == "probe"}
         wanted = backbones(space) if plan.probe and plan.early_stopping else []
         self._unprobed = [backbone for backbone in wanted if backbone not in probed]
+        self._unjudged: list[tuple[Trial, int]] | None = None  # finalists' runs, once the others have ended
 
     def _early_loss_epochs(self) -> list[int]:
         if self.plan.early_loss == "always":
@@ -160,6 +163,8 @@ class Search:
         """The next trial's configuration for Ray, or FINISHED; null: not now, for no GPU has room for it."""
         if self._halted():
             return str(Searcher.FINISHED)
+        if time.monotonic() < self._hand_out_at:
+            return None
         if self._unfinished:
             trial = self._unfinished.pop(0)
         elif self._unprobed:
@@ -168,8 +173,10 @@ class Search:
             trial = self._ask(number)
         elif any(not trial.ended for trial in self.record.trials.values() if trial.number is not None):
             return None  # finalists are chosen when all have ended
-        elif finalists := self._finalists():
-            trial = self._ask_finalist(*finalists[0])
+        elif judged := self._next_finalist():
+            trial = self._ask_finalist(*judged)
+        elif any(not trial.ended for trial in self.record.trials.values()):
+            return None  # one whose worker is lost has to be handed out again
         else:
             return str(Searcher.FINISHED)
         gpus = self.resources.gpus
@@ -210,6 +217,11 @@ class Search:
         values = trial_values(self.space, params) | {"backbone": backbone, "unfreeze_depth": 0, "augmentation": "none"}
         config = TrialConfig(**values, epochs=1, seed=self.plan.seed)
         return self._ask_beside("probe", params, config.model_dump())
+
+    def _next_finalist(self) -> tuple[Trial, int] | None:
+        if self._unjudged is None:
+            self._unjudged = self._finalists()
+        return self._unjudged.pop(0) if self._unjudged else None
 
     def _finalists(self) -> list[tuple[Trial, int]]:
         """Trials to be trained again and their seeds, seed by seed, without what has been asked for already."""
@@ -276,11 +288,19 @@ class Search:
         return True
 
     def lost(self, ray_id: str, error: str) -> None:
-        """Ray has given up on a trial whose actor was lost again and again."""
-        trial = self.record.trials[self._ray_ids[ray_id]]
-        if trial.status is None:
-            self.started(ray_id)
-        self._end(trial, "failed", "its worker process was lost, and every retry of it too", error)
+        """A trial's worker process is gone: the trial is handed out again, under another of Ray's ids, or given up."""
+        trial_id = self._ray_ids[ray_id]
+        trial = self.record.trials[trial_id]
+        self._write("lost", trial_id=trial_id, started=trial_id in self.running, error=error)
+        if trial.losses > LOST_ACTOR_RETRIES or trial.lost_starts > LOST_STARTS:
+            if trial.status is None:
+                self.started(ray_id)
+            self._end(trial, "failed", lost_reason(trial), error)
+            return
+        if self.running.pop(trial_id, None) is None:
+            self._hand_out_at = time.monotonic() + LOST_START_SECONDS
+        del self._gpus[trial_id]
+        self._unfinished.insert(0, trial)
 
     # What follows.
 
@@ -430,7 +450,7 @@ class Search:
                 name="ray",
                 storage_path=ray_folder,
                 verbose=0,
-                failure_config=tune.FailureConfig(max_failures=LOST_ACTOR_RETRIES),
+                failure_config=tune.FailureConfig(max_failures=0),  # `Search.lost` hands out again
                 checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
                 callbacks=[_Started(self)],
             ),
@@ -440,10 +460,18 @@ class Search:
         finally:
             running = [trial for trial in self.record.trials.values() if trial.status == "running"]
             for trial in running:
-                self._write_end(trial, "interrupted", "the search was interrupted; --resume goes on with it")
+                why = self.halted or "the search was interrupted"  # halted while a trial's worker was lost
+                self._write_end(trial, "interrupted", f"{why}; --resume goes on with it")
             self._write_tables(now=True)
             self.journal.close()
             shutil.rmtree(ray_folder, ignore_errors=True)
+
+
+def lost_reason(trial: Trial) -> str:
+    """Why a trial whose workers were lost is given up, in a sentence with the numbers."""
+    if trial.losses > LOST_ACTOR_RETRIES:
+        return f"its worker process was lost {trial.losses} times"
+    return f"the worker process that it was given was gone {trial.lost_starts} times before it began"
 
 
 def stop_reason(plan: SearchPlan, decision: Mapping[str, Any]) -> str:
@@ -489,8 +517,7 @@ class _Scheduler(FIFOScheduler):  # type: ignore[misc]
         return str(TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        if trial.status != trial.ERROR:  # with that status Ray is about to start the trial again
-            self._search.lost(trial.trial_id, str(trial.get_error()))
+        self._search.lost(trial.trial_id, str(trial.get_error()))
 
 
 class _Started(tune.Callback):  # type: ignore[misc]

@@ -235,6 +235,8 @@ class Trial:
     started_at: float | None = None
     ended_at: float | None = None
     gpus: float = 0.0
+    losses: int = 0  # of its worker process while it ran
+    lost_starts: int = 0  # of one that it was given, before it began there
     rows: list[Row] = field(default_factory=list)
     decisions: list[Row] = field(default_factory=list)
 
@@ -286,6 +288,9 @@ class Record:
             trial.status, trial.reason, trial.ended_at = "running", None, None
             trial.started_at = trial.started_at or event["time"]
             trial.gpus = event["gpus"]
+        elif kind == "lost":
+            trial.losses += event["started"]
+            trial.lost_starts += not event["started"]
         elif kind == "resumed":  # later rows and decisions are void: they will be made again
             trial.rows = [row for row in trial.rows if row["epoch"] <= event["from_epoch"]]
             trial.decisions = [row for row in trial.decisions if row["epoch"] <= event["from_epoch"]]
