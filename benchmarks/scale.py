@@ -14,8 +14,6 @@ import dataclasses
 import heapq
 import itertools
 import json
-import math
-import resource
 import statistics
 import tempfile
 import time
@@ -25,20 +23,12 @@ from typing import Any
 
 import tyro
 
+from benchmarks.scale_ray import resident_mb, row
 from tuning.cluster import Slots
 from tuning.config import SearchPlan
 from tuning.search import Search
 from tuning.space import load
 from tuning.tables import make_tables
-
-HALVES = ("train_loss", "train_eval_loss", "val_accuracy", "val_balanced_accuracy", "val_auroc")
-QUARTERS = ("data_seconds", "prefix_seconds", "train_seconds", "evaluate_seconds")
-CONSTANT = (  # of each epoch
-    dict.fromkeys(HALVES, 0.5)
-    | dict.fromkeys(QUARTERS, 0.25)
-    | {"learning_rate": 0.1, "seconds": 1.0, "images": 600, "cache_hits": 600, "batch_size": 32, "micro_batch": 32}
-    | {"trained_parameters": 1000, "parameters": 1000, "latency_ms": 1.0, "peak_memory_mb": None, "gpu_memory_mb": None}
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,25 +43,6 @@ class Flags:
     """Simulated trials at once."""
     early_stopping: bool = False
     """Whether ASHA ends trials."""
-
-
-def loss(config: dict[str, Any], epoch: int) -> float:
-    """Between 0.2 and about 2, least at a learning rate that depends on the depth, and a little better each epoch."""
-    distance = abs(math.log10(config["learning_rate"]) + 2 + 0.3 * config["unfreeze_depth"])
-    return 0.2 + 0.3 * distance + 0.1 * (config["augmentation"] == "strong") + math.exp(-epoch / 3)
-
-
-def row(config: dict[str, Any], epoch: int, epochs: int) -> str:
-    """What a worker says of a trial's epoch, as JSON."""
-    value, ends = loss(config, epoch), "completed" if epoch == epochs else None
-    said = {"epoch": epoch, "val_loss": value, "early_loss": value, "unfreeze_depth": config["unfreeze_depth"]}
-    return json.dumps(said | CONSTANT | {"ends": ends, "reason": ends})
-
-
-def resident_mb() -> float:
-    """Memory of this process, in MiB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
 
 
 def main() -> None:

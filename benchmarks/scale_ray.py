@@ -12,7 +12,10 @@ if __name__ == "__main__":  # this folder would come first on the path, and its 
 
 import contextlib
 import dataclasses
+import json
+import math
 import os
+import resource
 import tempfile
 import time
 from collections import Counter
@@ -26,7 +29,6 @@ import tyro
 import yaml
 from ray import tune
 
-from benchmarks.scale import resident_mb, row
 from tuning.cluster import Slots, ray_running
 from tuning.config import SearchPlan
 from tuning.progress import Progress
@@ -37,6 +39,16 @@ from tuning.tables import SAMPLES, write_tables
 
 OURS = ("the search", "journal", "rungs", "suggestions", "progress", "tables", "report")
 RAYS = ("Ray, the same thread", "Ray, the driver's other threads")
+
+
+HALVES = ("train_loss", "train_eval_loss", "val_accuracy", "val_balanced_accuracy", "val_auroc")
+QUARTERS = ("data_seconds", "prefix_seconds", "train_seconds", "evaluate_seconds")
+CONSTANT = (  # of each epoch
+    dict.fromkeys(HALVES, 0.5)
+    | dict.fromkeys(QUARTERS, 0.25)
+    | {"learning_rate": 0.1, "seconds": 1.0, "images": 600, "cache_hits": 600, "batch_size": 32, "micro_batch": 32}
+    | {"trained_parameters": 1000, "parameters": 1000, "latency_ms": 1.0, "peak_memory_mb": None, "gpu_memory_mb": None}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +63,25 @@ class Flags:
     """Actors at once, whatever the machine's cores."""
     early_stopping: bool = False
     """Whether ASHA ends trials."""
+
+
+def loss(config: dict[str, Any], epoch: int) -> float:
+    """Between 0.2 and about 2, least at a learning rate that depends on the depth, and a little better each epoch."""
+    distance = abs(math.log10(config["learning_rate"]) + 2 + 0.3 * config["unfreeze_depth"])
+    return 0.2 + 0.3 * distance + 0.1 * (config["augmentation"] == "strong") + math.exp(-epoch / 3)
+
+
+def row(config: dict[str, Any], epoch: int, epochs: int) -> str:
+    """What a worker says of a trial's epoch, as JSON."""
+    value, ends = loss(config, epoch), "completed" if epoch == epochs else None
+    said = {"epoch": epoch, "val_loss": value, "early_loss": value, "unfreeze_depth": config["unfreeze_depth"]}
+    return json.dumps(said | CONSTANT | {"ends": ends, "reason": ends})
+
+
+def resident_mb() -> float:
+    """Memory of this process, in MiB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
 
 
 class FreeTrial(tune.Trainable):  # type: ignore[misc]
@@ -113,6 +144,7 @@ def main() -> None:
     flags = tyro.cli(Flags)
     settings = {"trials": flags.trials, "epochs": flags.epochs, "early_stopping": flags.early_stopping}
     plan = SearchPlan(name="scale", probe=False, finalists=0, concurrent=flags.slots, **settings)
+    os.environ["RAY_preload_python_modules"] = ""  # these actors need no torch
     with tempfile.TemporaryDirectory() as folder, ray_running(plan) as resources:
         run = Path(folder) / plan.name
         search, spent = prepared(plan, run)
@@ -153,28 +185,27 @@ def prepared(plan: SearchPlan, run: Path) -> tuple[Search, Spent]:
 
 
 def watched(search: Search, spent: Spent, trials: int) -> list[Counter[str]]:
-    """A list that takes in what was spent when the first trial has started, each further tenth of them has, and the
-    last result has come."""
+    """A list that takes in what was spent when the first trial and each further tenth of them start, and at the end."""
     marks: list[Counter[str]] = []
-    next_trial, result, epochs = search.next_trial, search.result, Counter[str]()
+    started, result, counts = search.started, search.result, Counter[str]()
 
     def mark() -> None:
-        marks.append(spent.now() + Counter({"epochs": epochs["epochs"], "memory": int(resident_mb())}))
+        marks.append(spent.now() + Counter({"epochs": counts["epochs"], "memory": int(resident_mb())}))
 
-    def next_marked(ray_id: str) -> Any:
-        answer = next_trial(ray_id)
-        if isinstance(answer, dict) and answer["number"] % max(1, trials // 10) == 0:
+    def started_marked(ray_id: str) -> None:
+        started(ray_id)
+        if counts["trials"] % max(1, trials // 10) == 0:
             mark()
-        return answer
+        counts["trials"] += 1
 
     def result_marked(ray_id: str, said: dict[str, Any]) -> bool:
         goes_on = result(ray_id, said)
-        epochs["epochs"] += 1
-        if not goes_on and search.searched == trials and not search.running:
+        counts["epochs"] += 1
+        if counts["trials"] == trials and not search.running:
             mark()
         return goes_on
 
-    search.next_trial, search.result = next_marked, result_marked  # type: ignore[method-assign]
+    search.started, search.result = started_marked, result_marked  # type: ignore[assignment, method-assign]
     return marks
 
 
