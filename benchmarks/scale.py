@@ -14,8 +14,6 @@ import dataclasses
 import heapq
 import itertools
 import json
-import math
-import resource
 import statistics
 import tempfile
 import time
@@ -25,6 +23,7 @@ from typing import Any
 
 import tyro
 
+from benchmarks.scale_ray import resident_mb, row
 from tuning.cluster import Slots
 from tuning.config import SearchPlan
 from tuning.search import Search
@@ -46,29 +45,11 @@ class Flags:
     """Whether ASHA ends trials."""
 
 
-def loss(config: dict[str, Any], epoch: int) -> float:
-    """Between 0.2 and about 2, least at a learning rate that depends on the depth, and a little better each epoch."""
-    distance = abs(math.log10(config["learning_rate"]) + 2 + 0.3 * config["unfreeze_depth"])
-    return 0.2 + 0.3 * distance + 0.1 * (config["augmentation"] == "strong") + math.exp(-epoch / 3)
-
-
-def resident_mb() -> float:
-    """Memory of this process, in MiB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
-
-
 def main() -> None:
     """Search and print."""
     flags = tyro.cli(Flags)
     settings = {"trials": flags.trials, "epochs": flags.epochs, "early_stopping": flags.early_stopping}
     plan = SearchPlan(name="scale", probe=False, **settings)
-    constant = dict.fromkeys(
-        ("train_loss", "train_eval_loss", "val_accuracy", "val_balanced_accuracy", "val_auroc"), 0.5
-    )
-    constant |= dict.fromkeys(("data_seconds", "prefix_seconds", "train_seconds", "evaluate_seconds"), 0.25)
-    constant |= {"learning_rate": 0.1, "seconds": 1.0, "images": 600, "cache_hits": 600, "batch_size": 32}
-    constant |= {"micro_batch": 32, "trained_parameters": 1000, "peak_memory_mb": None, "gpu_memory_mb": None}
     clock = SimpleNamespace(now=0.0)
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         search = Search(
@@ -100,18 +81,8 @@ def main() -> None:
             if before is None and search.searched >= flags.trials // 10:  # what grows once only has grown by now
                 before = (search.searched, resident_mb())
             clock.now, ticket, epoch = heapq.heappop(running)
-            # As it comes from a worker: with strings and numbers of its own.
-            value = loss(configs[ticket], epoch)
-            ends = "completed" if epoch == flags.epochs else None
-            row = {
-                "epoch": epoch,
-                "val_loss": value,
-                "early_loss": value,
-                "unfreeze_depth": configs[ticket]["unfreeze_depth"],
-            }
-            row |= constant | {"ends": ends, "reason": ends}
             epochs += 1
-            if search.result(str(ticket), json.loads(json.dumps(row))):
+            if search.result(str(ticket), json.loads(row(configs[ticket], epoch, flags.epochs))):
                 heapq.heappush(running, (clock.now + 1, ticket, epoch + 1))
             else:
                 del configs[ticket]

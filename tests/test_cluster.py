@@ -10,7 +10,16 @@ from PIL import Image
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tuning.cluster import Slots, cluster_map, gpu_share, images_here, ray_running, serve_images, slots
+from tuning.cluster import (
+    Slots,
+    cluster_map,
+    gpu_share,
+    images_here,
+    ray_running,
+    serve_images,
+    slots,
+    small_shared_memory,
+)
 from tuning.config import InputError, SearchPlan
 from tuning.images import content_hashes, decode_all, open_images
 
@@ -25,7 +34,7 @@ def test_workers_have_loaded_what_trials_need_before_the_first():
 
     environment = dict(os.environ)
     with ray_running(SearchPlan(name="test")) as resources:
-        cpus, _ = resources()
+        ((cpus, _),) = resources()
         assert cpus >= 1
         assert ray.get_runtime_context().gcs_address.startswith("127.0.0.1:")
         assert [node["NodeManagerAddress"] for node in ray.nodes()] == ["127.0.0.1"]
@@ -38,7 +47,7 @@ def test_without_an_address_no_other_cluster_on_this_machine_is_joined():
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 7, "include_dashboard": False})
     try:
         with ray_running(SearchPlan(name="test")) as resources:
-            assert resources() == (os.cpu_count(), 0.0)
+            assert resources() == [(os.cpu_count(), 0.0)]
     finally:
         cluster.shutdown()
 
@@ -53,7 +62,7 @@ def test_a_map_over_two_nodes_keeps_the_order_and_uses_both(monkeypatch):
         cluster.add_node(num_cpus=1)
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)
         with ray_running(SearchPlan(name="test")) as resources:
-            assert resources() == (2, 0.0)
+            assert resources() == [(1, 0.0), (1, 0.0)]
             nodes, doubles = zip(*cluster_map(node_and_double, range(100)), strict=True)
     finally:
         cluster.shutdown()
@@ -116,7 +125,7 @@ def test_images_that_can_be_read_stay_where_they_are(tmp_path):
 )
 def test_more_than_there_is_is_refused(settings, said):
     with pytest.raises(InputError, match=said):
-        slots(SearchPlan(name="x", **settings), cpus=2, gpus=0.0)
+        slots(SearchPlan(name="x", **settings), [(2, 0.0)])
 
 
 @pytest.mark.parametrize(
@@ -135,7 +144,39 @@ def test_more_than_there_is_is_refused(settings, said):
     ],
 )
 def test_slots(settings, cpus, gpus, expected):
-    assert slots(SearchPlan(name="x", **settings), cpus=cpus, gpus=gpus) == expected
+    assert slots(SearchPlan(name="x", **settings), [(cpus, gpus)]) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "nodes", "expected"),
+    [
+        ({}, [(0, 0.0), (8, 1.0), (32, 4.0)], Slots(8, 1.0, 5)),
+        ({}, [(64, 0.0), (8, 1.0), (8, 2.0)], Slots(4, 1.0, 3)),  # as many threads as fit beside each GPU
+        ({"cpus_per_trial": 6}, [(8, 1.0), (8, 2.0)], Slots(6, 1.0, 2)),
+        ({"cpus_per_trial": 4}, [(6, 0.0), (6, 0.0)], Slots(4, 0.0, 2)),  # a trial runs on one node
+        ({"gpus_per_trial": 2.0}, [(8, 1.0), (8, 3.0)], Slots(8, 2.0, 1)),
+    ],
+)
+def test_slots_of_nodes_that_differ(settings, nodes, expected):
+    assert slots(SearchPlan(name="x", **settings), nodes) == expected
+
+
+def test_what_no_node_has_is_refused():
+    for settings in ({"gpus_per_trial": 2.0}, {"cpus_per_trial": 6, "gpus_per_trial": 1.0}):
+        with pytest.raises(InputError, match="no node has more than"):
+            slots(SearchPlan(name="x", **settings), [(4, 1.0), (4, 1.0), (16, 0.0)])
+
+
+def test_a_cluster_that_grows_is_asked_for_more_trials_than_fit_now():
+    plan = SearchPlan(name="x", concurrent=8)
+    assert slots(plan, [(2, 0.0)]).count == 2 and slots(plan, [(2, 0.0)], grows=True).count == 8
+    assert slots(SearchPlan(name="x"), [(2, 0.0)], grows=True).count == 2
+
+
+def test_a_containers_small_shared_memory_is_told(tmp_path):
+    assert small_shared_memory(str(tmp_path / "none")) is None
+    assert small_shared_memory(str(tmp_path), least_mb=0.0) is None
+    assert "--shm-size" in small_shared_memory(str(tmp_path), least_mb=2.0**50)
 
 
 SMALL = {"backbone": "a", "image_size": 64, "unfreeze_depth": 2, "batch_size": 32}
@@ -154,6 +195,7 @@ SMALL = {"backbone": "a", "image_size": 64, "unfreeze_depth": 2, "batch_size": 3
         ([(SMALL | {"batch_size": 16}, 1000.0, 80_000.0)], 1.0),
         ([(SMALL | {"image_size": 32}, 1000.0, 80_000.0)], 1.0),
         ([(SMALL | {"backbone": "b"}, 1000.0, 80_000.0)], 1.0),
+        ([(SMALL, 4000.0, 80_000.0), (SMALL | {"backbone": "b"}, 1000.0, 16_000.0)], 0.5),
     ],
 )
 def test_the_share_of_a_gpu_is_what_a_heavier_trial_was_seen_to_need(measured, share):

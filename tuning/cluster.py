@@ -34,6 +34,7 @@ MOST_PRELOADING = 16  # cores; Ray starts a worker on each, and on a machine wit
 PART = 16  # items of one of `cluster_map`'s tasks
 SHARD_BYTES = 256 * 2**20  # of decoded images, sent between nodes at once
 IMAGE_SERVER = "finetune-search-images"
+LEAST_SHARED_MB = 1024.0  # of /dev/shm; a container has 64 by default
 CONTEXT_MB = 600.0  # what a process takes on a GPU before its first tensor, roughly
 
 
@@ -47,14 +48,17 @@ class Slots:
     packed: int = 0  # GPUs on which each trial is given the share that `gpu_share` finds
 
 
+Node = tuple[int, float]  # its cores and GPUs
+
+
 @contextmanager
-def ray_running(plan: SearchPlan) -> Iterator[Callable[[], tuple[int, float]]]:
+def ray_running(plan: SearchPlan) -> Iterator[Callable[[], list[Node]]]:
     """Ray on this machine, or on the cluster that RAY_ADDRESS names, started in the background.
 
     Workers get this package's code, wherever the command was typed.
 
     Yields:
-        A function that waits for Ray and gives its cores and GPUs.
+        A function that waits for Ray and gives its nodes.
     """
     environment = dict(os.environ)
     with ThreadPoolExecutor(1) as pool:  # its thread must live on: Ray's processes end with the one that started them
@@ -69,7 +73,7 @@ def ray_running(plan: SearchPlan) -> Iterator[Callable[[], tuple[int, float]]]:
             os.environ.update(environment)
 
 
-def _start(plan: SearchPlan) -> tuple[int, float]:
+def _start(plan: SearchPlan) -> list[Node]:
     options: dict[str, Any] = {}
     environment = {
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -95,8 +99,8 @@ def _start(plan: SearchPlan) -> tuple[int, float]:
         os.environ.setdefault(name, value)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a lost worker's traceback stands in the table
     ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", **options)
-    resources = ray.cluster_resources()
-    return int(resources.get("CPU", 0)), float(resources.get("GPU", 0))
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [(int(node.get("CPU", 0)), float(node.get("GPU", 0))) for node in resources]
 
 
 def cluster_map(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
@@ -196,35 +200,56 @@ def _receive(folder: Path, path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def slots(plan: SearchPlan, *, cpus: int, gpus: float) -> Slots:
+def small_shared_memory(folder: str = "/dev/shm", least_mb: float = LEAST_SHARED_MB) -> str | None:
+    """What there is to say of shared memory as small as a container has it by default."""
+    if not os.path.isdir(folder):  # macOS has none, and Ray needs none there
+        return None
+    status = os.statvfs(folder)
+    size = status.f_blocks * status.f_frsize / 2**20
+    if size >= least_mb:
+        return None
+    return f"{folder} has {size:.0f} MiB, so Ray keeps on disk what it sends; give a container more by --shm-size 8g"
+
+
+def slots(plan: SearchPlan, nodes: Sequence[Node], *, grows: bool = False) -> Slots:
     """Resources of a trial and how many fit: by default one per GPU, else one per core with one thread each.
 
+    Args:
+        plan: the settings.
+        nodes: those that are there; a trial runs on one of them.
+        grows: whether nodes may join, so that `concurrent` may be more than there is room for now.
+
     Raises:
-        InputError: more is asked for than there is, or a fraction that makes no sense.
+        InputError: more is asked for than a node has, or a fraction that makes no sense.
     """
-    asked = plan.gpus_per_trial
-    per_trial = min(gpus, 1.0) if asked is None or asked == "auto" else asked
-    packed = int(gpus) if asked == "auto" else 0
+    asked, most_gpus = plan.gpus_per_trial, max(gpus for _, gpus in nodes)
+    per_trial = min(most_gpus, 1.0) if asked is None or asked == "auto" else asked
+    usable = [(cpus, gpus) for cpus, gpus in nodes if gpus >= per_trial]
+    most_cpus = max((cpus for cpus, _ in usable), default=0)
+    packed = int(sum(gpus for _, gpus in nodes)) if asked == "auto" else 0
+    where = "there are" if len(nodes) == 1 else "no node has more than"
     faults = []
     if per_trial > 1 and per_trial != int(per_trial):
         faults.append(f"--gpus-per-trial {per_trial:g}: above 1 only whole GPUs can be given; use {int(per_trial)}")
-    if per_trial > gpus:
+    if per_trial > most_gpus:
         faults.append(
-            f"--gpus-per-trial {per_trial:g}: there are {gpus:g} GPUs; use at most that, or 0 to train on CPUs"
+            f"--gpus-per-trial {per_trial:g}: {where} {most_gpus:g} GPUs; use at most that, or 0 to train on CPUs"
         )
-    if plan.cpus_per_trial is not None and plan.cpus_per_trial > cpus:
-        faults.append(f"--cpus-per-trial {plan.cpus_per_trial}: there are {cpus} cores; use at most that")
+    elif plan.cpus_per_trial is not None and plan.cpus_per_trial > most_cpus:
+        faults.append(f"--cpus-per-trial {plan.cpus_per_trial}: {where} {most_cpus} cores; use at most that")
     if faults:
         raise InputError(faults)
     if per_trial:
         smallest = min(SHARES) if packed else per_trial
-        count = int(gpus) * int(1 / smallest) if smallest < 1 else int(gpus // smallest)
-        threads = plan.cpus_per_trial or max(1, cpus // count)
-        count = min(count, cpus // threads)
+        fit = [int(gpus) * int(1 / smallest) if smallest < 1 else int(gpus // smallest) for _, gpus in usable]
+        beside = min(cpus // count for (cpus, _), count in zip(usable, fit, strict=True))
+        threads = plan.cpus_per_trial or max(1, beside)
+        count = sum(min(room, cpus // threads) for (cpus, _), room in zip(usable, fit, strict=True))
     else:
         threads = plan.cpus_per_trial or 1
-        count = cpus // threads
-    return Slots(threads, per_trial, min(count, plan.concurrent or count, plan.trials), packed)
+        count = sum(cpus // threads for cpus, _ in usable)
+    count = plan.concurrent if grows and plan.concurrent else min(count, plan.concurrent or count)
+    return Slots(threads, per_trial, min(count, plan.trials), packed)
 
 
 def gpu_share(config: Mapping[str, Any], measured: Iterable[tuple[Mapping[str, Any], float, float]]) -> float:
@@ -233,15 +258,17 @@ def gpu_share(config: Mapping[str, Any], measured: Iterable[tuple[Mapping[str, A
     Args:
         config: of the trial.
         measured: config of other trials that took whole batches, with the peak of their memory and what their GPU
-            has, in MiB.
+            has, in MiB. The smallest of these GPUs counts: whichever the trial will be on, it has no less.
 
     Returns:
         1 where no trial of the same backbone and image size, with as many stages and images a step, has been measured.
     """
     heavier = ("unfreeze_depth", "batch_size")
+    measured = list(measured)
+    smallest = min((total for _, _, total in measured), default=math.inf)
     needed = [
-        (peak * MEMORY_MARGIN + CONTEXT_MB) / total
-        for other, peak, total in measured
+        (peak * MEMORY_MARGIN + CONTEXT_MB) / smallest
+        for other, peak, _ in measured
         if all(other[name] == config[name] for name in ("backbone", "image_size"))
         and all(other[name] >= config[name] for name in heavier)
     ]

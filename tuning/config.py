@@ -163,7 +163,12 @@ class SearchPlan(BaseModel):
     cpus_per_trial: int | None = Field(
         None, ge=1, description="threads of a trial; default 1, or the share of a GPU's cores"
     )
-    concurrent: int | None = Field(None, ge=1, description="trials at once; default as many as the resources allow")
+    concurrent: int | None = Field(
+        None,
+        ge=1,
+        description="trials at once; default as many as the resources allow; on a cluster (`RAY_ADDRESS`) also more, "
+        "for nodes that join later",
+    )
     storage: str = Field("results", description="folder that run folders are made in")
     early_stopping: bool = Field(True, description="false: only a non-finite loss ends a trial early")
 

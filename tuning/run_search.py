@@ -111,8 +111,8 @@ def run(flags: Flags) -> int:
     # Ray starts meanwhile. It and torch take seconds to load, so bad flags are told first.
     from tuning.cluster import ray_running
 
-    with mirrored(folder, plan.storage) as mirror, ray_running(plan) as resources:
-        return _search(flags, plan, space, folder, mirror, resources)
+    with mirrored(folder, plan.storage) as mirror, ray_running(plan) as nodes:
+        return _search(flags, plan, space, folder, mirror, nodes)
 
 
 def _search(
@@ -121,7 +121,7 @@ def _search(
     space: Space,
     folder: Path,
     mirror: Mirror | None,
-    ray_resources: Callable[[], tuple[int, float]],
+    ray_nodes: Callable[[], list[tuple[int, float]]],
 ) -> int:
     # What it is to be done with. All of it is checked before anything is written.
     from tuning import backbones
@@ -134,7 +134,7 @@ def _search(
     joining = "RAY_ADDRESS" in os.environ  # else Ray starts, on this machine, while images are decoded
     spread = False
     if joining:
-        ray_resources()
+        ray_nodes()
         spread = _checked_nodes(plan)
     recorded = tables.read_table(folder / "samples.parquet") if flags.resume else None
     data = _data(plan, space, recorded, map=cluster_map if spread else parallel_map)
@@ -148,10 +148,11 @@ def _search(
     priors = [] if journal.exists() and journal.stat().st_size else _priors(plan, space)
 
     # Search.
-    cpus, gpus = ray_resources()
+    nodes = ray_nodes()
+    _tell_small_shared_memory(joining)
     # Ray has laid a handler of its own over ours, which aborts the process 3 s after a SIGTERM.
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
-    resources = slots(plan, cpus=cpus, gpus=gpus)
+    resources = slots(plan, nodes, grows=joining)
     if flags.resume:
         _write_yaml(folder / "plan.yaml", read_plan(folder) | {"settings": plan.model_dump()})
     else:
@@ -240,6 +241,15 @@ def _checked_nodes(plan: SearchPlan) -> bool:
         who = plain(", ".join(names[node] for node in blind))
         console.print(f"  {who} can't read it: images are decoded here, and sent there")
     return not blind
+
+
+def _tell_small_shared_memory(joining: bool) -> None:
+    from tuning.cluster import on_each_node, small_shared_memory
+
+    said = on_each_node(small_shared_memory) if joining else {platform.node(): small_shared_memory()}
+    for node, words in said.items():
+        if words is not None:
+            console.print(f"{node}: {words}", markup=False)
 
 
 def _planned(flags: Flags) -> tuple[SearchPlan, Space, Path]:

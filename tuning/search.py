@@ -54,6 +54,7 @@ class Search:
         mirror: keeps the run's copy in a storage, if it lies in one.
         run_id: tells this run from another one of the same name.
         clock: seconds; simulated ones in benchmarks.
+        trainable: what runs in Ray's actors; one that costs nothing in benchmarks.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Search:
         mirror: Mirror | None = None,
         run_id: str = "",
         clock: Callable[[], float] = time.monotonic,
+        trainable: type[tune.Trainable] = FinetuneTrial,
     ):
         self.plan, self.space, self.run_folder, self.resources, self.show = plan, space, run, resources, show
         path = run / "journal.jsonl"
@@ -92,7 +94,7 @@ class Search:
             space, seed=plan.seed, metric=plan.metric, sampler=plan.sampler, priors=self.record.priors
         )
         self.rungs = Rungs(grace_epochs=plan.grace_epochs, reduction_factor=plan.reduction_factor, epochs=plan.epochs)
-        self._redraw, self._report, self._mirror = redraw, report, mirror
+        self._redraw, self._report, self._mirror, self._trainable = redraw, report, mirror, trainable
         self.running: dict[str, Trial] = {}  # in the order in which they started
         self.halted: str | None = None  # why no more trials are to be started
         self._tables_due = self._hand_out_at = -math.inf
@@ -437,7 +439,7 @@ class Search:
     def _fit(self) -> None:
         ray_folder = tempfile.mkdtemp(prefix="finetune-search-")
         tuner = tune.Tuner(
-            FinetuneTrial,
+            self._trainable,
             tune_config=tune.TuneConfig(
                 search_alg=_Searcher(self),
                 scheduler=_Scheduler(self),
