@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import draw_folder
+from conftest import ONE_CORE, draw_folder
 from PIL import Image
 
 from tuning import report, search
@@ -38,6 +38,8 @@ SPACE = {
 @pytest.fixture
 def space(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for name, value in ONE_CORE.items():
+        monkeypatch.setenv(name, value)
     path = tmp_path / "space.yaml"
     path.write_text(yaml.safe_dump(SPACE))
     return str(path)
@@ -267,12 +269,13 @@ def test_labels_that_the_images_say_nothing_of_are_called_that(space, tmp_path, 
     assert "is no better than the class frequencies" in words and words in " ".join(said.split())
 
 
-@pytest.mark.slow
 def test_a_run_whose_data_has_changed_does_not_go_on(space, tmp_path):
     folder = draw_folder(tmp_path / "images", count=12)
-    assert run(Flags(space=space, data=str(folder), name="changed")) == 0
+    plan = SearchPlan(name="changed", data=str(folder), space=space, weights="random")
+    (tmp_path / "results").mkdir()
+    write_run(tmp_path / "results" / "changed", plan, load(space), load_checked(plan, [32]))
     Image.new("L", (40, 40)).save(folder / "dark" / "000.png")
-    assert "has changed since changed began" in faults(run, resume=True, name="changed")[0]
+    assert "has changed since changed began" in faults(resume=True, name="changed")[0]
 
 
 def test_no_permission_to_write():
