@@ -24,6 +24,7 @@ from tuning.data import Data
 torch.set_num_threads(1)
 settings.register_profile("no deadline", deadline=None)  # a busy machine is no fault
 settings.load_profile("no deadline")
+ONE_CORE = {"RAY_OVERRIDE_RESOURCES": '{"CPU": 1}'}  # for one trial at a time: Ray starts a worker on each core
 CPU = torch.device("cpu")
 CUDA = pytest.param(
     torch.device("cuda"),

@@ -142,7 +142,7 @@ def test_tables(run, spoilt, name, data):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["trials", "epochs", "decisions", "samples"])
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_tables_with_another_value_or_type_or_without_a_column(run, spoilt, name, data):
     """A well-made file that holds what no search writes: the report is made, or says which table is wrong."""
@@ -179,7 +179,7 @@ def test_plans(run, spoilt, data):
 
 
 @pytest.mark.slow
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_reports_of_plans_with_another_value(run, spoilt, data):
     spoilt("best.yaml", b"")

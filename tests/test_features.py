@@ -21,8 +21,8 @@ from tuning.weights import find_weights
 NO_AUTOCAST = torch.autocast("cpu", enabled=False)
 KEY = Key("test_resnet", "random 0", 32, 2, "abc", "light", (0, 1))
 FAMILIES = [
-    "resnet18",
-    "tf_efficientnet_lite0",
+    pytest.param("resnet18", marks=pytest.mark.slow),
+    pytest.param("tf_efficientnet_lite0", marks=pytest.mark.slow),
     pytest.param("densenet121", marks=pytest.mark.slow),
     "test_vit",
     pytest.param("vgg11", marks=pytest.mark.slow),

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import draw_folder
+from conftest import ONE_CORE, draw_folder
 from PIL import Image
 
 from tuning import report, search
@@ -21,7 +21,19 @@ from tuning.audit import load_checked
 from tuning.config import InputError, SearchPlan
 from tuning.finalists import Verdict
 from tuning.images import parallel_map, read_facts
-from tuning.run_search import Flags, _data, _planned, _resumed, _write_best, check_new, main, notes, run, write_run
+from tuning.run_search import (
+    Flags,
+    _data,
+    _planned,
+    _resumed,
+    _search,
+    _write_best,
+    check_new,
+    main,
+    notes,
+    run,
+    write_run,
+)
 from tuning.space import load
 from tuning.tables import Record, Trial, make_tables, read_table
 
@@ -40,12 +52,20 @@ SPACE = {
 @pytest.fixture
 def space(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for name, value in ONE_CORE.items():
+        monkeypatch.setenv(name, value)
     path = tmp_path / "space.yaml"
     path.write_text(yaml.safe_dump(SPACE))
     return str(path)
 
 
-def faults(**flags):
+def without_ray(flags):
+    """What `run` does until Ray is needed, which takes five seconds to start and to end."""
+    plan, space, folder = _resumed(flags) if flags.resume else _planned(flags)
+    return _search(flags, plan, space, folder, None, lambda: pytest.fail("it was not told before Ray was needed"))
+
+
+def faults(run=without_ray, **flags):
     """What is told of these flags; the working folder must stay as it is."""
     before = sorted(str(path) for path in Path.cwd().rglob("*"))
     flags["set"] = (tuple(flags.get("set", ())),)
@@ -183,7 +203,7 @@ def test_what_was_told_of_images_is_a_line_a_kind(tmp_path):
 
 @pytest.mark.slow
 def test_more_gpus_than_there_are(space, folder):
-    assert "there are 0 GPUs" in "\n".join(faults(space=space, data=str(folder), gpus_per_trial=8.0))
+    assert "there are 0 GPUs" in "\n".join(faults(run, space=space, data=str(folder), gpus_per_trial=8.0))
 
 
 def test_a_run_once_made_is_not_touched(space, folder, tmp_path):
@@ -282,10 +302,11 @@ def test_labels_that_the_images_say_nothing_of_are_called_that(space, tmp_path, 
     assert "is no better than the class frequencies" in words and words in " ".join(said.split())
 
 
-@pytest.mark.slow
 def test_a_run_whose_data_has_changed_does_not_go_on(space, tmp_path):
     folder = draw_folder(tmp_path / "images", count=12)
-    assert run(Flags(space=space, data=str(folder), name="changed")) == 0
+    plan = SearchPlan(name="changed", data=str(folder), space=space, weights="random")
+    (tmp_path / "results").mkdir()
+    write_run(tmp_path / "results" / "changed", plan, load(space), load_checked(plan, [32]))
     Image.new("L", (40, 40)).save(folder / "dark" / "000.png")
     assert "has changed since changed began" in faults(resume=True, name="changed")[0]
 
