@@ -18,6 +18,7 @@ from tuning.config import InputError, without_secrets
 READERS = 32  # requests at once
 READ_TRIES = 3  # of an image
 LISTED = 20  # files of a folder from which it is listed: it may hold many more than those that are asked for
+OBJECTS = fs.S3FileSystem | fs.GcsFileSystem
 ANONYMOUS = "gs://anonymous"  # how pyarrow is told that a public bucket needs no keys
 Given = ParamSpec("Given")
 Answer = TypeVar("Answer")
@@ -86,7 +87,7 @@ def write_bytes(uri: str, content: bytes) -> None:
         OSError: the storage fails.
     """
     filesystem, path = _opened(uri)
-    if isinstance(filesystem, fs.S3FileSystem | fs.GcsFileSystem):  # an object appears whole
+    if isinstance(filesystem, OBJECTS):  # an object appears whole
         with filesystem.open_output_stream(path, compression=None) as stream:
             stream.write(content)
         return
@@ -106,8 +107,11 @@ def delete_folder(uri: str) -> None:
     Raises:
         OSError: it is not there, or the storage fails.
     """
+    for name in files_below(uri):
+        delete(joined(uri, name))
     filesystem, path = _opened(uri)
-    filesystem.delete_dir(path)
+    if not isinstance(filesystem, OBJECTS):  # GCS refuses to delete a folder that is only part of names
+        filesystem.delete_dir(path)
 
 
 @_as_os_errors
