@@ -179,6 +179,9 @@ def test_an_interval_after_the_first_that_is_not_better_holds_0_too():
 def test_too_few_runs_leave_the_searchs_best(runs):
     judged, verdict = judge(table([0.5, 0.3], runs), "val_loss", val_over_train=RATIO)
     assert judged.empty and (verdict.verdict, verdict.trial_id) == ("not enough runs", "t00001")
+    assert verdict.sentence.startswith("t00001 is the best of the search; for want of runs it was not compared")
+    _, verdict = judge(table([0.3, 0.5], {}), "val_loss", val_over_train=RATIO)
+    assert verdict.sentence.startswith("the default t00000 is the best of the search; for want of runs no other")
 
 
 def test_no_finite_loss_leaves_nothing():

@@ -133,9 +133,10 @@ def judge(trials: pd.DataFrame, metric: str, *, val_over_train: float) -> tuple[
         first = top(trials, metric)
         if first is None:
             return _table([], trials, metric, ""), Verdict("not enough runs", None, "no trial had a finite loss")
-        sentence = (
-            f"{first['trial_id']} is the best of the search; for want of runs it was not compared with the default"
-        )
+        best, other = f"{first['trial_id']} is the best of the search", "it was not compared with the default"
+        if first["trial_id"] == default:
+            best, other = f"the default {default} is the best of the search", "no other was compared with it"
+        sentence = f"{best}; for want of runs {other}"
         return _table([], trials, metric, ""), Verdict("not enough runs", first["trial_id"], sentence)
 
     _add_intervals(rows)

@@ -304,7 +304,7 @@ def ending(
     if epoch == epochs:
         return "completed", f"all {epoch} epochs"
     if patience is not None and best_row is not None and epoch - best_row["epoch"] >= patience:
-        return "converged", f"no epoch better than {best_row['epoch']} for {patience} epochs"
+        return "converged", f"no epoch better than {best_row['epoch']} for {patience} epoch{'s' * (patience > 1)}"
     return None, None
 
 
