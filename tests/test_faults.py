@@ -73,12 +73,13 @@ def test_a_trial_that_hangs_is_ended_and_its_slot_goes_on(tmp_path, folder, ray_
 
 
 def test_a_trial_whose_workers_ray_kills_for_memory_is_out_of_memory(tmp_path, folder, monkeypatch):
-    """The machine counts as full from the start, so Ray's memory monitor kills every worker."""
+    """The machine counts as full from the start, so Ray's memory monitor kills every worker when it looks."""
     monkeypatch.setenv("RAY_memory_usage_threshold", "0.001")
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "20000")  # long enough for the trial to have begun
     with ray_running(SearchPlan(name="test")) as resources:
         resources()
         run = tmp_path / "run"
-        assert make_run(run, folder, trials=1)().run()
+        assert make_run(run, folder, trials=1, epochs=10_000, early_stopping=False)().run()
     (trial,) = read_table(run / "trials.parquet").to_dict("records")
     assert trial["status"] == "out_of_memory" and "low on memory" in trial["reason"]
 
