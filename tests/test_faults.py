@@ -118,12 +118,13 @@ def epochs(journal):
 
 def search_with_kills(place, name, cluster, arguments, kills, rng):
     """Takes kills from the queue until the search ends; returns the journal as it was after each of the driver."""
-    journal, journals = place / "results" / name / "journal.jsonl", []
+    journal, journals, begun = place / "results" / name / "journal.jsonl", [], False
     driver = drive(place, cluster, *arguments, "--name", name)
     while kills and driver.poll() is None:
         # Half of the kills come upon the one before, so that workers are also lost as they start.
-        if (kills[0] == "driver" or rng.random() < 0.5) and not wait_for_an_epoch(journal, driver):
+        if (not begun or kills[0] == "driver" or rng.random() < 0.5) and not wait_for_an_epoch(journal, driver):
             break
+        begun = kills[0] != "driver"
         time.sleep(rng.uniform(0, 2))
         if kills[0] == "driver":
             driver.kill()
@@ -139,7 +140,7 @@ def search_with_kills(place, name, cluster, arguments, kills, rng):
         else:
             continue
         kills.popleft()
-    assert driver.wait(timeout=300) == 0, (place / "log.txt").read_text()[-3000:]
+    assert driver.wait(timeout=600) == 0, (place / "log.txt").read_text()[-3000:]
     return journals
 
 
