@@ -1,4 +1,5 @@
 import math
+import mmap
 from dataclasses import replace
 
 import numpy as np
@@ -182,6 +183,13 @@ def test_out_of_memory_halves_the_micro_batch_and_trains_the_same(weighting):
 )
 def test_what_counts_as_out_of_memory(error, memory):
     assert out_of_memory(error) == memory
+
+
+@pytest.mark.parametrize("allocate", [torch.empty, np.empty, bytearray, lambda size: mmap.mmap(-1, size)])
+def test_a_machine_without_memory_counts_as_out_of_memory(allocate):
+    with pytest.raises(Exception) as raised:
+        allocate(10**15)
+    assert out_of_memory(raised.value)
 
 
 def test_a_halved_micro_batch_stays_after_going_on():

@@ -154,6 +154,9 @@ class SearchPlan(BaseModel):
         gt=0,
         description="the search ends cleanly after this (90s, 45m, 2h), at the end of the epochs then running",
     )
+    trial_timeout: Annotated[float, BeforeValidator(parse_duration)] | None = Field(
+        None, gt=0, description="a trial that reports nothing for so long (90s, 45m, 2h) hangs, and ends as `failed`"
+    )
     gpus_per_trial: Annotated[
         Annotated[float, Field(ge=0)] | Literal["auto"] | None, WrapValidator(_number_or_auto)
     ] = Field(
@@ -264,7 +267,10 @@ class SearchPlan(BaseModel):
 # Where a run lives and what it is called is said by flags alone.
 SETTINGS = tuple(name for name in SearchPlan.model_fields if name not in ("name", "data", "space", "storage"))
 COPIES = ("optuna_storage", "track")
-RESUME_MAY_CHANGE = ("trials", "time_budget", "concurrent", "gpus_per_trial", "cpus_per_trial", *COPIES)
+RESUME_MAY_CHANGE = (
+    *("trials", "time_budget", "trial_timeout", "concurrent", "gpus_per_trial", "cpus_per_trial"),
+    *COPIES,
+)
 
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -269,6 +269,7 @@ def out_of_memory(error: Exception) -> bool:
     """Whether an error says that the device, or the machine, has no memory left."""
     said = (
         "DefaultCPUAllocator",
+        "Cannot allocate memory",  # of the system: a file can't be mapped
         "CUDA error: out of memory",
         "CUBLAS_STATUS_ALLOC_FAILED",
         "CUDNN_STATUS_ALLOC_FAILED",

@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -33,6 +34,7 @@ KEPT_CHECKPOINTS = 5  # ended trials whose best weights are kept
 LOST_ACTOR_RETRIES = 3
 LOST_STARTS = 10  # times that a trial's worker may be gone before the trial has begun there
 LOST_START_SECONDS = 1.0  # before trials are handed out again: a node that dies takes several workers
+LOW_ON_MEMORY = "running low on memory"  # says Ray where its memory monitor has killed a worker
 FAILURES_AT_FIRST = 4  # if the first so many trials all fail, something is wrong with all of them
 
 
@@ -118,9 +120,7 @@ class Search:
             "divergence_factor": plan.divergence_factor if plan.early_stopping else math.inf,
             "early_loss_epochs": self._early_loss_epochs(),
         }
-        for folder in ("checkpoints", "predictions"):
-            for unfinished in (run / folder).glob(".*"):  # what a killed writer left
-                unfinished.unlink()
+        self._delete_half_written()
         self._unfinished = self._rebuild()
         probed = {trial.config["backbone"] for trial in self.record.trials.values() if trial.origin == "probe"}
         wanted = backbones(space) if plan.probe and plan.early_stopping else []
@@ -289,15 +289,18 @@ class Search:
         self._write_tables()
         return True
 
-    def lost(self, ray_id: str, error: str) -> None:
+    def lost(self, ray_id: str, error: str, *, hung: bool = False) -> None:
         """A trial's worker process is gone: the trial is handed out again, under another of Ray's ids, or given up."""
         trial_id = self._ray_ids[ray_id]
         trial = self.record.trials[trial_id]
+        if hung and trial_id in self.running:
+            self._end(trial, "failed", f"reported nothing for {self.plan.trial_timeout:g} s (trial_timeout)")
+            return
         self._write("lost", trial_id=trial_id, started=trial_id in self.running, error=error)
         if trial.losses > LOST_ACTOR_RETRIES or trial.lost_starts > LOST_STARTS:
             if trial.status is None:
                 self.started(ray_id)
-            self._end(trial, "failed", lost_reason(trial), error)
+            self._end(trial, *lost_end(trial, error), error)
             return
         if self.running.pop(trial_id, None) is None:
             self._hand_out_at = time.monotonic() + LOST_START_SECONDS
@@ -414,6 +417,12 @@ class Search:
             else:
                 total += size
 
+    def _delete_half_written(self) -> None:
+        """Delete the temporary files of writers that were killed; their names end in a process id."""
+        for folder in (".", "checkpoints", "predictions"):
+            for path in (self.run_folder / folder).glob(".*.[0-9]*"):
+                path.unlink(missing_ok=True)
+
     def _delete_checkpoint(self, name: str) -> None:
         (self.run_folder / "checkpoints" / name).unlink(missing_ok=True)
         if self._mirror is not None and f"checkpoints/{name}" in self._mirror.elsewhere:
@@ -437,6 +446,8 @@ class Search:
         return self.halted is not None or (everything and all(trial.ended for trial in self.record.trials.values()))
 
     def _fit(self) -> None:
+        # What its memory monitor kills ends with an error that is none of a dead actor, at which Tune ends the search.
+        OutOfMemoryError.__bases__, OutOfMemoryError._preempted = (RayActorError,), False
         ray_folder = tempfile.mkdtemp(prefix="finetune-search-")
         tuner = tune.Tuner(
             self._trainable,
@@ -465,15 +476,19 @@ class Search:
                 why = self.halted or "the search was interrupted"  # halted while a trial's worker was lost
                 self._write_end(trial, "interrupted", f"{why}; --resume goes on with it")
             self._write_tables(now=True)
+            self._delete_half_written()
             self.journal.close()
             shutil.rmtree(ray_folder, ignore_errors=True)
 
 
-def lost_reason(trial: Trial) -> str:
-    """Why a trial whose workers were lost is given up, in a sentence with the numbers."""
-    if trial.losses > LOST_ACTOR_RETRIES:
-        return f"its worker process was lost {trial.losses} times"
-    return f"the worker process that it was given was gone {trial.lost_starts} times before it began"
+def lost_end(trial: Trial, error: str) -> tuple[str, str]:
+    """Status and reason of a trial that is given up since its workers were lost; the last of them with this error."""
+    begun = f"its worker process was lost {trial.losses} times"
+    if trial.losses <= LOST_ACTOR_RETRIES:
+        begun = f"the worker process that it was given was gone {trial.lost_starts} times before it began"
+    if LOW_ON_MEMORY in error:
+        return "out_of_memory", f"{begun}: the machine was low on memory, and Ray ended it"
+    return "failed", f"{begun}; the system may have killed it for lack of memory"
 
 
 def stop_reason(plan: SearchPlan, decision: Mapping[str, Any]) -> str:
@@ -513,13 +528,36 @@ class _Scheduler(FIFOScheduler):  # type: ignore[misc]
     def __init__(self, search: Search):
         super().__init__()
         self._search = search
+        self._heard: dict[Any, float] = {}  # when Ray's trials said something, in monotonic seconds
+        self._hung: set[Any] = set()
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """Called every tenth of a second, also while all workers hang: the time to kill those that do."""
+        timeout, now = self._search.plan.trial_timeout or math.inf, time.monotonic()
+        for trial, heard in self._heard.items():
+            worker = trial.temporary_state.ray_actor
+            if worker is None:  # waits for one
+                self._heard[trial] = now
+            elif now - heard > timeout and trial not in self._hung:
+                self._hung.add(trial)
+                ray.kill(worker)
+        return super().choose_trial_to_run(tune_controller)
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        self._heard[trial] = time.monotonic()
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        del self._heard[trial]
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        self._heard[trial] = time.monotonic()
         goes_on = self._search.result(trial.trial_id, json.loads(result["row"]))
         return str(TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        self._search.lost(trial.trial_id, str(trial.get_error()))
+        del self._heard[trial]
+        error = Path(trial.error_file).read_text()  # `trial.get_error` looks where it will be copied to
+        self._search.lost(trial.trial_id, error, hung=trial in self._hung)
 
 
 class _Started(tune.Callback):  # type: ignore[misc]
