@@ -41,6 +41,28 @@ def test_the_cluster_file_is_what_ray_up_takes():
     assert not any("0.0.0.0" in command for command in started)
 
 
+# Of KubeRay's ray.io/v1, as its Go types and the custom resource's schema have them; more are none of ours.
+RAY_JOB = {"entrypoint", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "backoffLimit", "rayClusterSpec"}
+RAY_CLUSTER = {"rayVersion", "headGroupSpec", "workerGroupSpecs"}
+HEAD_GROUP = {"rayStartParams", "template"}
+WORKER_GROUP = HEAD_GROUP | {"groupName", "replicas", "minReplicas", "maxReplicas"}
+CONTAINER = {"name", "image", "env", "resources", "volumeMounts"}
+
+
+def test_the_ray_job_has_no_field_that_kuberay_lacks():
+    job = yaml.safe_load((DEPLOY / "rayjob.yaml").read_text())
+    assert job.keys() == {"apiVersion", "kind", "metadata", "spec"}
+    cluster = job["spec"]["rayClusterSpec"]
+    workers = cluster["workerGroupSpecs"]
+    assert job["spec"].keys() <= RAY_JOB and cluster.keys() <= RAY_CLUSTER
+    assert cluster["headGroupSpec"].keys() <= HEAD_GROUP
+    assert all(group.keys() <= WORKER_GROUP for group in workers)
+    for group in (cluster["headGroupSpec"], *workers):
+        pod = group["template"]["spec"]
+        assert pod.keys() <= {"containers", "volumes"}
+        assert all(container.keys() <= CONTAINER for container in pod["containers"])
+
+
 def test_the_ray_job_has_what_kuberay_requires():
     job = yaml.safe_load((DEPLOY / "rayjob.yaml").read_text())
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob") and job["metadata"]["name"]

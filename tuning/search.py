@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -197,10 +198,10 @@ class Search:
 
     def _gpu_share(self, trial: Trial) -> float:
         others = self.record.trials.values()
+        last = [(other.config, other.rows[-1]) for other in others if other.rows]  # of all rows it would take seconds
         measured = [
-            (other.config, row["peak_memory_mb"], row["gpu_memory_mb"])
-            for other in others
-            for row in other.rows
+            (config, row["peak_memory_mb"], row["gpu_memory_mb"])
+            for config, row in last
             if row["peak_memory_mb"] is not None and row["micro_batch"] == row["batch_size"]
         ]
         return gpu_share(trial.config, measured)
@@ -349,8 +350,8 @@ class Search:
         self._write_end(trial, status, reason, error)
         if trial.origin != "finalist":
             self.optimizer.tell(trial)
-        first = [other.status for other in self.record.trials.values() if other.ended and other.number is not None]
-        if len(first) == FAILURES_AT_FIRST and set(first) == {"failed"}:
+        ended = (other.status for other in self.record.trials.values() if other.ended and other.number is not None)
+        if list(islice(ended, FAILURES_AT_FIRST + 1)) == ["failed"] * FAILURES_AT_FIRST:
             self.halted = f"the first {FAILURES_AT_FIRST} trials all failed; the last one: {reason}"
         self.show(self, trial)
         self._write_tables()
