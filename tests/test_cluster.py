@@ -18,6 +18,7 @@ from tuning.cluster import (
     ray_running,
     serve_images,
     slots,
+    small_shared_memories,
     small_shared_memory,
 )
 from tuning.config import InputError, SearchPlan
@@ -64,6 +65,8 @@ def test_a_map_over_two_nodes_keeps_the_order_and_uses_both(monkeypatch):
         with ray_running(SearchPlan(name="test")) as resources:
             assert resources() == [(1, 0.0), (1, 0.0)]
             nodes, doubles = zip(*cluster_map(node_and_double, range(100)), strict=True)
+            told = small_shared_memories(least_mb=2.0**50)
+            assert len(told) == 2 and all("--shm-size" in words for words in told)
     finally:
         cluster.shutdown()
     assert list(doubles) == list(range(0, 200, 2))
@@ -170,7 +173,11 @@ def test_what_no_node_has_is_refused():
 def test_a_cluster_that_grows_is_asked_for_more_trials_than_fit_now():
     plan = SearchPlan(name="x", concurrent=8)
     assert slots(plan, [(2, 0.0)]).count == 2 and slots(plan, [(2, 0.0)], grows=True).count == 8
-    assert slots(SearchPlan(name="x"), [(2, 0.0)], grows=True).count == 2
+    assert slots(plan, [(2, 0.0)], grows=True).waiting and not slots(plan, [(8, 0.0)], grows=True).waiting
+    assert slots(SearchPlan(name="x"), [(2, 0.0)], grows=True) == Slots(1, 0.0, 2)
+    assert slots(plan, [(0, 0.0)], grows=True).count == 8
+    with pytest.raises(InputError, match="no node has a core"):
+        slots(SearchPlan(name="x"), [(0, 0.0)], grows=True)
 
 
 def test_a_containers_small_shared_memory_is_told(tmp_path):

@@ -370,7 +370,14 @@ def test_four_failures_at_first_end_the_search(tmp_path, folder):
 def test_the_time_budget_ends_cleanly_and_more_time_goes_on(tmp_path, folder):
     run = tmp_path / "run"
     make = make_run(run, folder, trials=30, epochs=30, early_stopping=False)
-    search = make(time_budget=2.0)
+    search = make(time_budget=1000.0)
+
+    def shorten(search, trial):
+        if search.plan.time_budget == 1000.0:  # once a worker has started, which may take long
+            used = search.journal.wall_s - search.started_wall_s
+            search.plan = search.plan.model_copy(update={"time_budget": used + 1.0})
+
+    search.show = shorten
     assert search.run()
     assert "time budget" in search.halted
     trials = read_table(run / "trials.parquet")
@@ -378,6 +385,20 @@ def test_the_time_budget_ends_cleanly_and_more_time_goes_on(tmp_path, folder):
     more = len(trials) + 1
     assert make(trials=more, time_budget=None).run()
     assert set(read_table(run / "trials.parquet")["status"]) == {"completed"}
+
+
+@pytest.mark.slow
+def test_trials_that_wait_for_nodes_do_not_begin_once_the_search_is_over(tmp_path, folder):
+    run = tmp_path / "run"
+    search = make_run(run, folder, trials=40, epochs=1000, early_stopping=False)(count=40)
+
+    def end(search, trial):
+        search.halted = "over"
+
+    search.show = end
+    assert search.run()
+    waited = [trial for trial in search.record.trials.values() if not trial.rows]
+    assert len(search.record.trials) == 40 and len(waited) >= 40 - os.cpu_count()
 
 
 @pytest.mark.slow

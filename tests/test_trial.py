@@ -21,7 +21,7 @@ from tuning.scores import score
 from tuning.space import parse
 from tuning.storage import files_below
 from tuning.tables import best_epoch, read_table
-from tuning.trial import FinetuneTrial
+from tuning.trial import FinetuneTrial, StorageLost
 
 
 @pytest.fixture
@@ -163,3 +163,15 @@ def test_what_a_storage_did_not_take_is_sent_later(given, tmp_path, monkeypatch,
     with safe_open(place / "checkpoints" / "t0.best.safetensors", framework="np") as file:
         assert int(file.metadata()["best_epoch"]) == 3
     assert not list(Path(given("t0")["run"]).glob("checkpoints/*"))  # nothing of use stays on the node
+
+
+def test_a_storage_that_is_lost_before_a_trial_begins_is_no_failure_of_the_trial(given, tmp_path, monkeypatch):
+    """It is raised, so that Ray tells the search, which hands the trial out again."""
+    monkeypatch.setattr(transfer, "PATIENCE_SECONDS", 0.0)
+    trial = FinetuneTrial(given("t0"))
+    trial._config |= {"storage": f"file://{tmp_path}/storage"}
+    trial._away = True
+    (tmp_path / "storage" / "checkpoints" / "t0.state.safetensors").mkdir(parents=True)
+    (tmp_path / "storage" / "checkpoints" / "t0.best.safetensors").symlink_to("/proc/self/mem")  # fails when it is read
+    with pytest.raises(StorageLost):
+        trial.step()

@@ -46,6 +46,7 @@ class Slots:
     gpus: float
     count: int
     packed: int = 0  # GPUs on which each trial is given the share that `gpu_share` finds
+    waiting: bool = False  # for nodes to join: so many don't fit yet
 
 
 Node = tuple[int, float]  # its cores and GPUs
@@ -200,6 +201,12 @@ def _receive(folder: Path, path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def small_shared_memories(least_mb: float = LEAST_SHARED_MB) -> list[str]:
+    """What there is to say of the nodes' shared memory."""
+    said, names = on_each_node(lambda node: small_shared_memory(least_mb=least_mb)), node_names()
+    return [f"{names.get(node, node)}: {words}" for node, words in said.items()]
+
+
 def small_shared_memory(folder: str = "/dev/shm", least_mb: float = LEAST_SHARED_MB) -> str | None:
     """What there is to say of shared memory as small as a container has it by default."""
     if not os.path.isdir(folder):  # macOS has none, and Ray needs none there
@@ -248,8 +255,13 @@ def slots(plan: SearchPlan, nodes: Sequence[Node], *, grows: bool = False) -> Sl
     else:
         threads = plan.cpus_per_trial or 1
         count = sum(cpus // threads for cpus, _ in usable)
-    count = plan.concurrent if grows and plan.concurrent else min(count, plan.concurrent or count)
-    return Slots(threads, per_trial, min(count, plan.trials), packed)
+    wanted = min(plan.concurrent or count, plan.trials)
+    at_once = wanted if grows and plan.concurrent else min(count, wanted)
+    if not at_once:
+        raise InputError(
+            "no node has a core for a trial; wait for nodes, or say by --concurrent how many trials at once"
+        )
+    return Slots(threads, per_trial, at_once, packed, waiting=at_once > count)
 
 
 def gpu_share(config: Mapping[str, Any], measured: Iterable[tuple[Mapping[str, Any], float, float]]) -> float:

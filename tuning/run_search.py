@@ -125,7 +125,7 @@ def _search(
 ) -> int:
     # What it is to be done with. All of it is checked before anything is written.
     from tuning import backbones
-    from tuning.cluster import cluster_map, serve_images, slots
+    from tuning.cluster import cluster_map, serve_images, slots, small_shared_memories
     from tuning.search import Search
     from tuning.summary import summarize
     from tuning.weights import find_weights
@@ -149,7 +149,8 @@ def _search(
 
     # Search.
     nodes = ray_nodes()
-    _tell_small_shared_memory(joining)
+    for told in small_shared_memories():
+        console.print(told, markup=False)
     # Ray has laid a handler of its own over ours, which aborts the process 3 s after a SIGTERM.
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     resources = slots(plan, nodes, grows=joining)
@@ -159,12 +160,12 @@ def _search(
         write_run(folder, plan, space, data)
         if mirror is not None:
             mirror.push_first()
-    at_most = "up to " if resources.packed else ""
+    at_most = "up to " if resources.packed or resources.waiting else ""
     what = f"{resources.gpus:g} GPU" if resources.gpus else f"{resources.cpus} core{'s' * (resources.cpus > 1)}"
     what = "a whole, a half or a quarter GPU" if resources.packed else what
     console.print(f"{at_most}{resources.count} trials at once, {what} each\n")
     _server = serve_images(data.folders.values()) if joining else None  # ends when nothing holds it
-    trials_at_once = None if resources.packed else resources.count
+    trials_at_once = None if resources.packed or resources.waiting else resources.count
     provenance = read_plan(folder)["provenance"]
     show = Progress(plan, analysis.class_entropy(data.samples), trials_at_once)
     search = Search(
@@ -232,24 +233,17 @@ def _checked_nodes(plan: SearchPlan) -> bool:
         raise InputError(f"--storage {plan.storage}: can't be written ({error}); are its keys given?") from None
     cure = "give --storage a folder or URI that all nodes reach, and each node the keys"
     if said:
-        raise InputError([f"--storage {plan.storage}: node {names[node]}: {why}; {cure}" for node, why in said.items()])
+        raise InputError(
+            [f"--storage {plan.storage}: node {names.get(node, node)}: {why}; {cure}" for node, why in said.items()]
+        )
     data = plan.data
     if data is None:
         return False
     blind = on_each_node(lambda node: unreadable(data))
     if blind:
-        who = plain(", ".join(names[node] for node in blind))
+        who = plain(", ".join(names.get(node, node) for node in blind))
         console.print(f"  {who} can't read it: images are decoded here, and sent there")
     return not blind
-
-
-def _tell_small_shared_memory(joining: bool) -> None:
-    from tuning.cluster import on_each_node, small_shared_memory
-
-    said = on_each_node(small_shared_memory) if joining else {platform.node(): small_shared_memory()}
-    for node, words in said.items():
-        if words is not None:
-            console.print(f"{node}: {words}", markup=False)
 
 
 def _planned(flags: Flags) -> tuple[SearchPlan, Space, Path]:

@@ -1,10 +1,7 @@
 """The driver: hands trials to Ray, journals what they report, decides, and goes on after a crash."""
 
-import json
 import math
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
@@ -13,9 +10,6 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.exceptions import OutOfMemoryError, RayActorError
-from ray.tune.schedulers import FIFOScheduler, TrialScheduler
-from ray.tune.search import Searcher
 
 from tuning.checkpoints import best_file, state_file
 from tuning.cluster import Slots, gpu_share
@@ -29,6 +23,7 @@ from tuning.space import Space, backbones, middle, trial_values
 from tuning.stopping import Rungs, compared_value, stratum
 from tuning.tables import Journal, Trial, best_epoch, loss_like, make_tables, read_record, write_tables
 from tuning.trial import FinetuneTrial
+from tuning.tuner import FINISHED, fit
 
 TABLE_SECONDS, TABLE_SHARE = 5.0, 0.05  # between writings of the tables; the driver's time for it, at most
 KEPT_CHECKPOINTS = 5  # ended trials whose best weights are kept
@@ -36,6 +31,7 @@ LOST_ACTOR_RETRIES = 3
 LOST_STARTS = 10  # times that a trial's worker may be gone before the trial has begun there
 LOST_START_SECONDS = 1.0  # before trials are handed out again: a node that dies takes several workers
 LOW_ON_MEMORY = "running low on memory"  # says Ray where its memory monitor has killed a worker
+RAISED = "RayTaskError"  # in the text of an error that was raised in a worker, and isn't the worker's end
 FAILURES_AT_FIRST = 4  # if the first so many trials all fail, something is wrong with all of them
 
 
@@ -138,6 +134,11 @@ class Search:
         """Start points and suggested trials so far."""
         return sum(trial.number is not None for trial in self.record.trials.values())
 
+    @property
+    def mirrored(self) -> bool:
+        """Whether the run's copy is kept in a storage."""
+        return self._mirror is not None
+
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Ray pickles what it is given for a `Tuner.restore`, which is never called."""
         return object, ()
@@ -164,8 +165,8 @@ class Search:
 
     def next_trial(self, ray_id: str) -> dict[str, Any] | str | None:
         """The next trial's configuration for Ray, or FINISHED; null: not now, for no GPU has room for it."""
-        if self._halted():
-            return str(Searcher.FINISHED)
+        if self.is_over():
+            return FINISHED
         if time.monotonic() < self._hand_out_at:
             return None
         if self._unfinished:
@@ -181,7 +182,7 @@ class Search:
         elif any(not trial.ended for trial in self.record.trials.values()):
             return None  # one whose worker is lost has to be handed out again
         else:
-            return str(Searcher.FINISHED)
+            return FINISHED
         gpus = self.resources.gpus
         if self.resources.packed:
             gpus = self._gpu_share(trial)
@@ -284,7 +285,7 @@ class Search:
             return self._end(trial, "stopped", stop_reason(self.plan, decision))
         if decision is not None:
             self.optimizer.passed_rung(trial)
-        if self._halted():
+        if self.is_over():
             return self._end(trial, "interrupted", f"{self.halted}; --resume goes on with it")
         self.show(self, trial)
         self._write_tables()
@@ -303,6 +304,8 @@ class Search:
                 self.started(ray_id)
             self._end(trial, *lost_end(trial, error), error)
             return
+        times = f"{trial.losses} of {LOST_ACTOR_RETRIES} times" if trial_id in self.running else "before it began"
+        print(f"{trial_id}: its worker process was lost, {times}; it is handed out again", file=sys.stderr)
         if self.running.pop(trial_id, None) is None:
             self._hand_out_at = time.monotonic() + LOST_START_SECONDS
         del self._gpus[trial_id]
@@ -377,7 +380,7 @@ class Search:
             print(f"optuna_storage: {type(error).__name__}: the live study ends here", file=sys.stderr)
             self._live = None
 
-    def _halted(self) -> bool:
+    def is_over(self) -> bool:
         """Whether no more is to be done; `halted` then says why."""
         if self.halted is None and self._mirror is not None:
             self.halted = self._mirror.taken
@@ -447,30 +450,8 @@ class Search:
         return self.halted is not None or (everything and all(trial.ended for trial in self.record.trials.values()))
 
     def _fit(self) -> None:
-        # What its memory monitor kills ends with an error that is none of a dead actor, at which Tune ends the search.
-        OutOfMemoryError.__bases__, OutOfMemoryError._preempted = (RayActorError,), False
-        ray_folder = tempfile.mkdtemp(prefix="finetune-search-")
-        tuner = tune.Tuner(
-            self._trainable,
-            tune_config=tune.TuneConfig(
-                search_alg=_Searcher(self),
-                scheduler=_Scheduler(self),
-                num_samples=-1,
-                max_concurrent_trials=self.resources.count,
-                reuse_actors=True,
-                trial_dirname_creator=lambda trial: str(trial.trial_id),
-            ),
-            run_config=tune.RunConfig(
-                name="ray",
-                storage_path=ray_folder,
-                verbose=0,
-                failure_config=tune.FailureConfig(max_failures=0),  # `Search.lost` hands out again
-                checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
-                callbacks=[_Started(self)],
-            ),
-        )
         try:
-            tuner.fit()
+            fit(self, self._trainable)
         finally:
             running = [trial for trial in self.record.trials.values() if trial.status == "running"]
             for trial in running:
@@ -479,17 +460,18 @@ class Search:
             self._write_tables(now=True)
             self._delete_half_written()
             self.journal.close()
-            shutil.rmtree(ray_folder, ignore_errors=True)
 
 
 def lost_end(trial: Trial, error: str) -> tuple[str, str]:
     """Status and reason of a trial that is given up since its workers were lost; the last of them with this error."""
-    begun = f"its worker process was lost {trial.losses} times"
+    often = f"its worker process was lost {trial.losses} times"
     if trial.losses <= LOST_ACTOR_RETRIES:
-        begun = f"the worker process that it was given was gone {trial.lost_starts} times before it began"
+        often = f"the worker process that it was given was gone {trial.lost_starts} times before it began"
+    raised = trial.losses <= LOST_ACTOR_RETRIES or RAISED in error
+    cause = error.strip().rpartition("\n")[2] if raised else "the system may have killed it for lack of memory"
     if LOW_ON_MEMORY in error:
-        return "out_of_memory", f"{begun}: the machine was low on memory, and Ray ended it"
-    return "failed", f"{begun}; the system may have killed it for lack of memory"
+        return "out_of_memory", f"{often}: the machine was low on memory, and Ray ended it"
+    return "failed", f"{often}; {cause}"
 
 
 def stop_reason(plan: SearchPlan, decision: Mapping[str, Any]) -> str:
@@ -501,71 +483,3 @@ def stop_reason(plan: SearchPlan, decision: Mapping[str, Any]) -> str:
     among = "" if decision["stratum"] == "all" else f" of {decision['stratum']}"
     value, cutoff = f"{decision['value']:.4g}", f"{decision['cutoff']:.4g}"
     return f"{what} {value} by epoch {decision['rung']}, where the cut-off{among} was {cutoff}"
-
-
-class _Searcher(Searcher):  # type: ignore[misc]
-    """Ray's view of where trials come from."""
-
-    def __init__(self, search: Search):
-        super().__init__()
-        self._search = search
-
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        return self._search.next_trial(trial_id)
-
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Ends are told in `Search.result`: exceptions here would be swallowed."""
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing of Ray's is resumed from."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Nothing of Ray's is resumed from."""
-
-
-class _Scheduler(FIFOScheduler):  # type: ignore[misc]
-    """Ray's view of how trials end."""
-
-    def __init__(self, search: Search):
-        super().__init__()
-        self._search = search
-        self._heard: dict[Any, float] = {}  # when Ray's trials said something, in monotonic seconds
-        self._hung: set[Any] = set()
-
-    def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """Called every tenth of a second, also while all workers hang: the time to kill those that do."""
-        timeout, now = self._search.plan.trial_timeout or math.inf, time.monotonic()
-        for trial, heard in self._heard.items():
-            worker = trial.temporary_state.ray_actor
-            if worker is None:  # waits for one
-                self._heard[trial] = now
-            elif now - heard > timeout and trial not in self._hung:
-                self._hung.add(trial)
-                ray.kill(worker)
-        return super().choose_trial_to_run(tune_controller)
-
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        self._heard[trial] = time.monotonic()
-
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        del self._heard[trial]
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        self._heard[trial] = time.monotonic()
-        goes_on = self._search.result(trial.trial_id, json.loads(result["row"]))
-        return str(TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP)
-
-    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        del self._heard[trial]
-        error = Path(trial.error_file).read_text()  # `trial.get_error` looks where it will be copied to
-        self._search.lost(trial.trial_id, error, hung=trial in self._hung)
-
-
-class _Started(tune.Callback):  # type: ignore[misc]
-    """Ray's view of when trials start."""
-
-    def __init__(self, search: Search):
-        self._search = search
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._search.started(trial.trial_id)

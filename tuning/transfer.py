@@ -16,13 +16,13 @@ RETRY_SECONDS = 5.0
 Answer = TypeVar("Answer")
 
 
-def patiently(attempt: Callable[[], Answer]) -> Answer:
+def patiently(attempt: Callable[[], Answer], seconds: float | None = None) -> Answer:
     """What an attempt gives, which is made again and again while a storage fails.
 
     Raises:
-        OSError: it fails for `PATIENCE_SECONDS`.
+        OSError: it fails for so many seconds, or `PATIENCE_SECONDS`.
     """
-    until = time.monotonic() + PATIENCE_SECONDS
+    until = time.monotonic() + (PATIENCE_SECONDS if seconds is None else seconds)
     while True:
         try:
             return attempt()

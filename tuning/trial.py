@@ -33,6 +33,11 @@ from tuning.tables import best_epoch, read_table
 from tuning.transfer import fetch_files, patiently, push_file
 
 CHECKPOINT_SECONDS = 30.0
+LAST_SENDING_SECONDS = 60.0  # that a worker which is no longer needed tries to send what it has
+
+
+class StorageLost(OSError):
+    """What a trial begins with can't be had from the storage."""
 
 
 class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
@@ -40,7 +45,7 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
 
     A step returns {"row": JSON}. A row that the checkpoint's history holds is sent again first, marked `replayed`. A
     row with `ends` is the last. A failure of the trial's own is a row without an epoch: nothing is raised, since Ray
-    would throw the actor away.
+    would throw the actor away. `StorageLost` alone is: the trial is then handed out again, as after a lost worker.
     """
 
     _rows: Iterator[tuple[Row, Callable[[], State]]] | None = None
@@ -79,7 +84,7 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
             self._save(self._snapshot())
         self._forget()
         try:
-            patiently(self._send)
+            patiently(self._send, LAST_SENDING_SECONDS)
         except (OSError, InputError) as error:
             print(f"{', '.join(self._unsent)}: couldn't be sent: {error}", file=sys.stderr)
 
@@ -92,6 +97,8 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
             row, self._snapshot = next(self._rows)
             self._saved = time.monotonic() - self._saved_at > CHECKPOINT_SECONDS and self._save(self._snapshot())
             return {"row": json.dumps(row | {"checkpoint": self._saved})}
+        except StorageLost:
+            raise
         except Exception as error:
             self._models.clear()  # one that failed in a strange state, or takes memory
             lines = traceback.format_exception(error)
@@ -141,7 +148,10 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
         """Bring files here that the storage has; beside the driver, which has what it needs, nothing waits for it."""
         attempt = partial(fetch_files, self._run, self._config["storage"], names)
         if self._away:
-            patiently(attempt)
+            try:
+                patiently(attempt)
+            except OSError as error:
+                raise StorageLost(f"{self._config['storage']}: {error}") from error
         else:
             with suppress(OSError):
                 attempt()
