@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tuning.config import (
@@ -17,9 +17,12 @@ from tuning.config import (
 
 
 @given(st.text())
+@example("a\u2028b\u2029c")
+@example("\u202etxt.\u2066exe")
 def test_what_is_visible_is_one_line_that_moves_no_cursor(value):
     told = visible(value)
     assert len((told + ".").splitlines()) == 1 and not any(ord(sign) < 32 or 127 <= ord(sign) < 160 for sign in told)
+    assert not any("\u202a" <= sign <= "\u202e" or "\u2066" <= sign <= "\u2069" for sign in told)
     assert visible("lung 🫁 [red]\n\x1b[31m") == "lung 🫁 [red]\\n\\x1b[31m"
 
 

@@ -140,6 +140,19 @@ def test_tables(run, spoilt, name, data):
     assert found is None or found.equals(whole)
 
 
+@pytest.mark.parametrize(("column", "lost"), [("best_epoch", False), ("best_epoch", True), ("seed", True)])
+def test_a_table_without_what_every_such_trial_has(run, spoilt, column, lost):
+    table = pq.read_table(run / "trials.parquet")
+    place = table.schema.get_field_index(column)
+    emptied = pa.array([None, *table[column].to_pylist()[1:]], pa.int64())
+    table = table.remove_column(place) if lost else table.set_column(place, table.schema.field(place), emptied)
+    content = pa.BufferOutputStream()
+    pq.write_table(table, content)
+    path = spoilt("trials.parquet", content.getvalue().to_pybytes())
+    with pytest.raises(InputError, match=f"trials.parquet: is damaged: .*{column}"):
+        read_table(path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["trials", "epochs", "decisions", "samples"])
 @settings(max_examples=20)

@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import os
 import shutil
 import subprocess
@@ -6,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from tuning import claim, mirror, storage, transfer
 from tuning.config import InputError
@@ -232,6 +235,83 @@ def test_a_journal_with_a_gap_is_refused(run, bucket):
     storage.write_bytes(f"{bucket}/xray/journal/0001-00ff-000000000010.jsonl", b"{}\n")
     with pytest.raises(InputError, match="doesn't go on with the journal"):
         Mirror(run, f"{bucket}/xray").fetch()
+
+
+@pytest.mark.parametrize("bucket", ["file"], indirect=True)
+def test_segments_of_the_version_before_are_read_and_gone_on_with(run, bucket, tmp_path):
+    uri = f"{bucket}/xray"
+    journal(run, 5)
+    lines = (run / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    for number, first in ((9_999, 0), (10_000, 2), (10_001, 3)):  # counted; the later ones sort after 0001-...
+        storage.write_bytes(f"{uri}/journal/{number:08d}.jsonl", b"".join(lines[first : first + 2 - (first == 2)]))
+    storage.write_bytes(f"{uri}/driver.json", b"{}")
+    there = tmp_path / "there" / "xray"
+    gone_on = driver(there, uri)
+    gone_on.fetch()
+    assert contents(there) == {"journal.jsonl": b"".join(lines)}
+    journal(there, 6)
+    gone_on.push()
+    claim.release(uri, gone_on.claim)
+    claim.check_mine(uri, gone_on.claim)  # they are no later driver's
+    third = tmp_path / "anywhere" / "xray"
+    Mirror(third, uri).fetch()
+    assert contents(third) == contents(there)
+
+
+def test_a_name_that_leads_out_of_the_run_is_refused(run, tmp_path):
+    files, place = MemoryFileSystem(), f"/{tmp_path.name}/xray"
+
+    def put(name):
+        files.store[f"{place}/{name}"] = MemoryFile(files, f"{place}/{name}", b"evil")
+
+    here = Mirror(run, f"fsspec+memory://{place}")
+    put("checkpoints/x/../../../evil.txt")
+    with pytest.raises(InputError, match="leads out of the run's folder"):
+        here.fetch_others()
+    files.store.clear()
+    put(f"{tmp_path}/evil.txt")
+    with pytest.raises(InputError, match="leads out of the run's folder"):
+        here.fetch()
+    files.store.clear()
+    assert not list(tmp_path.rglob("evil.txt"))
+
+
+@pytest.mark.parametrize("bucket", ["file"], indirect=True)
+def test_a_copy_that_lies_on_nfs_is_told_to_be_in_use_or_not(run, bucket, monkeypatch):
+    """There flock is a lock of bytes, and an exclusive one needs a file that is open for writing (flock(2))."""
+    flock = fcntl.flock
+
+    def as_on_nfs(file, operation):
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", as_on_nfs)
+    journal(run, 2)
+    fetch(run, f"{bucket}/xray")
+    writing = Journal(run / "journal.jsonl")
+    with pytest.raises(InputError, match="another search is writing this run"):
+        fetch(run, f"{bucket}/xray")
+    writing.close()
+
+
+@pytest.mark.parametrize("bucket", ["file"], indirect=True)
+def test_what_asks_a_storage_for_its_time_leaves_nothing_after_the_next_release(bucket, monkeypatch):
+    uri = f"{bucket}/xray"
+    name = claim.take(uri)
+    storage.write_bytes(f"{uri}/drivers/now-of-a-driver-that-was-killed", b"now")
+    claim.release(uri, name)
+    assert not storage.files_below(uri)
+    listed, releases = claim.files_below, iter([True, False, False])
+
+    def released_meanwhile(place):
+        if next(releases, False):
+            claim.release(uri, name)
+        return listed(place)
+
+    monkeypatch.setattr(claim, "files_below", released_meanwhile)
+    assert claim._now(uri) > 0
+    assert not storage.files_below(uri)
 
 
 def test_after_a_resume_what_other_nodes_have_made_anew_comes_here(run, bucket, tmp_path):

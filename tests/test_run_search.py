@@ -18,7 +18,7 @@ from PIL import Image
 
 from tuning import report, search
 from tuning.audit import load_checked
-from tuning.config import InputError, SearchPlan
+from tuning.config import RESUME_MAY_CHANGE, InputError, SearchPlan
 from tuning.finalists import Verdict
 from tuning.images import parallel_map, read_facts
 from tuning.run_search import (
@@ -224,6 +224,24 @@ def test_a_run_once_made_is_not_touched(space, folder, tmp_path):
     recorded = yaml.safe_load((run_folder / "plan.yaml").read_text())
     assert recorded["settings"]["trials"] == 2 and recorded["settings"]["patience"] == 5
     assert {"fingerprint", "git_commit", "packages", "python"} <= recorded["provenance"].keys()
+
+
+def test_a_run_of_a_version_without_a_setting_goes_on_where_the_default_is_what_it_did(space, folder, tmp_path):
+    plan = SearchPlan(name="older", data=str(folder), space=space, trials=2, epochs=2)
+    (tmp_path / "results").mkdir()
+    run_folder = tmp_path / "results" / "older"
+    write_run(run_folder, plan, load(space), load_checked(plan, [32]))
+    recorded = yaml.safe_load((run_folder / "plan.yaml").read_text())
+    for key in set(RESUME_MAY_CHANGE) - {"trials"}:
+        del recorded["settings"][key]
+    (run_folder / "plan.yaml").write_text(yaml.safe_dump(recorded))
+    again, *_ = _resumed(Flags(name="older", resume=True))
+    assert again == plan
+    again, *_ = _resumed(Flags(name="older", resume=True, set=(("trial_timeout=60",),)))
+    assert again == plan.model_copy(update={"trial_timeout": 60.0})
+    del recorded["settings"]["early_loss"]
+    (run_folder / "plan.yaml").write_text(yaml.safe_dump(recorded))
+    assert "of an older version (without early_loss); go on" in faults(resume=True, name="older")[0]
 
 
 def test_a_password_is_used_but_not_kept(space, folder, tmp_path):

@@ -17,6 +17,8 @@ from tuning.storage import Stored, delete, files_below, joined, read_bytes, writ
 
 CLAIM_SECONDS = 60.0  # a driver that has not been heard of for so long is gone
 CLAIMS = "drivers/"
+NOW = "now-"  # begins the names of files there that are written to learn the storage's time
+ASKED_TIMES = 3
 SEGMENTS = "journal/"  # begin with the names of the claims for which they were written
 
 
@@ -74,7 +76,7 @@ def check_mine(uri: str, name: str) -> None:
     """
     there = list(_claims(uri))
     if name not in there:  # one that has written the run to its end has left no claim
-        there += [segment[: len(name)] for segment in files_below(joined(uri, SEGMENTS))]
+        there += [segment[: len(name)] for segment in files_below(joined(uri, SEGMENTS)) if "-" in segment]
     if max(there, default=name) > name:
         raise InputError(
             f"{uri}: another search has taken this run over; this one ends, and what it hasn't sent is void"
@@ -93,14 +95,14 @@ def renew(uri: str, name: str) -> None:
 
 
 def release(uri: str, name: str) -> None:
-    """Take a claim away, and those of drivers that were killed.
+    """Take a claim away, and what drivers that were killed have left.
 
     Raises:
         OSError: the storage fails.
     """
-    for other in _claims(uri):
-        if other <= name:
-            delete(joined(uri, f"{CLAIMS}{other}.json"))
+    for left in files_below(joined(uri, CLAIMS)):
+        if left.startswith(NOW) or (left.endswith(".json") and left.removesuffix(".json") <= name):
+            delete(joined(uri, f"{CLAIMS}{left}"))
 
 
 def _claims(uri: str) -> dict[str, Stored]:
@@ -114,13 +116,17 @@ def _write(uri: str, name: str) -> None:
 
 
 def _now(uri: str) -> int:
-    """The storage's time in ns: that of a file just written."""
-    name = f"now-{uuid.uuid4().hex}"
-    write_bytes(joined(uri, f"{CLAIMS}{name}"), b"now")
+    """The storage's time in ns: that of a file just written, which a driver that ends may delete at once."""
+    name = f"{NOW}{uuid.uuid4().hex}"
     try:
-        return files_below(joined(uri, CLAIMS))[name].mtime_ns
+        for _ in range(ASKED_TIMES):
+            write_bytes(joined(uri, f"{CLAIMS}{name}"), b"now")
+            written = files_below(joined(uri, CLAIMS)).get(name)
+            if written is not None:
+                return written.mtime_ns
     finally:
         delete(joined(uri, f"{CLAIMS}{name}"))
+    raise OSError(f"{joined(uri, CLAIMS)}: what is written there isn't listed")
 
 
 def _processes() -> str | None:

@@ -56,7 +56,9 @@ class InputError(ValueError):
         super().__init__("\n".join(self.faults))
 
 
-CONTROLS = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160))}
+# What moves a cursor, ends a line, or turns the direction of writing.
+_CODES = (*range(32), *range(127, 160), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+CONTROLS = {code: repr(chr(code))[1:-1] for code in _CODES}
 
 
 def visible(value: object) -> str:

@@ -1,14 +1,10 @@
 """A run that lies in a storage: a copy on this machine that all else works with, and what keeps the two alike.
 
-The journal goes there in segments, for objects can't be appended to; everything else goes whole. A segment's name says
-who wrote it and at which byte of the journal it begins.
+The journal goes there in segments; everything else goes whole.
 """
 
-import fcntl
 import hashlib
-import math
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -22,11 +18,14 @@ from tuning import claim, transfer
 from tuning.claim import SEGMENTS
 from tuning.config import InputError
 from tuning.images import cache_folder
-from tuning.storage import Stored, delete, files_below, is_uri, joined, read_all, read_bytes, write_bytes
-from tuning.transfer import fetch_file, patiently, push_file, write_file
+from tuning.segments import read_segments, segment, segments_among
+from tuning.storage import Stored, delete, files_below, is_uri, joined, write_bytes
+from tuning.tables import lock
+from tuning.transfer import bring, fetch_file, patiently, push_file, write_file
 
 SYNC_SECONDS = 5.0
 JOURNAL = "journal.jsonl"
+FORMER_CLAIM = "driver.json"  # of a version before; it says nothing now
 OTHERS = ("checkpoints/", "predictions/")  # what other nodes write
 
 
@@ -153,8 +152,8 @@ class Mirror:
             OSError: the storage fails.
         """
         there = {name: known for name, known in files_below(self.uri).items() if "/." not in f"/{name}"}
-        segments = sorted(name for name in there if name.startswith(SEGMENTS) and name.endswith(".jsonl"))
-        journal = self._journal(segments)
+        segments = segments_among(there)
+        journal = read_segments(self.uri, segments)
         self._journal_bytes = len(journal)
         path = self.folder / JOURNAL
         _check_unused(path)
@@ -162,23 +161,11 @@ class Mirror:
             shutil.rmtree(self.folder)
         if segments and not path.exists():
             write_file(path, journal)
-        for name in sorted(name for name in there if not name.startswith((SEGMENTS, claim.CLAIMS, *without))):
+        others = (SEGMENTS, claim.CLAIMS, FORMER_CLAIM, *without)
+        for name in sorted(name for name in there if not name.startswith(others)):
             fetched = fetch_file(self.folder, self.uri, name, there[name])
             if fetched or _stamp(self.folder / name) == there[name]:  # what is newer here is yet to be sent
                 self._note(name, there[name])
-
-    def _journal(self, segments: list[str]) -> bytes:
-        """The journal of these segments; what a driver sent after another had taken the run over is void."""
-        journal = bytearray()
-        for name, lines in zip(segments, read_all([joined(self.uri, name) for name in segments]), strict=True):
-            named = re.fullmatch(r"\d+-\w+-(\d+)\.jsonl", name.removeprefix(SEGMENTS))
-            begin = int(named[1]) if named else math.inf
-            if begin > len(journal):
-                cure = "bring back the segments that lay before it"
-                raise InputError(f"{joined(self.uri, name)}: doesn't go on with the journal; {cure}")
-            del journal[int(begin) :]
-            journal += lines
-        return bytes(journal)
 
     def fetch_others(self) -> None:
         """Bring here the weights and predictions that other nodes have put there; a storage that fails is told."""
@@ -196,7 +183,7 @@ class Mirror:
                 else:
                     wanted = name not in self._doomed | self._sent.keys()
                 if wanted:
-                    write_file(path, read_bytes(joined(self.uri, name)), there.mtime_ns)
+                    bring(self.folder, self.uri, name, there)
                     self._note(name, there)
 
     def _listed(self) -> dict[str, Stored]:
@@ -249,7 +236,7 @@ class Mirror:
         if whole:
             assert self.claim is not None  # who only borrows a run doesn't write its journal
             self._check_mine()
-            write_bytes(joined(self.uri, f"{SEGMENTS}{self.claim}-{self._journal_bytes:012d}.jsonl"), whole)
+            write_bytes(joined(self.uri, segment(self.claim, self._journal_bytes)), whole)
             self._journal_bytes += len(whole)
 
     def _see(self) -> None:
@@ -362,11 +349,8 @@ class Mirror:
 
 def _check_unused(journal: Path) -> None:
     """Raises InputError where another process on this machine writes the journal."""
-    with suppress(FileNotFoundError), open(journal, "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{journal.parent}: another search is writing this run; wait for it or stop it") from None
+    with suppress(FileNotFoundError), open(journal, "r+b") as file:
+        lock(file, journal.parent)
 
 
 def _files(folder: Path) -> list[str]:

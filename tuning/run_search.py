@@ -299,7 +299,8 @@ def _resumed(flags: Flags) -> tuple[SearchPlan, Space, Path]:
         tables.Journal(journal).close()
     plan_path = folder / "plan.yaml"
     document = read_plan(folder)
-    missing = SearchPlan.model_fields.keys() - document["settings"].keys()
+    # The default of what a resume may change is what a version did that didn't have it.
+    missing = SearchPlan.model_fields.keys() - document["settings"].keys() - set(RESUME_MAY_CHANGE)
     if missing:
         cure = "go on with it by the version that began it, or start a run under another --name"
         raise InputError(f"--resume: {plan_path} is of an older version (without {', '.join(sorted(missing))}); {cure}")

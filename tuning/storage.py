@@ -6,6 +6,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache, partial, wraps
 from io import BytesIO
 from typing import NamedTuple, ParamSpec, TypeVar
@@ -123,7 +124,8 @@ def delete(uri: str) -> None:
     """
     filesystem, path = _opened(uri)
     if filesystem.get_file_info(path).type != fs.FileType.NotFound:
-        filesystem.delete_file(path)
+        with suppress(FileNotFoundError):  # another process was faster
+            filesystem.delete_file(path)
 
 
 def stored(uris: Sequence[str]) -> list[Stored | None]:

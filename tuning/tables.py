@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import NoneType
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
+from typing import IO, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tuning import events as journal_events
@@ -85,7 +86,7 @@ AUDIT = _schema(
 SCHEMAS = {"trials": TRIALS, "epochs": EPOCHS, "decisions": DECISIONS, "samples": SAMPLES}
 SCHEMAS |= {"finalists": FINALISTS, "audit": AUDIT}
 FILLED = {
-    "trials": ("trial_id", "origin", "status", "epochs", "seconds", "config_backbone", "config_unfreeze_depth"),
+    "trials": ("trial_id", "origin", "status", "seed", "epochs", "seconds", "config_backbone", "config_unfreeze_depth"),
     "epochs": ("seq", "trial_id", "epoch", "seconds", "wall_s"),
     "decisions": ("seq", "trial_id", "epoch", "rung", "verdict"),
     "samples": ("path", "file", "label", "split"),
@@ -139,6 +140,22 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     return events
 
 
+def lock(journal: IO[bytes], run: Path) -> None:
+    """Be the only one that writes a run, until the file is closed.
+
+    Args:
+        journal: open for writing: NFS locks no other.
+        run: its folder.
+
+    Raises:
+        InputError: another process writes it.
+    """
+    try:
+        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{run}: another search is writing this run; wait for it or stop it") from None
+
+
 class Journal:
     """Appends events, each on disk before `append` returns.
 
@@ -151,11 +168,8 @@ class Journal:
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic):
         self._file = open(path, "ab")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._file, path.parent)
             events = read_journal(path)
-        except BlockingIOError:
-            self._file.close()
-            raise InputError(f"{path.parent}: another search is writing this run; wait for it or stop it") from None
         except InputError:
             self._file.close()
             raise
@@ -479,5 +493,9 @@ def _check_columns(table: pa.Table, path: Path, version: int) -> None:
         for name in FILLED.get(path.stem, ())
         if name not in table.column_names or table[name].null_count
     ]
+    if path.stem == "trials" and "val_loss" in table.column_names and not faults:
+        best = table["best_epoch"] if "best_epoch" in table.column_names else pa.nulls(table.num_rows)
+        if pc.any(pc.and_(pc.is_null(best), pc.is_valid(table["val_loss"]))).as_py():
+            faults = [f"{path}: is damaged: a row has a val_loss and no best_epoch; restore it from a copy"]
     if faults:
         raise InputError(faults)

@@ -38,13 +38,22 @@ def fetch_file(folder: Path, uri: str, name: str, there: Stored) -> bool:
     Raises:
         InputError: its name leads out of the folder.
     """
-    if ".." in Path(name).parts or Path(name).is_absolute():
-        raise InputError(f"{uri}: holds a file {name!r}, whose name leads out of the run's folder; take it away")
     path = folder / name
     if path.exists() and path.stat().st_mtime_ns >= there.mtime_ns:
         return False
-    write_file(path, read_bytes(joined(uri, name)), there.mtime_ns)
+    bring(folder, uri, name, there)
     return True
+
+
+def bring(folder: Path, uri: str, name: str, there: Stored) -> None:
+    """Bring a file here, whatever is here; all that a run's folder gets from a storage comes this way.
+
+    Raises:
+        InputError: its name leads out of the folder.
+    """
+    if ".." in Path(name).parts or Path(name).is_absolute():
+        raise InputError(f"{uri}: holds a file {name!r}, whose name leads out of the run's folder; take it away")
+    write_file(folder / name, read_bytes(joined(uri, name)), there.mtime_ns)
 
 
 def fetch_files(folder: Path, uri: str, names: Iterable[str]) -> None:
@@ -57,7 +66,7 @@ def fetch_files(folder: Path, uri: str, names: Iterable[str]) -> None:
         return
     for name, known in zip(names, there, strict=True):
         if known is not None:
-            write_file(folder / name, read_bytes(joined(uri, name)), known.mtime_ns)
+            bring(folder, uri, name, known)
 
 
 def push_file(folder: Path, uri: str, name: str, driver: str | None) -> None:
@@ -82,7 +91,10 @@ def push_file(folder: Path, uri: str, name: str, driver: str | None) -> None:
 
 
 def write_file(path: Path, content: bytes, mtime_ns: int = 0) -> None:
-    """Write a file as old as the storage says it is, so that it is known for newer or older by one clock alone."""
+    """Write a file as old as the storage says it is, so that fetched files are told newer from older by one clock.
+
+    A file that is made here has this machine's time, and is held against the storage's by two clocks.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_bytes(content)
