@@ -86,7 +86,7 @@ AUDIT = _schema(
 SCHEMAS = {"trials": TRIALS, "epochs": EPOCHS, "decisions": DECISIONS, "samples": SAMPLES}
 SCHEMAS |= {"finalists": FINALISTS, "audit": AUDIT}
 FILLED = {
-    "trials": ("trial_id", "origin", "status", "seed", "epochs", "seconds", "config_backbone", "config_unfreeze_depth"),
+    "trials": ("trial_id", "origin", "status", "epochs", "seconds", "config_backbone", "config_unfreeze_depth"),
     "epochs": ("seq", "trial_id", "epoch", "seconds", "wall_s"),
     "decisions": ("seq", "trial_id", "epoch", "rung", "verdict"),
     "samples": ("path", "file", "label", "split"),
@@ -497,5 +497,9 @@ def _check_columns(table: pa.Table, path: Path, version: int) -> None:
         best = table["best_epoch"] if "best_epoch" in table.column_names else pa.nulls(table.num_rows)
         if pc.any(pc.and_(pc.is_null(best), pc.is_valid(table["val_loss"]))).as_py():
             faults = [f"{path}: is damaged: a row has a val_loss and no best_epoch; restore it from a copy"]
+    if path.stem == "trials" and not faults:
+        seeds = table["seed"] if "seed" in table.column_names else pa.nulls(table.num_rows)
+        if pc.any(pc.and_(pc.is_null(seeds), pc.equal(table["origin"], "finalist"))).as_py():
+            faults = [f"{path}: is damaged: a finalist's run has no seed; restore it from a copy"]
     if faults:
         raise InputError(faults)
