@@ -21,7 +21,7 @@ from tuning.tables import FINAL, read_journal, read_record, read_table, read_who
 
 pytestmark = pytest.mark.slow
 HUNDRED = {"worker": 60, "node": 25, "driver": 15}
-KILLS = int(os.environ.get("KILLS", "30"))  # of the hundred: all of them take a quarter of an hour
+KILLS = int(os.environ.get("KILLS", "15"))  # of the hundred: all of them take half an hour
 NODES, TRIALS, EPOCHS = 2, 12, 8
 
 
