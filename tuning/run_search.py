@@ -125,7 +125,7 @@ def _search(
 ) -> int:
     # What it is to be done with. All of it is checked before anything is written.
     from tuning import backbones
-    from tuning.cluster import cluster_map, serve_images, slots, small_shared_memories
+    from tuning.cluster import cluster_map, serve_images, slots, small_shared_memories, small_shared_memory
     from tuning.search import Search
     from tuning.summary import summarize
     from tuning.weights import find_weights
@@ -149,7 +149,7 @@ def _search(
 
     # Search.
     nodes = ray_nodes()
-    for told in small_shared_memories():
+    for told in small_shared_memories() if joining else filter(None, [small_shared_memory()]):
         console.print(told, markup=False)
     # Ray has laid a handler of its own over ours, which aborts the process 3 s after a SIGTERM.
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
