@@ -366,6 +366,18 @@ def test_four_failures_at_first_end_the_search(tmp_path, folder):
     assert len(read_table(run / "trials.parquet")) == 4
 
 
+def test_what_killed_writers_left_is_deleted(tmp_path, folder):
+    """Such as safetensors', which writes beside the file that it is given."""
+    run = tmp_path / "run"
+    make = make_run(run, folder)
+    left = [run / ".trials.parquet.123", run / "checkpoints" / ".tmp7JhevL", run / "predictions" / ".t00000.parquet.5"]
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    make().journal.close()
+    assert not any(path.exists() for path in left)
+
+
 @pytest.mark.slow
 def test_the_time_budget_ends_cleanly_and_more_time_goes_on(tmp_path, folder):
     run = tmp_path / "run"

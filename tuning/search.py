@@ -422,9 +422,9 @@ class Search:
                 total += size
 
     def _delete_half_written(self) -> None:
-        """Delete the temporary files of writers that were killed; their names end in a process id."""
-        for folder in (".", "checkpoints", "predictions"):
-            for path in (self.run_folder / folder).glob(".*.[0-9]*"):
+        """Delete the temporary files of writers that were killed: in folders of the run's own, whatever is hidden."""
+        for pattern in (".*.[0-9]*", "checkpoints/.*", "predictions/.*"):
+            for path in self.run_folder.glob(pattern):
                 path.unlink(missing_ok=True)
 
     def _delete_checkpoint(self, name: str) -> None:
