@@ -130,7 +130,7 @@ def test_a_search_on_a_terminal_gives_it_back(tmp_path, folder, how):
     space = {
         "parameters": {"learning_rate": {"type": "float", "low": 1e-3, "high": 1e-2, "log": True}},
         "fixed": {"backbone": "test_resnet", "image_size": 32, "batch_size": 8},
-        "search": {"trials": 3 if how is None else 200, "epochs": 4, "weights": "random"},
+        "search": {"trials": 40 if how is None else 200, "epochs": 4, "weights": "random"},
     }
     (tmp_path / "space.yaml").write_text(yaml.safe_dump(space))
     flags = ["--space", str(tmp_path / "space.yaml"), "--data", str(folder), "--name", "x"]

@@ -1,6 +1,7 @@
 """Bad input: one clear error that names the place and the cure, before any trial starts, and nothing lost."""
 
 import os
+import re
 import shlex
 import struct
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import tyro
 import yaml
 from conftest import ONE_CORE, draw_folder
 from PIL import Image
@@ -299,6 +301,15 @@ def test_a_search_says_what_to_type_next_and_reports_meanwhile(space, folder, tm
     files = {path.name for path in (tmp_path / "results" / "once").iterdir()}
     assert files >= {"plan.yaml", "best.yaml", "trials.parquet", "samples.parquet", "report.html", "audit.parquet"}
     assert "read, decoded, audited in" in said and "audit: " in said
+
+    assert "Verdict: not enough runs" in said
+    (typed,) = (line for line in said.splitlines() if line.startswith("  python tuning/run_search.py"))
+    command, _, why = typed.partition("        # ")
+    assert command.endswith("--resume --name once --set finalist_epochs=20") and why == "10 more runs for the verdict"
+    assert run(tyro.cli(Flags, args=shlex.split(command)[2:])) == 0
+    said = capsys.readouterr().out
+    assert re.search("Verdict: (winner|nothing beats the default)", said) and "--resume" not in said
+    assert (tmp_path / "results" / "once" / "best.yaml").read_text().count("not enough runs") == 0
 
 
 @pytest.mark.slow

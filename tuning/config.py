@@ -270,7 +270,8 @@ class SearchPlan(BaseModel):
 SETTINGS = tuple(name for name in SearchPlan.model_fields if name not in ("name", "data", "space", "storage"))
 COPIES = ("optuna_storage", "track")
 RESUME_MAY_CHANGE = (
-    *("trials", "time_budget", "trial_timeout", "concurrent", "gpus_per_trial", "cpus_per_trial"),
+    *("trials", "finalist_epochs", "time_budget", "trial_timeout"),
+    *("concurrent", "gpus_per_trial", "cpus_per_trial"),
     *COPIES,
 )
 

@@ -10,7 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from tuning.analysis import searched, top
-from tuning.config import PARAMETERS
+from tuning.config import PARAMETERS, SearchPlan
 from tuning.tables import FINALISTS, loss_like
 
 LEVEL = 0.05  # chance that anything is said to beat the default where nothing does
@@ -35,7 +35,7 @@ def runs_to_make(
     *,
     asked: set[tuple[str, int]],
     epochs: int,
-    cap: int,
+    cap: float,
 ) -> list[tuple[str, int]]:
     """Runs of the default and the finalists that fit into a cap on epochs, seed by seed.
 
@@ -60,6 +60,33 @@ def runs_to_make(
         if len(asked.union(wanted)) * epochs <= cap:
             return [run for run in wanted if run not in asked]
     return []
+
+
+def asked_for(trials: pd.DataFrame) -> set[tuple[str, int]]:
+    """Finalists' runs that were begun: trial and seed of each."""
+    runs = trials[trials["origin"] == "finalist"]
+    return {(str(trial_id), int(seed)) for trial_id, seed in zip(runs["finalist_of"], runs["seed"], strict=True)}
+
+
+def runs_left(trials: pd.DataFrame, plan: SearchPlan, cap: float = math.inf) -> list[tuple[str, int]]:
+    """Runs that a search's finalists still need, as `runs_to_make` gives them.
+
+    Args:
+        trials: `trials.parquet`.
+        plan: of the search.
+        cap: epochs of all runs together, with those made before.
+    """
+    if not (plan.finalists and plan.early_stopping):
+        return []
+    runs = trials[trials["origin"] == "finalist"]
+    return runs_to_make(
+        candidates(trials, plan.metric),
+        plan.finalists,
+        range(plan.seed + 1, plan.seed + 1 + plan.finalist_seeds),
+        asked={(str(trial_id), int(seed)) for trial_id, seed in zip(runs["finalist_of"], runs["seed"], strict=True)},
+        epochs=plan.epochs,
+        cap=cap,
+    )
 
 
 def counted(trials: pd.DataFrame) -> pd.DataFrame:

@@ -15,7 +15,7 @@ from tuning.checkpoints import best_file, state_file
 from tuning.cluster import Slots, gpu_share
 from tuning.config import SearchPlan, TrialConfig
 from tuning.features import run_folder
-from tuning.finalists import candidates, runs_to_make
+from tuning.finalists import runs_left
 from tuning.images import cache_folder
 from tuning.mirror import Mirror
 from tuning.optimizer import LiveStudy, Optimizer, Prior
@@ -229,27 +229,11 @@ class Search:
 
     def _finalists(self) -> list[tuple[Trial, int]]:
         """Trials to be trained again and their seeds, seed by seed, without what has been asked for already."""
-        plan = self.plan
-        if not (plan.finalists and plan.early_stopping):
-            return []
-        trials = self.record.trials
+        trials, plan = self.record.trials, self.plan
         taken = sum(len(trial.rows) for trial in trials.values() if trial.number is not None)
         cap = taken // 4 if plan.finalist_epochs is None else plan.finalist_epochs
         table = make_tables(self.record, plan.metric)["trials"].to_pandas()
-        asked = {
-            (str(trial.finalist_of), int(trial.config["seed"]))
-            for trial in trials.values()
-            if trial.origin == "finalist"
-        }
-        wanted = runs_to_make(
-            candidates(table, plan.metric),
-            plan.finalists,
-            range(plan.seed + 1, plan.seed + 1 + plan.finalist_seeds),
-            asked=asked,
-            epochs=plan.epochs,
-            cap=cap,
-        )
-        return [(trials[trial_id], seed) for trial_id, seed in wanted]
+        return [(trials[trial_id], seed) for trial_id, seed in runs_left(table, plan, cap)]
 
     def _ask_finalist(self, judged: Trial, seed: int) -> Trial:
         return self._ask_beside("finalist", judged.params, judged.config | {"seed": seed}, finalist_of=judged.trial_id)

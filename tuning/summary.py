@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from tuning import analysis, finalists, overfitting, spending, tables
-from tuning.config import PARAMETERS, SearchPlan
+from tuning.config import PARAMETERS, SearchPlan, visible, without_secrets
 from tuning.live import depth
 from tuning.progress import console, number, plain
 from tuning.remarks import remarks
@@ -59,6 +59,13 @@ def summarize(
     for words, alarming in remarks(folder, trials, samples, verdict.trial_id):
         console.print(words, style="bold" if alarming else None)
     console.print("\nNext:")
+    over = len(trials) == plan.trials and everything["status"].isin(tables.FINAL).all()
+    if over and (left := finalists.runs_left(everything, plan)):
+        allowed = ((everything["origin"] == "finalist").sum() + len(left)) * plan.epochs
+        console.print(
+            f"  {resume_command(plan)} --set finalist_epochs={allowed}        # {len(left)} more runs for the verdict",
+            markup=False,
+        )
     quoted = shlex.quote(place)
     console.print(
         f"  python tuning/train_final.py {quoted}        # train it again, test it, write its model/", markup=False
@@ -66,6 +73,12 @@ def summarize(
     table = json.dumps(joined(place, "trials.parquet"), ensure_ascii=False)  # a string of Python too
     code = shlex.quote(f"import pandas as pd; print(pd.read_parquet({table}))")
     console.print(f"  python -c {code}", markup=False)
+
+
+def resume_command(plan: SearchPlan) -> str:
+    """What goes on with a run."""
+    storage = "" if plan.storage == "results" else f" --storage {shlex.quote(without_secrets(plan.storage))}"
+    return f"python tuning/run_search.py --resume --name {plan.name}{visible(storage)}"
 
 
 def _tell_trials(trials: pd.DataFrame, metric: str) -> None:
