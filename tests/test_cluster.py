@@ -1,4 +1,5 @@
 import os
+import signal
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -15,6 +16,7 @@ from tuning.cluster import (
     cluster_map,
     gpu_share,
     images_here,
+    on_each_node,
     ray_running,
     serve_images,
     slots,
@@ -67,6 +69,15 @@ def test_a_map_over_two_nodes_keeps_the_order_and_uses_both(monkeypatch):
             nodes, doubles = zip(*cluster_map(node_and_double, range(100)), strict=True)
             told = small_shared_memories(least_mb=2.0**50)
             assert len(told) == 2 and all("--shm-size" in words for words in told)
+            here = ray.get_runtime_context().get_node_id()
+
+            def end_other_nodes(node):
+                if node != here:
+                    os.kill(os.getppid(), signal.SIGKILL)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return "lives"
+
+            assert on_each_node(end_other_nodes) == {here: "lives"}
     finally:
         cluster.shutdown()
     assert list(doubles) == list(range(0, 200, 2))

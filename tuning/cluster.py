@@ -22,6 +22,7 @@ import numpy as np
 if "RAY_ADDRESS" not in os.environ:
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tuning.config import InputError, SearchPlan
@@ -126,13 +127,22 @@ def node_names() -> dict[str, str]:
 
 
 def on_each_node(check: Callable[[str], str | None]) -> dict[str, str]:
-    """What a check, called on each node with the node's id, has to say where it has a complaint, by their ids."""
+    """What a check, called on each node with the node's id, has to say where it has a complaint, by their ids.
+
+    Nodes that are lost meanwhile have no say.
+    """
     task = ray.remote(num_cpus=0)(_call)
     asked = {
         node: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(check, node)
         for node in node_names()
     }
-    found = {node: ray.get(answer) for node, answer in asked.items()}
+    found = {}
+    for node, answer in asked.items():
+        try:
+            found[node] = ray.get(answer)
+        except RayError:
+            if node in node_names():
+                raise
     return {node: said for node, said in found.items() if said is not None}
 
 
