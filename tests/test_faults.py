@@ -145,6 +145,21 @@ def search_with_kills(place, name, cluster, arguments, kills, rng):
     return journals
 
 
+def test_a_node_that_joins_is_given_trials(tmp_path, folder, cluster):
+    cluster.remove_node(next(iter(cluster.worker_nodes)))
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(SPACE | {"search": {"weights": "random"}}))
+    arguments = ["--space", "space.yaml", "--data", folder, "--name", "run", "--trials", "24", "--epochs", "20"]
+    driver = drive(tmp_path, cluster, *arguments, "--concurrent", "2", "--no-early-stopping")
+    assert wait_for_an_epoch(tmp_path / "results" / "run" / "journal.jsonl", driver)
+    cluster.add_node(num_cpus=1)
+    assert driver.wait(timeout=200) == 0
+    trials = read_table(tmp_path / "results" / "run" / "trials.parquet")
+    assert set(trials["status"]) == {"completed"}
+    running = [((trials["started_at"] <= at) & (trials["ended_at"] > at)).sum() for at in trials["started_at"]]
+    assert max(running) == 2  # although trials end while the new node's worker starts
+    assert "up to 2 trials at once" in (tmp_path / "log.txt").read_text()
+
+
 @pytest.mark.timeout(2400)
 def test_random_kills_lose_and_repeat_nothing(tmp_path, folder, cluster):
     rng = random.Random(0)

@@ -11,12 +11,14 @@ from typing import Any
 import ray
 from ray import tune
 from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.tune.execution.tune_controller import TuneController
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from tuning.trial import LAST_SENDING_SECONDS
 
 FINISHED = str(Searcher.FINISHED)  # what `Search.next_trial` says at the end
+_reuse = TuneController._maybe_reuse_cached_actor
 LOOK_SECONDS = 1.0  # that a trial's silence grows by at most, each time that it is looked at
 
 
@@ -25,6 +27,7 @@ def fit(search: Any, trainable: type[tune.Trainable]) -> None:
     # What its memory monitor kills ends with an error that is none of a dead actor, at which Tune ends the search.
     OutOfMemoryError.__bases__ = (RayActorError,)
     OutOfMemoryError._preempted = OutOfMemoryError._actor_init_failed = False
+    TuneController._maybe_reuse_cached_actor = reuse
     ray_folder = tempfile.mkdtemp(prefix="finetune-search-")
     tuner = tune.Tuner(
         trainable,
@@ -49,6 +52,21 @@ def fit(search: Any, trainable: type[tune.Trainable]) -> None:
         tuner.fit()
     finally:
         shutil.rmtree(ray_folder, ignore_errors=True)
+
+
+def starts(controller: Any, trial: Any) -> bool:
+    """Whether a worker has been placed for a trial that waits for it."""
+    worker = controller._trial_to_actor.get(trial)
+    return worker is not None and controller._actor_manager.is_actor_started(worker)
+
+
+def reuse(controller: Any, trial: Any) -> bool:
+    """Give a trial the worker of one that has ended, if there is any, unless its own starts already.
+
+    Ray would take that one away: where trials end faster than a worker starts, a node that has joined would never be
+    used.
+    """
+    return not starts(controller, trial) and _reuse(controller, trial)
 
 
 class _Searcher(Searcher):  # type: ignore[misc]
@@ -94,7 +112,9 @@ class _Scheduler(FIFOScheduler):  # type: ignore[misc]
             elif self._silent[trial] > timeout and trial not in self._hung:
                 self._hung.add(trial)
                 ray.kill(worker)
-        return super().choose_trial_to_run(tune_controller)
+        controller = tune_controller._tune_controller
+        waiting = (trial for trial in self._silent if trial.status == trial.PENDING and not starts(controller, trial))
+        return next(waiting, None)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         self._silent[trial] = 0.0
