@@ -2,15 +2,18 @@
 
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from runs import make_audit, make_run
 
-from tuning.card import card, plain
+from tuning.card import _with_onnx, card, plain
 from tuning.config import SearchPlan
+from tuning.decoding import decode
 from tuning.tables import read_table
 
 ODD = "<script>alert(1)</script>"
@@ -64,6 +67,7 @@ def test_a_whole_run(tmp_path):
     assert "fine-tuned on 24 images" in told and "secret" not in told  # no file's name
     assert "| accuracy | 0.750 | 0.500 to 0.900 |" in told and "0.040, without the temperature 0.090" in told
     assert "`learning_rate`: 1e-05 to 0.1, log" in told and "Not a medical device" in told
+    assert "Intervals are of 95%, by group" in told
     assert "The test set is small (20 groups)" in told and "had been read before" not in told
 
 
@@ -115,3 +119,29 @@ def test_an_audit_that_found_nothing(tmp_path, empty):
     told = card(model, run, provenance(), read_table(run / "samples.parquet"), rows)
     assert ("Nothing was found" in told) is empty
     assert ("The class can be told from shape alone" in told) is not empty
+
+
+@pytest.mark.parametrize("drop_colour", [False, True])
+@pytest.mark.parametrize("fit", ["squash", "crop", "letterbox"])
+def test_the_code_for_the_onnx_file_sees_what_predict_sees(tmp_path, fit, drop_colour):
+    shaping = {"preprocessing": {"fit": fit, "drop_colour": drop_colour}}
+    code = _with_onnx(shaping | {"onnx": {"inputs": {"images": ["batch", 3, 32, 32]}}})
+    found = {}
+    exec(code.partition("\n\n\ngiven = ")[0].replace("import onnxruntime", ""), found)
+    rng = np.random.default_rng(0)
+    grey = np.repeat(rng.integers(0, 250, (45, 67, 1), dtype=np.uint8), 3, axis=2)
+    colour = np.kron(rng.integers(0, 256, (15, 20, 3), dtype=np.uint8), np.ones((20, 15, 1), np.uint8))
+    for name, array, mode in (
+        ("colour.jpg", colour, "RGB"),  # large enough to be decoded smaller
+        ("film.jpg", colour[..., 0], "L"),
+        ("tall.png", colour.transpose(1, 0, 2), "RGB"),
+        ("rounded.png", grey + rng.integers(0, 4, grey.shape, dtype=np.uint8), "RGB"),
+        ("opaque.png", grey, "RGBA"),
+        ("palette.png", colour, "P"),
+    ):
+        Image.fromarray(array).convert(mode).save(tmp_path / name)
+        seen, _ = decode(str(tmp_path / name), 32, fit=fit, drop_colour=drop_colour)
+        expected = np.repeat(seen[..., None], 3, axis=2) if seen.ndim == 2 else seen
+        given = found["pixels"](tmp_path / name, 32)
+        assert given.shape == (1, 3, 32, 32) and given.dtype == np.float32
+        assert np.array_equal(np.round(given[0].transpose(1, 2, 0) * 255), expected), name

@@ -49,7 +49,7 @@ ALLOWED = {
     "page": {"config"},
     "remarks": {"analysis", "calibration", "checkpoints", "ensemble", "predictions"},
     "plots": {"calibration"},
-    "card": {"__version__", "documents", "tables", "analysis", "page", "plots"},
+    "card": {"__version__", "decoding", "documents", "tables", "analysis", "page", "plots"},
     "mistakes": {"config", "decoding", "page", "plots"},
     "reading": {"config", "tables", "calibration", "intervals", "predictions"},
     "sections": {"config", "tables", "space", "analysis", "overfitting", "spending", "finalists", "page", "remarks"}
@@ -73,7 +73,7 @@ ALLOWED = {
     "trial": {"config", "tables", "samples", "cluster", "images", "data", "models", "features", "probe", "finetune"}
     | {"checkpoints", "predictions", "mirror", "transfer"},
     "model_folder": {"conditions", "config", "documents", "decoding", "backbones", "data", "finetune", "calibration"}
-    | {"mirror", "storage"},
+    | {"mirror", "storage", "tables"},
     "track": {"config", "tables"},
     "live": {"config", "tables", "finalists"},
     "progress": {"config", "tables", "live"},

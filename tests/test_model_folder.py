@@ -35,10 +35,12 @@ def test_a_saved_model_predicts_the_same_from_anywhere(tmp_path, network):
     together = model.predict(files)
     assert together.shape == (6, 2)
     assert together.sum(axis=1) == pytest.approx(1.0)
-    alone = np.concatenate([model.predict([file]) for file in files])
+    alone = np.concatenate([model.predict(file) for file in files])  # one of them may be given by itself
     assert np.allclose(together, alone, atol=1e-6)
     again = load_model(tmp_path / "moved")
     assert np.array_equal(again.predict(files), together)
+    modes = {path.stat().st_mode for path in (tmp_path / "moved").iterdir()}
+    assert len(modes) == 1  # whoever may read what the model is may read its weights
 
 
 def test_a_model_predicts_with_the_fit_that_it_was_trained_with(tmp_path, network):

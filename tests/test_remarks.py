@@ -31,7 +31,8 @@ def make_judged(folder, sure):
 def test_guesses_are_called_that_in_the_report_too(tmp_path, sure, better):
     chosen, (guessing, calibration) = make_judged(tmp_path / "run", sure)
     assert guessing.alarming is not better
-    assert guessing.words.startswith(f"{chosen} is {'' if better else 'no '}better than the class frequencies (")
+    said = f"The best of the search, {chosen}, is {'' if better else 'no '}better than the class frequencies ("
+    assert guessing.words.startswith(said)
     assert calibration.words.startswith(f"{chosen} is {'9' if better else '5'}") and "calibration" in calibration.words
     page = report.report(read(tmp_path / "run"))
     verdict = page.partition('<section id="verdict">')[2].partition("</section>")[0]

@@ -359,6 +359,18 @@ def test_a_storage_folder_that_cannot_be_made(space, tmp_path, folder):
     assert "can't be made" in "\n".join(faults(space=space, data=str(folder), storage=str(tmp_path / "file" / "x")))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="their folders refuse even root")
+@pytest.mark.parametrize("place", ["/sys", "/proc"])
+def test_a_storage_folder_that_takes_no_files(place):
+    with pytest.raises(InputError, match=f"--storage {place}: .*; choose another"):
+        check_new(Path(place) / "run", SearchPlan(name="run", storage=place))
+
+
+def test_a_run_to_learn_from_that_is_not_there_is_told_before_images_are_decoded(space, folder, capsys):
+    (said,) = faults(space=space, data=str(folder), set=("warm_start=results/typo",))
+    assert "results/typo" in said and "data: " not in capsys.readouterr().out
+
+
 def test_errors_go_to_stderr_with_exit_code_2(space, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["run_search.py", "--space", space, "--trials", "0", "--epochs", "0"])
     assert main() == 2

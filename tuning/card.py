@@ -10,6 +10,7 @@ import pandas as pd
 import yaml
 
 from tuning import __version__, analysis, tables
+from tuning.decoding import GREY_LEVELS
 from tuning.documents import read_plan
 from tuning.page import duration, number, text
 from tuning.plots import CALIBRATION, CONFUSION, ROC
@@ -17,10 +18,21 @@ from tuning.plots import CALIBRATION, CONFUSION, ROC
 CLASSES_SHOWN = 30  # of more only the counts of images are told
 FEW_GROUPS = 100  # in the test set: below it the limits say that it is small
 SETTINGS = ("metric", "fit", "drop_colour", "weights", "final_data", "ensemble", "on_leak")
-RESHAPED = {  # what Pillow does for each fit
-    "squash": "image.resize((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0)",
-    "crop": "ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)",
-    "letterbox": "ImageOps.pad(image, (side, side), Image.Resampling.LANCZOS)",
+# What `decoding` does for each fit, in Pillow's words.
+LANCZOS = "Image.Resampling.LANCZOS, reducing_gap=3.0"
+RESHAPED = {
+    "squash": [f"image = image.resize((side, side), {LANCZOS})"],
+    "crop": [
+        "least = min(image.size)",
+        "left, top = (image.width - least) // 2, (image.height - least) // 2",
+        "image = image.crop((left, top, left + least, top + least))",
+        f"image = image.resize((side, side), {LANCZOS})",
+    ],
+    "letterbox": [
+        "size = [max(round(length * side / max(image.size)), 1) for length in image.size]",
+        f"film, image = image.resize(size, {LANCZOS}), Image.new(image.mode, (side, side))",
+        "image.paste(film, ((side - film.width) // 2, (side - film.height) // 2))",
+    ],
 }
 
 
@@ -104,18 +116,22 @@ def _use(model: Path, config: Mapping[str, Any], metrics: Mapping[str, Any]) -> 
 def _with_onnx(config: Mapping[str, Any]) -> str:
     """Python that runs the ONNX file on one picture."""
     shaping = config["preprocessing"]
-    grey = '.convert("L")' if shaping["drop_colour"] else ""
-    reshaped = RESHAPED[shaping["fit"]]
-    tools = "Image, ImageOps" if "ImageOps" in reshaped else "Image"
     sides = {name: shape[2] for name, shape in config["onnx"]["inputs"].items()}
+    mode = '"L" if image.mode == "RGB" else None' if shaping["drop_colour"] else "None"
+    grey = [
+        f"if np.ptp(np.asarray(image), axis=2).max() <= {GREY_LEVELS}:  # grey, but for rounding",
+        '    image = image.convert("L")',
+    ]
     return "\n".join(
         [
-            f"import numpy as np\nimport onnxruntime\nfrom PIL import {tools}\n",
-            f'image = Image.open("film.png"){grey}.convert("RGB")',
-            "given = {}",
-            f"for name, side in {sides}.items():",
-            f"    pixels = np.asarray({reshaped}, dtype=np.float32) / 255",
-            "    given[name] = pixels.transpose(2, 0, 1)[None]",
+            "import numpy as np\nimport onnxruntime\nfrom PIL import Image\n\n",
+            "def pixels(file, side):",
+            "    image = Image.open(file)",
+            f"    image.draft({mode}, (2 * side, 2 * side))  # a JPEG is decoded no larger than it needs to be",
+            f'    image = image.convert("{"L" if shaping["drop_colour"] else "RGB"}")',
+            *(f"    {line}" for line in RESHAPED[shaping["fit"]] + ([] if shaping["drop_colour"] else grey)),
+            '    return np.asarray(image.convert("RGB"), dtype=np.float32).transpose(2, 0, 1)[None] / 255\n\n',
+            f'given = {{name: pixels("film.png", side) for name, side in {sides}.items()}}',
             'session = onnxruntime.InferenceSession("model.onnx")',
             '(probabilities,) = session.run(["probabilities"], given)',
             'print(session.get_modelmeta().custom_metadata_map["classes"], probabilities)',
@@ -127,14 +143,15 @@ def _tested(model: Path, metrics: Mapping[str, Any]) -> str:
     tested, reading = metrics["test"], metrics["test_reading"]
     if tested is None:
         return "## Test\n\nThere were no test images: how good it is on new images isn't known."
-    groups = "" if tested["groups"] == tested["images"] else f" of {tested['groups']:,} groups"
+    alone = tested["groups"] == tested["images"]
+    groups, unit = ("", "image") if alone else (f" of {tested['groups']:,} groups", "group")
     times = "once" if reading["number"] == 1 else f"before: this is reading number {reading['number']}"
     rows = [
         [FIGURES.get(name, name), tested[name], _interval(tested, name)]
         for name in ("accuracy", "balanced_accuracy", "auroc", "loss")
     ]
     parts = [
-        f"## Test\n\n{tested['images']:,} images{groups}, read {times}. Intervals are of 95%, by group.",
+        f"## Test\n\n{tested['images']:,} images{groups}, read {times}. Intervals are of 95%, by {unit}.",
         _listed(rows, ["", "test", "95%"]),
     ]
     if len(tested["classes"]) <= CLASSES_SHOWN:

@@ -31,6 +31,7 @@ from tuning.decoding import decode
 from tuning.documents import check_parts, read_mapping
 from tuning.mirror import borrowed
 from tuning.storage import files_below, is_uri, joined, stored
+from tuning.tables import replacing
 
 if TYPE_CHECKING:  # torch and timm take seconds to load, and --help needs neither
     from torch import nn
@@ -52,8 +53,8 @@ class Model:
     drop_colour: bool = False
     temperature: float = 1.0  # that logits are divided by
 
-    def predict(self, files: Sequence[str | Path]) -> NDArray[np.float64]:
-        """Probabilities [files, classes] for image files.
+    def predict(self, files: str | Path | Sequence[str | Path]) -> NDArray[np.float64]:
+        """Probabilities [files, classes] for image files, or for one.
 
         Raises:
             InputError: the files that can't be read.
@@ -64,7 +65,7 @@ class Model:
         from tuning.finetune import predict_images
 
         decoded, faults = [], []
-        for file in files:
+        for file in [files] if isinstance(files, str | Path) else files:
             try:
                 image, _ = decode(str(file), self.config.image_size, fit=self.fit, drop_colour=self.drop_colour)
             except InputError as error:
@@ -86,8 +87,8 @@ class Ensemble:
     classes: tuple[str, ...]
     temperature: float  # that the average's logarithms are divided by
 
-    def predict(self, files: Sequence[str | Path]) -> NDArray[np.float64]:
-        """Probabilities [files, classes] for image files.
+    def predict(self, files: str | Path | Sequence[str | Path]) -> NDArray[np.float64]:
+        """Probabilities [files, classes] for image files, or for one.
 
         Raises:
             InputError: the files that can't be read.
@@ -111,7 +112,8 @@ def save_model(
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}, folder / WEIGHTS)
+    with replacing(folder / WEIGHTS) as temporary:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}, temporary)
     document = {"config": config.model_dump(), "classes": list(classes), "temperature": temperature}
     document |= {"weights_sha256": _digest(folder)}
     _write_config(folder, document | {"preprocessing": preprocessing(config, fit, drop_colour), **described})

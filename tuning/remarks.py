@@ -43,8 +43,8 @@ def _of_guessing(found: Guessing) -> Remark:
     least = f", by {found.least_gain:.4f} at least" if found.better else ""
     losses = f"val_loss {found.val_loss:.4f} against {found.frequencies:.4f}"
     return Remark(
-        f"{found.trial_id} is {'' if found.better else 'no '}better than the class frequencies ({losses}){least}, the "
-        f"luck of picking from {found.looks} epochs allowed for.",
+        f"The best of the search, {found.trial_id}, is {'' if found.better else 'no '}better than the class "
+        f"frequencies ({losses}){least}, the luck of picking from {found.looks} epochs allowed for.",
         alarming=not found.better,
     )
 
@@ -67,7 +67,7 @@ def _of_ensemble(predictions: Predictions, there: Collection[str], *, worthless:
     others = f" (of all {n_trials} trials {every.val_loss:.4f})" if len(there) < n_trials else ""
     build = "; train_final.py --set ensemble=true builds it" if found.better and not worthless else ""
     return (
-        f"An ensemble of the {len(there)} kept trials has val_loss {found.val_loss:.4f}{others}, the best alone "
-        f"{found.alone:.4f}, on the halves of validation that they weren't chosen on: a gain of {found.gain:.4f} "
+        f"An ensemble of the {len(there)} kept trials has val_loss {found.val_loss:.4f}{others}, the best of them "
+        f"alone {found.alone:.4f}, on the halves of validation that they weren't chosen on: a gain of {found.gain:.4f} "
         f"(95% {low:.4f} to {high:.4f}){build}."
     )

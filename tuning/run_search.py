@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable
@@ -130,6 +131,8 @@ def _search(
     from tuning.weights import find_weights
 
     weights = find_weights(backbones_in(space), plan.weights)
+    journal = folder / "journal.jsonl"
+    priors = [] if journal.exists() and journal.stat().st_size else _priors(plan, space)
     joining = "RAY_ADDRESS" in os.environ  # else Ray starts, on this machine, while images are decoded
     spread = False
     if joining:
@@ -142,9 +145,6 @@ def _search(
     for backbone, file in weights.items():  # a damaged file or an image size that can't be is found here, not in trials
         size = image_sizes(space)[0]
         backbones.build(backbone, classes=2, image_size=size, head_dropout=0.0, seed=0, weights=file)
-
-    journal = folder / "journal.jsonl"
-    priors = [] if journal.exists() and journal.stat().st_size else _priors(plan, space)
 
     # Search.
     nodes = ray_nodes()
@@ -335,8 +335,12 @@ def check_new(folder: Path, plan: SearchPlan) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--storage {plan.storage}: can't be made ({error.strerror}); choose another") from None
-    if not os.access(folder.parent, os.W_OK | os.X_OK, effective_ids=True):
-        raise InputError(f"--storage {plan.storage}: no permission to write there; choose another")
+    try:
+        tempfile.TemporaryDirectory(dir=folder.parent).cleanup()
+    except PermissionError:
+        raise InputError(f"--storage {plan.storage}: no permission to write there; choose another") from None
+    except OSError as error:
+        raise InputError(f"--storage {plan.storage}: can't be written ({error.strerror}); choose another") from None
 
 
 def _in_storage(plan: SearchPlan) -> bool:

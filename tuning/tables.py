@@ -3,6 +3,7 @@
 import fcntl
 import itertools
 import os
+import stat
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -111,8 +112,11 @@ def tested_schema(classes: Iterable[str], *, temperature: float) -> pa.Schema:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place, whole and on disk, when the block ends well."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.touch()
+    mode = stat.S_IMODE(temporary.stat().st_mode)
     try:
         yield temporary
+        os.chmod(temporary, mode)  # safetensors puts a file there that is its owner's alone
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
