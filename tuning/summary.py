@@ -170,7 +170,7 @@ def _tell_verdict(verdict: finalists.Verdict, judged: pd.DataFrame) -> None:
 
 
 def _tell_best(top: "pd.Series[object]", metric: str) -> None:
-    console.print(f"\n[bold]Best[/bold]: {top.name}, {metric} {top[metric]:.4f} at epoch {top['best_epoch']}")
+    console.print(f"\n[bold]Best[/bold]: {top.name}, {metric} {top[metric]:.4f} at epoch {top['best_epoch']:.0f}")
     for name in PARAMETERS:
         value = top[f"config_{name}"]
         console.print(f"  {name}: {value:.3g}" if isinstance(value, float) else f"  {name}: {value}")
