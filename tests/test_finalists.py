@@ -57,14 +57,16 @@ def test_earlier_runs_count_in_the_cap_of_a_search_that_goes_on():
     assert runs_to_make(list("dceab"), **of, cap=200)[:4] == [("c", 1), ("e", 1), ("c", 2), ("e", 2)]
 
 
-def test_what_a_verdict_still_needs_is_told_from_the_table():
+def test_what_a_verdict_still_needs():
     plan = SearchPlan(name="x", epochs=8, finalist_seeds=3)
-    trials = table([0.9, 0.5, 0.4, 0.6], {"t00000": [0.9, 0.8], "t00001": [0.5]})
+    trials = table([0.9, 0.5, 0.4, 0.6], {})
+    asked = {("t00000", 1), ("t00000", 2), ("t00001", 1)}
     left = [("t00002", 1), ("t00002", 2), ("t00001", 2), ("t00000", 3), ("t00002", 3), ("t00001", 3)]
-    assert runs_left(trials, plan) == left == runs_left(trials, plan, cap=9 * 8)
-    assert runs_left(trials, plan, cap=8 * 8) == [run for run in left if run[0] != "t00001"]  # what it had stays paid
+    assert runs_left(trials, plan, asked) == left == runs_left(trials, plan, asked, cap=9 * 8)
+    paid = [run for run in left if run[0] != "t00001"]  # the run that it had stays paid
+    assert runs_left(trials, plan, asked, cap=8 * 8) == paid
     for without in ({"finalists": 0}, {"early_stopping": False}):
-        assert runs_left(trials, plan.model_copy(update=without)) == []
+        assert runs_left(trials, plan.model_copy(update=without), asked) == []
 
 
 def test_a_best_that_was_not_compared_is_named():

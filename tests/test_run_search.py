@@ -361,7 +361,7 @@ def test_a_storage_folder_that_cannot_be_made(space, tmp_path, folder):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="their folders refuse even root")
 @pytest.mark.parametrize("place", ["/sys", "/proc"])
-def test_a_storage_folder_that_takes_no_files(place):
+def test_a_storage_folder_that_takes_no_folders(place):
     with pytest.raises(InputError, match=f"--storage {place}: .*; choose another"):
         check_new(Path(place) / "run", SearchPlan(name="run", storage=place))
 

@@ -249,6 +249,20 @@ def test_a_search_cut_among_its_finalists_goes_on_to_the_same_end(judged, tmp_pa
 
 
 @pytest.mark.slow
+def test_a_finalist_that_waits_for_its_worker_is_not_asked_for_again(judged, tmp_path, folder):
+    run, _ = judged
+    events = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
+    (asked,) = (place for place, each in enumerate(events) if (each["event"], each["trial_id"]) == ("asked", "f00000"))
+    again = make_run(tmp_path / "run", folder, start=[DEFAULT], **JUDGED)
+    lines = (run / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "run" / "journal.jsonl").write_bytes(b"".join(lines[: asked + 1]))
+    search = again(redraw=True)
+    left = [(trial.trial_id, seed) for trial, seed in search._finalists()]
+    search.journal.close()
+    assert len(left) == 8 and ("t00000", 1) not in left
+
+
+@pytest.mark.slow
 def test_an_extended_search_does_not_exceed_its_cap(judged, tmp_path, folder):
     run, _ = judged
     cut = tmp_path / "run"

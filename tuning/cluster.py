@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import site
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ import numpy as np
 if "RAY_ADDRESS" not in os.environ:
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tuning.config import InputError, SearchPlan
@@ -36,6 +37,7 @@ PART = 16  # items of one of `cluster_map`'s tasks
 SHARD_BYTES = 256 * 2**20  # of decoded images, sent between nodes at once
 IMAGE_SERVER = "finetune-search-images"
 LEAST_SHARED_MB = 1024.0  # of /dev/shm; a container has 64 by default
+NOTICED_SECONDS = 30.0  # within which Ray knows that a node is gone
 CONTEXT_MB = 600.0  # what a process takes on a GPU before its first tensor, roughly
 
 
@@ -140,10 +142,22 @@ def on_each_node(check: Callable[[str], str | None]) -> dict[str, str]:
     for node, answer in asked.items():
         try:
             found[node] = ray.get(answer)
+        except RayTaskError:
+            raise
         except RayError:
-            if node in node_names():
+            if not _lost(node):
                 raise
     return {node: said for node, said in found.items() if said is not None}
+
+
+def _lost(node: str) -> bool:
+    """Whether a node on which something failed is gone; Ray may take a while to notice."""
+    until = time.monotonic() + NOTICED_SECONDS
+    while node in node_names():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.5)
+    return True
 
 
 def _call(check: Callable[[str], str | None], node: str) -> str | None:

@@ -62,28 +62,23 @@ def runs_to_make(
     return []
 
 
-def asked_for(trials: pd.DataFrame) -> set[tuple[str, int]]:
-    """Finalists' runs that were begun: trial and seed of each."""
-    runs = trials[trials["origin"] == "finalist"]
-    return {(str(trial_id), int(seed)) for trial_id, seed in zip(runs["finalist_of"], runs["seed"], strict=True)}
-
-
-def runs_left(trials: pd.DataFrame, plan: SearchPlan, cap: float = math.inf) -> list[tuple[str, int]]:
-    """Runs that a search's finalists still need, as `runs_to_make` gives them.
+def runs_left(
+    trials: pd.DataFrame, plan: SearchPlan, asked: set[tuple[str, int]], cap: float = math.inf
+) -> list[tuple[str, int]]:
+    """Runs that a search's finalists still need.
 
     Args:
         trials: `trials.parquet`.
         plan: of the search.
-        cap: epochs of all runs together, with those made before.
+        asked, cap: as `runs_to_make` takes them.
     """
     if not (plan.finalists and plan.early_stopping):
         return []
-    runs = trials[trials["origin"] == "finalist"]
     return runs_to_make(
         candidates(trials, plan.metric),
         plan.finalists,
         range(plan.seed + 1, plan.seed + 1 + plan.finalist_seeds),
-        asked={(str(trial_id), int(seed)) for trial_id, seed in zip(runs["finalist_of"], runs["seed"], strict=True)},
+        asked=asked,
         epochs=plan.epochs,
         cap=cap,
     )

@@ -225,6 +225,7 @@ def _checked_nodes(plan: SearchPlan) -> bool:
     place = plan.storage if is_uri(plan.storage) else f"file://{os.path.abspath(plan.storage)}"
     try:
         said = apart(place, names, on_each_node)
+        said = {node: why for node, why in said.items() if node in node_names()}  # others were lost meanwhile
     except OSError as error:
         raise InputError(f"--storage {plan.storage}: can't be written ({error}); are its keys given?") from None
     cure = "give --storage a folder or URI that all nodes reach, and each node the keys"

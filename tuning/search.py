@@ -233,7 +233,12 @@ class Search:
         taken = sum(len(trial.rows) for trial in trials.values() if trial.number is not None)
         cap = taken // 4 if plan.finalist_epochs is None else plan.finalist_epochs
         table = make_tables(self.record, plan.metric)["trials"].to_pandas()
-        return [(trials[trial_id], seed) for trial_id, seed in runs_left(table, plan, cap)]
+        asked = {  # also what has not begun yet, which no table has
+            (str(trial.finalist_of), int(trial.config["seed"]))
+            for trial in trials.values()
+            if trial.origin == "finalist"
+        }
+        return [(trials[trial_id], seed) for trial_id, seed in runs_left(table, plan, asked, cap)]
 
     def _ask_finalist(self, judged: Trial, seed: int) -> Trial:
         return self._ask_beside("finalist", judged.params, judged.config | {"seed": seed}, finalist_of=judged.trial_id)

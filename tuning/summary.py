@@ -60,8 +60,10 @@ def summarize(
         console.print(words, style="bold" if alarming else None)
     console.print("\nNext:")
     over = len(trials) == plan.trials and everything["status"].isin(tables.FINAL).all()
-    if over and (left := finalists.runs_left(everything, plan)):
-        allowed = ((everything["origin"] == "finalist").sum() + len(left)) * plan.epochs
+    runs = everything[everything["origin"] == "finalist"]
+    asked = set(zip(runs["finalist_of"], runs["seed"], strict=True))
+    if over and (left := finalists.runs_left(everything, plan, asked)):
+        allowed = (len(asked) + len(left)) * plan.epochs
         console.print(
             f"  {resume_command(plan)} --set finalist_epochs={allowed}        # {len(left)} more runs for the verdict",
             markup=False,

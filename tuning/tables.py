@@ -116,7 +116,8 @@ def replacing(path: Path) -> Iterator[Path]:
     mode = stat.S_IMODE(temporary.stat().st_mode)
     try:
         yield temporary
-        os.chmod(temporary, mode)  # safetensors puts a file there that is its owner's alone
+        if stat.S_IMODE(temporary.stat().st_mode) != mode:  # safetensors puts a file there that is its owner's alone
+            os.chmod(temporary, mode)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

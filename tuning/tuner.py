@@ -2,11 +2,13 @@
 
 import json
 import math
+import os
 import shutil
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import ray
 from ray import tune
@@ -18,6 +20,8 @@ from ray.tune.search import Searcher
 from tuning.trial import LAST_SENDING_SECONDS
 
 FINISHED = str(Searcher.FINISHED)  # what `Search.next_trial` says at the end
+START_SECONDS = 120.0  # within which a worker that was placed comes up, or another may take its trial
+_placed: WeakKeyDictionary[Any, float] = WeakKeyDictionary()  # when a worker was seen to be, in monotonic seconds
 _reuse = TuneController._maybe_reuse_cached_actor
 LOOK_SECONDS = 1.0  # that a trial's silence grows by at most, each time that it is looked at
 
@@ -28,6 +32,7 @@ def fit(search: Any, trainable: type[tune.Trainable]) -> None:
     OutOfMemoryError.__bases__ = (RayActorError,)
     OutOfMemoryError._preempted = OutOfMemoryError._actor_init_failed = False
     TuneController._maybe_reuse_cached_actor = reuse
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(search.resources.count)  # else 1, before Ray 2.60
     ray_folder = tempfile.mkdtemp(prefix="finetune-search-")
     tuner = tune.Tuner(
         trainable,
@@ -55,13 +60,15 @@ def fit(search: Any, trainable: type[tune.Trainable]) -> None:
 
 
 def starts(controller: Any, trial: Any) -> bool:
-    """Whether a worker has been placed for a trial that waits for it."""
+    """Whether a trial that waits has a worker which was placed a short while ago, and is about to come up."""
     worker = controller._trial_to_actor.get(trial)
-    return worker is not None and controller._actor_manager.is_actor_started(worker)
+    if worker is None or not controller._actor_manager.is_actor_started(worker):
+        return False
+    return time.monotonic() - _placed.setdefault(worker, time.monotonic()) < START_SECONDS
 
 
 def reuse(controller: Any, trial: Any) -> bool:
-    """Give a trial the worker of one that has ended, if there is any, unless its own starts already.
+    """Give a trial the worker of one that has ended, if there is any, unless its own is about to come up.
 
     Ray would take that one away: where trials end faster than a worker starts, a node that has joined would never be
     used.
@@ -113,8 +120,9 @@ class _Scheduler(FIFOScheduler):  # type: ignore[misc]
                 self._hung.add(trial)
                 ray.kill(worker)
         controller = tune_controller._tune_controller
-        waiting = (trial for trial in self._silent if trial.status == trial.PENDING and not starts(controller, trial))
-        return next(waiting, None)
+        waiting = [trial for trial in self._silent if trial.status == trial.PENDING and not starts(controller, trial)]
+        ready = controller._actor_cache.has_cached_object
+        return next((trial for trial in waiting if ready(trial.placement_group_factory)), next(iter(waiting), None))
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         self._silent[trial] = 0.0
