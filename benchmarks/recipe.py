@@ -128,7 +128,7 @@ def search(task: Path) -> None:
     """Train all configurations of a task; their epochs go into `rows.json` beside it."""
     given = json.loads(task.read_text())
     weights = find_weights([trial["backbone"] for trial in given["trials"]], "auto")
-    ray.init(num_cpus=given["slots"], include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=given["slots"], include_dashboard=False, log_to_driver=False)
     trainable = tune.with_parameters(train, table=load_samples(given["data"]), weights=weights)
     tuner = tune.Tuner(
         tune.with_resources(trainable, {"cpu": 1}),

@@ -63,6 +63,7 @@ def find(browser, selector):
 
 
 def draw_all(browser):
+    wait(browser, "typeof draw === 'function'")  # on a busy machine the page was seen before its script had run
     browser.execute_script("document.querySelectorAll('[data-figure]').forEach((one) => draw(one, makers.get(one)))")
     wait(browser, "[...document.querySelectorAll('[data-figure]')].every((one) => one.hidden || one.dataset.drawn)")
 
