@@ -334,14 +334,11 @@ def check_new(folder: Path, plan: SearchPlan) -> None:
         raise InputError(f"--name {plan.name}: {place} exists; go on with it by --resume, or choose another name")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--storage {plan.storage}: can't be made ({error.strerror}); choose another") from None
-    try:
         tempfile.TemporaryDirectory(dir=folder.parent).cleanup()
     except PermissionError:
         raise InputError(f"--storage {plan.storage}: no permission to write there; choose another") from None
     except OSError as error:
-        raise InputError(f"--storage {plan.storage}: can't be written ({error.strerror}); choose another") from None
+        raise InputError(f"--storage {plan.storage}: can't be made ({error.strerror}); choose another") from None
 
 
 def _in_storage(plan: SearchPlan) -> bool:

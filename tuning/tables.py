@@ -112,9 +112,9 @@ def tested_schema(classes: Iterable[str], *, temperature: float) -> pa.Schema:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place, whole and on disk, when the block ends well."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.touch()
-    mode = stat.S_IMODE(temporary.stat().st_mode)
     try:
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
         if stat.S_IMODE(temporary.stat().st_mode) != mode:  # safetensors puts a file there that is its owner's alone
             os.chmod(temporary, mode)
