@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from tuning import claim, mirror, storage, transfer
 from tuning.config import InputError
 from tuning.mirror import Mirror, borrowed, fetch, mirrored, run_folder
+from tuning.segments import segments_among
 from tuning.tables import Journal, read_journal
 from tuning.transfer import fetch_files, push_file
 
@@ -41,9 +43,9 @@ def driver(folder, uri):
 
 
 def segments(uri):
-    """Which driver wrote each segment of the journal, and where it begins."""
-    names = sorted(storage.files_below(f"{uri}/journal"))
-    return [(int(name.split("-")[0]), int(name.split("-")[2].removesuffix(".jsonl"))) for name in names]
+    """Which driver wrote each segment of the journal that is there whole, and where it begins."""
+    names = (Path(name).stem.split("-") for name in segments_among(storage.files_below(uri)))
+    return [(int(driver), int(begin)) for driver, _, begin in names]
 
 
 def contents(folder):
@@ -143,18 +145,17 @@ def test_a_search_sends_as_it_goes_and_leaves_no_copy(bucket):
     with mirrored(folder, bucket) as kept:
         assert not folder.exists()
         folder.mkdir(parents=True)
-        events = Journal(folder / "journal.jsonl")
-        events.append("priors", priors=[])
-        for _ in range(200):
-            if segments(f"{bucket}/xray"):
-                break
-            time.sleep(0.05)
-        else:
-            pytest.fail("nothing was sent")
-        with pytest.raises(InputError, match="another search"), mirrored(folder, bucket):
-            pass
-        events.append("priors", priors=[])
-        events.close()
+        with closing(Journal(folder / "journal.jsonl")) as events:
+            events.append("priors", priors=[])
+            for _ in range(200):
+                if segments(f"{bucket}/xray"):
+                    break
+                time.sleep(0.05)
+            else:
+                pytest.fail("nothing was sent")
+            with pytest.raises(InputError, match="another search"), mirrored(folder, bucket):
+                pass
+            events.append("priors", priors=[])
     assert kept.uri == f"{bucket}/xray"
     assert not folder.parent.exists()
     assert [number for number, _ in segments(kept.uri)] == [1, 1]
