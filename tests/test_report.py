@@ -33,7 +33,7 @@ def test_from_the_verdict_down(folder):
     sections = re.findall(r'<section id="(\w+)"', html)
     assert sections == [
         *("verdict", "best", "progress", "importance", "depth", "gap", "ends", "cost"),
-        *("errors", "finalists", "data", "trials"),
+        *("finalists", "errors", "data", "trials"),
     ]
     assert re.search(r'class="sentence">[^<]*\(interval -?[\d.]+ to -?[\d.]+, 5 pairs of runs', html)
     assert '<pre id="config">backbone: ' in html and "\nepochs: 8\nseed: 0</pre>" in html
@@ -67,11 +67,22 @@ def test_markup_in_names_is_text(tmp_path):
     assert data(html)["trials"]["reason"][0].endswith(EVIL)
 
 
+def test_what_a_verdict_still_needs_can_be_typed(folder, tmp_path):
+    html = page(make_run(tmp_path / "short", finalists=False))
+    assert (
+        "15 more runs for the verdict: python tuning/run_search.py --resume --name short --set finalist_epochs=120"
+        in html
+    )
+    assert "finalist_epochs" not in page(folder)
+    assert "finalist_epochs" not in page(make_run(tmp_path / "killed", killed=True))
+
+
 def test_the_audit_is_shown_where_there_is_one(tmp_path):
     folder = make_run(tmp_path / "run", trials=1)
     assert 'id="audit"' not in page(folder)
     make_audit(folder, paths=("a.png", "b.png"), rows=AUDIT_ROWS + 1)
     html = page(folder)
+    assert html.index('id="cost"') < html.index('id="audit"') < html.index('id="data"')
     assert html.count('<td class="short">a.png</td>') == AUDIT_ROWS + 1 and f"{AUDIT_ROWS} of 101" in html
     make_audit(folder, paths=("a.png", "b.png"), rows=0)
     assert "Nothing was found" in page(folder)

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
@@ -264,6 +265,12 @@ class SearchPlan(BaseModel):
     def _written(self, url: str) -> str:
         """What `model_dump` gives goes to plan.yaml, best.yaml and reports."""
         return without_secrets(url)
+
+    @property
+    def resume_command(self) -> str:
+        """What goes on with the run."""
+        storage = "" if self.storage == "results" else f" --storage {shlex.quote(without_secrets(self.storage))}"
+        return f"python tuning/run_search.py --resume --name {self.name}{visible(storage)}"
 
 
 # Where a run lives and what it is called is said by flags alone.

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tuning.analysis import searched, top
 from tuning.config import PARAMETERS, SearchPlan
-from tuning.tables import FINALISTS, loss_like
+from tuning.tables import FINAL, FINALISTS, loss_like
 
 LEVEL = 0.05  # chance that anything is said to beat the default where nothing does
 LEAST_RUNS = 3  # of each configuration
@@ -82,6 +82,29 @@ def runs_left(
         epochs=plan.epochs,
         cap=cap,
     )
+
+
+class More(NamedTuple):
+    """Runs that a verdict needs and no cap allowed."""
+
+    runs: int
+    command: str  # which makes them
+
+
+def more_runs(trials: pd.DataFrame, plan: SearchPlan) -> More | None:
+    """What the verdict of a search that is over still needs; null where that is nothing.
+
+    Args:
+        trials: `trials.parquet`.
+        plan: of the search.
+    """
+    if len(searched(trials)) < plan.trials or not trials["status"].isin(FINAL).all():
+        return None
+    runs = trials[trials["origin"] == "finalist"]
+    asked = set(zip(runs["finalist_of"], runs["seed"], strict=True))
+    left = len(runs_left(trials, plan, asked))
+    allowed = (len(asked) + left) * plan.epochs
+    return More(left, f"{plan.resume_command} --set finalist_epochs={allowed}") if left else None
 
 
 def counted(trials: pd.DataFrame) -> pd.DataFrame:

@@ -127,7 +127,7 @@ def _search(
     from tuning import backbones
     from tuning.cluster import cluster_map, serve_images, slots, small_shared_memories, small_shared_memory
     from tuning.search import Search
-    from tuning.summary import resume_command, summarize
+    from tuning.summary import summarize
     from tuning.weights import find_weights
 
     weights = find_weights(backbones_in(space), plan.weights)
@@ -206,7 +206,7 @@ def _search(
     if (report := write_or_tell(folder)) is not None:
         console.print(f"\nReport: {joined(place, report.name)}", markup=False)
     if not finished:
-        console.print(f"\nInterrupted. To go on: {resume_command(plan)}", markup=False)
+        console.print(f"\nInterrupted. To go on: {plan.resume_command}", markup=False)
         return INTERRUPTED
     # By a time budget shorter than an epoch.
     interrupted = (analysis.searched(trials)["status"] == "interrupted").all()

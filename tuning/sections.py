@@ -11,7 +11,7 @@ import pandas as pd
 import yaml
 
 from tuning import analysis, finalists, overfitting, spending, tables
-from tuning.config import PARAMETERS
+from tuning.config import PARAMETERS, SearchPlan, build
 from tuning.page import column, duration, figure, note, number, section, table, text
 from tuning.remarks import remarks
 from tuning.space import Space, parse
@@ -45,6 +45,11 @@ class Run:
     @property
     def metric(self) -> str:
         return str(self.settings["metric"])
+
+    @property
+    def plan(self) -> SearchPlan:
+        known = {name: value for name, value in self.settings.items() if name in SearchPlan.model_fields}
+        return build(SearchPlan, known, str(self.folder / "plan.yaml"))
 
 
 def read(folder: Path) -> Run:
@@ -93,8 +98,8 @@ def body(run: Run, compared: pd.DataFrame, verdict: finalists.Verdict, shares: p
     parts = [_head(run), _verdict(run, verdict), _best(run, verdict)]
     if analysis.searched(run.trials).empty:
         return [*parts, _data(run)]
-    parts += [_progress(), _mattered(run, shares), _depths(), _gap(run), _ended(run), _costs(), _errors(run)]
-    return [*parts, _finalists(run, compared), _audit(run), _data(run), _table(run)]
+    parts += [_progress(), _mattered(run, shares), _depths(), _gap(run), _ended(run), _costs(), _audit(run)]
+    return [*parts, _finalists(run, compared), _errors(run), _data(run), _table(run)]
 
 
 def _head(run: Run) -> str:
@@ -121,6 +126,9 @@ def _verdict(run: Run, verdict: finalists.Verdict) -> str:
         f'<p class="warning">{text(words)}</p>' if alarming else note(words)
         for words, alarming in remarks(run.folder, analysis.searched(run.trials), run.samples, verdict.trial_id)
     ]
+    more = finalists.more_runs(run.trials, run.plan)
+    if more is not None:
+        said.insert(0, note(f"{more.runs} more runs for the verdict: {more.command}"))
     sentence = f'<p class="sentence">{text(sentence)}</p>'
     return f'<section id="verdict">{label}{sentence}{_facts(run)}{"".join(said)}</section>'
 

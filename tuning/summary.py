@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from tuning import analysis, finalists, overfitting, spending, tables
-from tuning.config import PARAMETERS, SearchPlan, visible, without_secrets
+from tuning.config import PARAMETERS, SearchPlan
 from tuning.live import depth
 from tuning.progress import console, number, plain
 from tuning.remarks import remarks
@@ -59,15 +59,9 @@ def summarize(
     for words, alarming in remarks(folder, trials, samples, verdict.trial_id):
         console.print(words, style="bold" if alarming else None)
     console.print("\nNext:")
-    over = len(trials) == plan.trials and everything["status"].isin(tables.FINAL).all()
-    runs = everything[everything["origin"] == "finalist"]
-    asked = set(zip(runs["finalist_of"], runs["seed"], strict=True))
-    if over and (left := finalists.runs_left(everything, plan, asked)):
-        allowed = (len(asked) + len(left)) * plan.epochs
-        console.print(
-            f"  {resume_command(plan)} --set finalist_epochs={allowed}        # {len(left)} more runs for the verdict",
-            markup=False,
-        )
+    more = finalists.more_runs(everything, plan)
+    if more is not None:
+        console.print(f"  {more.command}        # {more.runs} more runs for the verdict", markup=False)
     quoted = shlex.quote(place)
     console.print(
         f"  python tuning/train_final.py {quoted}        # train it again, test it, write its model/", markup=False
@@ -75,12 +69,6 @@ def summarize(
     table = json.dumps(joined(place, "trials.parquet"), ensure_ascii=False)  # a string of Python too
     code = shlex.quote(f"import pandas as pd; print(pd.read_parquet({table}))")
     console.print(f"  python -c {code}", markup=False)
-
-
-def resume_command(plan: SearchPlan) -> str:
-    """What goes on with a run."""
-    storage = "" if plan.storage == "results" else f" --storage {shlex.quote(without_secrets(plan.storage))}"
-    return f"python tuning/run_search.py --resume --name {plan.name}{visible(storage)}"
 
 
 def _tell_trials(trials: pd.DataFrame, metric: str) -> None:
