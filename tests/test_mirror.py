@@ -1,7 +1,6 @@
 import errno
 import fcntl
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -9,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from conftest import bring_back, removable, take_away
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from tuning import claim, mirror, storage, transfer
@@ -228,6 +228,7 @@ def test_a_search_whose_run_is_taken_over_ends_with_an_error_and_leaves_no_copy(
     monkeypatch.setattr(claim, "CLAIM_SECONDS", 0.0)
     with pytest.raises(InputError, match="taken this run over"), mirrored(run, bucket) as kept:
         claim.take(kept.uri)
+        (run / "best.yaml").write_text("best")  # there is something to send
     assert not run.exists()
 
 
@@ -323,7 +324,7 @@ def test_after_a_resume_what_other_nodes_have_made_anew_comes_here(run, bucket, 
     gone_on.fetch()
     gone_on.push()
     storage.write_bytes(f"{uri}/predictions/t00000.parquet", b"another")
-    time.sleep(1.1 if bucket.startswith("s3") else 0)  # seconds are what S3 tells
+    time.sleep(1.1 if bucket.startswith("s3") else 0.05)  # seconds are what S3 tells
     storage.write_bytes(f"{uri}/{name}", b"WEIGHTS")
     gone_on.fetch_others()
     assert (there / name).read_bytes() == b"WEIGHTS"
@@ -335,14 +336,13 @@ def test_after_a_resume_what_other_nodes_have_made_anew_comes_here(run, bucket, 
 
 @pytest.mark.parametrize("bucket", ["file"], indirect=True)
 def test_a_storage_that_fails_for_a_while_gets_everything_later(run, bucket, capsys):
-    place = Path(bucket.removeprefix("file://"))
-    with mirrored(run, bucket):
-        place.rename(place.with_name("away"))
-        place.touch()  # a file where the folder was: nothing can be written
+    place = removable(bucket)
+    with mirrored(run, bucket) as kept:
+        take_away(place)
         (run / "best.yaml").write_text("best")
-        time.sleep(0.5)
-        place.unlink()
-        place.with_name("away").rename(place)
+        while not kept._failing:
+            time.sleep(0.01)
+        bring_back(place)
     assert capsys.readouterr().err.count("the storage fails") == 1
     assert storage.read_bytes(f"{bucket}/xray/best.yaml") == b"best"
 
@@ -350,11 +350,11 @@ def test_a_storage_that_fails_for_a_while_gets_everything_later(run, bucket, cap
 @pytest.mark.parametrize("bucket", ["file"], indirect=True)
 def test_what_could_not_be_sent_stays_here(run, bucket, monkeypatch, capsys):
     monkeypatch.setattr(transfer, "PATIENCE_SECONDS", 0.1)
-    place = Path(bucket.removeprefix("file://"))
+    place = removable(bucket)
     with mirrored(run, bucket):
-        shutil.rmtree(place)
-        place.touch()
-    assert (run / "plan.yaml").exists()
+        take_away(place)
+        (run / "best.yaml").write_text("best")
+    assert (run / "plan.yaml").exists() and (run / "best.yaml").exists()
     assert "it is in" in capsys.readouterr().err
 
 

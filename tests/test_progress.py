@@ -153,7 +153,9 @@ def test_a_search_on_a_terminal_gives_it_back(tmp_path, folder, how):
         if how is not None and b"1/4" in said:
             process.send_signal(how)
             how = None
-    text = (said + (os.read(ours, 65536) if select.select([ours], [], [], 0)[0] else b"")).decode()
+    while select.select([ours], [], [], 0)[0]:
+        said += os.read(ours, 65536)
+    text = said.decode()
     assert process.returncode == (130 if "Interrupted" in text else 0), text
     assert text.count(HIDE) == text.count(SHOW) == 1 and text.index(HIDE) < text.index(SHOW)
     assert "running   " in text and (process.returncode == 0 or set(BLOCKS) & set(text))

@@ -26,7 +26,7 @@ def browser():
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    driver.set_script_timeout(60)
+    driver.set_script_timeout(600)
     yield driver
     driver.quit()
 
@@ -38,7 +38,8 @@ def opened(browser, tmp_path):
 
     def open_page(path):
         pages.append(path.as_uri())
-        browser.get(pages[-1])
+        browser.get(pages[-1])  # it comes back sooner
+        wait(browser, f"document.readyState === 'complete' && location.href === {json.dumps(pages[-1])}")
         return browser
 
     browser.get_log("browser"), browser.get_log("performance")
@@ -49,7 +50,7 @@ def opened(browser, tmp_path):
     assert {url for url in urls if not url.startswith("data:")} == set(pages)
 
 
-def wait(browser, script, seconds=60):
+def wait(browser, script, seconds=600):
     """What the script returns, once that is true."""
     until = time.monotonic() + seconds
     while not (found := browser.execute_script(f"return {script}")):
@@ -104,7 +105,7 @@ def test_it_prints(opened, tmp_path):
     browser = opened(report.write(make_run(tmp_path / "run")))
     wait(browser, "document.querySelector('[data-figure=time]').dataset.drawn")
     browser.execute_cdp_cmd("Page.printToPDF", {})
-    assert len(find(browser, "[data-drawn]")) == 12  # also those that nobody has scrolled to
+    wait(browser, "document.querySelectorAll('[data-drawn]').length === 12")  # also those that nobody has scrolled to
 
 
 def test_the_table_sorts_and_filters(opened, tmp_path):

@@ -1,5 +1,6 @@
 """Bad input: one clear error that names the place and the cure, before any trial starts, and nothing lost."""
 
+import math
 import os
 import re
 import shlex
@@ -226,6 +227,8 @@ def test_a_run_once_made_is_not_touched(space, folder, tmp_path):
     recorded = yaml.safe_load((run_folder / "plan.yaml").read_text())
     assert recorded["settings"]["trials"] == 2 and recorded["settings"]["patience"] == 5
     assert {"fingerprint", "git_commit", "packages", "python"} <= recorded["provenance"].keys()
+    run_folder.rename(run_folder.with_name("another"))
+    assert "plan.yaml is that of the run 'once'; call its folder so again" in faults(resume=True, name="another")[0]
 
 
 def test_a_run_of_a_version_without_a_setting_goes_on_where_the_default_is_what_it_did(space, folder, tmp_path):
@@ -283,9 +286,9 @@ def test_names_of_any_kind_are_text_on_the_screen(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_search_says_what_to_type_next_and_reports_meanwhile(space, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(report, "REFRESH_SECONDS", 0.0)
-    monkeypatch.setattr(report, "REFRESH_SHARE", 1.0)
+    monkeypatch.setattr(report, "REFRESH_SHARE", math.inf)
     monkeypatch.setattr(search, "TABLE_SECONDS", 0.0)
-    monkeypatch.setattr(search, "TABLE_SHARE", 1.0)
+    monkeypatch.setattr(search, "TABLE_SHARE", math.inf)
     made, page_of = [], report.report
     monkeypatch.setattr(report, "report", lambda of: made.append(list(of.trials["status"])) or page_of(of))
     assert run(Flags(space=space, data=str(folder), name="once")) == 0

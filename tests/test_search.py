@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -316,6 +317,8 @@ def test_a_lost_worker_is_replaced_three_times(tmp_path, folder, kills, status):
             killed.append(worker)
             os.kill(worker, signal.SIGKILL)
 
+    while workers():  # an earlier search's, on its way out
+        time.sleep(0.1)
     search = make()
     search.show = kill
     assert search.run()

@@ -1,12 +1,14 @@
 """The trainable as Ray drives it, without Ray: what it leaves on disk."""
 
 import json
+import math
 import threading
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from conftest import bring_back, removable, take_away
 from runs import given_by_ray
 from safetensors import safe_open
 
@@ -72,7 +74,8 @@ def check(given, trial_id, rows):
     assert table["path"].to_pylist() == list(samples[samples["split"] == "val"]["path"])
 
 
-def test_a_stopped_trial_leaves_the_probabilities_of_its_best_epoch_and_so_does_the_last(given):
+def test_a_stopped_trial_leaves_the_probabilities_of_its_best_epoch_and_so_does_the_last(given, monkeypatch):
+    monkeypatch.setattr(trial_module, "CHECKPOINT_SECONDS", math.inf)
     trial = FinetuneTrial(given("t0"))
     first = step(trial, 3)
     assert not predictions_file(given("t0")["run"], "t0").exists()  # nothing is written while it is not needed
@@ -141,22 +144,21 @@ def test_a_trial_without_a_finite_loss_has_none(given):
 def test_what_a_storage_did_not_take_is_sent_later(given, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(trial_module, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(transfer, "RETRY_SECONDS", 0.05)
-    place = tmp_path / "storage"
+    place = removable(f"file://{tmp_path}/storage")
     trial = FinetuneTrial(given("t0"))
     trial._config |= {"storage": f"file://{place}"}
     trial._away = True  # as on a node beside which no driver is
-    place.touch()  # a file where a folder would be: nothing can be written
+    take_away(place)
     assert not step(trial)[0]["checkpoint"]
     assert "t0: no checkpoint was written" in capsys.readouterr().err
-    place.unlink()
+    bring_back(place)
     assert step(trial)[0]["checkpoint"]
     names = {"checkpoints/t0.best.safetensors", "checkpoints/t0.state.safetensors", "predictions/t0.parquet"}
     assert files_below(f"file://{place}").keys() == names
-    place.rename(tmp_path / "away")
-    place.touch()
+    take_away(place)
     last = step(trial, 3)[-1]
     assert (last["ends"], last["checkpoint"]) == ("completed", False)
-    mended = threading.Timer(0.3, lambda: (place.unlink(), (tmp_path / "away").rename(place)))
+    mended = threading.Timer(0.3, bring_back, [place])
     mended.start()
     trial.cleanup()
     mended.join()

@@ -37,7 +37,7 @@ PART = 16  # items of one of `cluster_map`'s tasks
 SHARD_BYTES = 256 * 2**20  # of decoded images, sent between nodes at once
 IMAGE_SERVER = "finetune-search-images"
 LEAST_SHARED_MB = 1024.0  # of /dev/shm; a container has 64 by default
-NOTICED_SECONDS = 30.0  # within which Ray knows that a node is gone
+NOTICED_LOOKS = 60  # half a second apart, within which Ray knows that a node is gone
 CONTEXT_MB = 600.0  # what a process takes on a GPU before its first tensor, roughly
 
 
@@ -152,12 +152,11 @@ def on_each_node(check: Callable[[str], str | None]) -> dict[str, str]:
 
 def _lost(node: str) -> bool:
     """Whether a node on which something failed is gone; Ray may take a while to notice."""
-    until = time.monotonic() + NOTICED_SECONDS
-    while node in node_names():
-        if time.monotonic() > until:
-            return False
+    for _ in range(NOTICED_LOOKS):  # not seconds: a machine that stands still keeps Ray from noticing, too
+        if node not in node_names():
+            return True
         time.sleep(0.5)
-    return True
+    return False
 
 
 def _call(check: Callable[[str], str | None], node: str) -> str | None:

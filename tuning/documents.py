@@ -9,7 +9,7 @@ import yaml
 from tuning.conditions import show
 from tuning.config import InputError, SearchPlan, build
 
-NEEDED = ("name", "data", "space", "trials", "epochs", "metric")  # settings that every version had
+NEEDED = ("name", "data", "space", "trials", "epochs", "seed", "metric")  # settings that every version had
 MOST_NODES = 100_000  # of one file, those that aliases repeat counted each time
 
 

@@ -179,14 +179,17 @@ def load_model(folder: str | Path) -> Model | Ensemble:
         return Ensemble(
             tuple(load_model(folder / name) for name in shares), tuple(shares.values()), classes, temperature
         )
-    network = backbones.build(
-        config.backbone,
-        classes=len(classes),
-        image_size=config.image_size,
-        head_dropout=config.head_dropout,
-        seed=config.seed,
-        weights=None,
-    )
+    try:
+        network = backbones.build(
+            config.backbone,
+            classes=len(classes),
+            image_size=config.image_size,
+            head_dropout=config.head_dropout,
+            seed=config.seed,
+            weights=None,
+        )
+    except InputError as error:
+        raise InputError([f"{folder / CONFIG}: {fault}" for fault in error.faults]) from None
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:

@@ -134,11 +134,6 @@ class Search:
         """Start points and suggested trials so far."""
         return sum(trial.number is not None for trial in self.record.trials.values())
 
-    @property
-    def mirrored(self) -> bool:
-        """Whether the run's copy is kept in a storage."""
-        return self._mirror is not None
-
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Ray pickles what it is given for a `Tuner.restore`, which is never called."""
         return object, ()

@@ -466,7 +466,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
     for column in SCHEMAS.get(path.stem, ()):  # an older version's table lacks some
         if column.name not in table.column_names:
             table = table.append_column(column, pa.nulls(table.num_rows, column.type))
-    frame: pd.DataFrame = table.to_pandas(ignore_metadata=True)
+    frame: pd.DataFrame = table.replace_schema_metadata(None).to_pandas()  # what pandas has added isn't needed
     return frame
 
 
