@@ -97,6 +97,8 @@ def manifest(folder, rows, header="path,label"):
         ({"concurrent": 0}, "--concurrent: must be greater than or equal to 1"),
         ({"name": "../elsewhere"}, "--name: must match pattern"),
         ({"set": ["patiance=3"]}, "--set patiance: no such key; did you mean patience?"),
+        ({"set": ["finalist_seeds=1e20"]}, "--set finalist_seeds: must be"),
+        ({"set": [f"finalist_seeds={10**20}"]}, "--set finalist_seeds: must be less than or equal to 1000"),
         ({"set": ["image_size=12"]}, "--set image_size: must be greater than or equal to 32"),
         ({"space": "quik"}, "quick"),
         ({"space": "nowhere.yaml"}, "nowhere.yaml"),

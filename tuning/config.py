@@ -221,7 +221,7 @@ class SearchPlan(BaseModel):
         2, ge=0, description="best trials that are trained again beside the default, with the same seeds; 0: no verdict"
     )
     finalist_seeds: int = Field(
-        5, ge=3, description="runs of each of them; fewer where `finalist_epochs` allows no more"
+        5, ge=3, le=1000, description="runs of each of them; fewer where `finalist_epochs` allows no more"
     )
     finalist_epochs: int | None = Field(
         None, ge=0, description="epochs of all these runs, at most; default a quarter of what the search took"
