@@ -91,6 +91,16 @@ def below(pid: int, all_of_them: dict[int, tuple[int, str]]) -> list[int]:
     return children + [deeper for child in children for deeper in below(child, all_of_them)]
 
 
+def bytes_below(folder: Path) -> int:
+    """Of the kept outputs of frozen layers; files and folders may go meanwhile."""
+    count = 0
+    with suppress(FileNotFoundError):
+        for file in folder.glob("*/*/*.n*"):
+            with suppress(FileNotFoundError):
+                count += file.stat().st_size
+    return count
+
+
 def main() -> int:
     """Search, look at the processes four times a second, print the peaks."""
     flags = tyro.cli(Flags)
@@ -118,9 +128,7 @@ def main() -> int:
             }
             for pid, name in names.items():
                 peaks[name] = tuple(map(max, peaks.get(name, (0.0, 0.0)), resident(pid)))
-            with suppress(FileNotFoundError):  # a file or folder has gone since it was listed
-                files = (out / "cache" / "features").glob("*/*/*.n*")
-                cached = max(cached, sum(file.stat().st_size for file in files) / MIB)
+            cached = max(cached, bytes_below(out / "cache" / "features") / MIB)
             time.sleep(0.25)
     decoded = sum(file.stat().st_size for file in (out / "cache" / "images").glob("*/*.npy")) / MIB
     print((out / "log.txt").read_text()[-600:])

@@ -17,7 +17,7 @@ set -euo pipefail
 python=${PYTHON:-$PWD/.venv/bin/python}
 ray=$(dirname "$python")/ray
 # Two jobs on a node must not meet: ports of the job's own, and free ones for workers, where Ray would take fixed ones.
-port=${RAY_PORT:-$((20000 + 2 * (SLURM_JOB_ID % 10000)))}
+port=$((20000 + 2 * (SLURM_JOB_ID % 6000)))
 free=(--min-worker-port=0 --max-worker-port=0)
 head_free=("${free[@]}")
 if "$python" -c 'import grpc' 2> /dev/null; then # else Ray has no client server, and refuses its port

@@ -1,5 +1,6 @@
 """What the tests share: a tiny labelled folder, and the cache and working folder kept out of the user's."""
 
+import inspect
 import os
 import re
 import subprocess
@@ -35,7 +36,8 @@ for _name, _same in (("same", True), ("new", False)):
 settings.load_profile("same")
 os.environ["RAY_gcs_server_port_wait_time_s"] = "600"  # 30 s are few on a machine that stands still for a while
 Cluster._wait_for_node.__defaults__ = (600,)
-ray.shutdown = partial(ray.shutdown, wait_for_processes=True)  # else what is left of them is a warning anywhere later
+if "wait_for_processes" in inspect.signature(ray.shutdown).parameters:  # else what is left of them warns anywhere later
+    ray.shutdown = partial(ray.shutdown, wait_for_processes=True)
 ONE_CORE = {"RAY_OVERRIDE_RESOURCES": '{"CPU": 1}'}  # for one trial at a time: Ray starts a worker on each core
 CPU = torch.device("cpu")
 CUDA = pytest.param(

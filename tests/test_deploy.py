@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import jsonschema
@@ -97,6 +99,16 @@ STAND_INS = {
 }
 
 
+def job_of_its_own():
+    """The number of a job whose ports nothing on this machine has taken."""
+    while True:
+        job = random.randrange(6000)
+        with suppress(OSError), ExitStack() as stack:
+            for port in range(20000 + 2 * job, 20002 + 2 * job):
+                stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            return job
+
+
 @pytest.fixture
 def slurm(tmp_path):
     """A function that starts slurm.sh as Slurm would, in a process group of its own."""
@@ -107,11 +119,13 @@ def slurm(tmp_path):
     started = []
 
     def start(*arguments):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
         environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": sys.executable}
-        environment |= {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "localhost", "SLURM_CPUS_PER_TASK": "1"}
-        environment |= {"RAY_PORT": str(port), "RAY_TMPDIR": ray_folder}
+        environment |= {
+            "SLURM_JOB_ID": str(job_of_its_own()),
+            "SLURM_JOB_NODELIST": "localhost",
+            "SLURM_CPUS_PER_TASK": "1",
+        }
+        environment |= {"RAY_TMPDIR": ray_folder}
         with open(tmp_path / "log.txt", "w") as log:
             command = ["bash", str(DEPLOY / "slurm.sh"), *map(str, arguments)]
             options = {"cwd": ROOT, "env": environment, "stdout": log, "stderr": log, "start_new_session": True}

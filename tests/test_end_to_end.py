@@ -186,6 +186,7 @@ def test_a_second_driver_is_refused(workplace):
         process.kill()
 
 
+@pytest.mark.timeout(3600)
 def test_the_default_search_on_generated_radiographs(tmp_path):
     """No flags, no network, another folder: a search, a final model, a prediction."""
     done = subprocess.run(command("run_search.py"), cwd=tmp_path, capture_output=True, text=True, check=False)

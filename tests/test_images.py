@@ -178,7 +178,7 @@ def test_two_at_once_share_what_the_first_finishes(tmp_path):
         barrier.wait()  # both are decoding now
         return map(function, items)
 
-    threads = [threading.Thread(target=run) for _ in range(2)]
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -52,8 +52,8 @@ ALLOWED = {
     "card": {"__version__", "decoding", "documents", "tables", "analysis", "page", "plots"},
     "mistakes": {"config", "decoding", "page", "plots"},
     "reading": {"config", "tables", "calibration", "intervals", "predictions"},
-    "sections": {"config", "tables", "space", "analysis", "overfitting", "spending", "finalists", "page", "remarks"}
-    | {"storage"},
+    "sections": {"config", "documents", "tables", "space", "analysis", "overfitting", "spending", "finalists", "page"}
+    | {"remarks", "storage"},
     "report": {"config", "tables", "analysis", "spending", "page", "sections", "mirror", "storage"},
     "augment": {"config"},
     "weights": {"config"},

@@ -68,13 +68,13 @@ def test_markup_in_names_is_text(tmp_path):
 
 
 def test_what_a_verdict_still_needs_can_be_typed(folder, tmp_path):
+    """Where the run is now, and only what the search itself doesn't make."""
     html = page(make_run(tmp_path / "short", finalists=False))
-    assert (
-        "15 more runs for the verdict: python tuning/run_search.py --resume --name short --set finalist_epochs=120"
-        in html
-    )
+    typed = f"python tuning/run_search.py --resume --name short --storage {tmp_path} --set finalist_epochs=120"
+    assert f"15 more runs for the verdict: {typed}" in html
     assert "finalist_epochs" not in page(folder)
     assert "finalist_epochs" not in page(make_run(tmp_path / "killed", killed=True))
+    assert "finalist_epochs" not in page(make_run(tmp_path / "unjudged", trials=100, finalists=False))
 
 
 def test_the_audit_is_shown_where_there_is_one(tmp_path):

@@ -122,8 +122,18 @@ def read_plan(folder: Path) -> dict[str, Any]:
     settings = document["settings"]
     if lost := [key for key in NEEDED if key not in settings]:
         raise InputError(f"{path}: is damaged: settings lack {', '.join(lost)}; restore it from a copy")
-    build(SearchPlan, {key: settings[key] for key in SearchPlan.model_fields if key in settings}, str(path))
+    plan_in(document, path)
     return document
+
+
+def plan_in(document: dict[str, Any], path: Path) -> SearchPlan:
+    """The settings of a plan.yaml as this version knows them.
+
+    Raises:
+        InputError: those that are wrong.
+    """
+    settings = document["settings"]
+    return build(SearchPlan, {key: settings[key] for key in SearchPlan.model_fields if key in settings}, str(path))
 
 
 def check_parts(document: dict[str, Any], path: Path, parts: dict[str, type]) -> None:

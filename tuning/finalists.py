@@ -62,6 +62,11 @@ def runs_to_make(
     return []
 
 
+def most_epochs(plan: SearchPlan, searched_epochs: int) -> int:
+    """Epochs that finalists' runs may take together, after a search that has taken so many."""
+    return searched_epochs // 4 if plan.finalist_epochs is None else plan.finalist_epochs
+
+
 def runs_left(
     trials: pd.DataFrame, plan: SearchPlan, asked: set[tuple[str, int]], cap: float = math.inf
 ) -> list[tuple[str, int]]:
@@ -85,14 +90,14 @@ def runs_left(
 
 
 class More(NamedTuple):
-    """Runs that a verdict needs and no cap allowed."""
+    """Runs that a verdict needs and the cap doesn't allow."""
 
     runs: int
     command: str  # which makes them
 
 
 def more_runs(trials: pd.DataFrame, plan: SearchPlan) -> More | None:
-    """What the verdict of a search that is over still needs; null where that is nothing.
+    """What the verdict of a search that is over still needs; null where that is nothing, or is under way.
 
     Args:
         trials: `trials.parquet`.
@@ -102,6 +107,8 @@ def more_runs(trials: pd.DataFrame, plan: SearchPlan) -> More | None:
         return None
     runs = trials[trials["origin"] == "finalist"]
     asked = set(zip(runs["finalist_of"], runs["seed"], strict=True))
+    if runs_left(trials, plan, asked, most_epochs(plan, int(searched(trials)["epochs"].sum()))):
+        return None  # the search makes these, or --resume
     left = len(runs_left(trials, plan, asked))
     allowed = (len(asked) + left) * plan.epochs
     return More(left, f"{plan.resume_command} --set finalist_epochs={allowed}") if left else None

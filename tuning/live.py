@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from rich.text import Text
 
 from tuning.config import DEPTH_ALL, SearchPlan
-from tuning.finalists import runs_to_make
+from tuning.finalists import most_epochs, runs_to_make
 from tuning.tables import Trial, best_epoch, loss_like
 
 TOP = 3  # best trials shown
@@ -96,7 +96,7 @@ class Tally:
         plan = self.plan
         if not (plan.finalists and plan.early_stopping):
             return 0
-        cap = searched // 4 if plan.finalist_epochs is None else plan.finalist_epochs
+        cap = most_epochs(plan, searched)
         trials = [str(place) for place in range(plan.finalists + 1)]
         seeds = range(plan.finalist_seeds)
         runs = runs_to_make(trials, plan.finalists, seeds, asked=set(), epochs=plan.epochs, cap=cap)

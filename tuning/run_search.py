@@ -305,8 +305,9 @@ def _resumed(flags: Flags) -> tuple[SearchPlan, Space, Path]:
     faults = []
     settings = document["settings"]
     if settings["name"] != flags.name:
-        named = f"{plan_path} is that of the run {settings['name']!r}; call its folder so again"
-        raise InputError(f"--resume: {named}, and give that --name")
+        place = joined(joined(flags.storage or "results", flags.name), "plan.yaml")
+        cure = "call its folder so again, and give that --name"
+        raise InputError(f"--resume: {place} is that of the run {settings['name']!r}; {cure}")
     for key, value in given.items():
         if key not in (*RESUME_MAY_CHANGE, "storage", "space") and value != settings[key]:
             cure = "leave it out, or start a run under another --name"

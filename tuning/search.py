@@ -15,7 +15,7 @@ from tuning.checkpoints import best_file, state_file
 from tuning.cluster import Slots, gpu_share
 from tuning.config import SearchPlan, TrialConfig
 from tuning.features import run_folder
-from tuning.finalists import runs_left
+from tuning.finalists import most_epochs, runs_left
 from tuning.images import cache_folder
 from tuning.mirror import Mirror
 from tuning.optimizer import LiveStudy, Optimizer, Prior
@@ -134,6 +134,11 @@ class Search:
         """Start points and suggested trials so far."""
         return sum(trial.number is not None for trial in self.record.trials.values())
 
+    @property
+    def mirrored(self) -> bool:
+        """Whether the run's copy is kept in a storage."""
+        return self._mirror is not None
+
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Ray pickles what it is given for a `Tuner.restore`, which is never called."""
         return object, ()
@@ -226,14 +231,13 @@ class Search:
         """Trials to be trained again and their seeds, seed by seed, without what has been asked for already."""
         trials, plan = self.record.trials, self.plan
         taken = sum(len(trial.rows) for trial in trials.values() if trial.number is not None)
-        cap = taken // 4 if plan.finalist_epochs is None else plan.finalist_epochs
         table = make_tables(self.record, plan.metric)["trials"].to_pandas()
         asked = {  # also what has not begun yet, which no table has
             (str(trial.finalist_of), int(trial.config["seed"]))
             for trial in trials.values()
             if trial.origin == "finalist"
         }
-        return [(trials[trial_id], seed) for trial_id, seed in runs_left(table, plan, asked, cap)]
+        return [(trials[trial_id], seed) for trial_id, seed in runs_left(table, plan, asked, most_epochs(plan, taken))]
 
     def _ask_finalist(self, judged: Trial, seed: int) -> Trial:
         return self._ask_beside("finalist", judged.params, judged.config | {"seed": seed}, finalist_of=judged.trial_id)

@@ -11,7 +11,8 @@ import pandas as pd
 import yaml
 
 from tuning import analysis, finalists, overfitting, spending, tables
-from tuning.config import PARAMETERS, SearchPlan, build
+from tuning.config import PARAMETERS, SearchPlan
+from tuning.documents import plan_in
 from tuning.page import column, duration, figure, note, number, section, table, text
 from tuning.remarks import remarks
 from tuning.space import Space, parse
@@ -48,8 +49,9 @@ class Run:
 
     @property
     def plan(self) -> SearchPlan:
-        known = {name: value for name, value in self.settings.items() if name in SearchPlan.model_fields}
-        return build(SearchPlan, known, str(self.folder / "plan.yaml"))
+        """With the storage folder in which the run is found: it may have been moved."""
+        plan = plan_in(self.document, self.folder / "plan.yaml")
+        return plan if is_uri(plan.storage) else plan.model_copy(update={"storage": str(self.folder.parent)})
 
 
 def read(folder: Path) -> Run:

@@ -126,8 +126,8 @@ class _Scheduler(FIFOScheduler):  # type: ignore[misc]
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         self._silent[trial] = 0.0
-        # At the end Ray waits 10 s for its workers, which may still be writing, or sending, what they know.
-        tune_controller._tune_controller._actor_force_cleanup_timeout = LAST_SENDING_SECONDS + 30.0
+        if self._search.mirrored:  # at the end Ray waits 10 s for its workers, whose last files may be on their way
+            tune_controller._tune_controller._actor_force_cleanup_timeout = LAST_SENDING_SECONDS + 30.0
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
         del self._silent[trial]
