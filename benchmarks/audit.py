@@ -24,10 +24,11 @@ import pandas as pd
 import tyro
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
-from tuning import audit, images, samples
-from tuning.config import SearchPlan
-from tuning.leaks import units
-from tuning.phantoms import CLASSES, draw_phantom
+from tuning.checks import audit
+from tuning.checks.leaks import units
+from tuning.data import images, samples
+from tuning.data.phantoms import CLASSES, draw_phantom
+from tuning.settings.config import SearchPlan, cache_folder
 
 SIDE = 96  # of generated radiographs, in pixels
 
@@ -153,8 +154,8 @@ def main() -> None:
 
         started = time.perf_counter()
         files = list(samples.load_samples(str(folder))["file"])
-        hashes = images.content_hashes(files, images.cache_folder())
-        limits = {"folder": images.cache_folder(), "disk_cache_bytes": 10**12}
+        hashes = images.content_hashes(files, cache_folder())
+        limits = {"folder": cache_folder(), "disk_cache_bytes": 10**12}
         images.decode_all(files, hashes, flags.image_size, **limits, map=images.parallel_map)
         print(f"{len(files)} images, {n_originals} of them originals, at {flags.image_size} px")
         print(f"decoding                  {time.perf_counter() - started:.1f} s")

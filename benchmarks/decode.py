@@ -25,8 +25,8 @@ import tyro
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from tuning.images import content_hashes, decode_all, parallel_map
-from tuning.samples import load_samples
+from tuning.data.images import content_hashes, decode_all, parallel_map
+from tuning.data.samples import load_samples
 
 
 @dataclasses.dataclass(frozen=True)

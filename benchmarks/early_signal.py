@@ -34,18 +34,18 @@ import tyro
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from benchmarks.record import EPOCHS, FIXED, GRID
-from tuning.audit import load_checked
-from tuning.averaging import Averaged
-from tuning.backbones import evaluating
-from tuning.config import SearchPlan, TrialConfig
-from tuning.data import Data, join, preparer
-from tuning.features import FeatureCache
-from tuning.finetune import finetune, predict_images
-from tuning.images import open_images
-from tuning.models import Models, keep_memory
-from tuning.scores import calibrated_loss, score
-from tuning.tables import replacing
-from tuning.weights import find_weights
+from tuning.checks.audit import load_checked
+from tuning.data.images import open_images
+from tuning.record.tables import replacing
+from tuning.settings.config import SearchPlan, TrialConfig
+from tuning.training.averaging import Averaged
+from tuning.training.backbones import evaluating
+from tuning.training.dataset import Data, join, preparer
+from tuning.training.features import FeatureCache
+from tuning.training.finetune import finetune, predict_images
+from tuning.training.models import Models, keep_memory
+from tuning.training.scores import calibrated_loss, score
+from tuning.training.weights import find_weights
 
 SHORT = (2, 3)  # epochs of the short schedules
 INSIDE = (0.25, 0.5)  # of the first epoch's steps

@@ -31,7 +31,7 @@ from selenium import webdriver
 from selenium.webdriver.support.ui import WebDriverWait
 
 from tuning import report
-from tuning.tables import SAMPLES, read_table, write_tables
+from tuning.record.tables import SAMPLES, read_table, write_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "results" / "ANALYSIS.md"

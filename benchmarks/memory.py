@@ -23,7 +23,7 @@ import tyro
 import yaml
 from PIL import Image
 
-from tuning.images import parallel_map
+from tuning.data.images import parallel_map
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPTHS = (0, 2, 5)

@@ -29,11 +29,11 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from tuning import backbones
-from tuning.config import TrialConfig
-from tuning.finetune import learning_rate_factor
-from tuning.samples import load_samples
-from tuning.weights import find_weights
+from tuning.data.samples import load_samples
+from tuning.settings.config import TrialConfig
+from tuning.training import backbones
+from tuning.training.finetune import learning_rate_factor
+from tuning.training.weights import find_weights
 
 
 class Images(Dataset):

@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 import tyro
 import yaml
 
-from tuning.analysis import class_entropy
-from tuning.tables import read_table, replacing
+from tuning.insight.analysis import class_entropy
+from tuning.record.tables import read_table, replacing
 
 ROOT = Path(__file__).resolve().parent.parent
 CURVES = ROOT / "benchmarks" / "curves"

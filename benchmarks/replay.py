@@ -40,13 +40,13 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from benchmarks.record import CURVES, EPOCHS, GRID, space
-from tuning.cluster import Slots
-from tuning.config import SearchPlan
-from tuning.finetune import ending
-from tuning.optimizer import Prior, read_priors
-from tuning.search import Search
-from tuning.space import parse
-from tuning.tables import make_tables
+from tuning.record.tables import make_tables
+from tuning.search.cluster import Slots
+from tuning.search.driver import Search
+from tuning.search.optimizer import Prior, read_priors
+from tuning.settings.config import SearchPlan
+from tuning.settings.space import parse
+from tuning.training.finetune import ending
 
 BEST = (0.05, 0.01)  # shares of the grid's configurations that a method is timed to
 MAX_EPOCHS = 600

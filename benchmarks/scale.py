@@ -24,11 +24,11 @@ from typing import Any
 import tyro
 
 from benchmarks.scale_ray import resident_mb, row
-from tuning.cluster import Slots
-from tuning.config import SearchPlan
-from tuning.search import Search
-from tuning.space import load
-from tuning.tables import make_tables
+from tuning.record.tables import make_tables
+from tuning.search.cluster import Slots
+from tuning.search.driver import Search
+from tuning.settings.config import SearchPlan
+from tuning.settings.space import load
 
 
 @dataclasses.dataclass(frozen=True)

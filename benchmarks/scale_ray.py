@@ -29,13 +29,13 @@ import tyro
 import yaml
 from ray import tune
 
-from tuning.cluster import Slots, ray_running
-from tuning.config import SearchPlan
-from tuning.progress import Progress
+from tuning.record.tables import SAMPLES, write_tables
 from tuning.report import refresher, write
-from tuning.search import Search
-from tuning.space import load
-from tuning.tables import SAMPLES, write_tables
+from tuning.search.cluster import Slots, ray_running
+from tuning.search.driver import Search
+from tuning.settings.config import SearchPlan
+from tuning.settings.space import load
+from tuning.show.progress import Progress
 
 OURS = ("the search", "journal", "rungs", "suggestions", "progress", "tables", "report")
 RAYS = ("Ray, the same thread", "Ray, the driver's other threads")

@@ -38,15 +38,16 @@ import tyro
 import yaml
 from torch.nn import functional
 
-from tuning import backbones, config
-from tuning.config import DEPTH_ALL, InputError, TrialConfig
-from tuning.depthwise import speed_up
-from tuning.models import keep_memory
-from tuning.phantoms import write_phantoms
-from tuning.prefix import split
-from tuning.samples import load_samples
-from tuning.tables import read_journal, read_table, replacing
-from tuning.weights import find_weights
+from tuning.data.phantoms import write_phantoms
+from tuning.data.samples import load_samples
+from tuning.record.tables import read_journal, read_table, replacing
+from tuning.settings import config
+from tuning.settings.config import DEPTH_ALL, InputError, TrialConfig
+from tuning.training import backbones
+from tuning.training.depthwise import speed_up
+from tuning.training.models import keep_memory
+from tuning.training.prefix import split
+from tuning.training.weights import find_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKBONES = ("tf_efficientnet_lite0", "tf_efficientnet_lite1")

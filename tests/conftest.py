@@ -18,13 +18,13 @@ import torch
 from hypothesis import HealthCheck, settings
 from PIL import Image
 
-import tuning.cluster  # noqa: F401 (before Ray, which it tells to listen on the loopback)
+import tuning.search.cluster  # noqa: F401 (before Ray, which it tells to listen on the loopback)
 
 # isort: split
 import ray
 from ray.cluster_utils import Cluster
 
-from tuning.data import Data
+from tuning.training.dataset import Data
 
 torch.set_num_threads(1)
 # A busy machine is no fault, and what a change breaks is to be told from what it only finds; for other examples than

@@ -8,9 +8,9 @@ import pandas as pd
 import pyarrow as pa
 import yaml
 
-from tuning.config import SearchPlan, TrialConfig
-from tuning.space import Space, parse, trial_values
-from tuning.tables import AUDIT, SAMPLES, Record, best_epoch, make_tables, write_tables
+from tuning.record.tables import AUDIT, SAMPLES, Record, best_epoch, make_tables, write_tables
+from tuning.settings.config import SearchPlan, TrialConfig
+from tuning.settings.space import Space, parse, trial_values
 
 SPACE = {
     "parameters": {

@@ -13,16 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import make_audit, make_run
 
-from tuning import backbones, report, sections, tables
-from tuning.config import InputError, SearchPlan, TrialConfig
-from tuning.model_folder import load_model, save_model
-from tuning.predictions import predictions_file, read_predictions, write_predictions
+from tuning.data.samples import load_samples
+from tuning.model.folder import load_model, save_model
+from tuning.record import tables
+from tuning.record.predictions import predictions_file, read_predictions, write_predictions
+from tuning.record.tables import Journal, read_journal, read_record, read_table
 from tuning.run_search import Flags, _resumed
-from tuning.samples import load_samples
-from tuning.space import SHIPPED, load
-from tuning.tables import Journal, read_journal, read_record, read_table
+from tuning.settings.config import InputError, SearchPlan, TrialConfig
+from tuning.settings.space import SHIPPED, load
+from tuning.show import report, sections
 from tuning.train_final import Flags as FinalFlags
 from tuning.train_final import _median_best_epoch, _read_best
+from tuning.training import backbones
 
 CONFIG = TrialConfig(backbone="test_resnet", image_size=32, epochs=3)
 ODD = st.one_of(

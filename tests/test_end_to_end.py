@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tuning.stopping import Rungs
-from tuning.tables import FINAL, read_journal, read_record, read_table
+from tuning.record.tables import FINAL, read_journal, read_record, read_table
+from tuning.search.stopping import Rungs
 
 ROOT = Path(__file__).parent.parent
 SPACE = {

@@ -8,8 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tuning import report
-from tuning.tables import FINALISTS, read_table
+from tuning.record.tables import FINALISTS, read_table
+from tuning.report import Flags
+from tuning.report import run as run_report
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE, PAGE = ROOT / "results" / "example", (ROOT / "results" / "ANALYSIS.md").read_text()
@@ -44,7 +45,7 @@ def test_answers_are_those_of_the_committed_run(runs):
     shutil.rmtree(runs / "other")
     names = {}
     blocks = [found for found in example.BLOCK.finditer(PAGE) if found[1] == "python" and "other" not in found[2]]
-    example.run_python('from tuning import analysis\ntrials = analysis.load_trials("results/example")', names)
+    example.run_python('from tuning.insight import analysis\ntrials = analysis.load_trials("results/example")', names)
     alone = [found for found in blocks if 'trials["run"] == "example"' in found[2] and "overfitting" not in found[2]]
     assert len(alone) == 2
     for found in alone:
@@ -70,6 +71,6 @@ def test_the_example_is_small_and_tells_nothing_of_a_machine():
 
 
 def test_its_report_is_made_from_the_tables(tmp_path):
-    written = report.run(report.Flags((str(EXAMPLE),), out=str(tmp_path / "report.html")))
+    written = run_report(Flags((str(EXAMPLE),), out=str(tmp_path / "report.html")))
     assert 'id="finalists"' in written.read_text()
     assert pd.read_parquet(EXAMPLE / "trials.parquet")["latency_ms"].notna().all()

@@ -1,4 +1,4 @@
-"""Imports point one way, Ray and Optuna stay in their rooms, and tables open without torch."""
+"""Imports point down through the rooms, Ray and Optuna stay in theirs, and tables open without torch."""
 
 import ast
 import subprocess
@@ -8,93 +8,35 @@ from pathlib import Path
 import pytest
 
 TUNING = Path(__file__).parent.parent / "tuning"
-MODULES = sorted(path.stem for path in TUNING.glob("*.py") if path.stem != "__init__")
 
-# Each module may import those to its left in its row, and those of rows above that are named.
-ALLOWED = {
-    "config": set(),
-    "events": {"config"},
-    "tables": {"config", "events"},
-    "storage": {"config"},
-    "samples": {"config", "tables", "storage"},
-    "phantoms": {"config", "samples"},
-    "dicom": {"config"},
-    "decoding": {"config", "dicom", "storage"},
-    "images": {"config", "tables", "decoding", "storage"},
-    "claim": {"config", "storage"},
-    "transfer": {"config", "storage", "tables", "claim"},
-    "segments": {"config", "storage", "claim"},
-    "mirror": {"config", "images", "storage", "tables", "claim", "segments", "transfer"},
-    "leaks": set(),
-    "alignment": {"images"},
-    "duplicates": {"alignment", "decoding"},
-    "shortcuts": set(),
-    "findings": {"tables", "duplicates", "leaks", "shortcuts"},
-    "audit": {"config", "tables", "samples", "decoding", "images", "phantoms"}
-    | {"alignment", "duplicates", "findings", "leaks", "shortcuts"},
-    "conditions": {"config"},
-    "documents": {"config", "conditions"},
-    "space": {"config", "conditions", "documents"},
-    "cluster": {"config", "decoding", "images"},
-    "optimizer": {"config", "space", "tables"},
-    "stopping": {"config"},
-    "calibration": set(),
-    "intervals": {"calibration"},
-    "predictions": {"tables"},
-    "ensemble": {"intervals", "predictions"},
-    "analysis": {"config", "documents", "tables", "space", "optimizer", "calibration", "intervals", "predictions"},
-    "overfitting": {"config", "analysis"},
-    "spending": {"tables", "analysis"},
-    "finalists": {"config", "tables", "analysis"},
-    "page": {"config"},
-    "remarks": {"analysis", "calibration", "checkpoints", "ensemble", "predictions"},
-    "plots": {"calibration"},
-    "card": {"__version__", "decoding", "documents", "tables", "analysis", "page", "plots"},
-    "mistakes": {"config", "decoding", "page", "plots"},
-    "reading": {"config", "tables", "calibration", "intervals", "predictions"},
-    "sections": {"config", "documents", "tables", "space", "analysis", "overfitting", "spending", "finalists", "page"}
-    | {"remarks", "storage"},
-    "report": {"config", "tables", "analysis", "spending", "page", "sections", "mirror", "storage"},
-    "augment": {"config"},
-    "weights": {"config"},
-    "backbones": {"config", "weights"},
-    "prefix": {"config", "weights", "backbones"},
-    "depthwise": set(),
-    "models": {"config", "backbones", "prefix", "depthwise"},
-    "features": {"config"},
-    "frozen": {"models", "features"},
-    "data": {"backbones", "augment", "features", "frozen"},
-    "scores": set(),
-    "averaging": set(),
-    "probe": {"config", "data", "features", "frozen", "models", "scores"},
-    "finetune": {"config", "tables", "augment", "averaging", "backbones", "data", "models", "features", "frozen"}
-    | {"scores", "probe"},
-    "checkpoints": {"config", "tables", "finetune"},
-    "trial": {"config", "tables", "samples", "cluster", "images", "data", "models", "features", "probe", "finetune"}
-    | {"checkpoints", "predictions", "mirror", "transfer"},
-    "model_folder": {"conditions", "config", "documents", "decoding", "backbones", "data", "finetune", "calibration"}
-    | {"mirror", "storage", "tables"},
-    "track": {"config", "tables"},
-    "live": {"config", "tables", "finalists"},
-    "progress": {"config", "tables", "live"},
-    "summary": {"config", "tables", "analysis", "overfitting", "spending", "finalists", "live", "progress", "remarks"}
-    | {"storage"},
-    "final": {"config", "tables", "backbones", "checkpoints", "data", "ensemble", "features", "finetune", "predictions"}
-    | {"calibration"},
-    "export": {"config", "backbones", "calibration", "data", "final"},
-    "activation": {"config", "backbones", "data", "prefix", "final"},
-    "tuner": {"trial"},
+# Each room may import itself and these; the commands, which lie beside the rooms, may import any room.
+BELOW = {
+    "settings": set(),
+    "record": {"settings"},
+    "data": {"settings", "record"},
+    "checks": {"settings", "record", "data"},
+    "training": {"settings", "record", "data"},
+    "search": {"settings", "record", "data", "training"},
+    "insight": {"settings", "record", "search"},
+    "show": {"settings", "record", "search", "insight"},
+    "model": {"settings", "record", "data", "training", "search", "insight", "show"},
 }
-COMMANDS = {"search", "run_search", "train_final"}  # may import all of the above
-TORCHLESS = ["config", "conditions", "documents", "events", "space", "samples", "tables", "stopping", "finalists"]
-TORCHLESS += ["calibration", "intervals", "predictions", "ensemble", "analysis", "overfitting", "spending"]
-TORCHLESS += ["page", "remarks", "sections", "report", "plots", "card", "mistakes", "reading"]
+MODULES = sorted(str(path.relative_to(TUNING).with_suffix("")).replace("/", ".") for path in TUNING.rglob("*.py"))
+COMMANDS = {"run_search", "audit", "train_final", "report", "model_folder"}
+RAY = {"search.cluster", "search.driver", "search.trainable", "search.tuner"}
+OPTUNA = {"search.optimizer", "insight.analysis"}
+TORCHLESS = [
+    module
+    for module in MODULES
+    if module.partition(".")[0] in ("settings", "record", "data", "checks", "insight", "show")
+    or module in ("search.finalists", "search.optimizer", "search.stopping", "report", "audit")
+]
 
 
 def imports(module: str) -> tuple[set[str], set[str]]:
-    """Modules of ours, and packages of others, that a module imports anywhere in its code."""
+    """Modules of ours, as `room.name` or `name`, and packages of others, that a module imports anywhere in its code."""
     ours, others = set(), set()
-    for node in ast.walk(ast.parse((TUNING / f"{module}.py").read_text())):
+    for node in ast.walk(ast.parse((TUNING / f"{module.replace('.', '/')}.py").read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -103,26 +45,48 @@ def imports(module: str) -> tuple[set[str], set[str]]:
         else:
             continue
         for name in names:
-            parts = name.split(".")
-            if parts[0] == "tuning":
-                ours.add(parts[1])
+            if name.partition(".")[0] == "tuning":
+                parts = name.split(".")[1:]
+                ours.add(".".join(parts[:2]) if parts[0] in BELOW else parts[0])
             else:
-                others.add(parts[0])
+                others.add(name.partition(".")[0])
     return ours, others
 
 
+def test_every_module_is_in_a_room_or_is_a_command():
+    rooms = {path.parent.name for path in TUNING.glob("*/*.py")}
+    assert rooms == BELOW.keys()
+    assert {module for module in MODULES if "." not in module} == COMMANDS | {"__init__"}
+
+
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_point_one_way(module):
+def test_imports_point_down(module):
     ours, others = imports(module)
-    if module in COMMANDS:
-        assert not ours & {"run_search", "train_final"}
-    else:
-        assert ours <= ALLOWED[module]
-    assert "ray" not in others or module in ("cluster", "trial", "tuner", "search")
-    assert "optuna" not in others or module in ("optimizer", "analysis")
+    room = module.rpartition(".")[0]
+    if room:
+        assert {name.partition(".")[0] for name in ours} <= BELOW[room] | {room, "__version__"}
+    elif module in COMMANDS:
+        assert not ours & COMMANDS
+    assert "ray" not in others or module in RAY
+    assert "optuna" not in others or module in OPTUNA
+
+
+@pytest.mark.parametrize("room", BELOW)
+def test_no_imports_go_in_a_circle_within_a_room(room):
+    arrows = {module: imports(module)[0] for module in MODULES if module.startswith(f"{room}.")}
+    done: set[str] = set()
+    while free := {module for module in arrows.keys() - done if not (arrows[module] & arrows.keys()) - done}:
+        done |= free
+    assert done == arrows.keys()
+
+
+@pytest.mark.parametrize("room", BELOW)
+def test_a_package_says_its_purpose_and_nothing_more(room):
+    tree = ast.parse((TUNING / room / "__init__.py").read_text())
+    assert ast.get_docstring(tree) and len(tree.body) == 1
 
 
 def test_tables_and_spaces_open_without_torch_or_ray():
-    modules = ", ".join(f"tuning.{module}" for module in TORCHLESS)
+    modules = ", ".join(f"tuning.{module}".removesuffix(".__init__") for module in TORCHLESS)
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=TUNING.parent)

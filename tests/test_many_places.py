@@ -14,9 +14,9 @@ import yaml
 from ray.cluster_utils import Cluster
 from test_end_to_end import SPACE, command, ended, outcome, stand_still
 
-from tuning import storage
-from tuning.mirror import borrowed
-from tuning.tables import FINAL, read_journal, read_table
+from tuning.record import storage
+from tuning.record.mirror import borrowed
+from tuning.record.tables import FINAL, read_journal, read_table
 
 pytestmark = pytest.mark.slow
 SETTINGS = ("trials=8", "epochs=5", "finalists=0")

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from tuning.config import PARAMETERS, SETTINGS, SearchPlan, TrialConfig
-from tuning.findings import KINDS, SEVERITIES
-from tuning.tables import AUDIT, DECISIONS, EPOCHS, FINALISTS, SAMPLES, TRIALS
+from tuning.checks.findings import KINDS, SEVERITIES
+from tuning.record.tables import AUDIT, DECISIONS, EPOCHS, FINALISTS, SAMPLES, TRIALS
+from tuning.settings.config import PARAMETERS, SETTINGS, SearchPlan, TrialConfig
 
 ROOT = Path(__file__).parent.parent
 

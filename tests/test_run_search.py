@@ -19,11 +19,10 @@ import yaml
 from conftest import ONE_CORE, draw_folder
 from PIL import Image
 
-from tuning import report, search
-from tuning.audit import load_checked
-from tuning.config import RESUME_MAY_CHANGE, InputError, SearchPlan
-from tuning.finalists import Verdict
-from tuning.images import parallel_map, read_facts
+from tuning.checks.audit import load_checked
+from tuning.data.images import parallel_map, read_facts
+from tuning.insight.verdict import Verdict
+from tuning.record.tables import Record, Trial, make_tables, read_table
 from tuning.run_search import (
     Flags,
     _data,
@@ -37,8 +36,10 @@ from tuning.run_search import (
     run,
     write_run,
 )
-from tuning.space import load
-from tuning.tables import Record, Trial, make_tables, read_table
+from tuning.search import driver as search
+from tuning.settings.config import RESUME_MAY_CHANGE, InputError, SearchPlan
+from tuning.settings.space import load
+from tuning.show import report
 
 ROOT = Path(__file__).parent.parent
 SPACE = {

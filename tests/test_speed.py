@@ -12,8 +12,8 @@ import pytest
 import yaml
 from conftest import draw_folder
 
-from tuning.config import DEPTH_ALL, InputError
-from tuning.space import load
+from tuning.settings.config import DEPTH_ALL, InputError
+from tuning.settings.space import load
 
 ROOT = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location("speed", ROOT / "benchmarks" / "speed.py")

@@ -19,17 +19,27 @@ from runs import given_by_ray
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tuning import phantoms, train_final
-from tuning.audit import load_checked
-from tuning.config import InputError, SearchPlan, TrialConfig
-from tuning.model_folder import Ensemble, load_model
-from tuning.plots import PLOTS
-from tuning.predictions import read_predictions
+from tuning import train_final
+from tuning.checks.audit import load_checked
+from tuning.data import phantoms
+from tuning.model.folder import Ensemble, load_model
+from tuning.record.predictions import read_predictions
+from tuning.record.tables import (
+    SAMPLES,
+    Journal,
+    Record,
+    best_epoch,
+    make_tables,
+    read_journal,
+    read_table,
+    write_tables,
+)
 from tuning.run_search import write_run
-from tuning.space import parse
-from tuning.tables import SAMPLES, Journal, Record, best_epoch, make_tables, read_journal, read_table, write_tables
+from tuning.search.trainable import FinetuneTrial
+from tuning.settings.config import InputError, SearchPlan, TrialConfig
+from tuning.settings.space import parse
+from tuning.show.plots import PLOTS
 from tuning.train_final import Flags
-from tuning.trial import FinetuneTrial
 
 run = partial(train_final.run, onnx=False)  # which takes five seconds of a core
 WRITTEN = {"config.yaml", "metrics.json", "predictions.parquet", "README.md", "mistakes.html", *PLOTS}

@@ -27,20 +27,21 @@ import pyarrow as pa
 import tyro
 import yaml
 
-from tuning import analysis, finalists, tables
-from tuning.audit import Checked, load_checked
-from tuning.config import RESUME_MAY_CHANGE, InputError, SearchPlan, build, command_line, visible, without_secrets
-from tuning.documents import read_plan
-from tuning.images import parallel_map, read_facts
-from tuning.mirror import Mirror, fetch, mirrored, run_folder
-from tuning.progress import Progress, console, plain
-from tuning.report import refresher, write_or_tell
-from tuning.space import Space, fix, image_sizes, load, parse
-from tuning.space import backbones as backbones_in
-from tuning.storage import apart, is_uri, joined, stored, unreadable
-from tuning.track import check_installed, tracking
-
-DONE, BAD_INPUT, NO_FINITE_LOSS, INTERRUPTED = 0, 2, 3, 130
+from tuning.checks.audit import Checked, load_checked
+from tuning.data.images import parallel_map, read_facts
+from tuning.insight import analysis
+from tuning.insight import verdict as finalists
+from tuning.record import tables
+from tuning.record.mirror import Mirror, fetch, mirrored, run_folder
+from tuning.record.storage import apart, is_uri, joined, stored, unreadable
+from tuning.record.track import check_installed, tracking
+from tuning.settings.command_line import DONE, INTERRUPTED, NO_FINITE_LOSS, command_line, exit_code
+from tuning.settings.config import RESUME_MAY_CHANGE, InputError, SearchPlan, build, without_secrets
+from tuning.settings.documents import read_plan
+from tuning.settings.space import Space, fix, image_sizes, load, parse
+from tuning.settings.space import backbones as backbones_in
+from tuning.show.progress import Progress, console, plain
+from tuning.show.report import refresher, write_or_tell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,15 +85,7 @@ class Flags:
 
 def main() -> int:
     """Run the command line; returns the exit code."""
-    try:
-        return run(tyro.cli(Flags))
-    except InputError as error:
-        for fault in error.faults:
-            print(f"error: {visible(fault)}", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+    return exit_code(lambda: run(tyro.cli(Flags)))
 
 
 def run(flags: Flags) -> int:
@@ -109,7 +102,7 @@ def run(flags: Flags) -> int:
     )
 
     # Ray starts meanwhile. It and torch take seconds to load, so bad flags are told first.
-    from tuning.cluster import ray_running
+    from tuning.search.cluster import ray_running
 
     with mirrored(folder, plan.storage) as mirror, ray_running(plan) as nodes:
         return _search(flags, plan, space, folder, mirror, nodes)
@@ -124,11 +117,11 @@ def _search(
     ray_nodes: Callable[[], list[tuple[int, float]]],
 ) -> int:
     # What it is to be done with. All of it is checked before anything is written.
-    from tuning import backbones
-    from tuning.cluster import cluster_map, serve_images, slots, small_shared_memories, small_shared_memory
-    from tuning.search import Search
-    from tuning.summary import summarize
-    from tuning.weights import find_weights
+    from tuning.search.cluster import cluster_map, serve_images, slots, small_shared_memories, small_shared_memory
+    from tuning.search.driver import Search
+    from tuning.show.summary import summarize
+    from tuning.training import backbones
+    from tuning.training.weights import find_weights
 
     weights = find_weights(backbones_in(space), plan.weights)
     journal = folder / "journal.jsonl"
@@ -219,7 +212,7 @@ def _checked_nodes(plan: SearchPlan) -> bool:
     Raises:
         InputError: results don't go to one place that this node and all others write.
     """
-    from tuning.cluster import node_names, on_each_node
+    from tuning.search.cluster import node_names, on_each_node
 
     names = node_names()
     place = plan.storage if is_uri(plan.storage) else f"file://{os.path.abspath(plan.storage)}"
@@ -378,7 +371,7 @@ def _priors(plan: SearchPlan, space: Space) -> list[Any]:
     """What the sampler learns from another run."""
     if plan.warm_start is None:
         return []
-    from tuning.optimizer import read_priors
+    from tuning.search.optimizer import read_priors
 
     trials = tables.read_table(Path(plan.warm_start) / "trials.parquet")
     priors, outside = read_priors(trials, space, plan.metric, plan.warm_start_weight)

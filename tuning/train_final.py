@@ -22,21 +22,22 @@ import pandas as pd
 import tyro
 from numpy.typing import NDArray
 
-from tuning import tables
-from tuning.audit import load_checked
-from tuning.calibration import fit_temperature, logarithms, tempered
-from tuning.config import InputError, SearchPlan, TrialConfig, build, command_line, visible
-from tuning.documents import check_parts, read_mapping
-from tuning.ensemble import named_shares
-from tuning.images import cache_folder, open_images
-from tuning.mirror import borrowed
-from tuning.predictions import read_predictions, write_tested
-from tuning.reading import READINGS, measured, note_reading, tell
-from tuning.storage import is_uri, joined
+from tuning.checks.audit import load_checked
+from tuning.data.images import open_images
+from tuning.insight.calibration import fit_temperature, logarithms, tempered
+from tuning.insight.ensemble import named_shares
+from tuning.model.reading import READINGS, measured, note_reading, tell
+from tuning.record import tables
+from tuning.record.mirror import borrowed
+from tuning.record.predictions import read_predictions, write_tested
+from tuning.record.storage import is_uri, joined
+from tuning.settings.command_line import BAD_INPUT, DONE, command_line, exit_code
+from tuning.settings.config import InputError, SearchPlan, TrialConfig, build, cache_folder, visible
+from tuning.settings.documents import check_parts, read_mapping
 
 if TYPE_CHECKING:
-    from tuning.data import Data
-    from tuning.final import Final
+    from tuning.model.final import Final
+    from tuning.training.dataset import Data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,25 +57,18 @@ class Flags:
 
 def main() -> int:
     """Run the command line; returns the exit code."""
-    flags = tyro.cli(Flags)
-    try:
-        with borrowed(flags.best) as place:
-            model = run(dataclasses.replace(flags, best=str(place)))
-        if is_uri(flags.best):
-            if place.exists():  # it couldn't be sent, which has been told
-                return 2
-            written = joined(flags.best, "model")
-        else:
-            written = str(model)
-        print(f"\nwritten: {written}\nNext:\n  python tuning/model_folder.py predict {shlex.quote(written)} IMAGE ...")
-    except InputError as error:
-        for fault in error.faults:
-            print(f"error: {visible(fault)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; what is not in model/ was not written", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: _run_at(tyro.cli(Flags)))
+
+
+def _run_at(flags: Flags) -> int:
+    with borrowed(flags.best) as place:
+        written = str(run(dataclasses.replace(flags, best=str(place))))
+    if is_uri(flags.best):
+        if place.exists():  # it couldn't be sent, which has been told
+            return BAD_INPUT
+        written = joined(flags.best, "model")
+    print(f"\nwritten: {written}\nNext:\n  python tuning/model_folder.py predict {shlex.quote(written)} IMAGE ...")
+    return DONE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +114,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     if plan.ensemble:
         if table is None:
             raise InputError(f"ensemble=true: needs the run's folder, with what the search left; {run_folder} is none")
-        from tuning.final import kept_trials
+        from tuning.model.final import kept_trials
 
         predictions, known = kept_trials(run_folder, table)
         configs = {trial_id: known[trial_id] for trial_id in named_shares(predictions)}
@@ -138,15 +132,15 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
 
     import torch  # takes seconds to load, and timm more: bad input and --help are told before
 
-    from tuning.card import card
-    from tuning.data import join
-    from tuning.export import MODEL, export_or_tell, interface
-    from tuning.features import FeatureCache
-    from tuning.features import run_folder as outputs_folder
-    from tuning.final import assembled, trained
-    from tuning.model_folder import preprocessing, save_ensemble, save_model
-    from tuning.models import keep_memory
-    from tuning.weights import find_weights
+    from tuning.model.card import card
+    from tuning.model.export import MODEL, export_or_tell, interface
+    from tuning.model.final import assembled, trained
+    from tuning.model.folder import preprocessing, save_ensemble, save_model
+    from tuning.training.dataset import join
+    from tuning.training.features import FeatureCache
+    from tuning.training.features import run_folder as outputs_folder
+    from tuning.training.models import keep_memory
+    from tuning.training.weights import find_weights
 
     data = {size: join(table, open_images(images)) for size, images in folders.items()}
     some = data[sizes[0]]
@@ -248,9 +242,9 @@ def _show(
     temperature: float,
 ) -> None:
     """Write what the model made of the test set: the table, the plots, the page of mistakes."""
-    from tuning.activation import maps_or_tell
-    from tuning.mistakes import SIDE, mistakes_page, picture, worst
-    from tuning.plots import write_plots
+    from tuning.model.activation import maps_or_tell
+    from tuning.model.mistakes import SIDE, mistakes_page, picture, worst
+    from tuning.show.plots import write_plots
 
     some = next(iter(data.values()))
     targets = some.labels[some.test]

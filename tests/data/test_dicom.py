@@ -1,0 +1,216 @@
+"""DICOM images are seen as in a viewer: windows, lookup tables, inverted greys, colours; what can't be read is told."""
+
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.pixels import get_decoder
+from pydicom.uid import (
+    BasicTextSRStorage,
+    DigitalXRayImageStorageForPresentation,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEGBaseline8Bit,
+    JPEGLosslessSV1,
+    RLELossless,
+    generate_uid,
+)
+
+from tuning.data.decoding import decode
+from tuning.settings.config import InputError
+
+RAMP = np.add.outer(np.arange(32) * 64, np.arange(32) * 64).astype(np.uint16)  # 0 to 3,968, of 12 bits
+NO_WINDOW = "has no window, so it is shown from its least to its greatest value"
+
+
+def write(
+    file: Path,
+    pixels: np.ndarray,
+    *,
+    photometric: str = "MONOCHROME2",
+    bits: int = 12,
+    syntax: str = ExplicitVRLittleEndian,
+    compressed: bytes | None = None,
+    **elements,
+) -> str:
+    """A DICOM file by pydicom's own writer."""
+    dataset = Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian if syntax == RLELossless else syntax
+    dataset.SOPClassUID, dataset.SOPInstanceUID = DigitalXRayImageStorageForPresentation, generate_uid()
+    frames = elements.get("NumberOfFrames", 1)
+    shape = pixels.shape if frames == 1 else pixels.shape[1:]
+    dataset.Rows, dataset.Columns = shape[:2]
+    dataset.SamplesPerPixel = 1 if len(shape) == 2 else 3
+    if len(shape) == 3:
+        dataset.PlanarConfiguration = 0
+    dataset.PhotometricInterpretation = photometric
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 8 * pixels.itemsize, bits, bits - 1
+    dataset.PixelRepresentation = int(pixels.dtype.kind == "i")
+    for name, value in elements.items():
+        setattr(dataset, name, value)
+    dataset.PixelData = (pixels.byteswap() if syntax == ExplicitVRBigEndian else pixels).tobytes()
+    if compressed is not None:
+        dataset.PixelData = encapsulate([compressed])
+    dataset["PixelData"].VR = "OW" if pixels.itemsize > 1 and compressed is None else "OB"
+    if syntax == RLELossless:
+        dataset.compress(RLELossless)
+    dataset.save_as(file, enforce_file_format=True)
+    return str(file)
+
+
+def shown(file: str, side: int = 32) -> np.ndarray:
+    return decode(file, side)[0].astype(int)
+
+
+def lookup_table(levels: np.ndarray, bits: int) -> list[Dataset]:
+    item = Dataset()
+    item.LUTDescriptor = [len(levels), 0, bits]
+    item.LUTData = levels.astype("<u2").tobytes()
+    item["LUTData"].VR = "OW"
+    return [item]
+
+
+def window(values: np.ndarray, centre: float, width: float) -> np.ndarray:
+    """PS3.3 C.11.2.1.2.1, word for word, to 0 .. 255."""
+    linear = ((values - (centre - 0.5)) / (width - 1) + 0.5) * 255
+    below, above = values <= centre - 0.5 - (width - 1) / 2, values > centre - 0.5 + (width - 1) / 2
+    return np.where(below, 0, np.where(above, 255, linear))
+
+
+def test_the_window_is_applied_and_monochrome1_is_the_inverse(tmp_path):
+    options = {"WindowCenter": 2000, "WindowWidth": 1000}
+    pixels, facts = decode(write(tmp_path / "2.dcm", RAMP, **options), 32)
+    assert abs(pixels - window(RAMP.astype(float), 2000, 1000)).max() <= 0.5
+    assert facts[:4] == (32, 32, "I;16", "DICOM") and facts.told is None
+    inverse = shown(write(tmp_path / "1.dcm", RAMP, photometric="MONOCHROME1", **options))
+    assert abs(inverse - (255 - pixels.astype(int))).max() <= 1
+    several = shown(write(tmp_path / "0.dcm", RAMP, WindowCenter=[2000, 100], WindowWidth=[1000, 50]))
+    assert (several == pixels).all()
+
+
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRBigEndian, RLELossless])
+def test_other_ways_to_store_the_pixels_are_seen_alike(tmp_path, syntax):
+    options = {"WindowCenter": 2000, "WindowWidth": 4000}
+    plain = shown(write(tmp_path / "plain.dcm", RAMP, **options))
+    assert (shown(write(tmp_path / "other.dcm", RAMP, syntax=syntax, **options)) == plain).all()
+
+
+def test_windows_are_in_rescaled_units_and_pixels_may_be_signed(tmp_path):
+    signed = RAMP.astype(np.int16) - 2000
+    pixels = shown(
+        write(
+            tmp_path / "ct.dcm",
+            signed,
+            bits=16,
+            RescaleSlope=2,
+            RescaleIntercept=-24,
+            WindowCenter=-200,
+            WindowWidth=1500,
+        )
+    )
+    assert abs(pixels - window(signed * 2.0 - 24, -200, 1500)).max() <= 0.5
+
+
+def test_other_functions_of_the_window(tmp_path):
+    exact = write(tmp_path / "e.dcm", RAMP, WindowCenter=2000, WindowWidth=1000, VOILUTFunction="LINEAR_EXACT")
+    assert abs(shown(exact) - ((RAMP.astype(float) - 2000) / 1000 + 0.5).clip(0, 1) * 255).max() <= 0.5
+    sigmoid = write(tmp_path / "s.dcm", RAMP, WindowCenter=2000, WindowWidth=1000, VOILUTFunction="SIGMOID")
+    assert abs(shown(sigmoid) - 255 / (1 + np.exp(-4 * (RAMP - 2000.0) / 1000))).max() <= 0.5
+    step = shown(write(tmp_path / "w.dcm", RAMP, WindowCenter=2000, WindowWidth=1))
+    assert set(np.unique(step)) == {0, 255} and ((step == 255) == (RAMP > 1999)).all()
+
+
+def test_lookup_tables_come_before_windows(tmp_path):
+    curve = np.round(4095 * np.linspace(0, 1, 4096) ** 0.5)
+    options = {"WindowCenter": 5, "WindowWidth": 5, "VOILUTSequence": lookup_table(curve, 12)}
+    assert abs(shown(write(tmp_path / "voi.dcm", RAMP, **options)) - curve[RAMP] / 4095 * 255).max() <= 0.5
+    halved = np.arange(4096) // 2
+    modality = lookup_table(halved, 16)
+    modality[0].ModalityLUTType = "US"
+    file = write(tmp_path / "m.dcm", RAMP, ModalityLUTSequence=modality, WindowCenter=1000, WindowWidth=2000)
+    assert abs(shown(file) - window(halved[RAMP].astype(float), 1000, 2000)).max() <= 0.5
+
+
+def test_without_a_window_the_whole_range_is_shown(tmp_path):
+    pixels, facts = decode(write(tmp_path / "whole.dcm", RAMP // 2 + 500), 32)
+    assert abs(pixels - RAMP / RAMP.max() * 255).max() <= 1 and facts.told == NO_WINDOW
+    padded = np.where(np.arange(32) < 5, 0, RAMP // 2 + 500).astype(np.uint16)
+    pixels = shown(write(tmp_path / "padded.dcm", padded, PixelPaddingValue=0))
+    assert (pixels[:, :5] == 0).all()
+    rest = RAMP[:, 5:].astype(float) // 2
+    assert abs(pixels[:, 5:] - (rest - rest.min()) / (rest.max() - rest.min()) * 255).max() <= 1
+    even = decode(write(tmp_path / "even.dcm", np.full_like(RAMP, 7)), 32)
+    assert (even[0] == 0).all()
+    wide = np.linspace(0, 65535, 1024).round().reshape(32, 32)
+    for number, all16 in enumerate((wide.astype(np.uint16), (wide - 32768).astype(np.int16))):
+        assert abs(shown(write(tmp_path / f"{number}.dcm", all16, bits=16)) - wide / 257).max() <= 1
+    byte = (RAMP >> 5).astype(np.uint8)
+    pixels, facts = decode(write(tmp_path / "byte.dcm", byte, bits=8), 32)
+    assert (pixels == byte).all() and facts.mode == "L" and facts.told is None
+
+
+def test_colours(tmp_path):
+    byte = (RAMP >> 4).astype(np.uint8)
+    colours = np.dstack([byte, byte[::-1], byte[:, ::-1]])
+    pixels, facts = decode(write(tmp_path / "rgb.dcm", colours, photometric="RGB", bits=8), 32)
+    assert (pixels == colours).all() and facts.mode == "RGB"
+    levels = {"Red": np.arange(256), "Green": np.arange(256)[::-1], "Blue": np.full(256, 9)}
+    tables = {
+        f"{name}PaletteColorLookupTableData": (each.astype("<u2") * 257).tobytes() for name, each in levels.items()
+    }
+    tables |= {f"{name}PaletteColorLookupTableDescriptor": [256, 0, 16] for name in levels}
+    pixels, facts = decode(write(tmp_path / "p.dcm", byte, photometric="PALETTE COLOR", bits=8, **tables), 32)
+    assert (pixels == np.dstack([byte, 255 - byte, np.full_like(byte, 9)])).all() and facts.mode == "P"
+    assert decode(str(tmp_path / "rgb.dcm"), 32, drop_colour=True)[0].ndim == 2
+
+
+def test_jpegs_inside(tmp_path):
+    byte = (RAMP >> 4).astype(np.uint8)
+    for pixels, photometric in ((byte, "MONOCHROME2"), (np.dstack([byte, byte[::-1], byte[:, ::-1]]), "YBR_FULL_422")):
+        stream = io.BytesIO()
+        Image.fromarray(pixels).save(stream, "JPEG", quality=95)
+        options = {"photometric": photometric, "bits": 8, "syntax": JPEGBaseline8Bit, "compressed": stream.getvalue()}
+        assert abs(shown(write(tmp_path / "jpeg.dcm", pixels, **options)) - pixels).mean() < 6
+
+
+def test_of_several_frames_the_first_is_used_and_a_wrong_suffix_is_told(tmp_path):
+    frames = np.stack([RAMP, RAMP[::-1]])
+    file = write(tmp_path / "cine.png", frames, NumberOfFrames=2, WindowCenter=2000, WindowWidth=4000)
+    assert (shown(file) == shown(write(tmp_path / "one.dcm", RAMP, WindowCenter=2000, WindowWidth=4000))).all()
+    told = decode(file, 32)[1].told
+    assert told == "is a DICOM file named .png; has several frames, of which the first is used"
+
+
+def test_what_cannot_be_shown_is_told(tmp_path, monkeypatch):
+    def reason(file: str) -> str:
+        with pytest.raises(InputError) as caught:
+            decode(file, 32)
+        return str(caught.value)
+
+    whole = write(tmp_path / "whole.dcm", RAMP)
+    (tmp_path / "cut.dcm").write_bytes(Path(whole).read_bytes()[:-500])
+    assert "number of bytes of pixel data is less than expected" in reason(str(tmp_path / "cut.dcm"))
+    (tmp_path / "head.dcm").write_bytes(Path(whole).read_bytes()[:200])
+    assert reason(str(tmp_path / "head.dcm"))
+    assert "60000 x 60000 pixels, over the limit" in reason(write(tmp_path / "b.dcm", RAMP, Rows=60000, Columns=60000))
+    assert "more than 16 bits" in reason(write(tmp_path / "deep.dcm", RAMP.astype(np.uint32), bits=32))
+
+    report = Dataset()
+    report.file_meta = FileMetaDataset()
+    report.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    report.SOPClassUID, report.SOPInstanceUID = BasicTextSRStorage, generate_uid()
+    report.save_as(tmp_path / "report.dcm", enforce_file_format=True)
+    assert "without an image (Basic Text SR Storage)" in reason(str(tmp_path / "report.dcm"))
+
+    if not get_decoder(JPEGLosslessSV1).is_available:
+        said = reason(write(tmp_path / "lossless.dcm", RAMP, syntax=JPEGLosslessSV1, compressed=b"\xff\xd8"))
+        assert "compressed as JPEG Lossless" in said and "pip install python-gdcm" in said
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    assert "is a DICOM file, which needs pydicom; pip install pydicom python-gdcm" in reason(whole)

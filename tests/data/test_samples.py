@@ -1,0 +1,404 @@
+"""Folders and manifests become one table, faults are told all at once, and splits are drawn alike everywhere."""
+
+import csv
+import os
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tuning.data.samples import fingerprint, load_samples, redrawn
+from tuning.settings.config import InputError
+
+N_FILES = 60
+
+
+def touch(root: Path, *paths: str) -> Path:
+    """Empty files: samples are listed, never opened."""
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).touch()
+    return root
+
+
+def write_csv(file: Path, rows: list[dict[str, str]]) -> str:
+    with open(file, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(file)
+
+
+def faults(*arguments, **settings) -> list[str]:
+    with pytest.raises(InputError) as caught:
+        load_samples(*arguments, **settings)
+    return caught.value.faults
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    return touch(tmp_path_factory.mktemp("files"), *(f"{number:02d}.png" for number in range(N_FILES)))
+
+
+@pytest.fixture
+def rows(files) -> list[dict[str, str]]:
+    return [{"path": f"{number:02d}.png", "label": "ab"[number % 2]} for number in range(20)]
+
+
+# --- Folders ---------------------------------------------------------------------------------------------------------
+
+
+def test_class_folders_are_listed_at_any_depth_without_hidden_and_other_files(tmp_path):
+    touch(tmp_path, *(f"{name}/{number}.png" for name in ("ill", "well") for number in range(8)))
+    touch(tmp_path, "ill/site/deep/x.JPG", "well/y.jpeg", "ill/notes.txt", "ill/.z.png", ".git/a.png", "README.md")
+    samples = load_samples(str(tmp_path))
+    assert list(samples.columns) == ["path", "file", "label", "split", "group"]
+    assert len(samples) == 18 and list(samples.index) == list(range(18))
+    assert list(samples["path"]) == sorted(samples["path"])
+    assert {"ill/site/deep/x.JPG", "well/y.jpeg"} <= set(samples["path"])
+    assert all(os.path.isabs(file) and Path(file).is_file() for file in samples["file"])
+    assert all(group is None for group in samples["group"])
+    assert sorted(samples["label"].unique()) == ["ill", "well"]
+    assert set(samples["split"]) == {"train", "val", "test"}
+
+
+@pytest.mark.parametrize("names", [("train", "val", "test"), ("Training", "VALID", "testing"), ("TRAIN", "Validation")])
+def test_split_folders_are_kept_under_any_of_their_names(tmp_path, names):
+    touch(tmp_path, *(f"{name}/{label}/{number}.png" for name in names for label in "ab" for number in range(3)))
+    touch(tmp_path, "sketches/a/1.png")
+    samples = load_samples(str(tmp_path))
+    words = dict(zip(names, ("train", "val", "test"), strict=False))
+    assert len(samples) == 6 * len(names)
+    assert all(row.split == words[row.path.split("/")[0]] for row in samples.itertuples())
+
+
+def test_val_is_drawn_from_train_where_only_train_and_test_exist(tmp_path):
+    touch(tmp_path, *(f"train/{label}/{number}.png" for label in "ab" for number in range(10)))
+    touch(tmp_path, *(f"test/{label}/{number}.png" for label in "ab" for number in range(4)))
+    samples = load_samples(str(tmp_path))
+    counts = Counter(zip(samples["split"], samples["label"], strict=True))
+    assert counts == {(split, label): n for split, n in (("train", 8), ("val", 2), ("test", 4)) for label in "ab"}
+    assert all(row.path.startswith("test/") == (row.split == "test") for row in samples.itertuples())
+    assert list(samples["path"]) == sorted(samples["path"])
+
+
+def test_links_in_a_circle_end(tmp_path):
+    touch(tmp_path, *(f"{label}/{number}.png" for label in "ab" for number in range(3)))
+    (tmp_path / "a" / "again").symlink_to(tmp_path / "a")
+    (tmp_path / "c").symlink_to(tmp_path / "b")
+    assert Counter(load_samples(str(tmp_path))["label"]) == {"a": 3, "b": 3, "c": 3}
+
+
+@pytest.mark.parametrize(
+    ("paths", "words"),
+    [
+        ([], ["no class folders"]),
+        (["1.png", "2.JPG"], ["2 images lie directly in it (1.png, 2.JPG)", "folder of its class"]),
+        (["a/1.png", "b/1.png", "1.png"], ["1 images lie directly in it"]),
+        (["a/1.png", "b/1.nii", "b/2.txt", "c/1.png"], ["/b: no images", "2 files with other suffixes: .nii, .txt"]),
+        (["a/1.png", "b/.1.png", "c/1.png"], ["/b: no images in this class folder (no files)"]),
+        (["a/1.png", "a/2.png"], ["only one class, 'a'"]),
+        (["train/a/1.png", "train/b/1.png", "val/a/1.png", "val/c/1.png"], ["'c' not in train, 'b' not in val"]),
+        (["val/a/1.png", "val/b/1.png"], ["has val but no train folder"]),
+        (["train/a/1.png", "train/b/1.png", "val/1.png"], ["val: 1 images lie directly"]),
+        (["train/a/1.png", "train/b/1.png", "Training/a/1.png", "Training/b/1.png"], ["mean the same split"]),
+        (["a/1.png", "b/1.png", "b/2.png", "b/3.png"], ["'a' (1 images in 1 groups) has none for val"]),
+    ],
+)
+def test_faulty_folders(tmp_path, paths, words):
+    found = faults(str(touch(tmp_path, *paths)))
+    assert len(found) == 1
+    assert str(tmp_path) in found[0] and all(word in found[0] for word in words)
+
+
+def test_dangling_links_and_unlistable_names_are_told(tmp_path):
+    touch(tmp_path, "a/1.png", "a/2.png", "b/1.png", "b/2.png")
+    (tmp_path / "a" / "3.png").symlink_to(tmp_path / "gone.png")
+    try:
+        (tmp_path / "b" / os.fsdecode(b"\xff.png")).touch()
+    except OSError:
+        pytest.skip("the file system takes Unicode names only")
+    found = faults(str(tmp_path))
+    assert len(found) == 2
+    assert "1 file names are not UTF-8" in found[0]
+    assert "1 image files are missing (a/3.png)" in found[1]
+
+
+def test_all_faults_come_at_once(tmp_path):
+    touch(tmp_path, "train/a/1.png", "train/b/1.txt", "val/a/1.png", "val/loose.png")
+    found = faults(str(tmp_path), val_fraction=0.6, test_fraction=0.5)
+    assert len(found) == 4
+    for fault, word in zip(
+        found, ["must be below 1", "train/b: no images", "val: 1 images", "'b' not in val"], strict=True
+    ):
+        assert word in fault
+
+
+# --- Manifests -------------------------------------------------------------------------------------------------------
+
+
+def test_manifest_columns_paths_and_splits(tmp_path):
+    touch(tmp_path, *(f"in/{number}.png" for number in range(4)))
+    outside = touch(tmp_path / "far", "x.png", "y.png")
+    (tmp_path / "set").mkdir()
+    paths = ["../in/0.png", "..\\in\\1.png", "../in/./2.png", "../in/3.png", str(outside / "x.png"), "../far/y.png"]
+    splits = ["train", "Training", "VAL", "validation", "test", "testing"]
+    rows = [
+        {"image": path, "class": "NA" if index % 2 else "None", "part": split, "patient": f"{index:03d}"}
+        for index, (path, split) in enumerate(zip(paths, splits, strict=True))
+    ]
+    file = write_csv(tmp_path / "set" / "all.CSV", rows)
+    names = {"path_column": "image", "label_column": "class", "split_column": "part", "group_column": "patient"}
+    samples = load_samples(file, **names).set_index("group")
+    assert samples.loc["001", "path"] == "../in/1.png"
+    assert samples.loc["002", "path"] == "../in/2.png"
+    assert samples.loc["004", "path"] == str(outside / "x.png")
+    assert samples.loc["000", "label"] == "None" and samples.loc["001", "label"] == "NA"
+    assert Counter(samples["split"]) == {"train": 2, "val": 2, "test": 2}
+
+
+def test_an_absolute_path_below_the_manifest_is_shown_relative(files, rows, tmp_path):
+    relative = load_samples(write_csv(files / "relative.csv", rows))
+    absolute = load_samples(write_csv(files / "absolute.csv", [r | {"path": str(files / r["path"])} for r in rows]))
+    pd.testing.assert_frame_equal(relative, absolute)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_numeric_labels_and_groups_are_text_without_a_point(files, suffix):
+    table = pd.DataFrame(
+        {
+            "path": [f"{number:02d}.png" for number in range(20)],
+            "label": [number % 2 for number in range(20)],
+            "group": [123 + number // 2 for number in range(20)],
+        }
+    )
+    if suffix == "csv":
+        table.to_csv(files / "numeric.csv", index=False)
+    else:
+        table.astype({"group": float, "label": "category"}).to_parquet(files / "numeric.parquet")
+    samples = load_samples(str(files / f"numeric.{suffix}"))
+    assert sorted(samples["label"].unique()) == ["0", "1"]
+    assert set(samples["group"]) == {str(123 + number) for number in range(10)}
+    assert samples.groupby("group")["split"].nunique().max() == 1
+
+
+def test_csv_as_spreadsheets_write_it(files, rows):
+    lines = [", ".join(rows[0]) + ","] + [", ".join(row.values()) + "," for row in rows] + ["", ""]
+    (files / "sheet.csv").write_text("\r\n".join(lines), encoding="utf-8-sig")
+    assert len(load_samples(str(files / "sheet.csv"))) == 20
+
+
+def test_faulty_rows_come_all_at_once(files, rows):
+    rows = [row | {"split": "train" if index < 12 else "val", "group": str(index)} for index, row in enumerate(rows)]
+    rows[0]["label"] = " "
+    rows[1]["split"] = "holdout"
+    rows[2]["group"] = ""
+    rows[3]["path"] = "gone.png"
+    rows[5]["path"] = rows[4]["path"]
+    found = "\n".join(faults(write_csv(files / "rows.csv", rows)))
+    for words in (
+        "column 'label' has 1 empty cells, in the rows 1 ",
+        "column 'split' holds 'holdout'; a split is one of train, val, test",
+        "column 'group' has 1 empty cells, in the rows 3 ",
+        "1 image files are missing (gone.png)",
+        "1 paths occur more than once (04.png)",
+    ):
+        assert words in found
+    assert len(found.splitlines()) == 5
+
+
+def test_long_lists_are_cut_to_five(files):
+    rows = [{"path": f"gone{number}.png", "label": "ab"[number % 2]} for number in range(9)]
+    [found] = faults(write_csv(files / "gone.csv", rows))
+    assert "9 image files are missing" in found and "gone4.png and 4 more" in found and "gone5" not in found
+
+
+def test_missing_columns_name_those_there_and_the_setting(files, rows):
+    file = write_csv(files / "columns.csv", [{"image": row["path"], "label": row["label"]} for row in rows])
+    [found] = faults(file)
+    assert "no column 'path', its columns are 'image', 'label'" in found and "--set path_column=..." in found
+    assert len(load_samples(file, path_column="image")) == 20
+    found = faults(file, path_column="image", split_column="fold", group_column="patient")
+    assert ["--set split_column=..." in found[0], "--set group_column=..." in found[1]] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("none.csv", None, "no such folder or file"),
+        ("set.xlsx", b"PK", "ends in .csv or .parquet, this one in .xlsx"),
+        ("set", b"", "this one in nothing"),
+        ("empty.csv", b"", "is empty"),
+        ("header.csv", b"path,label\n", "has no rows"),
+        ("latin.csv", "path,label\nä.png,a\n".encode("latin-1"), "can't be read as CSV"),
+        ("wide.csv", b"path,label\na.png,a,b\n", "line 2 has more cells than the header"),
+        ("twice.csv", b"path,label,label\n00.png,a,b\n01.png,b,a\n", "has 2 columns named 'label'"),
+        ("broken.parquet", b"PAR1", "can't be read as PARQUET"),
+    ],
+)
+def test_faulty_manifests(files, name, content, words):
+    if content is not None:
+        (files / name).write_bytes(content)
+    found = faults(str(files / name))
+    assert len(found) == 1 and name in found[0] and words in found[0]
+
+
+def test_lists_as_labels_are_refused(files):
+    pd.DataFrame({"path": ["00.png"], "label": [["a", "b"]]}).to_parquet(files / "lists.parquet")
+    [found] = faults(str(files / "lists.parquet"))
+    assert "column 'label' holds list" in found
+
+
+# --- Splits ----------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def labelled(draw, *, grouped: bool):
+    labels = draw(st.lists(st.sampled_from("abc"), min_size=12, max_size=N_FILES).filter(lambda x: len(set(x)) > 1))
+    groups = draw(st.lists(st.integers(0, 20), min_size=len(labels), max_size=len(labels)))
+    rows = [
+        {"path": f"{number:02d}.png", "label": label} | ({"group": f"p{group}"} if grouped else {})
+        for number, (label, group) in enumerate(zip(labels, groups, strict=True))
+    ]
+    return rows, draw(st.permutations(rows))
+
+
+@settings(max_examples=50)
+@given(
+    drawn=labelled(grouped=False),
+    val_fraction=st.floats(0.05, 0.4),
+    test_fraction=st.just(0.0) | st.floats(0.05, 0.4),
+)
+def test_shares_of_every_class_are_within_one_image(files, drawn, val_fraction, test_fraction):
+    rows, shuffled = drawn
+    fractions = {"val_fraction": val_fraction, "test_fraction": test_fraction}
+    counts = Counter(row["label"] for row in rows)
+    if min(counts.values()) == 1:
+        [found] = faults(write_csv(files / "drawn.csv", rows), **fractions)
+        assert "too few images to draw splits" in found
+        return
+    samples = load_samples(write_csv(files / "drawn.csv", rows), **fractions)
+    pd.testing.assert_frame_equal(samples, load_samples(write_csv(files / "drawn.csv", shuffled), **fractions))
+    shares = {"train": 1 - val_fraction - test_fraction, "val": val_fraction, "test": test_fraction}
+    placed = Counter(zip(samples["split"], samples["label"], strict=True))
+    for label, total in counts.items():
+        assert placed["train", label] and placed["val", label]
+        assert all(abs(placed[split, label] - share * total) <= 1 for split, share in shares.items())
+
+
+@settings(max_examples=50)
+@given(drawn=labelled(grouped=True))
+def test_no_group_is_split_and_the_order_of_rows_does_not_matter(files, drawn):
+    rows, shuffled = drawn
+    try:
+        samples = load_samples(write_csv(files / "drawn.csv", rows))
+    except InputError as error:
+        assert faults(write_csv(files / "drawn.csv", shuffled)) == error.faults
+        assert "too few images to draw splits" in error.faults[0]
+        return
+    pd.testing.assert_frame_equal(samples, load_samples(write_csv(files / "drawn.csv", shuffled)))
+    assert samples.groupby("group")["split"].nunique().max() == 1
+    assert {label for split, label in zip(samples["split"], samples["label"], strict=True) if split == "val"} == set(
+        samples["label"]
+    )
+
+
+@settings(max_examples=50)
+@given(drawn=labelled(grouped=True), seed=st.integers(0, 2**31 - 1))
+def test_a_redrawn_split_keeps_the_test_the_groups_and_the_classes(files, drawn, seed):
+    try:
+        samples = load_samples(write_csv(files / "redrawn.csv", drawn[0]))
+    except InputError:
+        return  # too few groups of a class
+    samples["unit"] = pd.factorize(samples["group"])[0]
+    again = redrawn(samples, seed)
+    assert again.drop(columns="split").equals(samples.drop(columns="split"))
+    assert list(again["split"] == "test") == list(samples["split"] == "test")
+    assert (again.groupby("group")["split"].nunique() == 1).all()
+    for split in ("train", "val"):
+        assert set(again.loc[again["split"] == split, "label"]) == set(samples["label"])
+    assert again.equals(redrawn(samples, seed))
+
+
+def test_redrawn_splits_differ_by_seed_and_keep_their_sizes(files, rows):
+    samples = load_samples(write_csv(files / "sizes.csv", rows))
+    assert samples.attrs["drawn"] == ["train", "val", "test"]
+    samples["unit"] = range(len(samples))
+    splits = {tuple(redrawn(samples, seed)["split"]) for seed in range(10)}
+    assert len(splits) > 5
+    assert {split.count("val") for split in splits} == {list(samples["split"]).count("val")}
+
+
+def test_copies_stay_together_in_a_redrawn_split(files, rows):
+    samples = load_samples(write_csv(files / "copies.csv", rows)).assign(split=["train"] * 16 + ["val"] * 4)
+    samples["unit"] = [number // 2 for number in range(len(samples))]  # of no group
+    for seed in range(20):
+        assert (redrawn(samples, seed).groupby("unit")["split"].nunique() == 1).all()
+
+
+def test_a_given_validation_split_is_told_from_a_drawn_one(files, rows):
+    given_splits = [row | {"split": ("train", "val")[index // 2 % 2]} for index, row in enumerate(rows)]
+    assert load_samples(write_csv(files / "given.csv", given_splits)).attrs["drawn"] == []
+
+
+@settings(max_examples=50)
+@given(
+    patients=st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 4)), min_size=12, max_size=15),
+    val_fraction=st.floats(0.1, 0.4),
+)
+def test_shares_of_every_class_are_kept_as_far_as_groups_allow(files, patients, val_fraction):
+    labels = [(label, f"p{number}") for number, (label, images) in enumerate(patients) for _ in range(images)]
+    rows = [
+        {"path": f"{number:02d}.png", "label": label, "group": group} for number, (label, group) in enumerate(labels)
+    ]
+    if len({label for label, _ in patients}) == 1:
+        return
+    try:
+        samples = load_samples(write_csv(files / "patients.csv", rows), val_fraction=val_fraction, test_fraction=0.2)
+    except InputError as error:
+        assert "too few images to draw splits" in error.faults[0]
+        return
+    placed = Counter(zip(samples["split"], samples["label"], strict=True))
+    largest = max(images for _, images in patients)
+    for label, total in Counter(label for label, _ in labels).items():
+        for split, share in {"train": 0.8 - val_fraction, "val": val_fraction, "test": 0.2}.items():
+            assert abs(placed[split, label] - share * total) <= 2 * largest + 1
+
+
+def test_groups_that_given_splits_tear_apart_are_left_to_the_audit(files, rows):
+    rows = [row | {"group": "p1", "split": ("train", "val")[number // 10]} for number, row in enumerate(rows)]
+    assert Counter(load_samples(write_csv(files / "torn.csv", rows))["split"]) == {"train": 10, "val": 10}
+
+
+def test_splits_are_the_same_on_every_machine(files, rows):
+    samples = load_samples(write_csv(files / "same.csv", rows))
+    assert " ".join(split[:2] for split in samples["split"]) == (
+        "tr tr tr tr tr va tr tr va te tr tr te tr va va te te tr tr"
+    )
+
+
+# --- Fingerprint -----------------------------------------------------------------------------------------------------
+
+
+def test_fingerprint_changes_with_every_part(files, rows):
+    samples = load_samples(write_csv(files / "print.csv", [row | {"group": row["path"]} for row in rows]))
+    hashes = [str(number) for number in range(20)]
+    whole = fingerprint(samples, hashes)
+    assert len(whole) == 64 and whole == fingerprint(samples.copy(), list(hashes))
+    for column in ("path", "label", "split", "group"):
+        changed = samples.copy()
+        changed.loc[7, column] = "other"
+        assert fingerprint(changed, hashes) != whole
+    assert fingerprint(samples, ["x", *hashes[1:]]) != whole
+    assert fingerprint(samples.assign(file="elsewhere"), hashes) == whole
+
+
+def test_fingerprint_takes_every_way_to_say_no_group_alike(files, rows, tmp_path):
+    samples = load_samples(write_csv(files / "print.csv", rows))
+    samples.to_parquet(tmp_path / "samples.parquet")
+    back = pd.read_parquet(tmp_path / "samples.parquet")
+    assert fingerprint(samples, ["0"] * 20) == fingerprint(back, ["0"] * 20)
+    assert fingerprint(samples, ["0"] * 20) == fingerprint(samples.assign(group=float("nan")), ["0"] * 20)

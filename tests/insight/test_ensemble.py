@@ -1,0 +1,78 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.special import softmax
+
+from tuning.insight.ensemble import halves, named_shares, offer, selected
+from tuning.record.predictions import Predictions
+
+
+def simulated(noises, images=300, groups=None, seed=0):
+    """Trials that see the same truth through noise of their own."""
+    rng = np.random.default_rng(seed)
+    targets = np.arange(images) % 3
+    logits = 2.0 * np.eye(3)[targets] + np.array(noises)[:, None, None] * rng.normal(size=(len(noises), images, 3))
+    names = tuple(f"t{number}" for number in range(len(noises)))
+    groups = np.arange(images) if groups is None else groups
+    return Predictions(names, softmax(logits, axis=2), targets, groups, ("a", "b", "c"))
+
+
+def test_trials_that_err_apart_are_better_together():
+    found = offer(simulated([2.5] * 5))
+    assert found.better and found.val_loss < found.alone - 0.02
+    assert found.gain == pytest.approx(found.alone - found.val_loss)
+    assert len(found.shares) == 5 and sum(found.shares.values()) == pytest.approx(1)
+    assert list(found.shares.values()) == sorted(found.shares.values(), reverse=True)
+
+
+def test_trials_that_are_alike_offer_nothing():
+    one = simulated([1.0])
+    alike = Predictions(("x", "y"), np.repeat(one.probabilities, 2, axis=0), one.targets, one.groups, one.classes)
+    found = offer(alike)
+    assert found.gain == 0 and not found.better and found.shares == {"x": 1.0}
+
+
+def test_what_was_luck_on_one_half_is_not_offered():
+    """Fifty trials that only guess: the best of them on one half of validation is as bad as any on the other."""
+    gains = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        logits = rng.normal(0, 1.0, (50, 60, 3))
+        targets = np.arange(60) % 3
+        guesses = Predictions(tuple(map(str, range(50))), softmax(logits, axis=2), targets, np.arange(60), tuple("abc"))
+        found = offer(guesses)
+        on_all = -np.log(np.array(list(named_shares(guesses).values())) @ guesses.of(named_shares(guesses)).true)
+        gains.append((found.val_loss - np.log(3), on_all.mean() - np.log(3)))
+    honest, fooled = np.mean(gains, axis=0)
+    assert honest > 0.03 > 0 > fooled  # judged on what it was chosen on, guessing seems to be better than it is
+
+
+@given(st.integers(1, 6), st.integers(0, 2**31 - 1))
+def test_on_what_it_is_chosen_on_an_ensemble_is_never_worse_than_its_best_trial(count, seed):
+    true = np.random.default_rng(seed).uniform(0.05, 1, (count, 20))
+    shares = selected(true)
+    assert shares.sum() == pytest.approx(1) and (shares >= 0).all()
+    assert -np.log(shares @ true).mean() <= -np.log(true).mean(axis=1).min() + 1e-12
+
+
+def test_shares_follow_from_selection_with_replacement():
+    # Two trials that each know one half of the images; a third that knows nothing.
+    true = np.array([[0.9] * 10 + [0.1] * 10, [0.1] * 10 + [0.9] * 10, [0.3] * 20])
+    assert selected(true) == pytest.approx([0.5, 0.5, 0])
+
+
+@given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 2)), min_size=1, max_size=60))
+def test_halves_keep_groups_together_and_classes_even(rows):
+    groups, targets = np.array(rows).T
+    first = halves(targets, groups)
+    assert all(len(set(first[groups == group])) == 1 for group in set(groups))
+    assert np.array_equal(first, halves(targets, groups))
+    alone = halves(targets, np.arange(len(targets)))
+    for label in set(targets):
+        assert abs(alone[targets == label].sum() - (~alone)[targets == label].sum()) <= 1
+
+
+def test_too_little_to_choose_from_or_to_judge_on():
+    assert offer(simulated([1.0])) is None
+    assert offer(simulated([1.0, 1.0], groups=np.zeros(300, np.int64))) is None

@@ -1,0 +1,89 @@
+"""The ONNX file gives what PyTorch gives, for one network and for several, and says how it wants its images."""
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conftest import make_data
+from torch import nn
+
+from tuning.insight.calibration import tempered
+from tuning.model.export import Classifier, export_or_tell
+from tuning.model.final import Final
+from tuning.settings.config import TrialConfig
+from tuning.training import backbones
+
+CPU = torch.device("cpu")
+ODD = "<script>alert(1)</script>, \"a\" 'b'\n😷"
+
+
+def built(name, size, seed=0):
+    config = TrialConfig(backbone=name, image_size=size, seed=seed)
+    network = backbones.build(name, classes=2, image_size=size, head_dropout=0.3, seed=seed, weights=None)
+    with torch.no_grad():
+        network.get_classifier()[1].weight.mul_(50)
+    return network.eval(), config
+
+
+def final_of(*members):
+    total = len(members) * (len(members) + 1) / 2
+    shares = {str(number): (number + 1) / total for number in range(len(members))}
+    return Final(dict(zip(shares, members, strict=True)), shares, None, {})
+
+
+DATA = {32: make_data(side=32), 64: make_data(side=64)}
+
+
+def pictures(data):
+    pixels = torch.from_numpy(data.images[data.val]).permute(0, 3, 1, 2) / 255
+    return pixels.repeat(1, 3, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "members", [[("test_resnet", 32)], [("test_resnet", 32), ("test_efficientnet", 64), ("test_resnet", 32)]]
+)
+def test_what_is_exported_is_what_predict_gives(members):
+    final = final_of(*(built(*member, seed=number) for number, member in enumerate(members)))
+    data = {size: DATA[size] for _, size in members}
+    wanted = tempered(final.logits(data, "val", CPU), 1.7)
+    model = Classifier(list(final.networks.values()), list(final.shares.values()), 1.7).eval()
+    with torch.no_grad():
+        found = model(*(pictures(data[size]) for size in model.sizes)).numpy()
+    assert np.allclose(found, wanted, atol=1e-6) and np.ptp(wanted) > 0.01
+
+
+@pytest.mark.slow
+def test_onnx_and_pytorch_agree(tmp_path):
+    final = final_of(built("test_resnet", 32), built("test_efficientnet", 64))
+    path = tmp_path / "model.onnx"
+    described = {"classes": ["dark", ODD], "layout": "NCHW", "temperature": 1.7}
+    told = export_or_tell(path, final, DATA, temperature=1.7, described=described)
+    assert told["largest_difference"] < 1e-5 and told["images"] == 8
+    metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    assert metadata["layout"] == "NCHW" and metadata["temperature"] == "1.7"
+    assert json.loads(metadata["classes"]) == ["dark", ODD]
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert [(given.name, given.shape) for given in session.get_inputs()] == [
+        (f"images_{side}", ["batch", 3, side, side]) for side in (32, 64)
+    ]
+    for count in (1, 3):
+        given = {f"images_{side}": np.zeros((count, 3, side, side), np.float32) for side in (32, 64)}
+        (found,) = session.run(["probabilities"], given)
+        assert found.shape == (count, 2) and np.allclose(found.sum(axis=1), 1)
+
+
+class Branching(nn.Module):
+    """What no exporter can trace: a branch on the values of an image."""
+
+    def forward(self, images):
+        return images.mean((2, 3))[:, :2] if images.sum().item() > 3 else images.amax((2, 3))[:, :2]
+
+
+def test_a_model_that_cannot_be_exported_is_told(tmp_path, capsys):
+    final = final_of((Branching(), TrialConfig(backbone="test_resnet", image_size=32)))
+    told = export_or_tell(tmp_path / "model.onnx", final, {32: DATA[32]}, temperature=1.0, described={})
+    assert told["error"] and not list(tmp_path.iterdir())
+    assert "model.onnx could not be made" in capsys.readouterr().err

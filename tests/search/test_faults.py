@@ -1,0 +1,206 @@
+"""Searches whose workers, nodes and drivers are killed: real processes, real signals."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections import Counter, deque
+from contextlib import suppress
+
+import pytest
+import yaml
+from ray.cluster_utils import Cluster
+from test_driver import make_run, workers
+from test_end_to_end import SPACE, command
+
+from tuning.record.tables import FINAL, read_journal, read_record, read_table, read_whole
+from tuning.search.cluster import ray_running
+from tuning.search.driver import LOST_ACTOR_RETRIES, LOST_STARTS
+from tuning.settings.config import SearchPlan
+
+pytestmark = pytest.mark.slow
+HUNDRED = {"worker": 60, "node": 25, "driver": 15}
+KILLS = int(os.environ.get("KILLS", "15"))  # of the hundred: all of them take half an hour
+NODES, TRIALS, EPOCHS = 2, 12, 8
+
+
+@pytest.fixture
+def ray_started():
+    with ray_running(SearchPlan(name="test")) as resources:
+        resources()
+        yield
+
+
+def test_a_trial_that_is_given_a_dead_worker_goes_on_with_another(tmp_path, folder, ray_started):
+    """Ray keeps an ended trial's worker for the next trial, and doesn't look whether it still lives."""
+    run = tmp_path / "run"
+    search = make_run(run, folder, trials=2, epochs=2, early_stopping=False)()
+    killed = []
+
+    def kill(search, trial):
+        if trial.ended and not killed:
+            killed.extend(workers())
+            os.kill(*killed, signal.SIGKILL)
+
+    search.show = kill
+    assert search.run()
+    trials = read_table(run / "trials.parquet")
+    assert len(killed) == 1
+    assert list(trials["status"]) == ["completed", "completed"] and list(trials["epochs"]) == [2, 2]
+    losses = [event for event in read_journal(run / "journal.jsonl") if event["event"] == "lost"]
+    assert [(event["trial_id"], event["started"]) for event in losses] == [("t00001", False)]
+    assert "died" in losses[0]["error"] or "unavailable" in losses[0]["error"]  # where news of a death are late
+
+
+def test_a_trial_that_hangs_is_ended_and_its_slot_goes_on(tmp_path, folder, ray_started):
+    run = tmp_path / "run"
+    make = make_run(run, folder, trials=2, epochs=3, early_stopping=False)
+    search = make()
+    stopped = []
+
+    def stop(search, trial):
+        if trial.status == "running" and not stopped:
+            stopped.extend(workers())
+            os.kill(*stopped, signal.SIGSTOP)
+        timeout = 5.0 if trial.trial_id == "t00000" and not trial.ended else None  # the other trial may be slow
+        search.plan = search.plan.model_copy(update={"trial_timeout": timeout})
+
+    search.show = stop
+    assert search.run()
+    trials = read_table(run / "trials.parquet")
+    assert list(trials["status"]) == ["failed", "completed"] and list(trials["epochs"]) == [1, 3]
+    assert trials["reason"][0] == "reported nothing for 5 s (trial_timeout)"
+    while os.path.exists(f"/proc/{stopped[0]}"):  # it can't hear that it is to go, so Ray kills it
+        time.sleep(0.1)
+
+
+def test_a_trial_whose_workers_ray_kills_for_memory_is_out_of_memory(tmp_path, folder, monkeypatch):
+    """The machine counts as full from the start, so Ray's memory monitor kills every worker when it looks."""
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.001")
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "30000")  # long enough for the trial to have begun
+    monkeypatch.setattr("tuning.search.driver.LOST_ACTOR_RETRIES", 0)
+    with ray_running(SearchPlan(name="test")) as resources:
+        resources()
+        run = tmp_path / "run"
+        assert make_run(run, folder, trials=1, epochs=10_000, early_stopping=False)().run()
+    (trial,) = read_table(run / "trials.parquet").to_dict("records")
+    assert trial["status"] == "out_of_memory" and "low on memory" in trial["reason"]
+
+
+@pytest.fixture
+def cluster():
+    """A Ray of a node for the driver alone and others, each with a core, that may be killed."""
+    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for _ in range(NODES):
+        started.add_node(num_cpus=1)
+    yield started
+    started.shutdown()
+
+
+def drive(place, cluster, *arguments):
+    with open(place / "log.txt", "a") as log:
+        environment = os.environ | {"RAY_ADDRESS": cluster.address}
+        return subprocess.Popen(
+            command("run_search.py", *arguments), cwd=place, stdout=log, stderr=log, env=environment
+        )
+
+
+def wait_for_an_epoch(journal, driver):
+    """False where the search ends before."""
+    known = epochs(journal)
+    while epochs(journal) == known:
+        if driver.poll() is not None:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def epochs(journal):
+    return sum(event["event"] == "epoch" for event in read_journal(journal)) if journal.exists() else 0
+
+
+def search_with_kills(place, name, cluster, arguments, kills, rng):
+    """Takes kills from the queue until the search ends; returns the journal as it was after each of the driver."""
+    journal, journals, begun = place / "results" / name / "journal.jsonl", [], False
+    driver = drive(place, cluster, *arguments, "--name", name)
+    while kills and driver.poll() is None:
+        # Half of the kills come upon the one before, so that workers are also lost as they start.
+        if (not begun or kills[0] == "driver" or rng.random() < 0.5) and not wait_for_an_epoch(journal, driver):
+            break
+        begun = kills[0] != "driver"
+        time.sleep(rng.uniform(0, 2))
+        if kills[0] == "driver":
+            driver.kill()
+            driver.wait()
+            journals.append(journal.read_bytes())
+            driver = drive(place, cluster, "--resume", "--name", name)
+        elif kills[0] == "node":
+            cluster.remove_node(rng.choice(sorted(cluster.worker_nodes, key=id)), allow_graceful=False)
+            cluster.add_node(num_cpus=1)
+        elif living := workers():
+            with suppress(ProcessLookupError):
+                os.kill(rng.choice(sorted(living)), signal.SIGKILL)
+        else:
+            continue
+        kills.popleft()
+    assert driver.wait() == 0, (place / "log.txt").read_text()[-3000:]
+    return journals
+
+
+def test_a_node_that_joins_is_given_trials(tmp_path, folder, cluster):
+    cluster.remove_node(next(iter(cluster.worker_nodes)))
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(SPACE | {"search": {"weights": "random"}}))
+    arguments = ["--space", "space.yaml", "--data", folder, "--name", "run", "--trials", "40", "--epochs", "20"]
+    driver = drive(tmp_path, cluster, *arguments, "--concurrent", "2", "--no-early-stopping")
+    assert wait_for_an_epoch(tmp_path / "results" / "run" / "journal.jsonl", driver)
+    cluster.add_node(num_cpus=1)
+    assert driver.wait() == 0
+    trials = read_table(tmp_path / "results" / "run" / "trials.parquet")
+    assert set(trials["status"]) == {"completed"}
+    running = [((trials["started_at"] <= at) & (trials["ended_at"] > at)).sum() for at in trials["started_at"]]
+    assert max(running) == 2  # although trials end while the new node's worker starts
+    assert "up to 2 trials at once" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.timeout(3600)
+def test_random_kills_lose_and_repeat_nothing(tmp_path, folder, cluster):
+    rng = random.Random(0)
+    kills = [kind for kind, count in HUNDRED.items() for _ in range(count)]
+    rng.shuffle(kills)
+    kills = deque(kills[:KILLS])
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(SPACE | {"search": {"weights": "random"}}))
+    settings = {"trials": TRIALS, "epochs": EPOCHS, "probe": "false", "finalists": 0}
+    arguments = ["--space", "space.yaml", "--data", folder]
+    arguments += ["--set", *(f"{key}={value}" for key, value in settings.items())]
+    for number in range(KILLS):
+        if not kills:
+            break
+        left, began = Counter(kills), time.monotonic()
+        journals = search_with_kills(tmp_path, f"run{number}", cluster, arguments, kills, rng)
+        print(f"search {number}: {dict(left - Counter(kills))}, {time.monotonic() - began:.0f} s")
+        check(tmp_path / "results" / f"run{number}", journals)
+    assert not kills
+
+
+def check(run, journals):
+    """Every trial has ended once, for good; no row is twice, no file torn or left over."""
+    journal = (run / "journal.jsonl").read_bytes()
+    for earlier in journals:
+        assert journal.startswith(earlier[: earlier.rfind(b"\n") + 1])
+    ended = Counter()
+    for event in read_journal(run / "journal.jsonl"):
+        assert not ended[event["trial_id"]]  # nothing is told of a trial that has ended
+        ended[event["trial_id"]] += event["event"] == "ended" and event["status"] in FINAL
+    assert ended == Counter({f"t{number:05d}": 1 for number in range(TRIALS)})
+    trials, rows = read_table(run / "trials.parquet"), read_table(run / "epochs.parquet")
+    assert sorted(trials["number"]) == list(range(TRIALS)) and trials["status"].isin(FINAL).all()
+    assert not rows.duplicated(["trial_id", "epoch"]).any()
+    counted = rows.groupby("trial_id").size()
+    assert counted.reindex(trials["trial_id"], fill_value=0).tolist() == trials["epochs"].tolist()
+    for trial in read_record(run / "journal.jsonl").trials.values():
+        given_up = trial.losses > LOST_ACTOR_RETRIES or trial.lost_starts > LOST_STARTS
+        assert (trial.status == "failed") == given_up, trial.error
+    for path in run.rglob("*.parquet"):
+        read_whole(path)
+    assert not [path for path in run.rglob(".*") if path.is_file()]

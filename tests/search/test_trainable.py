@@ -1,0 +1,179 @@
+"""The trainable as Ray drives it, without Ray: what it leaves on disk."""
+
+import json
+import math
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import bring_back, removable, take_away
+from runs import given_by_ray
+from safetensors import safe_open
+
+from tuning.checks.audit import load_checked
+from tuning.record import transfer
+from tuning.record.predictions import predictions_file
+from tuning.record.storage import files_below
+from tuning.record.tables import best_epoch, read_table
+from tuning.run_search import write_run
+from tuning.search import trainable as trial_module
+from tuning.search.checkpoints import best_file
+from tuning.search.trainable import FinetuneTrial, StorageLost
+from tuning.settings.config import SearchPlan, TrialConfig
+from tuning.settings.space import parse
+from tuning.training.scores import score
+
+
+@pytest.fixture
+def given(tmp_path, folder):
+    """A function that makes what Ray gives a trial."""
+    plan = SearchPlan(name="run", data=str(folder), weights="random")
+    checked = load_checked(plan, [32])
+    run = tmp_path / "run"
+    write_run(run, plan, parse({"fixed": {"backbone": "test_resnet"}, "parameters": {}}, "test"), checked)
+    config = TrialConfig(
+        backbone="test_resnet",
+        unfreeze_depth=5,
+        learning_rate=1e-2,
+        image_size=32,
+        batch_size=8,
+        epochs=5,
+        augmentation="none",
+    )
+    common = given_by_ray(run, checked.folders[32], early_loss_epochs=[1])
+    return lambda trial_id, **values: (
+        common
+        | {
+            "trial_id": trial_id,
+            "origin": "suggested",
+            "number": 0,
+            "config": config.model_copy(update=values).model_dump(),
+        }
+    )
+
+
+def step(trial, count=1):
+    """The rows of the next steps."""
+    return [json.loads(trial.step()["row"]) for _ in range(count)]
+
+
+def check(given, trial_id, rows):
+    """What is on disk must be of the best of these epochs, and have its scores."""
+    run = given("t0")["run"]
+    best = best_epoch(rows, "val_loss")
+    table = pq.read_table(predictions_file(run, trial_id))
+    assert int(table.schema.metadata[b"best_epoch"]) == best["epoch"]
+    probabilities = np.stack([table[f"probability_{name}"].to_numpy() for name in ("dark", "light")], axis=1)
+    targets = np.array([("dark", "light").index(label) for label in table["label"].to_pylist()])
+    found = score(np.log(probabilities).astype(np.float32), targets)
+    assert found["loss"] == pytest.approx(best["val_loss"], rel=1e-5)
+    assert found["accuracy"] == best["val_accuracy"] and float(table.schema.metadata[b"val_loss"]) == best["val_loss"]
+    samples = read_table(f"{run}/samples.parquet")
+    assert table["path"].to_pylist() == list(samples[samples["split"] == "val"]["path"])
+
+
+def test_a_stopped_trial_leaves_the_probabilities_of_its_best_epoch_and_so_does_the_last(given, monkeypatch):
+    monkeypatch.setattr(trial_module, "CHECKPOINT_SECONDS", math.inf)
+    trial = FinetuneTrial(given("t0"))
+    first = step(trial, 3)
+    assert not predictions_file(given("t0")["run"], "t0").exists()  # nothing is written while it is not needed
+    trial.reset_config(given("t1", learning_rate=1e-3))
+    check(given, "t0", first)
+    second = step(trial, 5)
+    assert second[-1]["ends"] == "completed"
+    trial.cleanup()
+    check(given, "t1", second)
+
+
+@pytest.mark.parametrize("before", [1, 4])
+def test_a_trial_that_goes_on_keeps_the_probabilities_of_an_epoch_before_its_checkpoint(given, before):
+    whole = FinetuneTrial(given("whole"))
+    expected = step(whole, 5)
+    assert best_epoch(expected, "val_loss")["epoch"] == 3
+    begun = FinetuneTrial(given("t0"))
+    step(begun, before)
+    begun.cleanup()
+    check(given, "t0", expected[:before])
+    again = FinetuneTrial(given("t0"))
+    rows = step(again, 5)  # those of the checkpoint first
+    again.cleanup()
+    check(given, "t0", expected)
+    assert [row["val_loss"] for row in rows] == [row["val_loss"] for row in expected]
+
+
+def test_a_trial_stopped_among_its_replayed_rows_has_them_already(given):
+    begun = FinetuneTrial(given("t0"))
+    rows = step(begun, 2)
+    begun.cleanup()
+    again = FinetuneTrial(given("t0"))
+    assert step(again)[0]["replayed"]
+    again.reset_config(given("t1"))
+    check(given, "t0", rows)
+
+
+def test_they_come_before_the_checkpoint(given, capsys):
+    """A worker may be killed at any instant: a state on disk has its probabilities on disk."""
+    run = given("t0")["run"]
+    best_file(run, "t0").parent.write_text("in the way")
+    trial = FinetuneTrial(given("t0"))
+    rows = step(trial)
+    trial.cleanup()
+    assert "t0: no checkpoint was written" in capsys.readouterr().err
+    check(given, "t0", rows)
+
+
+def test_probabilities_that_cannot_be_written_cost_no_more_than_themselves(given, capsys):
+    run = given("t0")["run"]
+    predictions_file(run, "t0").parent.write_text("in the way")
+    trial = FinetuneTrial(given("t0"))
+    assert [row["ends"] for row in step(trial, 5)] == [None] * 4 + ["completed"]
+    trial.cleanup()
+    assert "t0: no validation probabilities were written" in capsys.readouterr().err
+    assert best_file(run, "t0").exists()
+
+
+def test_a_trial_without_a_finite_loss_has_none(given):
+    trial = FinetuneTrial(given("t0", learning_rate=1e30, optimizer="sgd"))
+    assert step(trial)[0]["ends"] == "diverged"
+    trial.cleanup()
+    assert not predictions_file(given("t0")["run"], "t0").exists()
+
+
+def test_what_a_storage_did_not_take_is_sent_later(given, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trial_module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(transfer, "RETRY_SECONDS", 0.05)
+    place = removable(f"file://{tmp_path}/storage")
+    trial = FinetuneTrial(given("t0"))
+    trial._config |= {"storage": f"file://{place}"}
+    trial._away = True  # as on a node beside which no driver is
+    take_away(place)
+    assert not step(trial)[0]["checkpoint"]
+    assert "t0: no checkpoint was written" in capsys.readouterr().err
+    bring_back(place)
+    assert step(trial)[0]["checkpoint"]
+    names = {"checkpoints/t0.best.safetensors", "checkpoints/t0.state.safetensors", "predictions/t0.parquet"}
+    assert files_below(f"file://{place}").keys() == names
+    take_away(place)
+    last = step(trial, 3)[-1]
+    assert (last["ends"], last["checkpoint"]) == ("completed", False)
+    mended = threading.Timer(0.3, bring_back, [place])
+    mended.start()
+    trial.cleanup()
+    mended.join()
+    with safe_open(place / "checkpoints" / "t0.best.safetensors", framework="np") as file:
+        assert int(file.metadata()["best_epoch"]) == 3
+    assert not list(Path(given("t0")["run"]).glob("checkpoints/*"))  # nothing of use stays on the node
+
+
+def test_a_storage_that_is_lost_before_a_trial_begins_is_no_failure_of_the_trial(given, tmp_path, monkeypatch):
+    """It is raised, so that Ray tells the search, which hands the trial out again."""
+    monkeypatch.setattr(transfer, "PATIENCE_SECONDS", 0.0)
+    trial = FinetuneTrial(given("t0"))
+    trial._config |= {"storage": f"file://{tmp_path}/storage"}
+    trial._away = True
+    (tmp_path / "storage" / "checkpoints" / "t0.state.safetensors").mkdir(parents=True)
+    (tmp_path / "storage" / "checkpoints" / "t0.best.safetensors").symlink_to("/proc/self/mem")  # fails when it is read
+    with pytest.raises(StorageLost):
+        trial.step()

@@ -1,0 +1,696 @@
+import math
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import optuna
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tuning.settings.config import PARAMETERS, InputError, SearchPlan, TrialConfig, build
+from tuning.settings.space import (
+    DEFAULTS,
+    SHIPPED,
+    Space,
+    active,
+    backbones,
+    fix,
+    image_sizes,
+    load,
+    middle,
+    parse,
+    suggest,
+    trial_values,
+)
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+SMALL = """
+parameters:
+  backbone: {type: categorical, choices: [resnet18, vgg16]}
+  stage_lr_decay: {type: float, low: 0.3, high: 1.0, when: unfreeze_depth > 1}
+  unfreeze_depth: {type: int, low: 0, high: 5}
+  learning_rate: {type: float, low: 1.0e-5, high: 1.0e-1, log: true}
+fixed: {batch_size: 16, optimizer: sgd}
+"""
+
+
+def document(text: str = SMALL) -> dict:
+    return yaml.safe_load(text)
+
+
+def changed(section: str, **entries) -> dict:
+    """The small space with some entries of one section replaced."""
+    plain = document()
+    plain[section] = {**plain.get(section, {}), **entries}
+    return plain
+
+
+def faults_of(plain: object) -> list[str]:
+    with pytest.raises(InputError) as caught:
+        parse(plain, "my.yaml")
+    return caught.value.faults
+
+
+def ask(seed: int = 0) -> optuna.Trial:
+    return optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed)).ask()
+
+
+def suggested(space: Space, **values) -> dict:
+    return suggest(space, optuna.trial.FixedTrial(values))
+
+
+# ---- conditions
+
+
+def test_what_hangs_on_something_inactive_is_inactive_even_where_its_condition_could_hold():
+    head_dropout = {"type": "float", "low": 0.0, "high": 0.5, "when": "stage_lr_decay > 0.5 or unfreeze_depth == 0"}
+    space = parse(changed("parameters", head_dropout=head_dropout), "x")
+    values = {"backbone": "vgg16", "learning_rate": 1e-3, "stage_lr_decay": 0.9, "head_dropout": 0.1}
+    assert set(values) - set(active(space, {**values, "unfreeze_depth": 0})) == {"stage_lr_decay", "head_dropout"}
+    assert active(space, {**values, "unfreeze_depth": 2}) == {**values, "unfreeze_depth": 2}
+
+
+def test_the_order_in_the_file_changes_no_draw():
+    plain = document()
+    turned = {**plain, "parameters": dict(reversed(plain["parameters"].items()))}
+    for seed in range(3):
+        draws = [suggest(parse(each, "x"), ask(seed)) for each in (plain, turned)]
+        assert list(draws[0].items()) == list(draws[1].items())
+
+
+# ---- types and `all`
+
+
+def test_all_is_five_wherever_it_stands():
+    depth = {"type": "categorical", "choices": [0, 2, "all"]}
+    plain = changed("parameters", unfreeze_depth=depth)
+    plain["start"] = [{"backbone": "vgg16", "unfreeze_depth": "all"}]
+    space = parse(plain, "x")
+    assert space.parameters["unfreeze_depth"].choices == (0, 2, 5)
+    assert space.start[0]["unfreeze_depth"] == 5
+    assert parse(changed("parameters", unfreeze_depth={"type": "int", "low": 0, "high": "all"}), "x")
+    assert parse({"fixed": {"backbone": "vgg16", "unfreeze_depth": "all"}}, "x").fixed["unfreeze_depth"] == 5
+    assert fix(space, {"unfreeze_depth": "all"}).fixed["unfreeze_depth"] == 5
+
+
+def test_steps_and_logarithms_reach_optuna():
+    parameters = {
+        "head_dropout": {"type": "float", "low": 0.0, "high": 0.3, "step": 0.1},
+        "batch_size": {"type": "int", "low": 16, "high": 64, "step": 16},
+        "image_size": {"type": "int", "low": 32, "high": 512, "log": True},
+        "label_smoothing": {"type": "categorical", "choices": [0, 0.1]},
+    }
+    trial = ask()
+    suggest(parse({"parameters": parameters, "fixed": {"backbone": "resnet18"}}, "x"), trial)
+    assert trial.distributions == {
+        "head_dropout": optuna.distributions.FloatDistribution(0.0, 0.3, step=0.1),
+        "batch_size": optuna.distributions.IntDistribution(16, 64, step=16),
+        "image_size": optuna.distributions.IntDistribution(32, 512, log=True),
+        "label_smoothing": optuna.distributions.CategoricalDistribution((0.0, 0.1)),
+    }
+
+
+def test_a_drawn_value_is_accepted_as_a_start_point_though_its_float_is_off_the_grid():
+    plain = changed("parameters", head_dropout={"type": "float", "low": 0.0, "high": 0.5, "step": 0.1})
+    plain["start"] = [{"backbone": "vgg16", "head_dropout": 3 * 0.1}]
+    assert parse(plain, "x").start[0]["head_dropout"] == pytest.approx(0.3)
+    plain["start"][0]["head_dropout"] = 0.25
+    assert faults_of(plain) == [
+        "my.yaml: start[0].head_dropout: must be low 0.0 plus steps of 0.1, got 0.25; "
+        "change it here or widen the parameter"
+    ]
+
+
+# ---- start points
+
+
+def test_start_points_are_completed_by_defaults():
+    plain = document()
+    plain["start"] = [{"backbone": "vgg16"}, {"unfreeze_depth": 2, "backbone": "resnet18", "learning_rate": 1}]
+    plain["start"][1]["learning_rate"] = 0.01
+    assert parse(plain, "x").start == (
+        {"backbone": "vgg16", "unfreeze_depth": 0, "learning_rate": 1e-3},
+        {"backbone": "resnet18", "unfreeze_depth": 2, "learning_rate": 0.01, "stage_lr_decay": 1.0},
+    )
+
+
+def test_a_default_outside_the_range_is_not_taken():
+    plain = changed("parameters", learning_rate={"type": "float", "low": 0.01, "high": 0.1})
+    plain["start"] = [{"backbone": "vgg16"}, {"learning_rate": 0.02}]
+    assert faults_of(plain) == [
+        "my.yaml: start[0].learning_rate: is missing, and its default must lie between low 0.01 and high 0.1, "
+        "got 0.001; give it a value here",
+        "my.yaml: start[1].backbone: is missing, and it has no default; give it a value here",
+    ]
+
+
+# ---- fix
+
+
+def test_fix_moves_a_parameter_and_reads_conditions_by_its_value():
+    plain = document()
+    plain["start"] = [
+        {"backbone": "vgg16", "unfreeze_depth": 0},
+        {"backbone": "vgg16", "unfreeze_depth": 2},
+        {"backbone": "vgg16", "unfreeze_depth": 3, "stage_lr_decay": 0.5},
+    ]
+    space = parse(plain, "x")
+    shallow, deep = fix(space, {"unfreeze_depth": 0}), fix(space, {"unfreeze_depth": 4})
+    assert "unfreeze_depth" not in shallow.parameters and shallow.fixed["unfreeze_depth"] == 0
+    assert shallow.start == ({"backbone": "vgg16", "learning_rate": 1e-3},)
+    assert [point["stage_lr_decay"] for point in deep.start] == [1.0, 0.5]
+    assert set(suggest(shallow, ask())) == {"backbone", "learning_rate"}
+    assert set(suggest(deep, ask())) == {"backbone", "learning_rate", "stage_lr_decay"}
+    for fixed in (shallow, deep):
+        assert parse(fixed.document, "plan.yaml") == fixed
+    assert space == parse(plain, "x")
+
+
+def test_fix_takes_what_is_fixed_already_and_what_the_space_does_not_name():
+    space = fix(parse(document(), "x"), {"batch_size": 64, "class_weighting": "balanced"})
+    assert space.fixed == {"batch_size": 64, "class_weighting": "balanced", "optimizer": "sgd"}
+    assert fix(space, {}) == space
+
+
+def test_fix_everything_leaves_one_config():
+    space = parse({**document(), "start": [{"backbone": "vgg16"}, {"backbone": "resnet18"}]}, "x")
+    space = fix(space, {"backbone": "vgg16", "unfreeze_depth": 5, "learning_rate": 0.01, "stage_lr_decay": 0.5})
+    assert space.parameters == {} and space.start == ({},) and suggest(space, ask()) == {}
+    assert build(TrialConfig, trial_values(space, {}), "x").stage_lr_decay == 0.5
+
+
+def test_fix_names_every_fault():
+    with pytest.raises(InputError) as caught:
+        fix(parse(document(), "x"), {"batch_sise": 3, "image_size": 7, "epochs": 3})
+    assert caught.value.faults == [
+        "--set: fixed: 'batch_sise': no such parameter; did you mean batch_size?",
+        "--set: fixed: 'epochs': no such parameter; it belongs under search",
+        "--set: fixed.image_size: must be greater than or equal to 32, got 7",
+    ]
+    strict = {"type": "float", "low": 0.3, "high": 0.9, "when": "unfreeze_depth > 1"}
+    plain = {**changed("parameters", stage_lr_decay=strict), "start": [{"backbone": "vgg16"}]}
+    with pytest.raises(InputError, match=r"--set: start\[0\]\.stage_lr_decay: is missing, and its default must lie"):
+        fix(parse(plain, "x"), {"unfreeze_depth": 3})
+
+
+def test_every_backbone_and_image_size_that_can_occur():
+    space = parse(document(), "x")
+    assert backbones(space) == ["resnet18", "vgg16"] and image_sizes(space) == [224]
+    assert backbones(fix(space, {"backbone": "vgg16"})) == ["vgg16"]
+    assert image_sizes(fix(space, {"image_size": 96})) == [96]
+    stepped = {"type": "int", "low": 64, "high": 128, "step": 32}
+    assert image_sizes(parse(changed("parameters", image_size=stepped), "x")) == [64, 96, 128]
+    sometimes = {"type": "categorical", "choices": [320, 64], "when": "unfreeze_depth == 0"}
+    assert image_sizes(parse(changed("parameters", image_size=sometimes), "x")) == [64, 224, 320]
+
+
+# ---- faults
+
+
+def parameter(**spec) -> dict:
+    return changed("parameters", **spec)
+
+
+DEPTH = {"type": "int", "low": 0, "high": 5}
+DROPOUT = {"type": "float", "low": 0.0, "high": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("plain", "parts"),
+    [
+        (None, ["my.yaml: is empty", "parameters, fixed, start, search"]),
+        ({}, ["my.yaml: is empty"]),
+        ([1], ["my.yaml: must be a mapping, got a list"]),
+        ({**document(), "paramters": {}}, ["'paramters': no such section", "did you mean parameters?"]),
+        ({**document(), "fixed": [1]}, ["fixed: must be a mapping", "got a list", "name: .."]),
+        (parameter(learning_rte=DROPOUT), ["'learning_rte': no such parameter; did you mean learning_rate?"]),
+        (parameter(xyz=DROPOUT), ["'xyz': no such parameter; known are backbone, "]),
+        (parameter(epochs=DEPTH), ["'epochs': no such parameter; it belongs under search"]),
+        (parameter(head_dropout=0.5), ["parameters.head_dropout: must be a mapping such as", "got 0.5"]),
+        (parameter(head_dropout={**DROPOUT, "hihg": 1}), ["'hihg': no such key", "mean high?; use type, low, high"]),
+        (parameter(head_dropout={"low": 0.0, "high": 0.5}), ["has no type; add `type: float`"]),
+        (parameter(head_dropout={**DROPOUT, "type": "flaot"}), ["got 'flaot'; did you mean float?"]),
+        (
+            parameter(head_dropout={**DROPOUT, "type": "int"}),
+            ["head_dropout.type: must be categorical or float for head_dropout, got int; write"],
+        ),
+        (parameter(schedule={"type": "int", "low": 0, "high": 1}), ["must be categorical for schedule, got int"]),
+        (parameter(head_dropout={"type": "float", "high": 0.5}), ["has no low; add `low: ..`"]),
+        (parameter(augmentation={"type": "categorical"}), ["augmentation.choices: must be a list", "but is missing"]),
+        (parameter(augmentation={"type": "categorical", "choices": []}), ["choices: must be a list", "got a list"]),
+        (
+            parameter(unfreeze_depth={"type": "categorical", "choices": [5, "all"]}),
+            ["unfreeze_depth.choices[1]: 5 stands there already; delete one"],
+        ),
+        (parameter(augmentation={"type": "categorical", "choices": ["hefty"]}), ["choices[0]", "'light'", "'hefty'"]),
+        (parameter(head_dropout={**DROPOUT, "low": 0.5}), ["low must be below high, got low 0.5 and high 0.5"]),
+        (parameter(head_dropout={**DROPOUT, "high": 1.5}), ["head_dropout.high: must be less than 1, got 1.5"]),
+        (parameter(head_dropout={**DROPOUT, "log": True}), ["low: log needs low above 0, got 0.0; raise low"]),
+        (parameter(head_dropout={**DROPOUT, "log": "yes"}), ["log: must be true or false, got 'yes'"]),
+        (
+            parameter(head_dropout={"type": "float", "low": 0.1, "high": 0.5, "log": True, "step": 0.1}),
+            ["step and log exclude each other", "delete one"],
+        ),
+        (parameter(head_dropout={**DROPOUT, "step": 0}), ["step: must be a number above 0, got 0"]),
+        (parameter(head_dropout={**DROPOUT, "step": "1e-1"}), ["step: must be a number above 0", "write 0.1"]),
+        (parameter(head_dropout={**DROPOUT, "step": 0.2}), ["step: must divide", "got 0.2; write `high: 0.4`"]),
+        (parameter(head_dropout={**DROPOUT, "step": 1e-300}), ["1000000 steps or fewer"]),
+        (parameter(unfreeze_depth={**DEPTH, "step": 2}), ["step: must divide", "write `high: 4`"]),
+        (parameter(unfreeze_depth={**DEPTH, "step": 1.0}), ["step: must be a whole number above 0, got 1.0"]),
+        (parameter(unfreeze_depth={**DEPTH, "high": 2.0}), ["high: must be a valid integer, got 2.0"]),
+        (parameter(image_size={"type": "int", "low": 32, "high": 10**30}), ["must not go beyond 2**53"]),
+        (
+            parameter(learning_rate={"type": "float", "low": "1e-5", "high": 0.1}),
+            ["low: must be a number, got the text '1e-5'; write 1.0e-05"],
+        ),
+        (changed("fixed", image_size="64"), ["fixed.image_size: must be a number, got the text '64'; write 64"]),
+        (changed("fixed", augmentation=False), ["fixed.augmentation: ", "got False; YAML reads yes, no", "quote"]),
+        (changed("fixed", augmentation=None), ["fixed.augmentation: ", "got None; YAML reads ~, null"]),
+        (changed("fixed", image_size=[64]), ["fixed.image_size: must be a single plain value, got a list"]),
+        (changed("fixed", learning_rate=0.1), ["learning_rate: stands under parameters and under fixed; delete one"]),
+        (changed("fixed", head_dropout=math.nan), ["fixed.head_dropout: must be a finite number, got nan"]),
+        ({"fixed": {"image_size": 64}}, ["backbone: must be among the parameters or fixed; add"]),
+        (
+            parameter(backbone={"type": "categorical", "choices": ["vgg16"], "when": "unfreeze_depth > 1"}),
+            ["backbone.when: every trial needs a backbone", "delete it"],
+        ),
+        (
+            parameter(head_dropout={**DROPOUT, "when": "unfreeze_depth >"}),
+            ["parameters.head_dropout.when: can't be parsed", "got 'unfreeze_depth >'"],
+        ),
+        (
+            parameter(head_dropout={**DROPOUT, "when": "weight_decay > 1"}),
+            ["parameters.head_dropout.when: 'weight_decay': is neither among the parameters nor fixed"],
+        ),
+        (
+            parameter(head_dropout={**DROPOUT, "when": "backbone == resnet81"}),
+            ["must be one of resnet18, vgg16, got 'resnet81'; did you mean resnet18?; write a value that it can have"],
+        ),
+        (changed("search", metric="auroc"), ["search.metric: must be 'val_loss', ", "got 'auroc'"]),
+        (changed("search", patiance=3), ["search: 'patiance': no such setting; did you mean patience?"]),
+        (changed("search", image_size=64), ["search.image_size: is a parameter; put it under parameters or fixed"]),
+        (changed("search", data="x"), ["search.data: ", "give it on the command line: --data"]),
+    ],
+)
+def test_a_fault_names_place_rule_value_and_cure(plain, parts):
+    faults = faults_of(plain)
+    assert len(faults) == 1, faults
+    assert faults[0].startswith("my.yaml: ")
+    for part in parts:
+        assert part in faults[0]
+
+
+def test_cycles_are_named_once_each_and_the_rest_is_still_checked():
+    plain = parameter(
+        head_dropout={**DROPOUT, "when": "label_smoothing > 0.1"},
+        label_smoothing={**DROPOUT, "when": "head_dropout > 0.1"},
+        weight_decay={**DROPOUT, "when": "head_dropout > 0.1"},
+    )
+    plain["start"] = [{"backbone": "vgg19", "weight_decay": 0.1}]
+    cycle, start = faults_of(plain)
+    assert "label_smoothing needs" in cycle and "head_dropout needs" in cycle and "cycle" in cycle
+    assert "start[0].backbone" in start
+
+
+@pytest.mark.parametrize(
+    ("point", "part"),
+    [
+        ("vgg16", "start[0]: must be a mapping such as {learning_rate: 0.001}, got 'vgg16'"),
+        ({"backbon": "vgg16", "backbone": "vgg16"}, "start[0]: 'backbon': no such parameter; did you mean backbone?"),
+        ({"backbone": "vgg19"}, "start[0].backbone: must be one of resnet18, vgg16, got 'vgg19'; did you mean vgg16?"),
+        (
+            {"backbone": "vgg16", "learning_rate": 0.5},
+            "learning_rate: must lie between low 1e-05 and high 0.1, got 0.5",
+        ),
+        ({"backbone": "vgg16", "unfreeze_depth": 7}, "unfreeze_depth: must be less than or equal to 5, got 7"),
+        (
+            {"backbone": "vgg16", "stage_lr_decay": 0.5},
+            "is inactive here, for it needs `unfreeze_depth > 1`; delete it",
+        ),
+        ({"backbone": "vgg16", "batch_size": 16}, "start[0].batch_size: is fixed at 16; delete it here"),
+        ({"backbone": "vgg16", "head_dropout": 0.1}, "start[0].head_dropout: is not among the parameters; declare it"),
+    ],
+)
+def test_start_points_are_checked(point, part):
+    (fault,) = faults_of({**document(), "start": [point]})
+    assert part in fault
+
+
+def test_start_must_be_a_list_without_repeats():
+    assert faults_of({**document(), "start": {"backbone": "vgg16"}}) == [
+        "my.yaml: start: must be a list; write one `- {name: value}` a line, got a mapping"
+    ]
+    twice = [{"backbone": "vgg16"}, {"backbone": "vgg16", "unfreeze_depth": 0}]
+    assert faults_of({**document(), "start": twice}) == [
+        "my.yaml: start[1]: is the same as start[0] once completed; delete one of them"
+    ]
+
+
+def test_all_faults_come_at_once_and_none_follows_from_another():
+    plain = {
+        "parameters": {
+            "backbone": {"type": "categorical", "choices": ["vgg16", False]},
+            "unfreeze_depth": {"type": "int", "low": 0, "high": 9},
+            "stage_lr_decay": {"type": "float", "low": 0.0, "high": 1.0, "when": "unfreeze_depth > 1"},
+        },
+        "fixed": {"batch_size": 1},
+        "start": [{"backbone": "vgg16", "unfreeze_depth": 2, "stage_lr_decay": 0.5}, 4],
+        "search": {"trails": 3, "epochs": 0},
+    }
+    places = [re.match(r"my\.yaml: ([\w.\[\]]+)", fault)[1] for fault in faults_of(plain)]
+    assert places == [
+        "fixed.batch_size",
+        "parameters.backbone.choices[1]",
+        "parameters.unfreeze_depth.high",
+        "parameters.stage_lr_decay.low",
+        "start[1]",
+        "search",
+        "search.epochs",
+    ]
+
+
+# ---- files
+
+
+def written(tmp_path: Path, content: str | bytes) -> str:
+    path = tmp_path / "my.yaml"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("", "my.yaml: is empty"),
+        (b"fixed: {backbone: \xff}", "my.yaml: byte 19: not UTF-8 text; save the file as UTF-8"),
+        ("fixed: {backbone: vgg16\n", "my.yaml: line 2, column 1: not valid YAML"),
+        ("fixed:\n\tbackbone: vgg16\n", "my.yaml: line 2, column 1: not valid YAML: found character '\\t'"),
+        ("fixed: {backbone: a\x07b}", "my.yaml: line 1, column 20: not valid YAML"),
+        ("fixed: {backbone: vgg16}\n--- 3\n", "my.yaml: line 2, column 1: not valid YAML"),
+        ("fixed: {backbone: !!python/object:x.y {}}", "my.yaml: line 1, column 19: not valid YAML"),
+        ("fixed: {backbone: 2024-02-31}", "my.yaml: line 1, column 19: not valid YAML: can't be read as timestamp"),
+        ("fixed: {backbone: !!bool maybe}", "my.yaml: line 1, column 19: not valid YAML: can't be read as bool"),
+        ("fixed: {backbone: 2024-02-03}", "fixed.backbone: must be a single plain value, got a date"),
+        ("fixed: &a {backbone: *a}", "my.yaml: holds itself, or more than 100,000 values"),
+        (
+            "a: &a [1]\n" + "".join(f"{n}: &{n} [*{m}, *{m}, *{m}]\n" for m, n in pairwise("abcdefghijklmno")),
+            "holds itself",
+        ),
+        ("fixed: {batch_size: 0x" + "f" * 5000 + ", backbone: x}", "fixed.batch_size: must not go beyond 2**53"),
+        ("fixed: " + "[" * 600, "my.yaml: nested too deeply"),
+        ("a: {when: unfreeze_depth in [1, 2]}", "inside braces a value that has commas or brackets needs quotes"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_refused(tmp_path, content, part):
+    with pytest.raises(InputError) as caught:
+        load(written(tmp_path, content))
+    assert len(caught.value.faults) == 1 and part in str(caught.value)
+
+
+def test_repeated_keys_are_refused_with_both_lines_beside_the_other_faults(tmp_path):
+    text = "fixed:\n  backbone: vgg16\n  backbone: resnet18\nsearch: {trials: 3, trials: 4}\nfixd: 3\n"
+    with pytest.raises(InputError) as caught:
+        load(written(tmp_path, text))
+    first, second, third = caught.value.faults
+    assert first.endswith("line 3: 'backbone' stands already in line 2; delete one of them")
+    assert second.endswith("line 4: 'trials' stands already in line 4; delete one of them")
+    assert "'fixd'" in third
+
+
+def test_anchors_and_merge_keys_are_no_repeats(tmp_path):
+    text = """
+parameters:
+  weight_decay: &range {type: float, low: 1.0e-4, high: 1.0e-1, log: true}
+  learning_rate: {<<: *range, high: 1.0}
+fixed: {backbone: vgg16}
+"""
+    space = load(written(tmp_path, "\ufeff" + text.replace("\n", "\r\n")))
+    assert space.parameters["learning_rate"].high == 1.0 and space.parameters["weight_decay"].high == 0.1
+
+
+def test_names_and_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"--space quik: .*did you mean quick.*shipped are chest_xray, quick"):
+        load("quik")
+    with pytest.raises(InputError, match=r"quick\.yaml: no such file; .*shipped space: chest_xray, quick"):
+        load("quick.yaml")
+    with pytest.raises(InputError, match="can't be read"):
+        load("./")
+    with pytest.raises(InputError, match="can't be read"):
+        load("a\0.yaml")
+    assert load(written(tmp_path, SMALL)) == load("my.yaml") == parse(document(), "x")
+
+
+# ---- the shipped spaces
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_spaces_say_how_they_are_run_and_what_they_found(path):
+    space = load(path.stem)
+    comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert comments[0].startswith(f"# python tuning/run_search.py --space {path.stem}")
+    assert any(line.startswith("# What it found:") for line in comments)
+    build(SearchPlan, {"name": "run", **space.search}, path.name)
+    for point in space.start:
+        build(TrialConfig, trial_values(space, point), path.name)
+    for seed in range(20):
+        build(TrialConfig, trial_values(space, suggest(space, ask(seed))), path.name)
+
+
+def test_quick_begins_with_the_classifier_alone():
+    space = load("quick")
+    first, last_stages, whole = (trial_values(space, point) for point in space.start)
+    assert (first["unfreeze_depth"], first["learning_rate"], first["augmentation"]) == (0, 1e-3, "none")
+    assert (last_stages["unfreeze_depth"], whole["unfreeze_depth"]) == (2, 5)
+    assert (space.search["trials"], space.search["epochs"], image_sizes(space)) == (20, 6, [64])
+
+
+def test_chest_xray_begins_with_the_six_classical_attempts():
+    space = load("chest_xray")
+    attempts = [(point["backbone"], point["unfreeze_depth"]) for point in space.start]
+    assert attempts == [(backbone, depth) for backbone in ("resnet18", "vgg16") for depth in (0, 2, 5)]
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_grouped_tpe_learns_from_a_conditional_space():
+    space = load("quick")
+    sampler = optuna.samplers.TPESampler(multivariate=True, group=True, seed=0, n_startup_trials=5)
+    study = optuna.create_study(sampler=sampler)
+    for point in space.start:
+        study.enqueue_trial(point)
+    for number in range(25):
+        trial = study.ask()
+        values = suggest(space, trial)
+        assert number >= len(space.start) or values == space.start[number]
+        assert {type(value) for value in values.values()} <= {str, int, float}
+        build(TrialConfig, trial_values(space, values), "suggestion")
+        study.tell(trial, values["learning_rate"])
+
+
+def test_the_example_in_the_readme_does_what_it_says():
+    text = (SHIPPED / "README.md").read_text()
+    space = parse(yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1]), "README.md")
+    assert {"head_dropout": 0.0, "batch_norm": "train"}.items() <= space.start[1].items()
+    held = fix(space, {"unfreeze_depth": 2})
+    assert {"stage_lr_decay": 1.0, "batch_norm": "train"}.items() <= held.start[0].items()
+
+
+# ---- general rules
+
+WORDS = {
+    "backbone": ["resnet18", "vgg16.tv_in1k", "no"],
+    "optimizer": ["adamw", "sgd"],
+    "schedule": ["constant", "cosine"],
+    "class_weighting": ["none", "balanced"],
+    "head_init": ["random", "probe"],
+    "batch_norm": ["train", "frozen"],
+    "augmentation": ["none", "light", "medium", "strong"],
+}
+INTS = {"unfreeze_depth": (0, 5), "batch_size": (2, 512), "image_size": (32, 1024)}
+FLOATS = {
+    "learning_rate": (1e-9, 10.0),
+    "stage_lr_decay": (1e-3, 1.0),
+    "warmup_epochs": (0.0, 30.0),
+    "weight_decay": (0.0, 10.0),
+    "label_smoothing": (0.0, 0.999),
+    "head_dropout": (0.0, 0.999),
+}
+
+
+def values_of(name: str) -> st.SearchStrategy:
+    if name in WORDS:
+        return st.sampled_from(WORDS[name])
+    if name in INTS:
+        return st.integers(*INTS[name])
+    return st.floats(*FLOATS[name])
+
+
+@st.composite
+def specs(draw, name: str) -> dict:
+    values = values_of(name)
+    if name in WORDS or draw(st.booleans()):
+        choices = draw(st.lists(values, min_size=1, max_size=4, unique=True))
+        if name == "unfreeze_depth":
+            choices = ["all" if choice == 5 else choice for choice in choices]
+        return {"type": "categorical", "choices": choices}
+    low, high = sorted(draw(st.lists(values, min_size=2, max_size=2, unique=True)))
+    spec = {"type": "int" if name in INTS else "float", "low": low, "high": high}
+    if low > 0 and draw(st.booleans()):
+        spec["log"] = True
+    elif name in INTS and draw(st.booleans()):
+        spec["step"] = draw(st.sampled_from([step for step in range(1, high - low + 1) if (high - low) % step == 0]))
+    return spec
+
+
+@st.composite
+def conditions(draw, parents: dict) -> str:
+    """A condition over parameters by their declarations (a dict), or fixed values."""
+    name = draw(st.sampled_from(sorted(parents)))
+    spec = parents[name]
+    if not isinstance(spec, dict):
+        value = repr(spec)
+    elif spec["type"] == "categorical":
+        value = repr(draw(st.sampled_from(spec["choices"])))
+    else:
+        value = repr(draw(st.sampled_from([spec["low"], spec["high"]])))
+    operators = ["==", "!=", "in", "not in"] + (["<", "<=", ">", ">="] if name not in WORDS else [])
+    operator = draw(st.sampled_from(operators))
+    right = f"[{value}]" if operator.endswith("in") else value
+    first = f"{name} {operator} {right}"
+    joint = draw(st.sampled_from(["", "not", "and", "or"]))
+    if joint in ("", "not"):
+        return f"{joint} {first}".strip()
+    return f"({first} {joint} {draw(conditions(parents))})"
+
+
+@st.composite
+def documents(draw) -> dict:
+    names = draw(st.permutations(PARAMETERS))
+    parameters, fixed = {}, {}
+    for name in names:
+        role = draw(st.sampled_from(["parameter", "fixed"] + ["absent"] * (name != "backbone")))
+        if role == "fixed":
+            fixed[name] = draw(values_of(name))
+        elif role == "parameter":
+            spec = draw(specs(name))
+            if (parameters or fixed) and name != "backbone" and draw(st.booleans()):
+                spec["when"] = draw(conditions({**parameters, **fixed}))
+            parameters[name] = spec
+    shuffled = draw(st.permutations(sorted(parameters)))
+    return {"parameters": {name: parameters[name] for name in shuffled}, "fixed": fixed}
+
+
+@settings(max_examples=25)
+@given(plain=documents(), seed=st.integers(0, 2**31 - 1))
+def test_any_suggestion_is_a_trial_config_and_a_start_point(plain, seed):
+    space = parse(plain, "x")
+    values = suggest(space, ask(seed))
+    config = build(TrialConfig, trial_values(space, values), "suggestion")
+    assert active(space, values) == values
+    assert config.backbone in backbones(space) and config.image_size in image_sizes(space)
+    for name in set(space.parameters) - set(values):
+        assert getattr(config, name) == DEFAULTS[name]
+    again = parse({**plain, "start": [values]}, "x")
+    assert again.start == (values,)
+    assert again == parse(again.document, "x") == parse(yaml.safe_load(yaml.safe_dump(again.document)), "x")
+
+
+@settings(max_examples=25)
+@given(plain=documents(), data=st.data())
+def test_fixing_a_suggestion_leaves_only_that_config(plain, data):
+    space = parse(plain, "x")
+    values = suggest(space, ask(data.draw(st.integers(0, 99))))
+    names = data.draw(st.lists(st.sampled_from(sorted(values)), unique=True)) if values else []
+    held = fix(parse({**plain, "start": [values]}, "x"), {name: values[name] for name in names})
+    assert not set(names) & set(held.parameters)
+    assert trial_values(held, held.start[0]) == trial_values(space, values)
+    assert held == parse(held.document, "x")
+
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.sampled_from([*PARAMETERS, "all", "1e-4", "unfreeze_depth > 1", "float", "int", "categorical", 10**400]),
+)
+KEYS = st.one_of(
+    SCALARS,
+    st.sampled_from([*PARAMETERS, "type", "low", "high", "choices", "when", "step", "log", "trials", "time_budget"]),
+)
+GARBAGE = st.recursive(
+    SCALARS | st.dates() | st.binary(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=8,
+)
+
+
+def only_input_errors(plain: object) -> None:
+    try:
+        space = parse(plain, "garbage")
+    except InputError as error:
+        assert error.faults and all(fault.startswith("garbage: ") for fault in error.faults)
+    else:
+        build(TrialConfig, trial_values(space, suggest(space, ask())), "suggestion")
+
+
+@settings(max_examples=40)
+@given(plain=GARBAGE | st.dictionaries(st.sampled_from(["parameters", "fixed", "start", "search"]), GARBAGE))
+def test_garbage_raises_input_errors_only(plain):
+    only_input_errors(plain)
+
+
+@settings(max_examples=30)
+@given(plain=documents(), data=st.data())
+def test_a_space_with_one_part_replaced_by_garbage_raises_input_errors_only(plain, data):
+    plain = {**plain, "start": [{}], "search": {"trials": 3}}
+    part = data.draw(st.sampled_from(["parameters", "fixed", "start", "search", "spec"]))
+    if part == "start":
+        plain["start"] = data.draw(st.lists(GARBAGE | st.dictionaries(KEYS, SCALARS, max_size=4), max_size=3))
+    elif part == "spec" and plain["parameters"]:
+        name = data.draw(st.sampled_from(sorted(plain["parameters"])))
+        plain["parameters"][name] |= data.draw(st.dictionaries(KEYS, GARBAGE, max_size=3))
+    else:
+        plain.setdefault(part, {})
+        plain[part] = {**plain[part], **data.draw(st.dictionaries(KEYS, GARBAGE, max_size=3))}
+    only_input_errors(plain)
+
+
+@pytest.fixture(scope="module")
+def garbage_path(tmp_path_factory):
+    return tmp_path_factory.mktemp("garbage") / "garbage.yaml"
+
+
+@settings(max_examples=60)
+@given(
+    content=st.binary(max_size=40)
+    | st.text(max_size=40).map(lambda text: text.encode("utf-8", "surrogatepass"))
+    | st.text("{}[]:,-!&*<>|'\"#%@ \nanot0x1e.~\\", max_size=40).map(str.encode)
+    | st.text("0123456789:-+T.Zxbo_", max_size=20).map(lambda text: f"fixed: {text}".encode())
+)
+def test_garbage_files_raise_input_errors_only(garbage_path, content):
+    garbage_path.write_bytes(content)
+    with pytest.raises(InputError):
+        load(str(garbage_path))
+
+
+def test_the_middle_has_what_is_wanted_where_the_space_allows_it():
+    space = parse(
+        {
+            "parameters": {
+                "backbone": {"type": "categorical", "choices": ["resnet18", "vgg16"]},
+                "unfreeze_depth": {"type": "int", "low": 1, "high": 5},
+                "learning_rate": {"type": "float", "low": 1e-5, "high": 1e-1, "log": True},
+                "stage_lr_decay": {"type": "float", "low": 0.3, "high": 1.0, "when": "unfreeze_depth > 1"},
+                "batch_size": {"type": "int", "low": 8, "high": 64, "step": 8},
+            }
+        },
+        "test",
+    )
+    found = middle(space, {"backbone": "vgg16", "unfreeze_depth": 0})
+    assert found == {"backbone": "vgg16", "unfreeze_depth": 1, "learning_rate": pytest.approx(1e-3), "batch_size": 32}
+    assert middle(space, {"backbone": "x", "unfreeze_depth": 2})["stage_lr_decay"] == pytest.approx(0.65)

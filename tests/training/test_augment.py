@@ -1,0 +1,48 @@
+import pytest
+import torch
+
+from tuning.training.augment import COLUMNS, POLICIES, augment, epoch_table
+
+
+def batch(count=4, side=32):
+    return torch.rand((count, 1, side, side), generator=torch.Generator().manual_seed(0))
+
+
+def test_the_table_depends_on_seed_and_epoch_alone():
+    assert torch.equal(epoch_table(1, 2, 10), epoch_table(1, 2, 10))
+    assert not torch.equal(epoch_table(1, 2, 10), epoch_table(1, 3, 10))
+    assert not torch.equal(epoch_table(1, 2, 10), epoch_table(2, 2, 10))
+
+
+def test_no_policy_changes_nothing():
+    images = batch()
+    assert torch.equal(augment(images, epoch_table(0, 1, 4), "none"), images)
+
+
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "none"])
+def test_views_keep_shape_and_range_and_do_not_depend_on_the_batch(policy):
+    images, table = batch(), epoch_table(0, 1, 4)
+    before = images.clone()
+    views = augment(images, table, policy)
+    assert views.shape == images.shape
+    assert torch.equal(images, before)
+    assert views.min() >= 0 and views.max() <= 1
+    assert not torch.equal(views, images)
+    alone = torch.cat([augment(images[i : i + 1], table[i : i + 1], policy) for i in range(4)])
+    assert torch.equal(views, alone)
+
+
+def test_stronger_policies_change_more():
+    images, table = batch(64), epoch_table(0, 1, 64)
+    smooth = torch.nn.functional.avg_pool2d(images, 9, stride=1, padding=4)
+    changes = [(augment(smooth, table, name) - smooth).abs().mean().item() for name in POLICIES]
+    assert changes == sorted(changes)
+
+
+def test_a_middling_table_moves_nothing_and_a_flip_mirrors():
+    images = batch(1)
+    still = torch.full((1, COLUMNS), 0.5)
+    assert torch.allclose(augment(images, still, "light"), images, atol=1e-5)
+    flipped = still.clone()
+    flipped[:, 1] = 0.0
+    assert torch.allclose(augment(images, flipped, "light"), images.flip(-1), atol=1e-5)

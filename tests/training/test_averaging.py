@@ -1,0 +1,48 @@
+import math
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from tuning.training.averaging import Averaged
+
+
+def test_the_average_is_of_all_steps_at_first_and_of_about_an_epoch_later():
+    model = nn.Linear(1, 1, bias=False)
+    averaged = Averaged(model, ["weight"], epoch_steps=10)
+    for step in range(1, 6):
+        model.weight.data.fill_(float(step))
+        averaged.update()
+    assert averaged.mean["weight"].item() == 3.0
+    for _ in range(10):
+        model.weight.data.fill_(13.0)
+        averaged.update()
+    left = (13 - averaged.mean["weight"].item()) / 10
+    assert 0.25 < left < math.exp(-1) * 1.1
+
+
+@given(st.integers(1, 6), st.integers(0, 6))
+def test_an_average_that_goes_on_is_the_one_that_never_stopped(before, after):
+    torch.manual_seed(0)
+    model = nn.BatchNorm1d(3)
+    names = ["weight", "running_mean", "num_batches_tracked"]
+    whole, first = (Averaged(model, names, epoch_steps=2) for _ in range(2))
+    again = Averaged(model, names, epoch_steps=2)
+    for step in range(before + after):
+        model(torch.randn(4, 3))
+        whole.update()
+        (first if step < before else again).update()
+        if step == before - 1:
+            again.restore({name: tensor.clone() for name, tensor in first.mean.items()}, before)
+    assert all(torch.equal(whole.mean[name], again.mean[name]) for name in names)
+
+
+def test_the_model_has_its_own_tensors_again_afterwards():
+    model = nn.BatchNorm1d(3)
+    averaged = Averaged(model, ["weight", "running_mean"], epoch_steps=5)
+    averaged.update()
+    model.weight.data.fill_(7.0)
+    with averaged.in_place():
+        assert model.weight.tolist() == [1.0] * 3
+    assert model.weight.tolist() == [7.0] * 3

@@ -1,0 +1,1 @@
+"""From files to pixels: samples and splits, decoding, DICOM, the decoded images."""

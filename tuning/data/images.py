@@ -1,0 +1,324 @@
+"""Decode every image once, into one uint8 array per data set and size that is kept on disk by content."""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, TypeAlias, TypeVar
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tuning.data.decoding import DECODER_VERSION, Facts, Pixels, decode
+from tuning.record.storage import is_uri, readable, stored
+from tuning.settings.config import InputError
+
+DECODING = ".decoding-"  # prefix of a folder that is being written
+ABANDONED_S = 3600.0  # a folder that is being written is touched every TOUCH_IMAGES, which takes seconds
+TOUCH_IMAGES = 100
+FACTS = pa.schema(
+    [
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("mode", pa.string()),
+        ("format", pa.string()),
+        ("bytes", pa.int64()),
+        ("told", pa.string()),
+        ("pixels_sha256", pa.string()),
+    ]
+)
+DISK_CURE = "free some or set FINETUNE_SEARCH_CACHE to a folder on a larger disk"
+
+Decoded: TypeAlias = tuple[Pixels, Facts]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def parallel_map(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Map over one thread per core, in order, at most four items a thread ahead of the one who asks.
+
+    Pillow and hashlib let other threads run while they work.
+    """
+    threads = os.cpu_count() or 1
+    pending: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) >= 4 * threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def content_hashes(
+    files: Sequence[str],
+    folder: Path,
+    map: Callable[[Callable[[str], str], Sequence[str]], Iterable[str]] = parallel_map,
+) -> list[str]:
+    """sha256 of each file's bytes; a file of unchanged size and time is not read again.
+
+    Args:
+        files: paths or URIs.
+        folder: holds `hashes.parquet`, what is known from before; made where it is missing.
+        map: of `decode_all`.
+
+    Returns:
+        One hash a file, in hex.
+
+    Raises:
+        InputError: files that can't be read, or a broken `hashes.parquet`.
+    """
+    table = folder / "hashes.parquet"
+    try:
+        known = {
+            (row["file"], row["size"], row["mtime_ns"]): row["sha256"]
+            for row in (pq.read_table(table).to_pylist() if table.is_file() else [])
+        }
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise InputError(f"{table}: can't be read ({error}); delete it, it is made anew") from error
+
+    try:
+        keys = _sizes_and_times(files)
+        new = [key for key in dict.fromkeys(keys) if key not in known]
+        found = dict(zip(new, map(_hash_file, [file for file, _, _ in new]), strict=True))
+    except OSError as error:
+        place, why = error.filename or "a storage", error.strerror or error
+        raise InputError(f"{place}: can't be read ({why}); make it readable") from error
+    known |= found
+    if found:
+        # A changed file replaces its older row.
+        rows = {key[0]: (*key, digest) for key, digest in known.items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".hashes-{uuid.uuid4().hex}.parquet"
+        names = ["file", "size", "mtime_ns", "sha256"]
+        columns = [list(column) for column in zip(*rows.values(), strict=True)]
+        pq.write_table(pa.table(columns, names=names), temporary)
+        os.replace(temporary, table)
+    return [known[key] for key in keys]
+
+
+def _sizes_and_times(files: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Each file's full name, bytes, and time of change in ns."""
+    uris = [file for file in files if is_uri(file)]
+    there = dict(zip(uris, stored(uris), strict=True))
+    found = []
+    for file in files:
+        if file not in there:
+            status = os.stat(file)
+            found.append((os.path.abspath(file), status.st_size, status.st_mtime_ns))
+        elif (known := there[file]) is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), file)
+        else:
+            found.append((file, *known))
+    return found
+
+
+def _hash_file(file: str) -> str:
+    with readable(file) if is_uri(file) else open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def decode_all(
+    files: Sequence[str],
+    hashes: Sequence[str],
+    image_size: int,
+    *,
+    fit: str = "squash",
+    drop_colour: bool = False,
+    folder: Path,
+    disk_cache_bytes: int,
+    keep: Collection[Path] = (),
+    map: Callable[[Callable[[str], Decoded | str], Sequence[str]], Iterable[Decoded | str]] = map,
+) -> tuple[Path, dict[int, str]]:
+    """Decode images once into `images.npy`, a uint8 array [n, side, side, channels], channels being 1 if all are grey.
+
+    Their facts stand beside it in `facts.parquet` (see `read_facts`). Images are written as they come, so memory
+    stays bounded; the folder appears whole or not at all.
+
+    Args:
+        files: paths of images.
+        hashes: content hash of each file.
+        image_size, fit, drop_colour: of `decode`.
+        folder: the cache; arrays lie in its `images/<key>/`.
+        disk_cache_bytes: least recently used arrays beyond this go, but never the one returned.
+        keep: folders that never go either.
+        map: calls a function on each item, in order; `parallel_map`, or one that fans out over a cluster.
+
+    Returns:
+        The array's folder and the reason for each index that can't be decoded. If there are any, nothing is kept.
+
+    Raises:
+        InputError: the array doesn't fit on the disk.
+    """
+    sets = folder / "images"
+    suffixes = [os.path.splitext(file)[1].lower() for file in files]  # a fact tells of a wrong one
+    what = [DECODER_VERSION, image_size, fit, drop_colour, list(hashes), suffixes]
+    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+    target = sets / key
+    if (target / "images.npy").is_file():
+        os.utime(target)
+        return target, {}
+
+    sets.mkdir(parents=True, exist_ok=True)
+    unfinished = sets / f"{DECODING}{uuid.uuid4().hex}"
+    unfinished.mkdir()
+    facts: list[Facts] = []
+    unreadable: dict[int, str] = {}
+    try:
+        one = partial(_decode_or_reason, image_size=image_size, fit=fit, drop_colour=drop_colour)
+        decoded = map(one, files)
+        pixels = _sort_out(decoded, facts, unreadable)
+        with _full_disk_told(unfinished):
+            _write_array(unfinished / "images.npy", (len(files), image_size, image_size), pixels)
+            if not unreadable:
+                _write_facts(unfinished / "facts.parquet", facts)
+        if not unreadable:
+            _rename_folder(unfinished, target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)  # gone already if it was renamed
+    if not unreadable:
+        os.utime(target)
+        _evict(sets, {target, *keep}, disk_cache_bytes)
+    return target, unreadable
+
+
+def open_images(folder: Path) -> Pixels:
+    """The array of `decode_all`, memory-mapped and read-only: uint8 [n, side, side, channels]."""
+    images: Pixels = np.load(folder / "images.npy", mmap_mode="r")
+    return images
+
+
+def read_facts(folder: Path) -> pd.DataFrame:
+    """What `decode_all` found of each image, in their order.
+
+    Args:
+        folder: of the decoded images.
+
+    Returns:
+        A row per image: `width`, `height` (pixels as stored, before EXIF orientation), `mode` (Pillow's, of the stored
+        image), `format` (JPEG, PNG, ...), `bytes` (of the file), `told` (what a user should know, notes joined by
+        "; ", or missing), `pixels_sha256` (of the decoded pixels and their shape).
+    """
+    return pq.read_table(folder / "facts.parquet").to_pandas()
+
+
+def _decode_or_reason(file: str, image_size: int, fit: str, drop_colour: bool) -> Decoded | str:
+    try:
+        return decode(file, image_size, fit=fit, drop_colour=drop_colour)
+    except InputError as error:
+        return str(error)
+
+
+def _sort_out(decoded: Iterable[Decoded | str], facts: list[Facts], unreadable: dict[int, str]) -> Iterator[Pixels]:
+    """Pixels of the images that could be decoded; their facts, and reasons by index, go into the other two."""
+    for index, result in enumerate(decoded):
+        if isinstance(result, str):
+            unreadable[index] = result
+        else:
+            facts.append(result[1])
+            yield result[0]
+
+
+def _write_facts(path: Path, facts: Sequence[Facts]) -> None:
+    columns = zip(*facts, strict=True) if facts else [()] * len(FACTS)
+    pq.write_table(pa.table([list(column) for column in columns], schema=FACTS), path)
+
+
+def _write_array(path: Path, shape: tuple[int, int, int], decoded: Iterable[Pixels]) -> None:
+    """Write images as they come, with three channels from the first coloured one on; those before it are rewritten.
+
+    Written as a file, not through a memory map: that took longer, and a full disk would end the process with SIGBUS.
+    """
+    channels = 1
+    file = _begin_array(path, (*shape, channels))
+    try:
+        for index, pixels in enumerate(decoded):
+            if index % TOUCH_IMAGES == 0:
+                os.utime(path.parent)
+            if pixels.ndim == 3 and channels == 1:
+                file.close()
+                channels = 3
+                file = _with_three_channels(path, shape)
+            whole = pixels if pixels.ndim == 3 or channels == 1 else np.repeat(pixels, 3)
+            file.write(whole.data)
+        file.flush()
+        os.fsync(file.fileno())
+    finally:
+        file.close()
+
+
+@contextmanager
+def _full_disk_told(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise
+        raise InputError(f"{folder}: can't be written ({error.strerror}); {DISK_CURE}") from error
+
+
+def _begin_array(path: Path, shape: tuple[int, int, int, int]) -> BinaryIO:
+    """A new NumPy file with its header, to which pixels are written in order."""
+    free_bytes = shutil.disk_usage(path.parent).free
+    if math.prod(shape) > free_bytes:
+        needed = f"the decoded images take {math.prod(shape):,} bytes, {free_bytes:,} are free"
+        raise InputError(f"{path.parent.parent}: {needed}; {DISK_CURE}")
+    file = open(path, "wb")
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return file
+
+
+def _with_three_channels(path: Path, shape: tuple[int, int, int]) -> BinaryIO:
+    """Take a grey array's place by the same images in three channels; gives the file to go on with."""
+    coloured = path.with_name("coloured.npy")
+    file = _begin_array(coloured, (*shape, 3))
+    with open(path, "rb") as grey:
+        np.lib.format.read_magic(grey)
+        np.lib.format.read_array_header_1_0(grey)
+        while part := grey.read(2**20):
+            file.write(np.repeat(np.frombuffer(part, np.uint8), 3).data)
+    os.replace(coloured, path)
+    return file
+
+
+def _rename_folder(unfinished: Path, target: Path) -> None:
+    try:
+        os.rename(unfinished, target)
+    except OSError:
+        # Another process decoded the same set meanwhile: its array is as good.
+        if not (target / "images.npy").is_file():
+            raise
+
+
+def _evict(sets: Path, kept: Collection[Path], disk_cache_bytes: int) -> None:
+    """Delete folders that a killed process left half written, then the least recently used beyond the limit."""
+    used: list[tuple[float, int, Path]] = []
+    for folder in sets.iterdir():
+        try:
+            touched = folder.stat().st_mtime
+            n_bytes = sum(file.stat().st_size for file in folder.iterdir())
+        except FileNotFoundError:
+            continue  # another process deleted it
+        if not folder.name.startswith(DECODING):
+            used.append((touched, n_bytes, folder))
+        elif touched < time.time() - ABANDONED_S:
+            shutil.rmtree(folder, ignore_errors=True)  # another process may be deleting it too
+    total = sum(n_bytes for _, n_bytes, _ in used)
+    for _, n_bytes, folder in sorted(used):
+        if total <= disk_cache_bytes:
+            break
+        if folder not in kept:
+            shutil.rmtree(folder, ignore_errors=True)
+            total -= n_bytes

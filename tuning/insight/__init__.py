@@ -1,0 +1,1 @@
+"""From tables to conclusions: analysis, verdict, overfitting, calibration, ensembles."""

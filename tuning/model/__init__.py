@@ -1,0 +1,1 @@
+"""The final model: its training, export, model card and test."""

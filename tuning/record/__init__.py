@@ -1,0 +1,1 @@
+"""What a run leaves: its journal, tables and predictions, on a disk or in a storage."""

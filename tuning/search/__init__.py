@@ -1,0 +1,1 @@
+"""Ray and Optuna: the driver, its trials, early stopping and suggestions."""

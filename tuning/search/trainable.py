@@ -1,0 +1,232 @@
+"""The Ray trainable: hands epochs of `finetune` to Ray, one a step, and keeps its own checkpoints."""
+
+import gc
+import json
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray import tune
+from safetensors import SafetensorError
+
+from tuning.data.images import open_images
+from tuning.data.samples import redrawn
+from tuning.record.mirror import copies
+from tuning.record.predictions import predictions_file, write_predictions
+from tuning.record.tables import best_epoch, read_table
+from tuning.record.transfer import fetch_files, patiently, push_file
+from tuning.search.checkpoints import best_file, load_state, save, state_file
+from tuning.search.cluster import images_here
+from tuning.settings.config import InputError, TrialConfig
+from tuning.training.dataset import Data, join, placed
+from tuning.training.features import FeatureCache
+from tuning.training.finetune import Row, State, finetune, out_of_memory
+from tuning.training.models import Models, keep_memory
+from tuning.training.probe import probe
+
+CHECKPOINT_SECONDS = 30.0
+LAST_SENDING_SECONDS = 60.0  # that a worker which is no longer needed tries to send what it has
+
+
+class StorageLost(OSError):
+    """What a trial begins with can't be had from the storage."""
+
+
+class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
+    """A trial as Ray sees it; the actor is used again for the next trial.
+
+    A step returns {"row": JSON}. A row that the checkpoint's history holds is sent again first, marked `replayed`. A
+    row with `ends` is the last. A failure of the trial's own is a row without an epoch: nothing is raised, since Ray
+    would throw the actor away. `StorageLost` alone is: the trial is then handed out again, as after a lost worker.
+    """
+
+    _rows: Iterator[tuple[Row, Callable[[], State]]] | None = None
+    _snapshot: Callable[[], State] | None = None  # of the last epoch's end
+    _replay: list[Row]
+    _saved_at: float  # monotonic seconds
+
+    @classmethod
+    def default_resource_request(cls, config: dict[str, Any]) -> tune.PlacementGroupFactory:
+        bundle = {"CPU": config["threads"]} | ({"GPU": config["gpus"]} if config["gpus"] else {})
+        return tune.PlacementGroupFactory([bundle])
+
+    def setup(self, config: dict[str, Any]) -> None:
+        torch.set_num_threads(config["threads"])
+        self._device = torch.device(config["device"])
+        if self._device.type == "cpu":
+            keep_memory()
+        self._data: dict[int, Data] = {}
+        self._models = Models()
+        self._unsent: dict[str, bool] = {}  # files that a storage is to get, and whether they go here then
+        folder = Path(config["features"]) / platform.node()  # nodes may share the disk that the cache is on
+        self._features = FeatureCache(folder, config["cache_bytes"], self._device)
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """The next trial; the one before has ended, so only its best weights are of use."""
+        if self._snapshot is not None:
+            self._save(self._snapshot(), final=True)
+        self._forget()
+        self._begin(new_config)
+        return True
+
+    def cleanup(self) -> None:
+        """The slot is given up: keep what the trial would need to go on."""
+        if self._snapshot is not None and not self._saved:
+            self._save(self._snapshot())
+        self._forget()
+        try:
+            patiently(self._send, LAST_SENDING_SECONDS)
+        except (OSError, InputError) as error:
+            print(f"{', '.join(self._unsent)}: couldn't be sent: {error}", file=sys.stderr)
+
+    def step(self) -> dict[str, str]:
+        try:
+            if self._rows is None:
+                self._rows = self._start()
+            if self._replay:
+                return {"row": json.dumps(self._replay.pop(0) | {"replayed": True})}
+            row, self._snapshot = next(self._rows)
+            self._saved = time.monotonic() - self._saved_at > CHECKPOINT_SECONDS and self._save(self._snapshot())
+            return {"row": json.dumps(row | {"checkpoint": self._saved})}
+        except StorageLost:
+            raise
+        except Exception as error:
+            self._models.clear()  # one that failed in a strange state, or takes memory
+            lines = traceback.format_exception(error)
+            row = {
+                "ends": "out_of_memory" if out_of_memory(error) else "failed",
+                "reason": lines[-1].strip(),
+                "error": "".join(lines),
+            }
+        self._forget()
+        return {"row": json.dumps(row)}
+
+    def _forget(self) -> None:
+        self._rows = self._snapshot = None
+        gc.collect()  # the generator's frame holds optimizer and activations
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # a neighbour on the same GPU may need it
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        self._config = config
+        self._run = Path(config["run"])
+        self._away = config["storage"] is not None and ray.get_runtime_context().get_node_id() != config["home"]
+        if self._away:  # this node has a copy of its own of what it needs
+            self._run = copies(f"{config['storage']} {config['run_id']}") / self._run.name
+        self._saved, self._saved_at = False, time.monotonic()
+        self._predicted: int | None = None  # the epoch whose validation probabilities are on disk
+
+    def _start(self) -> Iterator[tuple[Row, Callable[[], State]]]:
+        if self._config["storage"] is not None:  # another node may have begun the trial, and been lost
+            self._fetch(self._checkpoint_names())
+        state = load_state(self._run, self._config["trial_id"])
+        self._replay = list(state.history) if state else []
+        trial = TrialConfig(**self._config["config"])
+        data = self._load(trial)
+        weights = self._config["weights"][trial.backbone]
+        given: dict[str, Any] = {
+            "device": self._device,
+            "weights": None if weights is None else Path(weights),
+            "features": self._features,
+            "models": self._models,
+        }
+        if self._config["origin"] == "probe":
+            row = probe(trial, data, **given)
+            return iter([(row, lambda: State([row], {}))])
+        return finetune(trial, data, state=state, **given, **self._config["ending"])
+
+    def _fetch(self, names: list[str]) -> None:
+        """Bring files here that the storage has; beside the driver, which has what it needs, nothing waits for it."""
+        attempt = partial(fetch_files, self._run, self._config["storage"], names)
+        if self._away:
+            try:
+                patiently(attempt)
+            except OSError as error:
+                raise StorageLost(f"{self._config['storage']}: {error}") from error
+        else:
+            with suppress(OSError):
+                attempt()
+
+    def _load(self, trial: TrialConfig) -> Data:
+        if self._away:
+            self._fetch(["samples.parquet"])
+        samples = read_table(self._run / "samples.parquet")
+        if trial.image_size not in self._data:
+            images = open_images(images_here(Path(self._config["images"][str(trial.image_size)])))
+            self._data[trial.image_size] = join(samples, placed(images, self._device))
+        data = self._data[trial.image_size]
+        if self._config["redraw"]:
+            samples = redrawn(samples, trial.seed)
+            data = join(samples, data.images)
+        self._classes, self._validation = data.classes, samples[samples["split"] == "val"]
+        return data
+
+    def _save(self, state: State, *, final: bool = False) -> bool:
+        """Write a checkpoint; true if it is on disk. A full disk costs the checkpoint, not the trial."""
+        trial_id, config = self._config["trial_id"], self._config["config"]
+        ended = final or state.history[-1]["ends"] is not None
+        best = best_epoch(state.history, self._config["ending"]["metric"])
+        self._save_predictions(state, best)
+        self._saved_at = time.monotonic()
+        try:
+            save(self._run, trial_id, state, best, config, ended=ended)
+            if self._away:
+                self._have_sent(ended)
+                self._send()
+        except (OSError, SafetensorError, InputError) as error:
+            print(f"{trial_id}: no checkpoint was written: {error}", file=sys.stderr)
+            return False
+        return True
+
+    def _checkpoint_names(self) -> list[str]:
+        trial_id = self._config["trial_id"]
+        return [str(file("", trial_id)) for file in (best_file, state_file)]
+
+    def _have_sent(self, ended: bool) -> None:
+        """What the next sending is to put into the storage."""
+        best, state = self._checkpoint_names()
+        self._unsent |= dict.fromkeys((str(predictions_file("", self._config["trial_id"])), best), ended)
+        if ended:  # nobody goes on from its state
+            self._unsent.pop(state, None)
+            (self._run / state).unlink(missing_ok=True)
+        else:
+            self._unsent[state] = False
+
+    def _send(self) -> None:
+        """Put into the storage what this node has written; what failed is sent with the next.
+
+        Raises:
+            InputError: another driver writes the run.
+            OSError: the storage fails.
+        """
+        for name, goes in list(self._unsent.items()):
+            push_file(self._run, self._config["storage"], name, self._config["driver"])
+            if goes:
+                (self._run / name).unlink(missing_ok=True)
+            del self._unsent[name]
+
+    def _save_predictions(self, state: State, best: Row | None) -> None:
+        """Write validation probabilities, before the checkpoint: who goes on from it may never make them again."""
+        logits = state.tensors.get("validation/logits")
+        if best is None or logits is None or best["epoch"] == self._predicted:
+            return
+        trial_id = self._config["trial_id"]
+        probabilities = torch.softmax(logits.double(), dim=1).numpy()
+        named: dict[str, Any] = {"epoch": best["epoch"], "val_loss": best["val_loss"]}
+        try:
+            write_predictions(
+                predictions_file(self._run, trial_id), self._validation, self._classes, probabilities, **named
+            )
+        except OSError as error:
+            print(f"{trial_id}: no validation probabilities were written: {error}", file=sys.stderr)
+        else:
+            self._predicted = best["epoch"]

@@ -1,0 +1,156 @@
+"""Ray Tune's view of a search: where trials come from, how they end, and what is to be done about workers that die."""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import ray
+from ray import tune
+from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.tune.execution.tune_controller import TuneController
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from tuning.search.trainable import LAST_SENDING_SECONDS
+
+FINISHED = str(Searcher.FINISHED)  # what `Search.next_trial` says at the end
+START_SECONDS = 120.0  # within which a worker that was placed comes up, or another may take its trial
+_placed: WeakKeyDictionary[Any, float] = WeakKeyDictionary()  # when a worker was seen to be, in monotonic seconds
+_reuse = TuneController._maybe_reuse_cached_actor
+LOOK_SECONDS = 1.0  # that a trial's silence grows by at most, each time that it is looked at
+
+
+def fit(search: Any, trainable: type[tune.Trainable]) -> None:
+    """Run a `search.Search` until it hands out no more trials, as a fresh Ray experiment in a temporary folder."""
+    # What its memory monitor kills ends with an error that is none of a dead actor, at which Tune ends the search.
+    OutOfMemoryError.__bases__ = (RayActorError,)
+    OutOfMemoryError._preempted = OutOfMemoryError._actor_init_failed = False
+    TuneController._maybe_reuse_cached_actor = reuse
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(search.resources.count)  # else 1, before Ray 2.60
+    ray_folder = tempfile.mkdtemp(prefix="finetune-search-")
+    tuner = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=_Searcher(search),
+            scheduler=_Scheduler(search),
+            num_samples=-1,
+            max_concurrent_trials=search.resources.count,
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: str(trial.trial_id),
+        ),
+        run_config=tune.RunConfig(
+            name="ray",
+            storage_path=ray_folder,
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=0),  # `Search.lost` hands out again
+            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+            callbacks=[_Started(search)],
+        ),
+    )
+    try:
+        tuner.fit()
+    finally:
+        shutil.rmtree(ray_folder, ignore_errors=True)
+
+
+def starts(controller: Any, trial: Any) -> bool:
+    """Whether a trial that waits has a worker which was placed a short while ago, and is about to come up."""
+    worker = controller._trial_to_actor.get(trial)
+    if worker is None or not controller._actor_manager.is_actor_started(worker):
+        return False
+    return time.monotonic() - _placed.setdefault(worker, time.monotonic()) < START_SECONDS
+
+
+def reuse(controller: Any, trial: Any) -> bool:
+    """Give a trial the worker of one that has ended, if there is any, unless its own is about to come up.
+
+    Ray would take that one away: where trials end faster than a worker starts, a node that has joined would never be
+    used.
+    """
+    return not starts(controller, trial) and _reuse(controller, trial)
+
+
+class _Searcher(Searcher):  # type: ignore[misc]
+    """Ray's view of where trials come from."""
+
+    def __init__(self, search: Any):
+        super().__init__()
+        self._search = search
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        return self._search.next_trial(trial_id)  # type: ignore[no-any-return]
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Ends are told in `Search.result`: exceptions here would be swallowed."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing of Ray's is resumed from."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing of Ray's is resumed from."""
+
+
+class _Scheduler(FIFOScheduler):  # type: ignore[misc]
+    """Ray's view of how trials end."""
+
+    def __init__(self, search: Any):
+        super().__init__()
+        self._search = search
+        self._silent: dict[Any, float] = {}  # seconds since each of Ray's trials said something
+        self._looked = time.monotonic()
+        self._hung: set[Any] = set()
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """Called every tenth of a second, also while all workers hang: the time to kill those that do, and to end."""
+        timeout, looked, self._looked = self._search.plan.trial_timeout or math.inf, self._looked, time.monotonic()
+        passed = min(self._looked - looked, LOOK_SECONDS)  # what the driver itself stood still is no trial's silence
+        over = self._search.is_over()
+        for trial, silent in list(self._silent.items()):
+            worker = trial.temporary_state.ray_actor
+            self._silent[trial] = 0.0 if worker is None else silent + passed
+            if worker is None and over and trial.status == trial.PENDING:  # Ray would start it, room or not
+                tune_controller.stop_trial(trial)
+            elif self._silent[trial] > timeout and trial not in self._hung:
+                self._hung.add(trial)
+                ray.kill(worker)
+        controller = tune_controller._tune_controller
+        waiting = [trial for trial in self._silent if trial.status == trial.PENDING and not starts(controller, trial)]
+        ready = controller._actor_cache.has_cached_object
+        return next((trial for trial in waiting if ready(trial.placement_group_factory)), next(iter(waiting), None))
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        self._silent[trial] = 0.0
+        if self._search.mirrored:  # at the end Ray waits 10 s for its workers, whose last files may be on their way
+            tune_controller._tune_controller._actor_force_cleanup_timeout = LAST_SENDING_SECONDS + 30.0
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        del self._silent[trial]
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        del self._silent[trial]
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        self._silent[trial] = 0.0
+        goes_on = self._search.result(trial.trial_id, json.loads(result["row"]))
+        return str(TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP)
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        del self._silent[trial]
+        error = Path(trial.error_file).read_text()  # `trial.get_error` looks where it will be copied to
+        self._search.lost(trial.trial_id, error, hung=trial in self._hung)
+
+
+class _Started(tune.Callback):  # type: ignore[misc]
+    """Ray's view of when trials start."""
+
+    def __init__(self, search: Any):
+        self._search = search
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._search.started(trial.trial_id)

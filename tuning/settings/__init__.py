@@ -1,0 +1,1 @@
+"""All that can be set: configurations, plans, search spaces and the YAML files they come from."""

@@ -1,0 +1,232 @@
+"""`when:` conditions: parse, check, evaluate; and the check of a single value, which a whole space needs as well."""
+
+import ast
+import difflib
+import graphlib
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from tuning.settings.config import DEPTH_ALL, TrialConfig, check_value
+
+NUMBERS = {
+    name: kind.__name__
+    for name, field in TrialConfig.model_fields.items()
+    for kind in (int, float)
+    if field.annotation is kind
+}
+SCALARS = (str, int, float, bool, type(None))
+LARGEST_INT = 2**53  # Optuna keeps numbers as floats, which are exact up to here
+
+Value = str | int | float
+
+ORDER: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
+CONDITION_RULE = (
+    "compare a parameter with a value (== != < <= > >=, in [..], not in [..]) and join comparisons by and, or, not: "
+    "`optimizer == sgd and unfreeze_depth in [1, 2]`"
+)
+LONGEST_CONDITION = 1000  # characters: keeps the syntax tree shallow
+
+
+@dataclass(frozen=True)
+class Comparison:
+    name: str
+    operator: type[ast.cmpop]
+    values: tuple[Value, ...]  # one, or those of the list after `in`
+
+
+@dataclass(frozen=True)
+class Junction:
+    word: str  # and, or, not
+    parts: tuple["Comparison | Junction", ...]
+
+
+Condition = Comparison | Junction
+
+
+# ---- parsing
+
+
+def parse_condition(text: Any) -> Condition:
+    """The condition that a text such as `optimizer == sgd and unfreeze_depth > 1` says.
+
+    Raises:
+        ValueError: the rule that the text breaks, in words.
+    """
+    if not isinstance(text, str) or len(text) > LONGEST_CONDITION:
+        raise ValueError(f"must be text of at most {LONGEST_CONDITION} characters: {CONDITION_RULE}")
+    try:
+        tree = ast.parse(" ".join(text.split()), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise ValueError(f"can't be parsed: {CONDITION_RULE}") from None
+    return _joined(tree.body)
+
+
+def _joined(node: ast.expr) -> Condition:
+    match node:
+        case ast.BoolOp(op=op, values=parts):
+            return Junction("and" if isinstance(op, ast.And) else "or", tuple(map(_joined, parts)))
+        case ast.UnaryOp(op=ast.Not(), operand=part):
+            return Junction("not", (_joined(part),))
+        case ast.Compare(ast.Name(name), [ast.In() | ast.NotIn() as op], [ast.List([_, *_] as listed)]):
+            return Comparison(name, type(op), tuple(_literal(name, item) for item in listed))
+        case ast.Compare(ast.Name(name), [op], [right]) if isinstance(op, (ast.Eq, ast.NotEq, *ORDER)):
+            return Comparison(name, type(op), (_literal(name, right),))
+    raise ValueError(f"can't be parsed at `{ast.unparse(node)}`: {CONDITION_RULE}")
+
+
+def _literal(name: str, node: ast.expr) -> Value:
+    match node:
+        case ast.Constant(value=str() | int() | float() as value) if not isinstance(value, bool):
+            word: Value = value
+        case ast.Name() | ast.Attribute(value=ast.Name()):  # timm's names may have a dot: vgg16.tv_in1k
+            word = ast.unparse(node)
+        case _:
+            raise ValueError(f"can't be parsed at `{ast.unparse(node)}`: {CONDITION_RULE}")
+    return DEPTH_ALL if name == "unfreeze_depth" and word == "all" else word
+
+
+# ---- evaluating
+
+
+def parents(condition: Condition | None) -> list[str]:
+    """Names of the parameters that a condition compares, in its order, each as often as it stands there."""
+    return [comparison.name for comparison in _comparisons(condition)]
+
+
+def _comparisons(condition: Condition | None) -> list[Comparison]:
+    if isinstance(condition, Junction):
+        return [comparison for part in condition.parts for comparison in _comparisons(part)]
+    return [] if condition is None else [condition]
+
+
+def holds(condition: Condition | None, values: Mapping[str, Any]) -> bool:
+    """Whether a condition holds; never if `values` lacks one of its parents, always if there is no condition."""
+    if condition is None:
+        return True
+    return all(name in values for name in parents(condition)) and _decided(condition, values)
+
+
+def _decided(condition: Condition, values: Mapping[str, Any]) -> bool:
+    if isinstance(condition, Junction):
+        parts = [_decided(part, values) for part in condition.parts]
+        return {"and": all(parts), "or": any(parts), "not": not parts[0]}[condition.word]
+    value, order = values[condition.name], ORDER.get(condition.operator)
+    if order:
+        return order(value, condition.values[0])
+    return (value in condition.values) == (condition.operator in (ast.Eq, ast.In))
+
+
+# ---- checking
+
+
+def fits(
+    condition: Condition | None,
+    known: set[str],
+    outside: Callable[[str, Value], str | None],
+    place: str,
+    faults: list[str],
+) -> bool:
+    """Whether a condition can be decided; what keeps it from that is appended to `faults`.
+
+    Args:
+        condition: none fits always.
+        known: parameters that it may name.
+        outside: the rule that keeps a value out of a parameter's range; none if it is inside.
+        place: where it stands, for the messages.
+        faults: those found so far.
+    """
+    before = len(faults)
+    for comparison in _comparisons(condition):
+        name = comparison.name
+        if name not in known:
+            cure = nearest(name, known) or "; add it to parameters or fixed"
+            faults.append(f"{place}: {show(name)}: is neither among the parameters nor fixed{cure}")
+            continue
+        for value in comparison.values:
+            if comparison.operator in ORDER:
+                if name not in NUMBERS:
+                    faults.append(f"{place}: {name} is no number and has no order; compare it by ==, != or in")
+                elif isinstance(value, str):
+                    faults.append(f"{place}: {name} is a number, got the text {show(value)}; write a number")
+            elif (value := checked(TrialConfig, name, value, f"{place}: {name}", faults)) is not None:
+                if rule := outside(name, value):
+                    faults.append(f"{place}: {name}: {rule}; write a value that it can have")
+    return len(faults) == before
+
+
+def parents_first(conditions: Mapping[str, Condition | None], place: str, faults: list[str]) -> list[str]:
+    """Parameters, by name with their conditions, each after its parents; those of a cycle are a fault and left out."""
+    remaining = dict(conditions)
+    while True:
+        graph = {
+            name: [parent for parent in parents(condition) if parent in remaining]
+            for name, condition in remaining.items()
+        }
+        try:
+            return list(graphlib.TopologicalSorter(graph).static_order())
+        except graphlib.CycleError as error:
+            cycle = error.args[1][::-1]
+            faults.append(f"{place}: {' needs '.join(cycle)}: conditions must not form a cycle; delete one `when`")
+            remaining = {name: condition for name, condition in remaining.items() if name not in cycle}
+
+
+# ---- single values
+
+
+def checked(model: type[BaseModel], key: str, value: Any, place: str, faults: list[str]) -> Any:
+    """The value by the model's rule; none, and a fault more, if it breaks the rule."""
+    try:
+        if type(value) not in SCALARS:
+            raise ValueError(f"must be a single plain value, got {show(value)}; write a number or a word")
+        if type(value) is int and abs(value) > LARGEST_INT:
+            raise ValueError(f"must not go beyond 2**53, got {show(value)}; write a smaller number")
+        return check_value(model, key, value)
+    except ValueError as error:
+        fault, number = f"{place}: {error}", as_number(value)
+        if number and ("valid number" in fault or "valid integer" in fault):
+            fault = f"{place}: must be a number, got the text {show(value)}; write {number}"
+        elif type(value) is bool:
+            fault += "; YAML reads yes, no, on and off as true and false: quote a word, or write a number"
+        elif value is None:
+            fault += "; YAML reads ~, null and nothing at all as None: write a value, or quote the word"
+        faults.append(fault)
+        return None
+
+
+def as_number(text: Any) -> str | None:
+    """How YAML wants the number that a text holds: 1e-5 -> 1.0e-05, for PyYAML takes a number without a dot as text."""
+    try:
+        number = float(text) if isinstance(text, str) else math.nan
+    except ValueError:
+        return None
+    if not math.isfinite(number):
+        return None
+    if number.is_integer() and abs(number) < LARGEST_INT:
+        return str(int(number))
+    return repr(number) if "." in repr(number) else repr(number).replace("e", ".0e")
+
+
+def nearest(word: Any, known: Iterable[Any]) -> str:
+    """The end of a message that proposes the known name most like a word; empty if none is."""
+    close = difflib.get_close_matches(word, [str(name) for name in known], n=1) if isinstance(word, str) else []
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def show(value: Any) -> str:
+    """A value as messages quote it, in at most 80 characters."""
+    if type(value) not in SCALARS:
+        return "a mapping" if isinstance(value, dict) else f"a {type(value).__name__}"
+    if type(value) is int and abs(value) > LARGEST_INT:
+        return "a number beyond 2**53"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

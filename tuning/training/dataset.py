@@ -1,0 +1,64 @@
+"""Decoded images with their labels and splits, and how they become a network's input."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tuning.training import backbones
+from tuning.training.augment import augment
+from tuning.training.features import to_device
+from tuning.training.frozen import Prepare
+
+
+@dataclass(frozen=True)
+class Data:
+    """Decoded images with their labels and splits."""
+
+    images: NDArray[np.uint8] | Tensor  # [n, side, side, channels], channels 1 or 3; memory-mapped, or on a GPU
+    labels: NDArray[np.int64]  # [n], index into `classes`
+    train: NDArray[np.int64]  # indices of the images in each split
+    val: NDArray[np.int64]
+    test: NDArray[np.int64]
+    classes: tuple[str, ...]
+
+
+def placed(images: NDArray[np.uint8], device: torch.device) -> NDArray[np.uint8] | Tensor:
+    """Decoded images on the GPU, where they take at most a quarter of what is free there; else as they are."""
+    if device.type == "cuda" and images.nbytes <= torch.cuda.mem_get_info(device)[0] / 4:
+        return torch.from_numpy(np.array(images)).to(device)
+    return images
+
+
+def join(samples: pd.DataFrame, images: NDArray[np.uint8] | Tensor) -> Data:
+    """Samples (as `samples.load_samples` gives them) and their decoded images, in the same order."""
+    assert len(samples) == len(images)
+    classes = tuple(sorted(samples["label"].unique()))
+    labels = np.array([classes.index(label) for label in samples["label"]], dtype=np.int64)
+    splits = {name: np.flatnonzero(samples["split"] == name) for name in ("train", "val", "test")}
+    return Data(images, labels, **splits, classes=classes)
+
+
+def train_eval_set(data: Data) -> NDArray[np.int64]:
+    """The training images on which `train_eval_loss` is measured: the same in all trials, as many as for validation."""
+    return data.train[np.random.default_rng(0).permutation(len(data.train))[: len(data.val)]]
+
+
+def preparer(images: NDArray[np.uint8] | Tensor, backbone: str, device: torch.device) -> Prepare:
+    """A function from indices (and their rows of the epoch's table) to the network's input [batch, 3, side, side]."""
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in backbones.input_mean_std(backbone))
+
+    def prepare(indices: NDArray[np.int64], table: Tensor | None, policy: str) -> Tensor:
+        if isinstance(images, Tensor):
+            chosen = images[torch.from_numpy(indices).to(device)]
+        else:
+            chosen = to_device(images[indices], device)
+        pixels = chosen.permute(0, 3, 1, 2).float() / 255
+        if table is not None:
+            pixels = augment(pixels, table.to(device), policy)
+        return ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
+
+    return prepare

@@ -1,0 +1,128 @@
+"""Models that an actor keeps from trial to trial: built once, put back as they were, and cut once at each depth."""
+
+import ctypes
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tuning.training import backbones
+from tuning.training.depthwise import speed_up
+from tuning.training.prefix import Cut, split
+
+KEPT_MODELS = 3  # of one actor; the least recently used goes first
+PASSES, PASSES_SECONDS = 3, 0.03  # timed for a latency: so many at least in all, and so long at each call
+
+
+def keep_memory() -> None:
+    """Let this process keep the memory that it frees, for its next tensors.
+
+    glibc gives large blocks back to the system at once, and each new tensor's pages are then made and zeroed anew: on a
+    CPU with one thread frozen layers of EfficientNet-lite1 at 128 px took 5.8 ms an image instead of 2.7, training the
+    whole network 19.5 instead of 16.7. Where the C library has no `mallopt`, nothing is changed.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # of malloc.h
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_top_pad, 2**26)
+
+
+@dataclass
+class Network:
+    """A model on its device, its stages and its cuts."""
+
+    model: nn.Module
+    stages: list[list[str]]
+    image_size: int
+    _initial: dict[str, Tensor] = field(default_factory=dict)  # what the last trial may have changed, as it was before
+    _cuts: dict[int, Cut | None] = field(default_factory=dict)
+    _latency_ms: float = math.inf
+    _passes: int = 0  # that it is the least of
+
+    def begin(self, depth: int, *, batch_norm: str, head_dropout: float) -> list[str]:
+        """Make the model ready for a trial, as if it were newly built.
+
+        Args:
+            depth: stages unfrozen, counted from the head.
+            batch_norm: as for `backbones.unfreeze`.
+            head_dropout: probability that an input of the classifier is dropped in training.
+
+        Returns:
+            Names of the tensors that the trial changes: trained parameters, and buffers.
+        """
+        tensors = self.model.state_dict()
+        for name, tensor in self._initial.items():
+            tensors[name].copy_(tensor)
+        self.model.zero_grad(set_to_none=True)
+        self.model.get_submodule(backbones.classifier_name(self.model))[0].p = head_dropout  # type: ignore[index]
+        backbones.unfreeze(self.model, self.stages, depth, batch_norm=batch_norm)
+        changed = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        changed += [name for name, _ in self.model.named_buffers() if name in tensors]
+        self._initial = {name: tensors[name].clone() for name in changed}
+        return changed
+
+    def cut(self, depth: int) -> Cut | None:
+        """The cut below the last `depth` stages; null where nothing is frozen or the model can't be cut."""
+        if depth not in self._cuts:
+            self._cuts[depth] = split(self.model, self.stages, depth, self.image_size)
+        return self._cuts[depth]
+
+    def latency_ms(self, autocast: torch.autocast) -> float:
+        """Milliseconds that the whole model takes for one image: the least of the passes timed so far.
+
+        Each call times a few more. On one CPU thread its own time counts: beside other jobs the clock on the wall said
+        that EfficientNet-lite1 takes six times as long as lite0.
+        """
+        image, begun = backbones.zero_images(self.model, 1, self.image_size), time.perf_counter()
+        alone = image.device.type == "cpu" and torch.get_num_threads() == 1
+        clock = time.thread_time if alone else time.perf_counter
+        with backbones.evaluating(self.model):
+            while self._passes < PASSES or time.perf_counter() - begun < PASSES_SECONDS:
+                started = clock()
+                with autocast:
+                    self.model(image).cpu()  # which waits for the GPU
+                self._latency_ms = min(self._latency_ms, 1000 * (clock() - started))
+                self._passes += 1
+        return self._latency_ms
+
+
+class Models:
+    """The networks that an actor has built."""
+
+    def __init__(self) -> None:
+        self._networks: dict[tuple[object, ...], Network] = {}
+
+    def get(
+        self, backbone: str, *, classes: int, image_size: int, seed: int, weights: Path | None, device: torch.device
+    ) -> Network:
+        """The network of `backbones.build`'s arguments, in the state that its last trial left; see `Network.begin`.
+
+        Raises:
+            InputError: as `backbones.build` and `backbones.stages` do.
+        """
+        key = (backbone, classes, image_size, seed, weights, device)
+        network = self._networks.pop(key, None)
+        if network is None:
+            while len(self._networks) >= KEPT_MODELS:
+                del self._networks[next(iter(self._networks))]
+            model = backbones.build(
+                backbone, classes=classes, image_size=image_size, head_dropout=0.0, seed=seed, weights=weights
+            ).to(device)
+            if device.type == "cpu":
+                speed_up(model)
+            network = Network(model, backbones.stages(model, image_size), image_size)
+        self._networks[key] = network
+        return network
+
+    def keep_only(self, network: Network) -> None:
+        """Forget all others, for their memory."""
+        self._networks = {key: other for key, other in self._networks.items() if other is network}
+
+    def clear(self) -> None:
+        """Forget all networks; whoever holds one can go on using it."""
+        self._networks.clear()
