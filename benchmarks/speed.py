@@ -40,7 +40,8 @@ from torch.nn import functional
 
 from tuning.data.phantoms import write_phantoms
 from tuning.data.samples import load_samples
-from tuning.record.tables import read_journal, read_table, replacing
+from tuning.record.journal import read_journal
+from tuning.record.tables import read_table, replacing
 from tuning.settings import config
 from tuning.settings.config import DEPTH_ALL, InputError, TrialConfig
 from tuning.training import backbones

@@ -8,7 +8,8 @@ import pandas as pd
 import pyarrow as pa
 import yaml
 
-from tuning.record.tables import AUDIT, SAMPLES, Record, best_epoch, make_tables, write_tables
+from tuning.record.journal import Record, best_epoch
+from tuning.record.tables import AUDIT, SAMPLES, make_tables, write_tables
 from tuning.settings.config import SearchPlan, TrialConfig
 from tuning.settings.space import Space, parse, trial_values
 

@@ -16,8 +16,9 @@ from runs import make_audit, make_run
 from tuning.data.samples import load_samples
 from tuning.model.folder import load_model, save_model
 from tuning.record import tables
+from tuning.record.journal import METRICS, Journal, read_journal, read_record
 from tuning.record.predictions import predictions_file, read_predictions, write_predictions
-from tuning.record.tables import Journal, read_journal, read_record, read_table
+from tuning.record.tables import read_table
 from tuning.run_search import Flags, _resumed
 from tuning.settings.config import InputError, SearchPlan, TrialConfig
 from tuning.settings.space import SHIPPED, load
@@ -97,7 +98,7 @@ def run(tmp_path_factory):
     journal = Journal(run / "journal.jsonl")
     row = dict.fromkeys(("learning_rate", "cache_hits", "peak_memory_mb", "micro_batch", "ends", "reason"))
     row |= dict.fromkeys(("seconds", "data_seconds", "prefix_seconds", "train_seconds", "evaluate_seconds"), 0.5)
-    row |= dict.fromkeys(tables.METRICS, 0.5) | {"images": 64, "unfreeze_depth": 0}
+    row |= dict.fromkeys(METRICS, 0.5) | {"images": 64, "unfreeze_depth": 0}
     for number in range(2):
         named = {"trial_id": f"t{number:05d}"}
         params = {"learning_rate": 1e-3}

@@ -19,7 +19,8 @@ import ray
 import yaml
 from test_end_to_end import SPACE, wait_for_events
 
-from tuning.record.tables import FINAL, read_table
+from tuning.record.journal import FINAL
+from tuning.record.tables import read_table
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tuning.record.tables import FINAL, read_journal, read_record, read_table
+from tuning.record.journal import FINAL, read_journal, read_record
+from tuning.record.tables import read_table
 from tuning.search.stopping import Rungs
 
 ROOT = Path(__file__).parent.parent

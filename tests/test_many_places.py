@@ -15,8 +15,9 @@ from ray.cluster_utils import Cluster
 from test_end_to_end import SPACE, command, ended, outcome, stand_still
 
 from tuning.record import storage
+from tuning.record.journal import FINAL, read_journal
 from tuning.record.mirror import borrowed
-from tuning.record.tables import FINAL, read_journal, read_table
+from tuning.record.tables import read_table
 
 pytestmark = pytest.mark.slow
 SETTINGS = ("trials=8", "epochs=5", "finalists=0")

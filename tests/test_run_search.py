@@ -22,7 +22,8 @@ from PIL import Image
 from tuning.checks.audit import load_checked
 from tuning.data.images import parallel_map, read_facts
 from tuning.insight.verdict import Verdict
-from tuning.record.tables import Record, Trial, make_tables, read_table
+from tuning.record.journal import Record, Trial
+from tuning.record.tables import make_tables, read_table
 from tuning.run_search import (
     Flags,
     _data,

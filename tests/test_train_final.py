@@ -23,17 +23,9 @@ from tuning import train_final
 from tuning.checks.audit import load_checked
 from tuning.data import phantoms
 from tuning.model.folder import Ensemble, load_model
+from tuning.record.journal import Journal, Record, best_epoch, read_journal
 from tuning.record.predictions import read_predictions
-from tuning.record.tables import (
-    SAMPLES,
-    Journal,
-    Record,
-    best_epoch,
-    make_tables,
-    read_journal,
-    read_table,
-    write_tables,
-)
+from tuning.record.tables import SAMPLES, make_tables, read_table, write_tables
 from tuning.run_search import write_run
 from tuning.search.trainable import FinetuneTrial
 from tuning.settings.config import InputError, SearchPlan, TrialConfig

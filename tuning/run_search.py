@@ -32,6 +32,7 @@ from tuning.data.images import parallel_map, read_facts
 from tuning.insight import analysis
 from tuning.insight import verdict as finalists
 from tuning.record import tables
+from tuning.record.journal import Journal, Record, best_epoch
 from tuning.record.mirror import Mirror, fetch, mirrored, run_folder
 from tuning.record.storage import apart, is_uri, joined, stored, unreadable
 from tuning.record.track import check_installed, tracking
@@ -286,7 +287,7 @@ def _resumed(flags: Flags) -> tuple[SearchPlan, Space, Path]:
         raise InputError(f"--resume: no permission to write in {folder}")
     journal = folder / "journal.jsonl"
     if journal.exists():  # another search that writes this run is told of before Ray starts
-        tables.Journal(journal).close()
+        Journal(journal).close()
     plan_path = folder / "plan.yaml"
     document = read_plan(folder)
     # The default of what a resume may change is what a version did that didn't have it.
@@ -430,7 +431,7 @@ def _git_commit() -> str | None:
 def _write_best(
     folder: Path,
     plan: SearchPlan,
-    record: tables.Record,
+    record: Record,
     trials: pd.DataFrame,
     verdict: finalists.Verdict,
     fingerprint: str,
@@ -443,7 +444,7 @@ def _write_best(
         "verdict": verdict.verdict,
         "why": verdict.sentence,
         "metric": plan.metric,
-        "best_epoch": dict(tables.best_epoch(trial.rows, plan.metric) or {}),
+        "best_epoch": dict(best_epoch(trial.rows, plan.metric) or {}),
         "best_epochs": [int(epoch) for epoch in runs["best_epoch"].dropna()],
         "fingerprint": fingerprint,
         "settings": plan.model_dump(),

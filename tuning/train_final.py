@@ -28,6 +28,7 @@ from tuning.insight.calibration import fit_temperature, logarithms, tempered
 from tuning.insight.ensemble import named_shares
 from tuning.model.reading import READINGS, measured, note_reading, tell
 from tuning.record import tables
+from tuning.record.journal import read_journal
 from tuning.record.mirror import borrowed
 from tuning.record.predictions import read_predictions, write_tested
 from tuning.record.storage import is_uri, joined
@@ -98,7 +99,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     folder = run_folder / "model"
     # Damage is told before hours of training.
     if (run_folder / READINGS).exists():
-        tables.read_journal(run_folder / READINGS)
+        read_journal(run_folder / READINGS)
     if (run_folder / "trials.parquet").exists():
         tables.read_table(run_folder / "trials.parquet")
     audited = run_folder / "audit.parquet"

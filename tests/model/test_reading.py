@@ -6,7 +6,7 @@ import pytest
 
 from tuning.insight.calibration import calibration_error, tempered
 from tuning.model.reading import READINGS, measured, note_reading
-from tuning.record.tables import read_journal
+from tuning.record.journal import read_journal
 
 
 def test_readings_are_counted_for_each_data_set(tmp_path):

@@ -12,9 +12,9 @@ from conftest import bring_back, removable, take_away
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from tuning.record import claim, mirror, storage, transfer
+from tuning.record.claim import segments_among
+from tuning.record.journal import Journal, read_journal
 from tuning.record.mirror import Mirror, borrowed, fetch, mirrored, run_folder
-from tuning.record.segments import segments_among
-from tuning.record.tables import Journal, read_journal
 from tuning.record.transfer import fetch_files, push_file
 from tuning.settings.config import InputError
 

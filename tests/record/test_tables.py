@@ -8,18 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuning.record.tables import (
-    Journal,
-    Record,
-    Row,
-    make_tables,
-    read_journal,
-    read_record,
-    read_table,
-    replacing,
-    tell_all,
-    write_tables,
-)
+from tuning.record.journal import Journal, Record, Row, read_journal, read_record
+from tuning.record.tables import make_tables, read_table, replacing, tell_all, write_tables
 from tuning.settings.config import InputError, TrialConfig
 
 CONFIG = TrialConfig(backbone="test_resnet", epochs=3).model_dump()

@@ -12,7 +12,7 @@ from runs import make_record
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tuning.record import track
-from tuning.record.tables import FINAL, Row, best_epoch
+from tuning.record.journal import FINAL, Row, best_epoch
 from tuning.record.track import MLflow, TensorBoard, check_installed, tracking
 from tuning.settings.config import InputError, SearchPlan
 

@@ -14,8 +14,9 @@ from optuna.trial import TrialState
 from ray.tune.error import TuneError
 
 from tuning.checks.audit import load_checked
+from tuning.record.journal import FINAL, read_journal
 from tuning.record.predictions import read_predictions
-from tuning.record.tables import FINAL, make_tables, read_journal, read_table
+from tuning.record.tables import make_tables, read_table
 from tuning.run_search import write_run
 from tuning.search.cluster import Slots, ray_running
 from tuning.search.driver import Search

@@ -14,7 +14,8 @@ from ray.cluster_utils import Cluster
 from test_driver import make_run, workers
 from test_end_to_end import SPACE, command
 
-from tuning.record.tables import FINAL, read_journal, read_record, read_table, read_whole
+from tuning.record.journal import FINAL, read_journal, read_record
+from tuning.record.tables import read_table, read_whole
 from tuning.search.cluster import ray_running
 from tuning.search.driver import LOST_ACTOR_RETRIES, LOST_STARTS
 from tuning.settings.config import SearchPlan

@@ -8,7 +8,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from tuning.record.tables import Trial
+from tuning.record.journal import Trial
 from tuning.search.optimizer import LiveStudy, Optimizer, read_priors
 from tuning.settings.config import InputError
 from tuning.settings.space import parse

@@ -14,9 +14,10 @@ from safetensors import safe_open
 
 from tuning.checks.audit import load_checked
 from tuning.record import transfer
+from tuning.record.journal import best_epoch
 from tuning.record.predictions import predictions_file
 from tuning.record.storage import files_below
-from tuning.record.tables import best_epoch, read_table
+from tuning.record.tables import read_table
 from tuning.run_search import write_run
 from tuning.search import trainable as trial_module
 from tuning.search.checkpoints import best_file

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from runs import make_record
 
-from tuning.record.tables import best_epoch
+from tuning.record.journal import best_epoch
 from tuning.settings.config import SearchPlan
 from tuning.show.live import ASCII_BLOCKS, BLOCKS, MOST_LINES, Tally, about, block, spark_lines, survival
 

@@ -20,7 +20,7 @@ import yaml
 from rich.console import Console
 from runs import make_record
 
-from tuning.record.tables import Journal, Row, Trial
+from tuning.record.journal import Journal, Row, Trial
 from tuning.settings.config import SearchPlan
 from tuning.show import progress
 from tuning.show.live import BLOCKS

@@ -6,7 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 from runs import make_audit, make_run
 
-from tuning.record.tables import Journal, make_tables, read_record, write_tables
+from tuning.record.journal import Journal, read_record
+from tuning.record.tables import make_tables, write_tables
 from tuning.report import Flags
 from tuning.report import run as run_report
 from tuning.settings.config import InputError

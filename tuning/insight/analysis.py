@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from tuning.insight.calibration import logarithms
 from tuning.insight.intervals import mean_interval
+from tuning.record.journal import loss_like
 from tuning.record.predictions import Predictions
-from tuning.record.tables import TRIALS, loss_like, read_table
+from tuning.record.tables import TRIALS, read_table
 from tuning.record.tables import searched as searched
 from tuning.settings.config import InputError
 from tuning.settings.documents import read_plan

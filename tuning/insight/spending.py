@@ -5,7 +5,8 @@ import math
 import pandas as pd
 
 from tuning.insight.analysis import EARLY
-from tuning.record.tables import loss_like, searched
+from tuning.record.journal import loss_like
+from tuning.record.tables import searched
 
 
 def ends(trials: pd.DataFrame) -> pd.DataFrame:

@@ -10,7 +10,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from tuning.insight.analysis import searched, top
-from tuning.record.tables import FINAL, FINALISTS, loss_like
+from tuning.record.journal import FINAL, loss_like
+from tuning.record.tables import FINALISTS
 from tuning.search.finalists import LEAST_RUNS, candidates, most_epochs, runs_left
 from tuning.settings.config import SearchPlan
 

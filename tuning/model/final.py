@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tuning.insight.calibration import logarithms, tempered
 from tuning.insight.ensemble import named_shares, offer
 from tuning.record import tables
+from tuning.record.journal import best_epoch
 from tuning.record.predictions import Predictions, read_predictions
 from tuning.search.checkpoints import best_weights, kept
 from tuning.settings.config import InputError, TrialConfig
@@ -88,7 +89,7 @@ def trained(
         if row["epoch"] == last:
             break
     state = snapshot()
-    best = state.history[-1] if both else tables.best_epoch(state.history, metric)
+    best = state.history[-1] if both else best_epoch(state.history, metric)
     if best is None or best["val_loss"] is None:
         raise InputError("no epoch had a finite loss; choose a lower learning rate by --set learning_rate=...")
     part = "model/" if both else "best/"

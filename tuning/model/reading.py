@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from tuning.insight.calibration import calibration_error, tempered
 from tuning.insight.intervals import measure
-from tuning.record import tables
+from tuning.record.journal import Journal, read_journal
 from tuning.record.predictions import group_numbers
 from tuning.settings.config import visible
 
@@ -20,10 +20,10 @@ READINGS = "test_readings.jsonl"  # beside best.yaml: a line for each time that 
 def note_reading(folder: Path, fingerprint: str, trained_on: str, ensemble: bool) -> dict[str, Any]:
     """Record, for good, that this data's test set is read; says the how manieth time it is, and when the first was."""
     path = folder / READINGS
-    journal = tables.Journal(path)
+    journal = Journal(path)
     journal.append("test_read", fingerprint=fingerprint, trained_on=trained_on, ensemble=ensemble)
     journal.close()
-    times = [event["time"] for event in tables.read_journal(path) if event.get("fingerprint") == fingerprint]
+    times = [event["time"] for event in read_journal(path) if event.get("fingerprint") == fingerprint]
     first, this = (datetime.fromtimestamp(time, UTC).isoformat(timespec="seconds") for time in (times[0], times[-1]))
     return {"number": len(times), "at": this, "first_at": first}
 

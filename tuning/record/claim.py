@@ -1,4 +1,4 @@
-"""Who writes a run that lies in a storage: one driver at a time, told by files there and by the storage's own clock.
+"""Who writes a run that lies in a storage, and the segments of its journal, which are named after their writers.
 
 Each driver has a file in `drivers/`, which nobody else writes, so that no two can overwrite each other's. The one whose
 name comes last is the driver: names begin with a number that counts them. A driver that was cut off for so long that
@@ -6,13 +6,15 @@ another has begun finds the other's name, and writes nothing more.
 """
 
 import json
+import math
 import os
 import platform
 import re
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
-from tuning.record.storage import Stored, delete, files_below, joined, read_bytes, write_bytes
+from tuning.record.storage import Stored, delete, files_below, joined, read_all, read_bytes, write_bytes
 from tuning.settings.config import InputError
 
 CLAIM_SECONDS = 60.0  # a driver that has not been heard of for so long is gone
@@ -20,6 +22,7 @@ CLAIMS = "drivers/"
 NOW = "now-"  # begins the names of files there that are written to learn the storage's time
 ASKED_TIMES = 3
 SEGMENTS = "journal/"  # begin with the names of the claims for which they were written
+_SEGMENT = re.compile(rf"{SEGMENTS}(?:\d+-\w+-(?P<begin>\d+)|\d+)\.jsonl")
 
 
 def check_free(uri: str) -> None:
@@ -135,3 +138,33 @@ def _processes() -> str | None:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return None
+
+
+def segment(driver: str, begin: int) -> str:
+    """Name in the run of the segment that a driver begins at this byte."""
+    return f"{SEGMENTS}{driver}-{begin:012d}.jsonl"
+
+
+def segments_among(names: Iterable[str]) -> list[str]:
+    """Those of a run's files that are segments, in their order; counted ones come first."""
+    found = [name for name in names if name.startswith(SEGMENTS) and name.endswith(".jsonl")]
+    return sorted(found, key=lambda name: ("-" in name, name))
+
+
+def read_segments(uri: str, names: list[str]) -> bytes:
+    """The journal of these segments; what a driver sent after another had taken the run over is void.
+
+    Raises:
+        InputError: one is missing.
+        OSError: the storage fails.
+    """
+    journal = bytearray()
+    for name, lines in zip(names, read_all([joined(uri, name) for name in names]), strict=True):
+        named = _SEGMENT.fullmatch(name)
+        begin = int(named["begin"] or len(journal)) if named else math.inf
+        if begin > len(journal):
+            cure = "bring back the segments that lay before it"
+            raise InputError(f"{joined(uri, name)}: doesn't go on with the journal; {cure}")
+        del journal[int(begin) :]
+        journal += lines
+    return bytes(journal)

@@ -15,10 +15,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tuning.record import claim, transfer
-from tuning.record.claim import SEGMENTS
-from tuning.record.segments import read_segments, segment, segments_among
+from tuning.record.claim import SEGMENTS, read_segments, segment, segments_among
+from tuning.record.journal import lock
 from tuning.record.storage import Stored, delete, files_below, is_uri, joined, write_bytes
-from tuning.record.tables import lock
 from tuning.record.transfer import bring, fetch_file, patiently, push_file, write_file
 from tuning.settings.config import InputError, cache_folder
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuning.record.tables import EPOCHS, Trial, best_epoch
+from tuning.record.journal import Trial, best_epoch
+from tuning.record.tables import EPOCHS
 from tuning.settings.config import InputError, SearchPlan, without_secrets
 
 COLUMNS = [name for name in EPOCHS.names if name not in ("seq", "trial_id", "epoch")]

@@ -11,8 +11,9 @@ from typing import Any
 import ray
 from ray import tune
 
+from tuning.record.journal import Journal, Trial, best_epoch, loss_like, read_record
 from tuning.record.mirror import Mirror
-from tuning.record.tables import Journal, Trial, best_epoch, loss_like, make_tables, read_record, write_tables
+from tuning.record.tables import make_tables, write_tables
 from tuning.search.checkpoints import best_file, state_file
 from tuning.search.cluster import Slots, gpu_share
 from tuning.search.finalists import most_epochs, runs_left

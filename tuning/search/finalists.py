@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from tuning.record.tables import loss_like, searched
+from tuning.record.journal import loss_like
+from tuning.record.tables import searched
 from tuning.settings.config import PARAMETERS, SearchPlan
 
 LEAST_RUNS = 3  # of each configuration

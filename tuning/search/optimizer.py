@@ -13,7 +13,7 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from tuning.record.tables import FINAL, Trial, best_epoch, loss_like
+from tuning.record.journal import FINAL, Trial, best_epoch, loss_like
 from tuning.settings.config import InputError
 from tuning.settings.space import Space, active, suggest
 

@@ -19,9 +19,10 @@ from safetensors import SafetensorError
 
 from tuning.data.images import open_images
 from tuning.data.samples import redrawn
+from tuning.record.journal import best_epoch
 from tuning.record.mirror import copies
 from tuning.record.predictions import predictions_file, write_predictions
-from tuning.record.tables import best_epoch, read_table
+from tuning.record.tables import read_table
 from tuning.record.transfer import fetch_files, patiently, push_file
 from tuning.search.checkpoints import best_file, load_state, save, state_file
 from tuning.search.cluster import images_here

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from rich.text import Text
 
-from tuning.record.tables import Trial, best_epoch, loss_like
+from tuning.record.journal import Trial, best_epoch, loss_like
 from tuning.search.finalists import most_epochs, runs_to_make
 from tuning.settings.config import DEPTH_ALL, SearchPlan
 

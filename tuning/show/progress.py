@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
-from tuning.record import tables
+from tuning.record.journal import Trial, best_epoch
 from tuning.settings.config import SearchPlan, visible
 from tuning.show.live import Tally, block, clock, depth, status_line
 
@@ -66,7 +66,7 @@ class Progress:
                 self._tally, running, search.journal.wall_s, width=console.width, height=console.height, unicode=unicode
             )
 
-    def __call__(self, search: Any, trial: tables.Trial) -> None:
+    def __call__(self, search: Any, trial: Trial) -> None:
         """Take in a trial that has reported an epoch or ended."""
         with self._lock:
             self._tally.take(trial)
@@ -76,7 +76,7 @@ class Progress:
         elif not self._draws and time.monotonic() - self._said_at > HEARTBEAT_SECONDS:
             self._heartbeat(search)
 
-    def _searched(self, search: Any, trial: tables.Trial) -> None:
+    def _searched(self, search: Any, trial: Trial) -> None:
         planned = self._plan.trials
         count = f"{clock(search.journal.wall_s)}  {self._tally.ended.total():>{len(str(planned))}}/{planned}"
         best = "  [bold]best so far[/bold]" if self._tally.best and self._tally.best[0][1] is trial else ""
@@ -89,11 +89,11 @@ class Progress:
         now = "running: " + ", ".join(f"{trial.trial_id} {len(trial.rows)} epochs" for trial in running)
         self._say("; ".join([status_line(self._tally, running, search.journal.wall_s), *best, now]))
 
-    def _value(self, trial: tables.Trial) -> str:
-        row = tables.best_epoch(trial.rows, self._plan.metric)
+    def _value(self, trial: Trial) -> str:
+        row = best_epoch(trial.rows, self._plan.metric)
         return "-" if row is None else f"{row[self._plan.metric]:.4f} at epoch {row['epoch']}/{len(trial.rows)}"
 
-    def _probe(self, search: Any, trial: tables.Trial) -> None:
+    def _probe(self, search: Any, trial: Trial) -> None:
         if not trial.rows:
             self._say(f"probe     {trial.config['backbone']} {trial.status}: {plain(trial.reason)}")
             return
@@ -106,7 +106,7 @@ class Progress:
         measured = f"val_loss {row['val_loss']:.4f}, accuracy {row['val_accuracy']:.2f}"
         self._say(f"probe     {trial.config['backbone']} {measured}{warning}")
 
-    def _finalist(self, search: Any, trial: tables.Trial) -> None:
+    def _finalist(self, search: Any, trial: Trial) -> None:
         self._say(f"finalist  {trial.finalist_of} seed {trial.config['seed']} {self._plan.metric} {self._value(trial)}")
 
     def _say(self, line: str) -> None:

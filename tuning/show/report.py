@@ -11,6 +11,7 @@ import pandas as pd
 
 from tuning.insight import analysis, spending
 from tuning.record import tables
+from tuning.record.journal import loss_like
 from tuning.settings.config import PARAMETERS
 from tuning.show.page import column, columns, duration, figure, note, page, section, table, text
 from tuning.show.sections import TRIALS_SHOWN, Run, body, judged, read, same
@@ -99,7 +100,7 @@ def _ranked(run: Run) -> pd.DataFrame:
     trials = trials.merge(best, how="left", on=["trial_id", "best_epoch"])
     trials["reason"] = trials["reason"].str[:REASON_CHARACTERS]
     beside = trials["origin"].isin(["probe", "finalist"])
-    losses = trials[run.metric].map(lambda value: tables.loss_like(run.metric, value))
+    losses = trials[run.metric].map(lambda value: loss_like(run.metric, value))
     order = pd.DataFrame({"beside": beside, "loss": losses}).sort_values(["beside", "loss"], kind="stable")
     return trials.loc[order.index]
 

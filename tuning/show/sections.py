@@ -14,6 +14,7 @@ from tuning.insight import analysis, overfitting, spending
 from tuning.insight import verdict as finalists
 from tuning.insight.remarks import remarks
 from tuning.record import tables
+from tuning.record.journal import FINAL, read_record
 from tuning.record.storage import is_uri, joined
 from tuning.settings.config import PARAMETERS, SearchPlan
 from tuning.settings.documents import plan_in
@@ -68,7 +69,7 @@ def read(folder: Path) -> Run:
     if tables.tell_all(folder):
         found |= {name: tables.read_table(folder / f"{name}.parquet") for name in ("trials", "epochs", "decisions")}
     else:
-        made = tables.make_tables(tables.read_record(folder / "journal.jsonl"), settings["metric"])
+        made = tables.make_tables(read_record(folder / "journal.jsonl"), settings["metric"])
         found |= {name: made[name].to_pandas() for name in made}
     audit = folder / "audit.parquet"
     space = parse(document["space"], str(folder / "plan.yaml"))
@@ -109,7 +110,7 @@ def body(run: Run, compared: pd.DataFrame, verdict: finalists.Verdict, shares: p
 def _head(run: Run) -> str:
     """The run's name, and how far it is."""
     trials = analysis.searched(run.trials)
-    ended = int(trials["status"].isin(tables.FINAL).sum())
+    ended = int(trials["status"].isin(FINAL).sum())
     planned, written = run.settings["trials"], time.strftime("%d %B %Y, %H:%M UTC", time.gmtime())
     state = f"{planned} trials" if ended >= planned else f"not finished: {ended} of {planned} trials"
     data = run.settings["data"] or "generated chest radiographs"
@@ -123,7 +124,7 @@ def _verdict(run: Run, verdict: finalists.Verdict) -> str:
         sentence = first.upper() + sentence[1:]
     sentence = "No trial has begun." if analysis.searched(run.trials).empty else sentence
     runs = run.trials[run.trials["origin"] == "finalist"]
-    left = int((~runs["status"].isin(tables.FINAL)).sum())
+    left = int((~runs["status"].isin(FINAL)).sum())
     state = f"So far, with {left} of the finalists' runs unfinished" if left else SAID[verdict.verdict]
     label = f'<p class="verdict {"" if left else verdict.verdict.partition(" ")[0]}">{text(state)}</p>'
     said = [
@@ -193,7 +194,7 @@ def _mattered(run: Run, shares: pd.DataFrame) -> str:
         return section(
             "importance", "What mattered", note(f"Not told: fewer than {least} ended trials, or one parameter.")
         )
-    count = int(analysis.searched(run.trials)["status"].isin(tables.FINAL).sum())
+    count = int(analysis.searched(run.trials)["status"].isin(FINAL).sum())
     few = "" if count >= 50 else f" With {count} trials that tenth is {math.ceil(count / 10)}: hardly more than a hint."
     return section(
         "importance",

@@ -10,6 +10,7 @@ from tuning.insight import analysis, overfitting, spending
 from tuning.insight import verdict as finalists
 from tuning.insight.remarks import remarks
 from tuning.record import tables
+from tuning.record.journal import loss_like
 from tuning.record.storage import joined
 from tuning.settings.config import PARAMETERS, SearchPlan
 from tuning.show.live import depth
@@ -76,7 +77,7 @@ def summarize(
 def _tell_trials(trials: pd.DataFrame, metric: str) -> None:
     """Why each trial ended."""
     console.print("[bold]Trials, best first[/bold]")
-    order = trials[metric].map(lambda value: tables.loss_like(metric, value)).sort_values(na_position="last")
+    order = trials[metric].map(lambda value: loss_like(metric, value)).sort_values(na_position="last")
     width = trials["config_backbone"].str.len().max()
     header = f"{'trial':<7} {'backbone':<{width}} {'unfrozen':<8} {'lr':<7} {'aug':<6} {metric:>8}  epochs  ended"
     console.print(header, style="dim")

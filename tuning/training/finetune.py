@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tuning.record.tables import best_epoch
+from tuning.record.journal import best_epoch
 from tuning.settings.config import DEPTH_ALL, TrialConfig
 from tuning.training import backbones
 from tuning.training.augment import SHUFFLE, epoch_table
