@@ -81,7 +81,7 @@ class Flags:
     early_stopping: bool = True
     """Without it ASHA, patience and the finite divergence rules are off, and each trial runs all its epochs."""
     set: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
-    """Any setting of the README's table: --set image_size=128 patience=3."""
+    """Any setting of docs/settings.md: --set image_size=128 patience=3."""
 
 
 def main() -> int:

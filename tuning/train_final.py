@@ -53,7 +53,7 @@ class Flags:
     data: str | None = None
     """Other data than the search's: its splits are made anew."""
     set: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
-    """Any setting of the README's table: --set weights=FOLDER learning_rate=1e-4."""
+    """Any setting of docs/settings.md: --set weights=FOLDER learning_rate=1e-4."""
 
 
 def main() -> int:
