@@ -23,7 +23,7 @@ from tuning import train_final
 from tuning.checks.audit import load_checked
 from tuning.data import phantoms
 from tuning.model.folder import Ensemble, load_model
-from tuning.record.journal import Journal, Record, best_epoch, read_journal
+from tuning.record.journal import Journal, best_epoch, read_journal, read_record
 from tuning.record.predictions import read_predictions
 from tuning.record.tables import SAMPLES, make_tables, read_table, write_tables
 from tuning.run_search import write_run
@@ -148,7 +148,7 @@ def whole(tmp_path_factory, folder):
         journal.append("ended", trial_id=trial_id, status="completed", reason="all epochs", error=None)
     trial.cleanup()
     journal.close()
-    record = Record.of(read_journal(best / "journal.jsonl"))
+    record = read_record(best / "journal.jsonl")
     write_tables(make_tables(record, "val_loss"), best)
     chosen = {"trial_id": "t00000", "best_epoch": dict(best_epoch(record.trials["t00000"].rows, "val_loss"))}
     chosen |= {"verdict": "winner", "best_epochs": [2, 4]}
@@ -272,7 +272,7 @@ def test_kept_weights_that_are_not_of_the_best_epoch_are_left_out(searched):
     for number in (1, 2):
         journal.append("epoch", **row | {"trial_id": f"t0000{number}", "epoch": 7, "val_loss": 1e-9})
     journal.close()
-    write_tables(make_tables(Record.of(read_journal(searched / "journal.jsonl")), "val_loss"), searched)
+    write_tables(make_tables(read_record(searched / "journal.jsonl"), "val_loss"), searched)
     metrics = metrics_of(run(Flags(str(searched), set=(("ensemble=true",),))))
     assert metrics["ensemble"].keys() <= {"t00000", "f00000", "f00001"}
 

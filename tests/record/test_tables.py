@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tuning.record.journal import Journal, Record, Row, read_journal, read_record
-from tuning.record.tables import make_tables, read_table, replacing, tell_all, write_tables
+from tuning.record.tables import make_tables, read_table, replacing, up_to_date, write_tables
 from tuning.settings.config import InputError, TrialConfig
 
 CONFIG = TrialConfig(backbone="test_resnet", epochs=3).model_dump()
@@ -52,7 +52,7 @@ def test_best_epoch_gap_and_sums(journal, tmp_path):
     for epoch, loss in enumerate((0.9, 0.5, 0.7), 1):
         journal.append("epoch", trial_id="t00000", **row(epoch, loss, train_eval_loss=0.4, val_auroc=loss))
     journal.append("ended", trial_id="t00000", status="completed", reason="all 3 epochs", error=None)
-    record = Record.of(read_journal(tmp_path / "journal.jsonl"))
+    record = read_record(tmp_path / "journal.jsonl")
     trial = make_tables(record, "val_loss")["trials"].to_pylist()[0]
     assert (trial["epochs"], trial["best_epoch"], trial["val_loss"], trial["status"]) == (3, 2, 0.5, "completed")
     assert trial["gap"] == pytest.approx(0.1)
@@ -68,7 +68,7 @@ def test_a_networks_latency_is_the_least_that_was_measured_of_it(journal, tmp_pa
         journal.append("asked", number=number, origin="start", params={}, **named)
         journal.append("started", trial_id=f"t{number}", gpus=0.0)
         journal.append("epoch", trial_id=f"t{number}", **row(1, 0.5, latency_ms=measured))
-    made = make_tables(Record.of(read_journal(tmp_path / "journal.jsonl")), "val_loss")
+    made = make_tables(read_record(tmp_path / "journal.jsonl"), "val_loss")
     assert made["trials"]["latency_ms"].to_pylist() == [2.0, 2.0, 9.0, 2.0, None]
 
 
@@ -76,7 +76,7 @@ def test_a_diverged_epoch_has_a_row_and_missing_is_null(journal, tmp_path):
     ask(journal)
     journal.append("started", trial_id="t00000", gpus=0.0)
     journal.append("epoch", trial_id="t00000", **row(1, None, ends="diverged"))
-    tables = make_tables(Record.of(read_journal(tmp_path / "journal.jsonl")), "val_loss")
+    tables = make_tables(read_record(tmp_path / "journal.jsonl"), "val_loss")
     trial = tables["trials"].to_pylist()[0]
     assert (trial["epochs"], trial["val_loss"], trial["best_epoch"], trial["gap"]) == (1, None, None, None)
     assert tables["epochs"]["val_loss"].to_pylist() == [None]
@@ -86,9 +86,9 @@ def test_a_diverged_epoch_has_a_row_and_missing_is_null(journal, tmp_path):
 
 def test_a_trial_has_a_row_from_its_start(journal, tmp_path):
     ask(journal)
-    assert make_tables(Record.of(read_journal(tmp_path / "journal.jsonl")), "val_loss")["trials"].num_rows == 0
+    assert make_tables(read_record(tmp_path / "journal.jsonl"), "val_loss")["trials"].num_rows == 0
     journal.append("started", trial_id="t00000", gpus=0.0)
-    trials = make_tables(Record.of(read_journal(tmp_path / "journal.jsonl")), "val_loss")["trials"].to_pylist()
+    trials = make_tables(read_record(tmp_path / "journal.jsonl"), "val_loss")["trials"].to_pylist()
     assert (trials[0]["status"], trials[0]["epochs"]) == ("running", 0)
 
 
@@ -101,7 +101,7 @@ def test_resumed_voids_later_rows_and_decisions(journal, tmp_path):
         journal.append("decision", trial_id="t00000", epoch=epoch, **decided)
     journal.append("resumed", trial_id="t00000", from_epoch=1)
     journal.append("epoch", trial_id="t00000", **row(2, 0.7))
-    tables = make_tables(Record.of(read_journal(tmp_path / "journal.jsonl")), "val_loss")
+    tables = make_tables(read_record(tmp_path / "journal.jsonl"), "val_loss")
     assert tables["epochs"]["val_loss"].to_pylist() == [1.0, 0.7]
     assert tables["decisions"]["epoch"].to_pylist() == [1]
 
@@ -181,19 +181,19 @@ def test_tables_come_back_and_newer_or_foreign_ones_are_refused(tmp_path):
 
 def test_tables_know_whether_they_tell_of_all_events(journal, tmp_path):
     ask(journal)
-    assert not tell_all(tmp_path)  # there are none yet
+    assert not up_to_date(tmp_path)  # there are none yet
     write_tables(make_tables(read_record(tmp_path / "journal.jsonl"), "val_loss"), tmp_path)
-    assert tell_all(tmp_path)
+    assert up_to_date(tmp_path)
     journal.append("started", trial_id="t00000", gpus=0.0)
-    assert not tell_all(tmp_path)
+    assert not up_to_date(tmp_path)
     made = make_tables(read_record(tmp_path / "journal.jsonl"), "val_loss")
     for name in ("trials", "epochs", "decisions"):  # a driver killed between these has written some of them
-        assert not tell_all(tmp_path)
+        assert not up_to_date(tmp_path)
         write_tables({name: made[name]}, tmp_path)
-    assert tell_all(tmp_path)
+    assert up_to_date(tmp_path)
     (tmp_path / "journal.jsonl").unlink()
     (tmp_path / "trials.parquet").write_text("no table")
-    assert tell_all(tmp_path)  # there is nothing else to be read
+    assert up_to_date(tmp_path)  # there is nothing else to be read
 
 
 def test_a_failed_replacement_leaves_the_old_file(tmp_path):

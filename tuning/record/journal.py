@@ -1,4 +1,4 @@
-"""The journal, which is the truth while a search runs, and what it says of each trial."""
+"""The journal, which is the truth while a search runs, and the trials that it tells of."""
 
 import fcntl
 import itertools
@@ -7,7 +7,8 @@ import os
 import time
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -17,13 +18,16 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from tuning.settings.config import InputError, TrialConfig
 
-FINAL = ("completed", "stopped", "converged", "diverged", "out_of_memory", "failed")  # resume never undoes these
+FINAL = ("completed", "stopped", "converged", "diverged", "out_of_memory", "failed")  # ends that resume never undoes
 METRICS = ("train_loss", "train_eval_loss", "val_loss", "val_accuracy", "val_balanced_accuracy", "val_auroc")
 AnyRow = TypeVar("AnyRow", bound=Mapping[str, Any])
-SEAL = b', "crc": '  # before the CRC-32 of the line without it
+
+# ---- Lines ------------------------------------------------------------------------------------------------------
+
+_CHECKSUM = b', "crc": '  # before the CRC-32 of the line without it
 
 
-def _whole(config: dict[str, Any]) -> dict[str, Any]:
+def _full_config(config: dict[str, Any]) -> dict[str, Any]:
     if missing := TrialConfig.model_fields.keys() - config.keys():
         raise ValueError(f"lacks {', '.join(sorted(missing))}")
     TrialConfig(**config)
@@ -37,7 +41,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "priors": {"priors": list[dict[str, Any]]},
     "asked": _Trial
     | {"number": _Count | None, "origin": str, "params": dict[str, Any]}
-    | {"config": Annotated[dict[str, Any], AfterValidator(_whole)]},
+    | {"config": Annotated[dict[str, Any], AfterValidator(_full_config)]},
     "started": _Trial | {"gpus": float},
     "lost": _Trial | {"started": bool, "error": str | None},
     "resumed": _Trial | {"from_epoch": _Count},
@@ -52,7 +56,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     | dict.fromkeys(("value", "cutoff"), float | None),
     "ended": _Trial | {"status": str} | dict.fromkeys(("reason", "error"), str | None),
 }
-_KINDS: dict[str, type[BaseModel]] = {
+_EVENTS: dict[str, type[BaseModel]] = {
     kind: create_model(
         kind,
         __config__=ConfigDict(strict=True, allow_inf_nan=False),
@@ -62,83 +66,74 @@ _KINDS: dict[str, type[BaseModel]] = {
 }
 
 
-def _sealed(event: Mapping[str, Any]) -> bytes:
-    """The line of an event: JSON that ends in its checksum."""
+def _fault(event: Mapping[str, Any], trial_ids: Collection[str]) -> str | None:
+    """Return what is wrong with an event of a search; None if its fields are right and its trial is known."""
+    kind = event.get("event")
+    if not isinstance(kind, str) or kind not in _EVENTS:
+        return f"unknown event {kind!r}"
+    try:
+        _EVENTS[kind].model_validate(event)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        return f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+    if kind not in ("priors", "asked") and event["trial_id"] not in trial_ids:
+        return f"no event before it asks for trial {event['trial_id']}"
+    return None
+
+
+def _with_checksum(event: Mapping[str, Any]) -> bytes:
     line = json.dumps(event, allow_nan=False).encode()
-    return line[:-1] + SEAL + str(zlib.crc32(line)).encode() + b"}\n"
+    return line[:-1] + _CHECKSUM + str(zlib.crc32(line)).encode() + b"}\n"
 
 
-def _opened(line: bytes, *, must_be_sealed: bool) -> tuple[dict[str, Any], bool]:
-    """The event of a line, and whether a checksum says that it is whole: older versions wrote none.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    content, seal, checksum = line.rpartition(SEAL)
-    if seal and zlib.crc32(content + b"}") != int(checksum.removesuffix(b"}")):
-        raise ValueError("its checksum is another")
-    if must_be_sealed and not seal:
-        raise ValueError("it has no checksum")
-    event = json.loads(content + b"}" if seal else line)
+def _parsed(line: bytes, *, needs_checksum: bool) -> tuple[dict[str, Any], bool]:
+    """Return a line's event, and whether it has a checksum: older versions wrote none. Raise ValueError if damaged."""
+    content, has_checksum, checksum = line.rpartition(_CHECKSUM)
+    if has_checksum and zlib.crc32(content + b"}") != int(checksum.removesuffix(b"}")):
+        raise ValueError("checksum mismatch")
+    if needs_checksum and not has_checksum:
+        raise ValueError("no checksum")
+    event = json.loads(content + b"}" if has_checksum else line)
     if not isinstance(event, dict):
-        raise ValueError("no mapping")
+        raise ValueError("not a mapping")
     for name in ("wall_s", "time"):
         if not isinstance(event[name], int | float) or not 0 <= event[name] < 1e12:
             raise ValueError(f"{name} is {event[name]!r}")
-    return event, bool(seal)
-
-
-def _check(events: Iterable[Mapping[str, Any]]) -> None:
-    """A search's events must be of known kinds, have their fields, and tell of trials that were asked for.
-
-    Raises:
-        ValueError: the first fault, with its line.
-    """
-    asked: set[str] = set()
-    for event in events:
-        kind = event.get("event")
-        if not isinstance(kind, str) or kind not in _KINDS:
-            raise ValueError(f"line {event['seq']}: no such event")
-        try:
-            _KINDS[kind].model_validate(event)
-        except ValidationError as error:
-            fault = error.errors()[0]
-            raise ValueError(f"line {event['seq']}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
-        if kind == "asked":
-            asked.add(event["trial_id"])
-        elif kind != "priors" and event["trial_id"] not in asked:
-            raise ValueError(f"line {event['seq']}: a trial that was never asked for")
+    return event, bool(has_checksum)
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """The journal's events in order; a torn last line is dropped.
+    """Return the journal's events in order, without a last line that was only half written.
 
     Raises:
-        InputError: a line before the last is not an event, or not as it was written.
+        InputError: another line is not as it was written.
     """
     events: list[dict[str, Any]] = []
-    *lines, _torn = path.read_bytes().split(b"\n")
-    sealed = False
+    *lines, _half_written = path.read_bytes().split(b"\n")
+    has_checksum = False
     for number, line in enumerate(lines, 1):
         try:
-            event, sealed = _opened(line, must_be_sealed=sealed)
+            event, has_checksum = _parsed(line, needs_checksum=has_checksum)
             if event["seq"] != number:
-                raise ValueError(f"seq {event['seq']} where {number} was due")
+                raise ValueError(f"seq is {event['seq']}, not {number}")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{path}: line {number} is damaged ({error}); restore it from a copy") from None
         events.append(event)
     return events
 
 
+# ---- Writing ----------------------------------------------------------------------------------------------------
+
+
 def lock(journal: IO[bytes], run: Path) -> None:
-    """Be the only one that writes a run, until the file is closed.
+    """Lock a run for this process, until its journal is closed.
 
     Args:
-        journal: open for writing: NFS locks no other.
+        journal: open for writing, without which NFS gives no lock.
         run: its folder.
 
     Raises:
-        InputError: another process writes it.
+        InputError: another process has it.
     """
     try:
         fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -148,8 +143,6 @@ def lock(journal: IO[bytes], run: Path) -> None:
 
 class Journal:
     """Appends events, each on disk before `append` returns.
-
-    `wall_s` is active time in seconds since the search began, summed over all starts.
 
     Raises:
         InputError: the journal is damaged, or another process writes it.
@@ -170,13 +163,14 @@ class Journal:
 
     @property
     def wall_s(self) -> float:
+        """Active time in seconds since the search began, summed over all starts."""
         return self._wall_before + self._clock() - self._opened
 
     def append(self, event: str, **fields: Any) -> dict[str, Any]:
         """Write one event and return it with its `seq`, `wall_s` and `time` (Unix seconds)."""
         self._seq += 1
         entry = {"seq": self._seq, "event": event, "wall_s": round(self.wall_s, 3), "time": time.time(), **fields}
-        self._file.write(_sealed(entry))
+        self._file.write(_with_checksum(entry))
         self._file.flush()
         os.fsync(self._file.fileno())
         return entry
@@ -185,62 +179,61 @@ class Journal:
         self._file.close()
 
 
-class Row(Mapping[str, Any]):
-    """The fields of an event, in a fifth of a dict's memory: a search has hundreds of thousands of them.
+# ---- Trials -----------------------------------------------------------------------------------------------------
 
-    Numbers lie in one array, unboxed, and nulls nowhere; where each field lies is kept once for all events of a kind.
+
+_GROUPS = {int: "numbers", float: "numbers", NoneType: "nothing"}  # where a row keeps its values; others in a tuple
+
+
+class Row(Mapping[str, Any]):
+    """The fields of an event in a fifth of a dict's memory: a search has hundreds of thousands of them.
+
+    Numbers lie unboxed in one array, None nowhere, and all events of a kind share one layout.
     """
 
-    __slots__ = ("_numbers", "_others", "_places")
+    __slots__ = ("_layout", "_numbers", "_others")
     _layouts: ClassVar[dict[tuple[tuple[str, type], ...], dict[str, tuple[type, int]]]] = {}
 
     def __init__(self, fields: Mapping[str, Any]):
-        kinds = tuple((name, type(value)) for name, value in fields.items())
-        if kinds not in self._layouts:
-            counts = {kind: itertools.count() for kind in (True, False, None)}
-            self._layouts[kinds] = {name: (kind, next(counts[_is_number(kind)])) for name, kind in kinds}
-        self._places = self._layouts[kinds]
-        self._numbers = array("d", [value for value in fields.values() if _is_number(type(value))])
-        self._others = tuple(value for value in fields.values() if _is_number(type(value)) is False)
+        types = tuple((name, type(value)) for name, value in fields.items())
+        if types not in self._layouts:
+            counts: dict[str | None, Iterator[int]] = defaultdict(itertools.count)
+            self._layouts[types] = {name: (kind, next(counts[_GROUPS.get(kind)])) for name, kind in types}
+        self._layout = self._layouts[types]
+        self._numbers = array("d", [value for value in fields.values() if type(value) in (int, float)])
+        self._others = tuple(value for value in fields.values() if type(value) not in _GROUPS)
 
     def __getitem__(self, name: str) -> Any:
-        kind, place = self._places[name]
-        if kind is float:
-            return self._numbers[place]
-        if kind is int:
-            return int(self._numbers[place])
-        return None if kind is NoneType else self._others[place]
+        kind, place = self._layout[name]
+        if kind is NoneType:
+            return None
+        return kind(self._numbers[place]) if kind in (int, float) else self._others[place]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._layout)
 
     def __len__(self) -> int:
-        return len(self._places)
-
-
-def _is_number(kind: type) -> bool | None:
-    """Null for the type of null."""
-    return None if kind is NoneType else kind in (int, float)
+        return len(self._layout)
 
 
 @dataclass(slots=True)
 class Trial:
-    """What the journal says of one trial; `status` is null until it starts."""
+    """What the journal says of one trial; `status` is None until it starts."""
 
     trial_id: str
-    number: int | None  # of a start point or suggested trial
+    number: int | None  # counts start points and suggested trials; None for others
     origin: str
     params: dict[str, Any]
     config: dict[str, Any]
-    finalist_of: str | None = None  # the trial whose configuration a finalist's run trains again
+    finalist_of: str | None = None  # the trial whose configuration a finalist's run retrains
     status: str | None = None
     reason: str | None = None
     error: str | None = None
     started_at: float | None = None
     ended_at: float | None = None
     gpus: float = 0.0
-    losses: int = 0  # of its worker process while it ran
-    lost_starts: int = 0  # of one that it was given, before it began there
+    losses: int = 0  # times that its worker process died while it ran
+    lost_starts: int = 0  # times that its worker process died before it began there
     rows: list[Row] = field(default_factory=list)
     decisions: list[Row] = field(default_factory=list)
 
@@ -250,30 +243,23 @@ class Trial:
 
 
 def loss_like(metric: str, value: float) -> float:
-    """The metric's value, negated where more is better, so that less is better."""
+    """Return the metric's value, negated if more is better, so that less is better."""
     return value if metric == "val_loss" else -value
 
 
 def best_epoch(rows: Iterable[AnyRow], metric: str) -> AnyRow | None:
-    """The row of the best epoch, the earliest of equals; null where no epoch has finite losses."""
+    """Return the row of the best epoch, the earliest of equals; None if no epoch has finite losses."""
     finite = [row for row in rows if row["val_loss"] is not None and row[metric] is not None]
     return min(finite, key=lambda row: loss_like(metric, row[metric])) if finite else None
 
 
 @dataclass
 class Record:
-    """The journal folded into trials, in the order in which they were asked."""
+    """The journal folded into trials, in the order in which they were asked for."""
 
     trials: dict[str, Trial] = field(default_factory=dict)
-    priors: list[dict[str, Any]] = field(default_factory=list)  # what the sampler knows of another run
+    priors: list[dict[str, Any]] = field(default_factory=list)  # another run's trials, for the sampler
     seq: int = 0  # of the last event
-
-    @classmethod
-    def of(cls, events: Iterable[dict[str, Any]]) -> "Record":
-        record = cls()
-        for event in events:
-            record.apply(event)
-        return record
 
     def apply(self, event: dict[str, Any]) -> None:
         """Take in one event."""
@@ -308,14 +294,14 @@ class Record:
 
 
 def read_record(path: Path) -> Record:
-    """The trials of a search's journal; none where there is no journal yet.
+    """Return the trials of a search from its journal; none if there is no journal yet.
 
     Raises:
-        InputError: it is damaged.
+        InputError: the journal is damaged.
     """
-    events = read_journal(path) if path.exists() else []
-    try:
-        _check(events)
-    except ValueError as error:
-        raise InputError(f"{path}: {error}; restore it from a copy") from None
-    return Record.of(events)
+    record = Record()
+    for event in read_journal(path) if path.exists() else []:
+        if fault := _fault(event, record.trials):
+            raise InputError(f"{path}: line {event['seq']} is damaged ({fault}); restore it from a copy")
+        record.apply(event)
+    return record

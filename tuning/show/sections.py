@@ -66,7 +66,7 @@ def read(folder: Path) -> Run:
     document = analysis.load_plan(folder)
     settings = document["settings"]
     found = {"samples": tables.read_table(folder / "samples.parquet")}
-    if tables.tell_all(folder):
+    if tables.up_to_date(folder):
         found |= {name: tables.read_table(folder / f"{name}.parquet") for name in ("trials", "epochs", "decisions")}
     else:
         made = tables.make_tables(read_record(folder / "journal.jsonl"), settings["metric"])
