@@ -45,7 +45,7 @@ from tuning.search.cluster import Slots
 from tuning.search.driver import Search
 from tuning.search.optimizer import Prior, read_priors
 from tuning.settings.config import SearchPlan
-from tuning.settings.space import parse
+from tuning.settings.space_file import parse
 from tuning.training.finetune import ending
 
 BEST = (0.05, 0.01)  # shares of the grid's configurations that a method is timed to

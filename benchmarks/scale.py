@@ -28,7 +28,7 @@ from tuning.record.tables import make_tables
 from tuning.search.cluster import Slots
 from tuning.search.driver import Search
 from tuning.settings.config import SearchPlan
-from tuning.settings.space import load
+from tuning.settings.space_file import load
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ from tuning.report import refresher, write
 from tuning.search.cluster import Slots, ray_running
 from tuning.search.driver import Search
 from tuning.settings.config import SearchPlan
-from tuning.settings.space import load
+from tuning.settings.space_file import load
 from tuning.show.progress import Progress
 
 OURS = ("the search", "journal", "rungs", "suggestions", "progress", "tables", "report")

@@ -11,7 +11,8 @@ import yaml
 from tuning.record.journal import Record, best_epoch
 from tuning.record.tables import AUDIT, SAMPLES, make_tables, write_tables
 from tuning.settings.config import SearchPlan, TrialConfig
-from tuning.settings.space import Space, parse, trial_values
+from tuning.settings.space import Space, trial_values
+from tuning.settings.space_file import parse
 
 SPACE = {
     "parameters": {

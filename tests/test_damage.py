@@ -21,7 +21,7 @@ from tuning.record.predictions import predictions_file, read_predictions, write_
 from tuning.record.tables import read_table
 from tuning.run_search import Flags, _resumed
 from tuning.settings.config import InputError, SearchPlan, TrialConfig
-from tuning.settings.space import SHIPPED, load
+from tuning.settings.space_file import SHIPPED, load
 from tuning.show import report, sections
 from tuning.train_final import Flags as FinalFlags
 from tuning.train_final import _median_best_epoch, _read_best

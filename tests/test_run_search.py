@@ -39,7 +39,7 @@ from tuning.run_search import (
 )
 from tuning.search import driver as search
 from tuning.settings.config import RESUME_MAY_CHANGE, InputError, SearchPlan
-from tuning.settings.space import load
+from tuning.settings.space_file import load
 from tuning.show import report
 
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,7 @@ import yaml
 from conftest import draw_folder
 
 from tuning.settings.config import DEPTH_ALL, InputError
-from tuning.settings.space import load
+from tuning.settings.space_file import load
 
 ROOT = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location("speed", ROOT / "benchmarks" / "speed.py")

@@ -29,7 +29,7 @@ from tuning.record.tables import SAMPLES, make_tables, read_table, write_tables
 from tuning.run_search import write_run
 from tuning.search.trainable import FinetuneTrial
 from tuning.settings.config import InputError, SearchPlan, TrialConfig
-from tuning.settings.space import parse
+from tuning.settings.space_file import parse
 from tuning.show.plots import PLOTS
 from tuning.train_final import Flags
 

@@ -39,8 +39,9 @@ from tuning.record.track import check_installed, tracking
 from tuning.settings.command_line import DONE, INTERRUPTED, NO_FINITE_LOSS, command_line, exit_code
 from tuning.settings.config import RESUME_MAY_CHANGE, InputError, SearchPlan, build, without_secrets
 from tuning.settings.documents import read_plan
-from tuning.settings.space import Space, fix, image_sizes, load, parse
+from tuning.settings.space import Space, image_sizes
 from tuning.settings.space import backbones as backbones_in
+from tuning.settings.space_file import fix, load, parse
 from tuning.show.progress import Progress, console, plain
 from tuning.show.report import refresher, write_or_tell
 

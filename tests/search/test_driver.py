@@ -22,7 +22,7 @@ from tuning.search.cluster import Slots, ray_running
 from tuning.search.driver import Search
 from tuning.search.trainable import FinetuneTrial
 from tuning.settings.config import SearchPlan, cache_folder
-from tuning.settings.space import parse
+from tuning.settings.space_file import parse
 from tuning.training.features import run_folder
 
 PARAMETERS = {

@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 from tuning.record.journal import Trial
 from tuning.search.optimizer import LiveStudy, Optimizer, read_priors
 from tuning.settings.config import InputError
-from tuning.settings.space import parse
+from tuning.settings.space_file import parse
 
 SPACE = parse(
     {

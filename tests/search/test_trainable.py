@@ -23,7 +23,7 @@ from tuning.search import trainable as trial_module
 from tuning.search.checkpoints import best_file
 from tuning.search.trainable import FinetuneTrial, StorageLost
 from tuning.settings.config import SearchPlan, TrialConfig
-from tuning.settings.space import parse
+from tuning.settings.space_file import parse
 from tuning.training.scores import score
 
 

@@ -10,20 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuning.settings.config import PARAMETERS, InputError, SearchPlan, TrialConfig, build
-from tuning.settings.space import (
-    DEFAULTS,
-    SHIPPED,
-    Space,
-    active,
-    backbones,
-    fix,
-    image_sizes,
-    load,
-    middle,
-    parse,
-    suggest,
-    trial_values,
-)
+from tuning.settings.space import DEFAULTS, Space, active, backbones, image_sizes, middle, suggest, trial_values
+from tuning.settings.space_file import SHIPPED, fix, load, parse
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -119,8 +107,8 @@ def test_a_drawn_value_is_accepted_as_a_start_point_though_its_float_is_off_the_
     assert parse(plain, "x").start[0]["head_dropout"] == pytest.approx(0.3)
     plain["start"][0]["head_dropout"] = 0.25
     assert faults_of(plain) == [
-        "my.yaml: start[0].head_dropout: must be low 0.0 plus steps of 0.1, got 0.25; "
-        "change it here or widen the parameter"
+        "my.yaml: start[0].head_dropout: must be low 0.0 plus a multiple of 0.1, got 0.25; "
+        "change it, or widen the parameter's range"
     ]
 
 
@@ -141,9 +129,9 @@ def test_a_default_outside_the_range_is_not_taken():
     plain = changed("parameters", learning_rate={"type": "float", "low": 0.01, "high": 0.1})
     plain["start"] = [{"backbone": "vgg16"}, {"learning_rate": 0.02}]
     assert faults_of(plain) == [
-        "my.yaml: start[0].learning_rate: is missing, and its default must lie between low 0.01 and high 0.1, "
-        "got 0.001; give it a value here",
-        "my.yaml: start[1].backbone: is missing, and it has no default; give it a value here",
+        "my.yaml: start[0].learning_rate: is missing, and its default must be between low 0.01 and high 0.1, "
+        "got 0.001; give it a value",
+        "my.yaml: start[1].backbone: is missing, and it has no default; give it a value",
     ]
 
 
@@ -192,7 +180,7 @@ def test_fix_names_every_fault():
     ]
     strict = {"type": "float", "low": 0.3, "high": 0.9, "when": "unfreeze_depth > 1"}
     plain = {**changed("parameters", stage_lr_decay=strict), "start": [{"backbone": "vgg16"}]}
-    with pytest.raises(InputError, match=r"--set: start\[0\]\.stage_lr_decay: is missing, and its default must lie"):
+    with pytest.raises(InputError, match=r"--set: start\[0\]\.stage_lr_decay: is missing, and its default must be"):
         fix(parse(plain, "x"), {"unfreeze_depth": 3})
 
 
@@ -225,9 +213,9 @@ DROPOUT = {"type": "float", "low": 0.0, "high": 0.5}
         ({}, ["my.yaml: is empty"]),
         ([1], ["my.yaml: must be a mapping, got a list"]),
         ({**document(), "paramters": {}}, ["'paramters': no such section", "did you mean parameters?"]),
-        ({**document(), "fixed": [1]}, ["fixed: must be a mapping", "got a list", "name: .."]),
+        ({**document(), "fixed": [1]}, ["fixed: must be a mapping, got a list", "`name: ..`"]),
         (parameter(learning_rte=DROPOUT), ["'learning_rte': no such parameter; did you mean learning_rate?"]),
-        (parameter(xyz=DROPOUT), ["'xyz': no such parameter; known are backbone, "]),
+        (parameter(xyz=DROPOUT), ["'xyz': no such parameter; use backbone, "]),
         (parameter(epochs=DEPTH), ["'epochs': no such parameter; it belongs under search"]),
         (parameter(head_dropout=0.5), ["parameters.head_dropout: must be a mapping such as", "got 0.5"]),
         (parameter(head_dropout={**DROPOUT, "hihg": 1}), ["'hihg': no such key", "mean high?; use type, low, high"]),
@@ -235,20 +223,23 @@ DROPOUT = {"type": "float", "low": 0.0, "high": 0.5}
         (parameter(head_dropout={**DROPOUT, "type": "flaot"}), ["got 'flaot'; did you mean float?"]),
         (
             parameter(head_dropout={**DROPOUT, "type": "int"}),
-            ["head_dropout.type: must be categorical or float for head_dropout, got int; write"],
+            ["head_dropout.type: must be categorical or float for head_dropout, got 'int'; write"],
         ),
-        (parameter(schedule={"type": "int", "low": 0, "high": 1}), ["must be categorical for schedule, got int"]),
+        (parameter(schedule={"type": "int", "low": 0, "high": 1}), ["must be categorical for schedule, got 'int'"]),
         (parameter(head_dropout={"type": "float", "high": 0.5}), ["has no low; add `low: ..`"]),
-        (parameter(augmentation={"type": "categorical"}), ["augmentation.choices: must be a list", "but is missing"]),
-        (parameter(augmentation={"type": "categorical", "choices": []}), ["choices: must be a list", "got a list"]),
+        (parameter(augmentation={"type": "categorical"}), ["augmentation.choices: must be a list", "got nothing"]),
+        (
+            parameter(augmentation={"type": "categorical", "choices": []}),
+            ["choices: must be a list", "an empty list"],
+        ),
         (
             parameter(unfreeze_depth={"type": "categorical", "choices": [5, "all"]}),
-            ["unfreeze_depth.choices[1]: 5 stands there already; delete one"],
+            ["unfreeze_depth.choices[1]: 5 is listed twice; delete one"],
         ),
         (parameter(augmentation={"type": "categorical", "choices": ["hefty"]}), ["choices[0]", "'light'", "'hefty'"]),
         (parameter(head_dropout={**DROPOUT, "low": 0.5}), ["low must be below high, got low 0.5 and high 0.5"]),
         (parameter(head_dropout={**DROPOUT, "high": 1.5}), ["head_dropout.high: must be less than 1, got 1.5"]),
-        (parameter(head_dropout={**DROPOUT, "log": True}), ["low: log needs low above 0, got 0.0; raise low"]),
+        (parameter(head_dropout={**DROPOUT, "log": True}), ["low: must be above 0 with log, got 0.0; raise low"]),
         (parameter(head_dropout={**DROPOUT, "log": "yes"}), ["log: must be true or false, got 'yes'"]),
         (
             parameter(head_dropout={"type": "float", "low": 0.1, "high": 0.5, "log": True, "step": 0.1}),
@@ -257,9 +248,9 @@ DROPOUT = {"type": "float", "low": 0.0, "high": 0.5}
         (parameter(head_dropout={**DROPOUT, "step": 0}), ["step: must be a number above 0, got 0"]),
         (parameter(head_dropout={**DROPOUT, "step": "1e-1"}), ["step: must be a number above 0", "write 0.1"]),
         (parameter(head_dropout={**DROPOUT, "step": 0.2}), ["step: must divide", "got 0.2; write `high: 0.4`"]),
-        (parameter(head_dropout={**DROPOUT, "step": 1e-300}), ["1000000 steps or fewer"]),
+        (parameter(head_dropout={**DROPOUT, "step": 1e-300}), ["at most 1,000,000 steps"]),
         (parameter(unfreeze_depth={**DEPTH, "step": 2}), ["step: must divide", "write `high: 4`"]),
-        (parameter(unfreeze_depth={**DEPTH, "step": 1.0}), ["step: must be a whole number above 0, got 1.0"]),
+        (parameter(unfreeze_depth={**DEPTH, "step": 1.0}), ["step: must be an integer above 0, got 1.0"]),
         (parameter(unfreeze_depth={**DEPTH, "high": 2.0}), ["high: must be a valid integer, got 2.0"]),
         (parameter(image_size={"type": "int", "low": 32, "high": 10**30}), ["must not go beyond 2**53"]),
         (
@@ -270,9 +261,9 @@ DROPOUT = {"type": "float", "low": 0.0, "high": 0.5}
         (changed("fixed", augmentation=False), ["fixed.augmentation: ", "got False; YAML reads yes, no", "quote"]),
         (changed("fixed", augmentation=None), ["fixed.augmentation: ", "got None; YAML reads ~, null"]),
         (changed("fixed", image_size=[64]), ["fixed.image_size: must be a single plain value, got a list"]),
-        (changed("fixed", learning_rate=0.1), ["learning_rate: stands under parameters and under fixed; delete one"]),
+        (changed("fixed", learning_rate=0.1), ["learning_rate: is in both parameters and fixed; delete one"]),
         (changed("fixed", head_dropout=math.nan), ["fixed.head_dropout: must be a finite number, got nan"]),
-        ({"fixed": {"image_size": 64}}, ["backbone: must be among the parameters or fixed; add"]),
+        ({"fixed": {"image_size": 64}}, ["backbone: is missing; add it to parameters, or"]),
         (
             parameter(backbone={"type": "categorical", "choices": ["vgg16"], "when": "unfreeze_depth > 1"}),
             ["backbone.when: every trial needs a backbone", "delete it"],
@@ -291,7 +282,7 @@ DROPOUT = {"type": "float", "low": 0.0, "high": 0.5}
         ),
         (changed("search", metric="auroc"), ["search.metric: must be 'val_loss', ", "got 'auroc'"]),
         (changed("search", patiance=3), ["search: 'patiance': no such setting; did you mean patience?"]),
-        (changed("search", image_size=64), ["search.image_size: is a parameter; put it under parameters or fixed"]),
+        (changed("search", image_size=64), ["search.image_size: is a parameter; move it to parameters or fixed"]),
         (changed("search", data="x"), ["search.data: ", "give it on the command line: --data"]),
     ],
 )
@@ -323,15 +314,15 @@ def test_cycles_are_named_once_each_and_the_rest_is_still_checked():
         ({"backbone": "vgg19"}, "start[0].backbone: must be one of resnet18, vgg16, got 'vgg19'; did you mean vgg16?"),
         (
             {"backbone": "vgg16", "learning_rate": 0.5},
-            "learning_rate: must lie between low 1e-05 and high 0.1, got 0.5",
+            "learning_rate: must be between low 1e-05 and high 0.1, got 0.5",
         ),
         ({"backbone": "vgg16", "unfreeze_depth": 7}, "unfreeze_depth: must be less than or equal to 5, got 7"),
         (
             {"backbone": "vgg16", "stage_lr_decay": 0.5},
-            "is inactive here, for it needs `unfreeze_depth > 1`; delete it",
+            "is inactive, since `unfreeze_depth > 1` does not hold; delete it",
         ),
         ({"backbone": "vgg16", "batch_size": 16}, "start[0].batch_size: is fixed at 16; delete it here"),
-        ({"backbone": "vgg16", "head_dropout": 0.1}, "start[0].head_dropout: is not among the parameters; declare it"),
+        ({"backbone": "vgg16", "head_dropout": 0.1}, "start[0].head_dropout: is not in parameters; add it"),
     ],
 )
 def test_start_points_are_checked(point, part):
@@ -341,11 +332,11 @@ def test_start_points_are_checked(point, part):
 
 def test_start_must_be_a_list_without_repeats():
     assert faults_of({**document(), "start": {"backbone": "vgg16"}}) == [
-        "my.yaml: start: must be a list; write one `- {name: value}` a line, got a mapping"
+        "my.yaml: start: must be a list, got a mapping; write lines like `- {name: value}`"
     ]
     twice = [{"backbone": "vgg16"}, {"backbone": "vgg16", "unfreeze_depth": 0}]
     assert faults_of({**document(), "start": twice}) == [
-        "my.yaml: start[1]: is the same as start[0] once completed; delete one of them"
+        "my.yaml: start[1]: equals start[0] once completed; delete one of them"
     ]
 
 
@@ -433,9 +424,9 @@ fixed: {backbone: vgg16}
 
 def test_names_and_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"--space quik: .*did you mean quick.*shipped are chest_xray, quick"):
+    with pytest.raises(InputError, match=r"--space quik: no such space; did you mean quick; .*\(chest_xray, quick\)"):
         load("quik")
-    with pytest.raises(InputError, match=r"quick\.yaml: no such file; .*shipped space: chest_xray, quick"):
+    with pytest.raises(InputError, match=r"quick\.yaml: no such file; .*shipped space \(chest_xray, quick\)"):
         load("quick.yaml")
     with pytest.raises(InputError, match="can't be read"):
         load("./")

@@ -18,7 +18,8 @@ from tuning.record.tables import TRIALS, read_table
 from tuning.record.tables import searched as searched
 from tuning.settings.config import InputError
 from tuning.settings.documents import read_plan
-from tuning.settings.space import Space, parse
+from tuning.settings.space import Space
+from tuning.settings.space_file import parse
 
 LUCK = 0.05  # the chance that guesses are called better than the class frequencies
 LEAST_RANKED = 10  # ended trials that importances are made from

@@ -18,7 +18,8 @@ from tuning.record.journal import FINAL, read_record
 from tuning.record.storage import is_uri, joined
 from tuning.settings.config import PARAMETERS, SearchPlan
 from tuning.settings.documents import plan_in
-from tuning.settings.space import Space, parse
+from tuning.settings.space import Space
+from tuning.settings.space_file import parse
 from tuning.show.page import column, duration, figure, note, number, section, table, text
 
 TRIALS_SHOWN = 3000  # rows of the table of trials; the best, if there are more
