@@ -1,9 +1,9 @@
 #!/bin/bash
-# Start:   sbatch deploy/slurm.sh --data /shared/chest_xrays --storage /shared/results --name xray   (from the checkout)
-# Follow:  tail -f finetune-search-JOBID.log       End: scancel JOBID
-# Go on:   sbatch deploy/slurm.sh --resume --storage /shared/results --name xray
+# Start:   sbatch deploy/slurm.sh --data /shared/chest_xrays --storage /shared/results --name xray   (in the checkout)
+# Follow:  tail -f finetune-search-JOBID.log       Stop: scancel JOBID
+# Resume:  sbatch deploy/slurm.sh --resume --storage /shared/results --name xray
 #
-# The checkout and PYTHON (default .venv/bin/python in it) must be readable on all nodes. Change the next lines to your cluster's.
+# The checkout and PYTHON (default .venv/bin/python in it) must be readable on all nodes. Adapt the next lines to your cluster.
 #SBATCH --job-name=finetune-search
 #SBATCH --output=finetune-search-%j.log
 #SBATCH --nodes=2
@@ -16,11 +16,11 @@ set -euo pipefail
 
 python=${PYTHON:-$PWD/.venv/bin/python}
 ray=$(dirname "$python")/ray
-# Two jobs on a node must not meet: ports of the job's own, and free ones for workers, where Ray would take fixed ones.
+# Two jobs may share a node: each has ports of its own, and lets Ray choose free ports for workers instead of its fixed range.
 port=$((20000 + 2 * (SLURM_JOB_ID % 6000)))
 free=(--min-worker-port=0 --max-worker-port=0)
 head_free=("${free[@]}")
-if "$python" -c 'import grpc' 2> /dev/null; then # else Ray has no client server, and refuses its port
+if "$python" -c 'import grpc' 2> /dev/null; then # without grpc Ray has no client server, and refuses the option
     head_free+=(--ray-client-server-port=$((port + 1)))
 fi
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -28,11 +28,11 @@ head=${nodes[0]}
 address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}')
 gpus=${SLURM_GPUS_ON_NODE:-0}
 export RAY_USAGE_STATS_ENABLED=0
-# Others on these nodes reach Ray's ports, and who may talk to Ray may run code: only this job knows the token (Ray 2.52 and later).
+# Other users of these nodes can reach Ray's ports, and whoever can talk to Ray can run code: only this job knows the token (Ray 2.52 and later).
 RAY_AUTH_TOKEN=$("$python" -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 
-# Ray's head, the other nodes' Ray, and the search, each a step of its own; the first two live until this script ends them.
+# Ray's head, Ray on the other nodes, and the search are steps of their own; the first two run until this script ends them.
 steps=()
 trap 'kill "${steps[@]}" 2> /dev/null || true; wait' EXIT
 
@@ -45,7 +45,7 @@ for node in "${nodes[@]:1}"; do
     steps+=($!)
 done
 
-# Wait until all nodes have joined, for two minutes at most; the search then begins with those that are there.
+# Wait until all nodes have joined, at most two minutes; the search then starts with those that have.
 export RAY_ADDRESS=$address:$port
 "$python" - "${#nodes[@]}" << 'END'
 import sys, time, ray
@@ -62,7 +62,7 @@ while sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[1]) and time.mon
     time.sleep(1)
 END
 
-# The driver runs on this, the first node. Slurm's SIGTERM, two minutes before the end, is passed on to it: the run can go on then.
+# The driver runs on this, the first node. It gets Slurm's SIGTERM, two minutes before the time limit, so that the run can be resumed.
 "$python" tuning/run_search.py "$@" &
 driver=$!
 trap 'kill -TERM "$driver"' TERM
