@@ -162,13 +162,13 @@ def searched(whole, tmp_path):
     return Path(shutil.copytree(whole, tmp_path / "run"))
 
 
-def test_a_second_reading_of_the_test_set_is_marked(best, capsys):
+def test_a_second_evaluation_on_the_test_set_is_marked(best, capsys):
     first = metrics_of(run(Flags(str(best), set=(("epochs=1",),))))
-    assert "reading of" not in capsys.readouterr().out
+    assert "evaluation number" not in capsys.readouterr().out
     (best / "model").rename(best / "before")
     second = metrics_of(run(Flags(str(best), set=(("epochs=1",),))))
     assert second["test_reading"]["number"] == 2 and second["test_reading"]["first_at"] == first["test_reading"]["at"]
-    assert "second reading of this test set" in capsys.readouterr().out
+    assert "evaluation number 2 on this test set" in capsys.readouterr().out
     assert first["test"] == second["test"]
 
 
@@ -277,7 +277,7 @@ def test_kept_weights_that_are_not_of_the_best_epoch_are_left_out(searched):
     assert metrics["ensemble"].keys() <= {"t00000", "f00000", "f00001"}
 
 
-def test_weights_that_do_not_give_what_the_trial_gave_are_refused(searched, tmp_path):
+def test_weights_that_do_not_reproduce_the_trials_probabilities_are_refused(searched, tmp_path):
     path = searched / "checkpoints" / "t00000.best.safetensors"
     with safe_open(path, "pt") as file:
         described = file.metadata()
@@ -285,7 +285,7 @@ def test_weights_that_do_not_give_what_the_trial_gave_are_refused(searched, tmp_
     for other in searched.glob("checkpoints/[tf]*.best.safetensors"):
         if other != path:
             other.unlink()
-    with pytest.raises(InputError, match="t00000: its kept weights don't give"):
+    with pytest.raises(InputError, match="t00000: its kept weights do not reproduce"):
         run(Flags(str(searched), set=(("ensemble=true",),)))
     assert not (searched / "test_readings.jsonl").exists()
 

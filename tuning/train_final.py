@@ -26,7 +26,7 @@ from tuning.checks.audit import load_checked
 from tuning.data.images import open_images
 from tuning.insight.calibration import fit_temperature, logarithms, tempered
 from tuning.insight.ensemble import named_shares
-from tuning.model.reading import READINGS, measured, note_reading, tell
+from tuning.model.held_out import READINGS, print_metrics, record_evaluation, score_test_set
 from tuning.record import tables
 from tuning.record.journal import read_journal
 from tuning.record.mirror import borrowed
@@ -134,8 +134,8 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     import torch  # takes seconds to load, and timm more: bad input and --help are told before
 
     from tuning.model.card import card
-    from tuning.model.export import MODEL, export_or_tell, interface
-    from tuning.model.final import assembled, trained
+    from tuning.model.export import MODEL, export, interface
+    from tuning.model.final import assemble, train
     from tuning.model.folder import preprocessing, save_ensemble, save_model
     from tuning.training.dataset import join
     from tuning.training.features import FeatureCache
@@ -153,10 +153,10 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
 
     # Train, or put together what the search has trained.
     if plan.ensemble:
-        final = assembled(run_folder, predictions, configs, data, weights=weights, device=device)
+        final = assemble(run_folder, predictions, configs, data, weights=weights, device=device)
     else:
         with outputs_folder(cache_folder(), folder) as outputs:
-            final = trained(
+            final = train(
                 config,
                 some,
                 last=last,
@@ -164,7 +164,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
                 device=device,
                 metric=plan.metric,
                 features=FeatureCache(outputs, plan.cache_bytes, device, augmented=False),
-                tell=lambda row: _tell_epoch(row, config.epochs, on_both=last is not None),
+                on_epoch=lambda row: _tell_epoch(row, config.epochs, on_both=last is not None),
             )
 
     # Calibrate.
@@ -180,15 +180,15 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     if onnx:
         described = {"classes": some.classes, "temperature": temperature, "fingerprint": found, **interface(final)}
         described |= shaping[""] if "" in shaping else {"members": shaping}
-        exported = export_or_tell(unfinished / MODEL, final, data, temperature=temperature, described=described)
+        exported = export(unfinished / MODEL, final, data, temperature=temperature, described=described)
 
     # Test, once.
     tested, reading, logits = None, None, None
     rows = table.iloc[some.test]
     if len(rows):
-        reading = note_reading(run_folder, found, final.metrics["trained_on"], plan.ensemble)
+        reading = record_evaluation(run_folder, found, final.metrics["trained_on"], plan.ensemble)
         logits = final.logits(data, "test", device)
-        tested = measured(logits, temperature, rows, some.classes)
+        tested = score_test_set(logits, temperature, rows, some.classes)
 
     # Write: weights and figures first, then what people look at.
     metrics = final.metrics | {
@@ -222,7 +222,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
         unfinished.rename(folder)
     except OSError as error:
         raise InputError(f"{folder}: can't be written ({error.strerror}); the model is in {unfinished}") from None
-    tell(metrics)
+    print_metrics(metrics)
     try:  # the model is there, and its test set is read: what is only shown of it must not end this
         if logits is not None:
             _show(folder, best, final, data, rows, probabilities, temperature)
@@ -243,7 +243,7 @@ def _show(
     temperature: float,
 ) -> None:
     """Write what the model made of the test set: the table, the plots, the page of mistakes."""
-    from tuning.model.activation import maps_or_tell
+    from tuning.model.activation import class_maps
     from tuning.model.mistakes import SIDE, mistakes_page, picture, worst
     from tuning.show.plots import write_plots
 
@@ -257,7 +257,7 @@ def _show(
         picture(file, np.asarray(some.images[index]), fit=plan.fit, drop_colour=plan.drop_colour)
         for file, index in zip(tested["file"].iloc[found.rows], indices, strict=True)
     ]
-    maps = maps_or_tell(final, data, indices, found.predicted, SIDE) if len(indices) else None
+    maps = class_maps(final, data, indices, found.predicted, SIDE) if len(indices) else None
     title = str(best.provenance.get("run", "model"))
     page = mistakes_page(title, found, tested, probabilities, some.classes, pictures, maps)
     (folder / "mistakes.html").write_text(page, encoding="utf-8", errors="replace")

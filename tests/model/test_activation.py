@@ -6,7 +6,7 @@ import torch
 from conftest import make_data
 from torch import nn
 
-from tuning.model.activation import class_map, class_maps, maps_or_tell
+from tuning.model.activation import class_map, class_maps
 from tuning.model.final import Final
 from tuning.settings.config import TrialConfig
 from tuning.training import backbones
@@ -59,7 +59,7 @@ class NoStages(nn.Module):
     """What can't be cut."""
 
 
-def test_what_has_no_maps_is_told(capsys):
+def test_a_network_without_maps_is_reported(capsys):
     final = Final({"": (NoStages(), TrialConfig(backbone="test_resnet", image_size=32))}, {"": 1.0}, None, {})
-    assert maps_or_tell(final, {32: make_data()}, np.array([0]), np.array([0]), 32) is None
-    assert "no class-activation maps" in capsys.readouterr().err
+    assert class_maps(final, {32: make_data()}, np.array([0]), np.array([0]), 32) is None
+    assert "class-activation maps could not be computed" in capsys.readouterr().err

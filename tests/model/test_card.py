@@ -12,7 +12,7 @@ from PIL import Image
 from runs import make_audit, make_run
 
 from tuning.data.decoding import decode
-from tuning.model.card import _with_onnx, card, plain
+from tuning.model.card import _onnx_code, card, plain
 from tuning.record.tables import read_table
 from tuning.settings.config import SearchPlan
 
@@ -65,22 +65,22 @@ def test_a_whole_run(tmp_path):
     assert "| normal | 12 | 4 | 4 |" in told and "| all | 24 | 8 | 8 |" in told
     assert "- stop: exact\\_duplicate: 3" in told.replace("duplicate\\_across\\_splits", "exact\\_duplicate")
     assert "fine-tuned on 24 images" in told and "secret" not in told  # no file's name
-    assert "| accuracy | 0.750 | 0.500 to 0.900 |" in told and "0.040, without the temperature 0.090" in told
+    assert "| accuracy | 0.750 | 0.500 to 0.900 |" in told and "0.040 (0.090 without temperature scaling)" in told
     assert "`learning_rate`: 1e-05 to 0.1, log" in told and "Not a medical device" in told
-    assert "Intervals are of 95%, by group" in told
-    assert "The test set is small (20 groups)" in told and "had been read before" not in told
+    assert "with each group as one observation" in told
+    assert "The test set is small (20 groups)" in told and "was evaluated before" not in told
 
 
 def test_without_a_run_it_says_what_is_not_known(tmp_path):
     samples = read_table(make_run(tmp_path / "run", trials=3) / "samples.parquet")
     model = make_model(tmp_path / "model", ["normal", "pneumonia"], test=None, test_reading=None, verdict=None)
     told = card(model, tmp_path / "nowhere", provenance(), samples, None)
-    for words in ("What ran isn't known", "## Verdict\n\nNot known.", "no audit beside them", "no test images"):
+    for words in ("What was run is unknown", "## Verdict\n\nUnknown.", "have no audit", "no test images"):
         assert words in told
     model = make_model(tmp_path / "model", ["a", "b"], test_reading={"number": 3}, onnx={"error": "ValueError: <b>"})
     told = card(model, tmp_path / "nowhere", provenance(changed=True), samples, None)
-    assert "is another than the search's" in told
-    assert "There is no `model.onnx`: ValueError: &lt;b&gt;." in told and "had been read before" in told
+    assert "differs from the search's" in told
+    assert "`model.onnx` was not exported: ValueError: &lt;b&gt;." in told and "was evaluated before" in told
 
 
 def test_names_are_text(tmp_path):
@@ -97,7 +97,7 @@ def test_many_classes_are_counted(tmp_path):
     classes = [f"class {number}" for number in range(40)]
     run = make_run(tmp_path / "run", trials=3, classes=tuple(classes))
     told = card(make_model(run / "model", classes), run, provenance(), read_table(run / "samples.parquet"), None)
-    assert "Tells 40 classes apart" in told and "class 7" not in told and len(told) < 9000
+    assert "Image classifier (40 classes)" in told and "class 7" not in told and len(told) < 9000
 
 
 @given(st.text())
@@ -117,17 +117,17 @@ def test_an_audit_that_found_nothing(tmp_path, empty):
         rows.loc[0] = ["shortcut_shape", "warn", None, None, 0.99, 0.005, "not square means covid"]
     model = make_model(run / "model", ["normal", "pneumonia"])
     told = card(model, run, provenance(), read_table(run / "samples.parquet"), rows)
-    assert ("Nothing was found" in told) is empty
-    assert ("The class can be told from shape alone" in told) is not empty
+    assert ("No findings" in told) is empty
+    assert ("The class can be predicted from shape alone" in told) is not empty
 
 
 @pytest.mark.parametrize("drop_colour", [False, True])
 @pytest.mark.parametrize("fit", ["squash", "crop", "letterbox"])
 def test_the_code_for_the_onnx_file_sees_what_predict_sees(tmp_path, fit, drop_colour):
     shaping = {"preprocessing": {"fit": fit, "drop_colour": drop_colour}}
-    code = _with_onnx(shaping | {"onnx": {"inputs": {"images": ["batch", 3, 32, 32]}}})
+    code = _onnx_code(shaping | {"onnx": {"inputs": {"images": ["batch", 3, 32, 32]}}})
     found = {}
-    exec(code.partition("\n\n\ngiven = ")[0].replace("import onnxruntime", ""), found)
+    exec(code.partition("\n\n\ninputs = ")[0].replace("import onnxruntime", ""), found)
     rng = np.random.default_rng(0)
     grey = np.repeat(rng.integers(0, 250, (45, 67, 1), dtype=np.uint8), 3, axis=2)
     colour = np.kron(rng.integers(0, 256, (15, 20, 3), dtype=np.uint8), np.ones((20, 15, 1), np.uint8))

@@ -11,7 +11,7 @@ from conftest import make_data
 from torch import nn
 
 from tuning.insight.calibration import tempered
-from tuning.model.export import Classifier, export_or_tell
+from tuning.model.export import Classifier, export
 from tuning.model.final import Final
 from tuning.settings.config import TrialConfig
 from tuning.training import backbones
@@ -49,7 +49,7 @@ def test_what_is_exported_is_what_predict_gives(members):
     final = final_of(*(built(*member, seed=number) for number, member in enumerate(members)))
     data = {size: DATA[size] for _, size in members}
     wanted = tempered(final.logits(data, "val", CPU), 1.7)
-    model = Classifier(list(final.networks.values()), list(final.shares.values()), 1.7).eval()
+    model = Classifier(final, 1.7).eval()
     with torch.no_grad():
         found = model(*(pictures(data[size]) for size in model.sizes)).numpy()
     assert np.allclose(found, wanted, atol=1e-6) and np.ptp(wanted) > 0.01
@@ -60,8 +60,8 @@ def test_onnx_and_pytorch_agree(tmp_path):
     final = final_of(built("test_resnet", 32), built("test_efficientnet", 64))
     path = tmp_path / "model.onnx"
     described = {"classes": ["dark", ODD], "layout": "NCHW", "temperature": 1.7}
-    told = export_or_tell(path, final, DATA, temperature=1.7, described=described)
-    assert told["largest_difference"] < 1e-5 and told["images"] == 8
+    result = export(path, final, DATA, temperature=1.7, described=described)
+    assert result["largest_difference"] < 1e-5 and result["images"] == 8
     metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
     assert metadata["layout"] == "NCHW" and metadata["temperature"] == "1.7"
     assert json.loads(metadata["classes"]) == ["dark", ODD]
@@ -82,8 +82,8 @@ class Branching(nn.Module):
         return images.mean((2, 3))[:, :2] if images.sum().item() > 3 else images.amax((2, 3))[:, :2]
 
 
-def test_a_model_that_cannot_be_exported_is_told(tmp_path, capsys):
+def test_a_failed_export_is_reported(tmp_path, capsys):
     final = final_of((Branching(), TrialConfig(backbone="test_resnet", image_size=32)))
-    told = export_or_tell(tmp_path / "model.onnx", final, {32: DATA[32]}, temperature=1.0, described={})
-    assert told["error"] and not list(tmp_path.iterdir())
-    assert "model.onnx could not be made" in capsys.readouterr().err
+    result = export(tmp_path / "model.onnx", final, {32: DATA[32]}, temperature=1.0, described={})
+    assert result["error"] and not list(tmp_path.iterdir())
+    assert "model.onnx could not be exported" in capsys.readouterr().err

@@ -75,7 +75,7 @@ def test_unreadable_images_are_named_together(tmp_path, network):
 @pytest.mark.parametrize("name", ["..", ".", "../other", "/etc", "a/b", "a\\b", "", "C:", 3])
 def test_an_ensemble_of_folders_elsewhere_is_refused(tmp_path, name):
     save_ensemble(tmp_path, {name: 1.0}, ["a", "b"], 1.0)
-    with pytest.raises(InputError, match="must name folders in it, not"):
+    with pytest.raises(InputError, match="must name subfolders of the model folder, got"):
         load_model(tmp_path)
 
 

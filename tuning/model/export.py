@@ -1,5 +1,6 @@
 """The final model as one ONNX file, compared with PyTorch on real images."""
 
+import dataclasses
 import json
 import sys
 import warnings
@@ -14,35 +15,32 @@ from torch import Tensor, nn
 
 from tuning.insight.calibration import tempered
 from tuning.model.final import Final
-from tuning.settings.config import TrialConfig
 from tuning.training import backbones
 from tuning.training.dataset import Data
 
-CHECKED_IMAGES, CHECKED_DIFFERENCE = 64, 1e-4  # of validation; between probabilities, at most
-BATCH = 16  # images at once when it is checked: another number than it was traced with
+CHECKED_IMAGES, CHECKED_DIFFERENCE = 64, 1e-4  # validation images; largest difference between probabilities
+BATCH = 16  # of the comparison: another size than the model was traced with
 MODEL = "model.onnx"
 CPU = torch.device("cpu")
 
 
 class Classifier(nn.Module):
-    """Pictures to probabilities, as `predict` gives them: normalized, averaged over networks, tempered."""
+    """Images to the probabilities that `predict` gives: normalisation, ensemble average and temperature included."""
 
-    def __init__(
-        self, networks: Sequence[tuple[nn.Module, TrialConfig]], shares: Sequence[float], temperature: float
-    ) -> None:
+    def __init__(self, final: Final, temperature: float) -> None:
         super().__init__()
-        self.networks = nn.ModuleList([network for network, _ in networks])
-        self.normal = [backbones.input_mean_std(config.backbone) for _, config in networks]
-        self.sizes = sorted({config.image_size for _, config in networks})
-        self.inputs = [self.sizes.index(config.image_size) for _, config in networks]
-        self.shares, self.temperature = list(shares), temperature
+        self.networks = nn.ModuleList([network for network, _ in final.networks.values()])
+        configs = [config for _, config in final.networks.values()]
+        self.normal = [backbones.input_mean_std(config.backbone) for config in configs]
+        self.sizes = sorted({config.image_size for config in configs})
+        self.inputs = [self.sizes.index(config.image_size) for config in configs]
+        self.shares, self.temperature = list(final.shares.values()), temperature
 
     def forward(self, *images: Tensor) -> Tensor:
-        """Probabilities [n, classes] of the same pictures at each of `sizes`: [n, 3, side, side] in 0 to 1."""
+        """Probabilities [n, classes] of the same images at each of `sizes`: [n, 3, side, side] in 0 to 1."""
         logs = []
-        for network, (mean, std), place, share in zip(
-            self.networks, self.normal, self.inputs, self.shares, strict=True
-        ):
+        members = zip(self.networks, self.normal, self.inputs, self.shares, strict=True)
+        for network, (mean, std), place, share in members:
             pixels = images[place]
             centred = (pixels - pixels.new_tensor(mean).view(1, 3, 1, 1)) / pixels.new_tensor(std).view(1, 3, 1, 1)
             logs.append(torch.log_softmax(network(centred), dim=1) + float(np.log(share)))
@@ -50,26 +48,17 @@ class Classifier(nn.Module):
         return torch.softmax(mixture / self.temperature, dim=1)
 
 
-def export_or_tell(
+def export(
     path: Path, final: Final, data: Mapping[int, Data], *, temperature: float, described: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Write the model as ONNX and compare it with PyTorch on validation images.
+    """Write the model as ONNX with `described` as metadata, and compare it with PyTorch on validation images.
 
-    The model is worth more than its second form, so a failure of whichever kind is told, not raised.
-
-    Args:
-        path: of the new file.
-        final: its networks are put on the CPU.
-        data: decoded images by size.
-        temperature: of the probabilities.
-        described: for the file's metadata: numbers and lists go as JSON.
-
-    Returns:
-        For `metrics.json`: the largest difference between probabilities, and of how many images; or the error.
+    Return, for `metrics.json`, the largest difference between probabilities and the number of images, or the error: the
+    model is usable without ONNX, so any failure is printed, never raised. The networks are moved to the CPU.
     """
     try:
-        write_onnx(path, list(final.networks.values()), list(final.shares.values()), temperature, described)
-        some = {size: _first_of_validation(each) for size, each in data.items()}
+        write_onnx(path, final, temperature, described)
+        some = {size: dataclasses.replace(each, val=each.val[:CHECKED_IMAGES]) for size, each in data.items()}
         wanted = tempered(final.logits(some, "val", CPU), temperature)
         difference = float(np.abs(run_onnx(path, some) - wanted).max())
         if not difference <= CHECKED_DIFFERENCE:
@@ -77,28 +66,23 @@ def export_or_tell(
     except Exception as error:
         path.unlink(missing_ok=True)
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        print(f"{path.name} could not be made ({reason}); the model is whole without it", file=sys.stderr)
+        print(f"{path.name} could not be exported ({reason}); the model is complete without it", file=sys.stderr)
         return {"error": reason}
     return {"largest_difference": difference, "images": len(wanted)}
 
 
-def write_onnx(
-    path: Path,
-    networks: Sequence[tuple[nn.Module, TrialConfig]],
-    shares: Sequence[float],
-    temperature: float,
-    described: Mapping[str, Any],
-) -> None:
-    """Write networks as one ONNX file that gives `probabilities`, for any number of images at once.
+def write_onnx(path: Path, final: Final, temperature: float, described: Mapping[str, Any]) -> None:
+    """Write an ONNX file that gives `probabilities`, for any batch size.
 
-    Its input is `images`, float32 [batch, 3, side, side] in 0 to 1; of networks of several sizes `images_<side>` each.
+    Its input is `images`, float32 [batch, 3, side, side] in 0 to 1; an ensemble of several sizes has `images_<side>`
+    for each.
     """
-    model = Classifier([(network.cpu().eval(), config) for network, config in networks], shares, temperature).eval()
+    model = Classifier(final, temperature).cpu().eval()
     examples = tuple(torch.rand(2, 3, side, side) for side in model.sizes)
     batch = torch.export.Dim("batch")
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.filterwarnings("ignore", "Anomaly Detection has been enabled")  # by the exporter, while it traces
-        warnings.filterwarnings("ignore", "# The axis name: batch will not be used")  # twice, of several inputs
+        warnings.filterwarnings("ignore", "Anomaly Detection has been enabled")  # by the exporter's tracing
+        warnings.filterwarnings("ignore", "# The axis name: batch will not be used")  # if there are several inputs
         program = torch.onnx.export(
             model,
             examples,
@@ -116,7 +100,7 @@ def write_onnx(
 
 
 def interface(final: Final) -> dict[str, Any]:
-    """Inputs and output of the file, for `config.yaml` and its metadata."""
+    """Return the file's inputs and output, for `config.yaml` and its metadata."""
     sizes = sorted({config.image_size for _, config in final.networks.values()})
     return {
         "inputs": {name: ["batch", 3, side, side] for name, side in zip(input_names(sizes), sizes, strict=True)},
@@ -126,27 +110,22 @@ def interface(final: Final) -> dict[str, Any]:
 
 
 def input_names(sizes: Sequence[int]) -> list[str]:
-    """Names of the inputs, by the sides of their images."""
+    """Return the names of the inputs, by image size."""
     return ["images"] if len(sizes) == 1 else [f"images_{side}" for side in sizes]
 
 
 def run_onnx(path: Path, data: Mapping[int, Data]) -> NDArray[np.float64]:
-    """Probabilities [images, classes] that an ONNX file gives to the validation images."""
+    """Return an ONNX file's probabilities [images, classes] of the validation images."""
     import onnxruntime  # takes a tenth of a second to load
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     sizes = sorted(data)
-    count = len(data[sizes[0]].val)
     found = []
-    for start in range(0, count, BATCH):
-        given = {}
+    for start in range(0, len(data[sizes[0]].val), BATCH):
+        inputs = {}
         for name, size in zip(input_names(sizes), sizes, strict=True):
             each = data[size]
             pixels = np.asarray(each.images[each.val[start : start + BATCH]], dtype=np.float32) / 255
-            given[name] = np.repeat(pixels, 3 // pixels.shape[3], axis=3).transpose(0, 3, 1, 2).copy()
-        found.append(session.run(["probabilities"], given)[0])
+            inputs[name] = np.repeat(pixels, 3 // pixels.shape[3], axis=3).transpose(0, 3, 1, 2).copy()
+        found.append(session.run(["probabilities"], inputs)[0])
     return np.concatenate(found).astype(np.float64)
-
-
-def _first_of_validation(data: Data) -> Data:
-    return Data(data.images, data.labels, data.train, data.val[:CHECKED_IMAGES], data.test, data.classes)

@@ -23,27 +23,25 @@ if TYPE_CHECKING:  # torch and timm take seconds to load, and --help needs neith
     from torch import nn
 
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
-NOT_LOADED = ("model.onnx", "mistakes.html")
-AT_ONCE = 256  # images that predict decodes before it classifies them
 FITS = {"squash": "squashed to", "crop": "the centre square, at", "letterbox": "in a black square of"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A trained classifier as `load_model` gives it."""
+    """A trained classifier, from `load_model`."""
 
     network: "nn.Module"
     config: TrialConfig
     classes: tuple[str, ...]
     fit: str = "squash"
     drop_colour: bool = False
-    temperature: float = 1.0  # that logits are divided by
+    temperature: float = 1.0  # divides the logits
 
     def predict(self, files: str | Path | Sequence[str | Path]) -> NDArray[np.float64]:
-        """Probabilities [files, classes] for image files, or for one.
+        """Return probabilities [files, classes] for one or more image files.
 
         Raises:
-            InputError: the files that can't be read.
+            InputError: names every file that can't be read.
         """
         import torch
 
@@ -66,19 +64,15 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Ensemble:
-    """Classifiers whose probabilities are averaged, as `load_model` gives them."""
+    """Classifiers whose probabilities are averaged, from `load_model`."""
 
     members: "tuple[Model | Ensemble, ...]"
-    shares: tuple[float, ...]  # of each member in the average
+    shares: tuple[float, ...]  # each member's weight in the average
     classes: tuple[str, ...]
-    temperature: float  # that the average's logarithms are divided by
+    temperature: float  # divides the logarithms of the average
 
     def predict(self, files: str | Path | Sequence[str | Path]) -> NDArray[np.float64]:
-        """Probabilities [files, classes] for image files, or for one.
-
-        Raises:
-            InputError: the files that can't be read.
-        """
+        """Return probabilities [files, classes], as `Model.predict` does."""
         each = np.stack([member.predict(files) for member in self.members])
         return tempered(logarithms(np.tensordot(self.shares, each, axes=1)), self.temperature)
 
@@ -94,7 +88,7 @@ def save_model(
     temperature: float = 1.0,
     **described: Any,
 ) -> None:
-    """Write weights and `config.yaml` (configuration, classes, preprocessing, what is `described`) to a folder."""
+    """Write weights and `config.yaml` (configuration, classes, preprocessing and `described`) to a folder."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +100,7 @@ def save_model(
 
 
 def preprocessing(config: TrialConfig, fit: str, drop_colour: bool) -> dict[str, Any]:
-    """How an image becomes the network's input, in words and numbers."""
+    """Return how an image becomes the network's input, in words and numbers."""
     from tuning.training import backbones
 
     mean, std = backbones.input_mean_std(config.backbone)
@@ -125,7 +119,7 @@ def preprocessing(config: TrialConfig, fit: str, drop_colour: bool) -> dict[str,
 def save_ensemble(
     folder: Path, shares: Mapping[str, float], classes: Sequence[str], temperature: float, **described: Any
 ) -> None:
-    """Write the `config.yaml` that makes one model of the model folders in this folder; `shares` by their names."""
+    """Write the `config.yaml` that makes an ensemble of model folders in this folder; `shares` are by their names."""
     _write_config(folder, {"ensemble": dict(shares), "classes": list(classes), "temperature": temperature, **described})
 
 
@@ -134,46 +128,34 @@ def _write_config(folder: Path, document: dict[str, Any]) -> None:
 
 
 def load_model(folder: str | Path) -> Model | Ensemble:
-    """The classifier in a model folder.
+    """Load the classifier from a model folder.
 
     Raises:
-        InputError: not a model folder.
+        InputError: the folder holds no model, or a damaged one.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from tuning.training import backbones
-
     folder = Path(folder)
     document = _read_config(folder)
     classes, temperature = tuple(document["classes"]), float(document.get("temperature", 1.0))
-    shares: dict[str, float] = document.get("ensemble", {})
-    if not shares:
-        config = build(TrialConfig, document["config"], str(folder / CONFIG))
-        told = document["preprocessing"]
-        try:
-            shaping = {key: check_value(SearchPlan, key, told[key]) for key in ("fit", "drop_colour") if key in told}
-        except ValueError as error:
-            raise InputError(f"{folder / CONFIG}: preprocessing: {error}") from None
-        try:
-            if document.get("weights_sha256", digest := _digest(folder)) != digest:
-                raise ValueError(f"{WEIGHTS} is damaged, or of another {CONFIG}")
-            tensors = load_file(folder / WEIGHTS)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise InputError(f"{folder}: not a model folder ({error}); train_final.py writes one") from None
-    if shares:
-        return Ensemble(
-            tuple(load_model(folder / name) for name in shares), tuple(shares.values()), classes, temperature
-        )
+    if shares := document.get("ensemble"):
+        members = tuple(load_model(folder / name) for name in shares)
+        return Ensemble(members, tuple(shares.values()), classes, temperature)
+    config = build(TrialConfig, document["config"], str(folder / CONFIG))
+    given = document["preprocessing"]
     try:
-        network = backbones.build(
-            config.backbone,
-            classes=len(classes),
-            image_size=config.image_size,
-            head_dropout=config.head_dropout,
-            seed=config.seed,
-            weights=None,
-        )
+        shaping = {key: check_value(SearchPlan, key, given[key]) for key in ("fit", "drop_colour") if key in given}
+    except ValueError as error:
+        raise InputError(f"{folder / CONFIG}: preprocessing: {error}") from None
+    try:
+        if document.get("weights_sha256", digest := _digest(folder)) != digest:
+            raise ValueError(f"{WEIGHTS} is damaged or belongs to another {CONFIG}")
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise InputError(f"{folder}: not a model folder ({error}); train_final.py writes one") from None
+    try:
+        network = build_network(config, len(classes))
     except InputError as error:
         raise InputError([f"{folder / CONFIG}: {fault}" for fault in error.faults]) from None
     try:
@@ -183,32 +165,44 @@ def load_model(folder: str | Path) -> Model | Ensemble:
     return Model(network.eval(), config, classes, **shaping, temperature=temperature)
 
 
+def build_network(config: TrialConfig, classes: int, weights: Path | None = None) -> "nn.Module":
+    """Build a trial's network before training; its backbone has random weights unless a file is given."""
+    from tuning.training import backbones
+
+    return backbones.build(
+        config.backbone,
+        classes=classes,
+        image_size=config.image_size,
+        head_dropout=config.head_dropout,
+        seed=config.seed,
+        weights=weights,
+    )
+
+
 def _digest(folder: Path) -> str:
     with open(folder / WEIGHTS, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """The checked `config.yaml` of one model or of an ensemble."""
+    """Read and check the `config.yaml` of one model or of an ensemble."""
     path = folder / CONFIG
     document = read_mapping(path)
     check_parts(document, path, {"classes": list})
-    shares, temperature = document.get("ensemble"), document.get("temperature", 1.0)
+    names, shares, temperature = document["classes"], document.get("ensemble"), document.get("temperature", 1.0)
     check_parts(document, path, {"config": dict, "preprocessing": dict} if shares is None else {"ensemble": dict})
-    names = document["classes"]
-    faults = []
-    if len(names) < 2 or len(set(map(str, names))) < len(names) or not all(isinstance(name, str) for name in names):
-        faults.append("classes must be two names or more, each once")
-    if not _is_positive(temperature):
-        faults.append(f"temperature must be a number above 0, got {show(temperature)}")
-    if shares is not None and not (shares and all(_is_positive(share) for share in shares.values())):
-        faults.append("ensemble must hold shares above 0")
-    # A folder is loaded of each: none but those in this one.
+    # Each name of an ensemble is loaded as a folder, which must lie in this one.
     outside = [name for name in shares or {} if not (isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name))]
-    if outside:
-        faults.append(f"ensemble must name folders in it, not {show(outside[0])}")
+    rules = {
+        "classes must be at least two different names": all(isinstance(name, str) for name in names)
+        and len(set(names)) == len(names) > 1,
+        f"temperature must be a number above 0, got {show(temperature)}": _is_positive(temperature),
+        "ensemble must hold shares above 0": shares is None or (shares and all(map(_is_positive, shares.values()))),
+        f"ensemble must name subfolders of the model folder, got {show(next(iter(outside), None))}": not outside,
+    }
+    faults = [f"{path}: is damaged: {rule}; restore it from a copy" for rule, holds in rules.items() if not holds]
     if faults:
-        raise InputError([f"{path}: is damaged: {fault}; restore it from a copy" for fault in faults])
+        raise InputError(faults)
     return document
 
 

@@ -1,4 +1,4 @@
-"""A page of the worst mistakes on the test set, with what spoke for them in the picture."""
+"""A page of the most confident mistakes on the test set, with their class-activation maps."""
 
 import base64
 import io
@@ -13,15 +13,20 @@ from PIL import Image
 
 from tuning.data.decoding import decode
 from tuning.settings.config import InputError
+from tuning.settings.words import count
 from tuning.show.page import note, section, still, text
-from tuning.show.plots import PLOTS
+from tuning.show.plots import CALIBRATION, CONFUSION, ROC
 
 SHOWN = 24  # mistakes
-SIDE = 320  # pixels of a picture
-PROBABILITIES = 5  # classes told of an image, the likeliest and the true one
+SIDE = 320  # pixels of an image
+PROBABILITIES = 5  # classes shown for an image; the true one is always added
+LINKS = {CONFUSION: "confusion matrix", ROC: "ROC curves", CALIBRATION: "calibration", "README.md": "model card"}
+MAPS = (
+    "Each right image shows the class-activation map of the predicted class (gradient times activation at the last "
+    "stage), scaled to its own maximum. It shows what the model looked at, not whether that was a good reason."
+)
 CSS = """
-.mistakes { display: grid; gap: 1.75rem 1.5rem; }
-.mistakes { grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
+.mistakes { display: grid; grid: auto / repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1.75rem 1.5rem; }
 .mistakes figure { margin: 0; min-width: 0; break-inside: avoid; }
 .mistakes .pictures { display: grid; grid-template-columns: 1fr 1fr; gap: 4px; border-radius: 8px; overflow: hidden; }
 .mistakes .pictures.alone { grid-template-columns: minmax(0, 50%); }
@@ -38,20 +43,15 @@ CSS = """
 
 
 class Mistakes(NamedTuple):
-    """Test images of another class than predicted, the most confident mistakes first; of many the first."""
+    """The `SHOWN` most confident misclassified test images, the most confident first."""
 
     rows: NDArray[np.int64]  # of the test set
     predicted: NDArray[np.int64]  # class of each
-    total: int  # of all mistakes
+    total: int  # number of all mistakes
 
 
 def worst(targets: NDArray[np.int64], probabilities: NDArray[np.float64]) -> Mistakes:
-    """The mistakes that are shown.
-
-    Args:
-        targets: [images], index of the class.
-        probabilities: [images, classes].
-    """
+    """Find the most confident mistakes among class indices [images] and probabilities [images, classes]."""
     predicted = probabilities.argmax(axis=1)
     wrong = np.flatnonzero(predicted != targets)
     rows = wrong[np.argsort(-probabilities[wrong].max(axis=1), kind="stable")][:SHOWN]
@@ -67,75 +67,54 @@ def mistakes_page(
     pictures: Sequence[NDArray[np.uint8]],
     maps: NDArray[np.float32] | None,
 ) -> str:
-    """The page, in HTML.
+    """Return the page, in HTML.
 
     Args:
-        title: what the model is called.
-        mistakes: from `worst`.
         tested: samples of the test set.
         probabilities: [images, classes].
-        classes: names, in the order of the columns.
         pictures: of each mistake, from `picture`.
-        maps: of each mistake, 0 to 1 [mistakes, side, side]; null where there are none.
+        maps: of each mistake, 0 to 1 [mistakes, side, side]; None if they could not be computed.
     """
     figures = []
     for place, row in enumerate(mistakes.rows):
         sample = tested.iloc[row]
-        both = [_image(pictures[place], f"{sample['label']}: {sample['path']}")]
+        images = [_image(pictures[place], f"{sample['label']}: {sample['path']}")]
         if maps is not None:
-            both.append(_image(overlaid(pictures[place], maps[place]), "the same with its class-activation map"))
-        told = _told(str(sample["label"]), probabilities[row], classes)
+            images.append(_image(overlaid(pictures[place], maps[place]), "the same with its class-activation map"))
         kind = "pictures" if maps is not None else "pictures alone"
         figures.append(
-            f'<figure><div class="{kind}">{"".join(both)}</div><figcaption>{told}'
+            f'<figure><div class="{kind}">{"".join(images)}</div><figcaption>'
+            f"{_probabilities(str(sample['label']), probabilities[row], classes)}"
             f'<p class="file">{text(sample["path"])}</p></figcaption></figure>'
         )
-    links = " · ".join(f'<a href="{name}">{name.removesuffix(".png")}</a>' for name in (*PLOTS, "README.md"))
-    what = f"{mistakes.total:,} of {len(tested):,} test images are taken for another class"
+    links = " · ".join(f'<a href="{name}">{words}</a>' for name, words in LINKS.items())
+    summary = f"{mistakes.total:,} of {count(len(tested), 'test image')} misclassified"
     most = f"; the {len(figures)} most confident mistakes are shown" if len(figures) < mistakes.total else ""
-    head = f"<header><h1>{text(title)}: mistakes</h1><p>{text(what + most)}.</p><p>{links}</p></header>"
-    shown = "".join(figures) or "<p>There are none.</p>"
-    return still(
-        f"{title}: mistakes",
-        [head, section("mistakes", "The most confident first", _said(maps), f'<div class="mistakes">{shown}</div>')],
-        CSS,
-    )
+    head = f"<header><h1>{text(title)}: mistakes</h1><p>{text(summary + most)}.</p><p>{links}</p></header>"
+    if figures:
+        explained = note(MAPS if maps is not None else "Class-activation maps could not be computed for this model.")
+        shown = f'{explained}<div class="mistakes">{"".join(figures)}</div>'
+    else:
+        shown = "<p>There are none.</p>"
+    return still(f"{title}: mistakes", [head, section("mistakes", "Most confident mistakes first", shown)], CSS)
 
 
-def _said(maps: NDArray[np.float32] | None) -> str:
-    if maps is None:
-        return note("There are no class-activation maps: this model can't be cut below its last stage.")
-    return note(
-        "The right picture shows where the last stage's gradient times activation speaks for the predicted class, "
-        "each by its own highest value. A map tells where the model looked, not whether it was right to."
-    )
-
-
-def _told(label: str, values: NDArray[np.float64], classes: Sequence[str]) -> str:
-    """Probabilities of the likeliest classes and the true one."""
+def _probabilities(label: str, values: NDArray[np.float64], classes: Sequence[str]) -> str:
+    """List the probabilities of the most probable classes and of the true one."""
     order = [int(place) for place in np.argsort(-values, kind="stable")]
     shown = order[:PROBABILITIES]
     shown += [place for place in order[PROBABILITIES:] if classes[place] == label]
     rows = []
     for place in shown:
         kind = "true" if classes[place] == label else "predicted" if place == order[0] else ""
-        word = {"true": " (true)", "predicted": " (predicted)", "": ""}[kind]
-        name = f'<dt class="{kind}" title="{text(classes[place])}">{text(classes[place])}{word}</dt>'
-        rows.append(f'{name}<dd class="{kind}">{values[place]:.1%}</dd>')
+        name = text(classes[place])
+        words = f"{name} ({kind})" if kind else name
+        rows.append(f'<dt class="{kind}" title="{name}">{words}</dt><dd class="{kind}">{values[place]:.1%}</dd>')
     return f"<dl>{''.join(rows)}</dl>"
 
 
 def picture(file: str, seen: NDArray[np.uint8], *, fit: str, drop_colour: bool) -> NDArray[np.uint8]:
-    """An image larger than the model saw it, in the same shape; as it saw it where the file is gone.
-
-    Args:
-        file: of the image.
-        seen: decoded at the model's size, [side, side, channels].
-        fit, drop_colour: as it was decoded.
-
-    Returns:
-        [SIDE, SIDE, 3]
-    """
+    """Return an image [SIDE, SIDE, 3]: decoded again from its file or, if it cannot be read, enlarged from `seen`."""
     try:
         pixels, _ = decode(file, SIDE, fit=fit, drop_colour=drop_colour)
     except (InputError, OSError):
@@ -145,7 +124,7 @@ def picture(file: str, seen: NDArray[np.uint8], *, fit: str, drop_colour: bool) 
 
 
 def overlaid(pixels: NDArray[np.uint8], strength: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """A picture [side, side, 3] under its map [side, side]: the stronger, the less of the picture is left."""
+    """Lay a map [side, side] over an image [side, side, 3], more opaque where it is stronger."""
     grey = pixels.mean(axis=2, keepdims=True) / 255
     colour = matplotlib.colormaps["inferno"](0.25 + 0.7 * strength)[:, :, :3]
     opaque = 0.65 * strength[:, :, None]

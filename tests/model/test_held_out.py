@@ -1,26 +1,26 @@
-"""The reading of the test set is counted by data, and measured by the samples' own labels."""
+"""Evaluations on the test set are counted by data set, and scored by the samples' own labels."""
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from tuning.insight.calibration import calibration_error, tempered
-from tuning.model.reading import READINGS, measured, note_reading
+from tuning.model.held_out import READINGS, record_evaluation, score_test_set
 from tuning.record.journal import read_journal
 
 
-def test_readings_are_counted_for_each_data_set(tmp_path):
-    numbers = [note_reading(tmp_path, name, "train", False)["number"] for name in ("a", "b", "a")]
+def test_evaluations_are_counted_for_each_data_set(tmp_path):
+    numbers = [record_evaluation(tmp_path, name, "train", False)["number"] for name in ("a", "b", "a")]
     assert numbers == [1, 1, 2]
-    again = note_reading(tmp_path, "a", "train+val", True)
+    again = record_evaluation(tmp_path, "a", "train+val", True)
     assert again["number"] == 3 and again["first_at"] <= again["at"]
     assert [event["fingerprint"] for event in read_journal(tmp_path / READINGS)] == ["a", "b", "a", "a"]
 
 
-def test_what_is_measured():
+def test_scores_of_the_test_set():
     samples = pd.DataFrame({"path": list("abcd"), "label": ["y", "x", "y", "x"], "group": ["1", "1", None, None]})
     logits = np.array([[0.0, 2.0], [3.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
-    found = measured(logits, 2.0, samples, ("x", "y"))
+    found = score_test_set(logits, 2.0, samples, ("x", "y"))
     assert found["accuracy"] == 0.75 and found["images"] == 4 and found["groups"] == 3
     assert found["confusion"]["counts"] == [[2, 0], [1, 1]]
     targets = np.array([1, 0, 1, 0])

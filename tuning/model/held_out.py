@@ -1,0 +1,89 @@
+"""Evaluation on the held-out test set: recorded for good, scored and printed."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from tuning.insight.calibration import calibration_error, tempered
+from tuning.insight.intervals import measure
+from tuning.record.journal import Journal, read_journal
+from tuning.record.predictions import group_numbers
+from tuning.settings.config import visible
+from tuning.settings.words import count
+
+READINGS = "test_readings.jsonl"  # beside best.yaml: one line for each evaluation on the test set
+
+
+def record_evaluation(folder: Path, fingerprint: str, trained_on: str, ensemble: bool) -> dict[str, Any]:
+    """Record, for good, an evaluation on this data's test set; return its number, its time and the first one's."""
+    path = folder / READINGS
+    journal = Journal(path)
+    journal.append("test_read", fingerprint=fingerprint, trained_on=trained_on, ensemble=ensemble)
+    journal.close()
+    times = [event["time"] for event in read_journal(path) if event.get("fingerprint") == fingerprint]
+    first, this = (datetime.fromtimestamp(time, UTC).isoformat(timespec="seconds") for time in (times[0], times[-1]))
+    return {"number": len(times), "at": this, "first_at": first}
+
+
+def score_test_set(
+    logits: NDArray[Any], temperature: float, samples: pd.DataFrame, classes: tuple[str, ...]
+) -> dict[str, Any]:
+    """Return the test set's part of `metrics.json`, from logits [images, classes] and the samples of the test split."""
+    targets = samples["label"].map({name: place for place, name in enumerate(classes)}).to_numpy(np.int64)
+    found = measure(tempered(logits, temperature), targets, group_numbers(samples), classes)
+    return found | {"calibration_error_untempered": calibration_error(tempered(logits, 1.0), targets)}
+
+
+def print_metrics(metrics: dict[str, Any]) -> None:
+    """Print what `metrics.json` holds."""
+    validation, tested, temperature = metrics["validation"], metrics["test"], metrics["temperature"]
+    if "ensemble" in metrics:
+        print("ensemble:", ", ".join(f"{trial_id} {share:.0%}" for trial_id, share in metrics["ensemble"].items()))
+        if validation is not None:
+            print(
+                f"val_loss {validation['val_loss']:.4f}, best single trial {validation['best_trial_alone']:.4f} "
+                "(cross-validated: chosen on one half of the validation set, scored on the other)"
+            )
+    elif validation is None:
+        print(f"\ntrained on the training and validation sets for {count(metrics['epochs'], 'epoch')}")
+    else:
+        print(f"\nbest epoch {metrics['epochs']}, val_loss {validation['val_loss']:.4f}")
+    if temperature["fitted_on"] is None:
+        print("temperature 1: not fitted, there are no held-out predictions")
+    else:
+        print(f"temperature {temperature['value']:.2f}, fitted on {temperature['fitted_on']}")
+    if tested is None:
+        print("no test images: the model was not tested")
+    else:
+        _print_test(tested, metrics["test_reading"])
+    if "error" not in metrics["onnx"]:
+        difference, images = metrics["onnx"]["largest_difference"], count(metrics["onnx"]["images"], "validation image")
+        print(f"model.onnx agrees with PyTorch within {difference:.1g} on {images}")
+
+
+def _print_test(tested: dict[str, Any], reading: dict[str, Any]) -> None:
+    if reading["number"] > 1:
+        print(
+            f"evaluation number {reading['number']} on this test set (the first: {reading['first_at']}): if you choose "
+            "between models by it, its figures are too optimistic"
+        )
+    groups = "" if tested["groups"] == tested["images"] else f" from {count(tested['groups'], 'group')}"
+    print(f"test set of {count(tested['images'], 'image')}{groups}, 95% confidence intervals in brackets:")
+    print(f"  {_figures(tested, 'accuracy', 'balanced_accuracy', 'auroc')}")
+    for name, values in tested["classes"].items():
+        print(f"  {visible(name)}: {_figures(values, 'sensitivity', 'specificity', 'auroc')}")
+    before, after = tested["calibration_error_untempered"], tested["calibration_error"]
+    print(f"  expected calibration error {after:.3f} ({before:.3f} without temperature scaling)")
+
+
+def _figures(values: dict[str, Any], *names: str) -> str:
+    parts = []
+    for name in names:
+        interval = "" if values[name] is None else " ({:.3f} to {:.3f})".format(*values[f"{name}_95"])
+        number = "-" if values[name] is None else f"{values[name]:.3f}"
+        parts.append(f"{name.replace('_', ' ').replace('auroc', 'AUROC')} {number}{interval}")
+    return "  ".join(parts)
