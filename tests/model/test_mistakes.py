@@ -72,6 +72,15 @@ def test_names_are_text_and_nothing_is_asked_of_a_network(maps):
     assert ("could not be computed" in words) is not maps
 
 
+def test_without_mistakes_nothing_is_said_of_maps():
+    probabilities = np.array([[0.9, 0.1], [0.2, 0.8]])
+    tested = pd.DataFrame({"path": ["a.png", "b.png"], "label": ["x", "y"]})
+    found = worst(np.array([0, 1]), probabilities)
+    words = "".join(read(mistakes_page("run", found, tested, probabilities, ["x", "y"], [], None)).words)
+    assert "0 of 2 test images misclassified." in words and "There are none." in words
+    assert "activation maps" not in words  # none were made, and none failed
+
+
 @given(st.lists(st.text(min_size=1), min_size=2, max_size=4, unique=True))
 def test_any_name_is_text(names):
     page, found = made(names, names, maps=False)
