@@ -34,7 +34,7 @@ from tuning.insight import verdict as finalists
 from tuning.record import tables
 from tuning.record.journal import Journal, Record, best_epoch
 from tuning.record.mirror import Mirror, fetch, mirrored, run_folder
-from tuning.record.storage import apart, is_uri, joined, stored, unreadable
+from tuning.record.storage import is_uri, isolated_nodes, joined, stored, unreadable
 from tuning.record.track import check_installed, tracking
 from tuning.settings.command_line import DONE, INTERRUPTED, NO_FINITE_LOSS, command_line, exit_code
 from tuning.settings.config import RESUME_MAY_CHANGE, InputError, SearchPlan, build, without_secrets
@@ -219,7 +219,7 @@ def _checked_nodes(plan: SearchPlan) -> bool:
     names = node_names()
     place = plan.storage if is_uri(plan.storage) else f"file://{os.path.abspath(plan.storage)}"
     try:
-        said = apart(place, names, on_each_node)
+        said = isolated_nodes(place, names, on_each_node)
         said = {node: why for node, why in said.items() if node in node_names()}  # others were lost meanwhile
     except OSError as error:
         raise InputError(f"--storage {plan.storage}: can't be written ({error}); are its keys given?") from None

@@ -235,7 +235,7 @@ def test_a_search_whose_run_is_taken_over_ends_with_an_error_and_leaves_no_copy(
 @pytest.mark.parametrize("bucket", ["file"], indirect=True)
 def test_a_journal_with_a_gap_is_refused(run, bucket):
     storage.write_bytes(f"{bucket}/xray/journal/0001-00ff-000000000010.jsonl", b"{}\n")
-    with pytest.raises(InputError, match="doesn't go on with the journal"):
+    with pytest.raises(InputError, match="doesn't continue the journal"):
         Mirror(run, f"{bucket}/xray").fetch()
 
 
@@ -355,7 +355,7 @@ def test_what_could_not_be_sent_stays_here(run, bucket, monkeypatch, capsys):
         take_away(place)
         (run / "best.yaml").write_text("best")
     assert (run / "plan.yaml").exists() and (run / "best.yaml").exists()
-    assert "it is in" in capsys.readouterr().err
+    assert "--resume sends it from" in capsys.readouterr().err
 
 
 def test_a_borrowed_run_is_sent_back(run, bucket):

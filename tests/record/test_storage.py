@@ -95,19 +95,19 @@ def test_nodes_that_have_another_place_of_the_same_name_are_found(bucket, tmp_pa
     (tmp_path / "file").touch()
     away, wrong = f"file://{tmp_path}/local", f"file://{tmp_path}/file"
     places = {"a": (bucket, bucket), "b": (bucket, away), "c": (bucket, wrong), "d": (bucket, "nosuch://x")}
-    found = storage.apart(f"{bucket}/runs", places, at(places))
+    found = storage.isolated_nodes(f"{bucket}/runs", places, at(places))
     assert sorted(found) == ["b", "c", "d"]
-    assert "another place of the same name" in found["b"] and "no storage of this kind" in found["d"]
+    assert "the same name, but isn't shared" in found["b"] and "unsupported storage" in found["d"]
     assert not storage.files_below(bucket)
     with pytest.raises(OSError, match="file"):
-        storage.apart(wrong, places, at(places))
+        storage.isolated_nodes(wrong, places, at(places))
 
 
 def test_what_a_node_writes_has_to_be_seen(bucket):
     def on_each(check):  # what it writes goes nowhere
         return {}
 
-    assert storage.apart(bucket, ["a"], on_each) == {"a": "what it writes there isn't seen here"}
+    assert storage.isolated_nodes(bucket, ["a"], on_each) == {"a": "the driver doesn't see what it writes there"}
 
 
 @pytest.mark.parametrize("bucket", ["s3"], indirect=True)
@@ -141,7 +141,7 @@ def test_what_can_not_be_reached_is_told(bucket, tmp_path):
         load_samples(f"{bucket}/nowhere")
     with pytest.raises(InputError, match="nothing is there"):
         load_samples(bucket.replace("bucket-", "no-bucket-"))
-    with pytest.raises(InputError, match=r"nosuch://x: no storage of this kind .* s3://"):
+    with pytest.raises(InputError, match=r"nosuch://x: unsupported storage .* s3://"):
         load_samples("nosuch://x/films")
 
 

@@ -192,7 +192,7 @@ def test_a_server_that_comes_back_gets_everything_once(monkeypatch, store, recor
     monkeypatch.setattr(track, "RETRY_SECONDS", 0.05)
     (tmp_path / "mlruns").write_text("no folder")
     copy = MLflow(plan(), "id", record.trials.values())
-    while not copy._told:
+    while not copy._warned:
         time.sleep(0.05)
     (tmp_path / "mlruns").unlink()
     copy.close(record.trials.values())

@@ -1,8 +1,8 @@
-"""Who writes a run that lies in a storage, and the segments of its journal, which are named after their writers.
+"""Which driver writes a run that lies in a storage, and the journal's segments, which are named after their drivers.
 
-Each driver has a file in `drivers/`, which nobody else writes, so that no two can overwrite each other's. The one whose
-name comes last is the driver: names begin with a number that counts them. A driver that was cut off for so long that
-another has begun finds the other's name, and writes nothing more.
+Each driver has a file in `drivers/`, its claim, which nobody else writes, so that no two can overwrite each other's.
+Names begin with a count of the drivers, and the last one is the driver. One that was cut off for so long that another
+has begun finds the other's name, and writes nothing more.
 """
 
 import json
@@ -17,45 +17,45 @@ from pathlib import Path
 from tuning.record.storage import Stored, delete, files_below, joined, read_all, read_bytes, write_bytes
 from tuning.settings.config import InputError
 
-CLAIM_SECONDS = 60.0  # a driver that has not been heard of for so long is gone
+CLAIM_SECONDS = 60.0  # a driver that hasn't renewed its claim for this long has died
 CLAIMS = "drivers/"
-NOW = "now-"  # begins the names of files there that are written to learn the storage's time
-ASKED_TIMES = 3
-SEGMENTS = "journal/"  # begin with the names of the claims for which they were written
+CLOCK = "now-"  # begins the names of files there that are written to learn the storage's time
+CLOCK_TRIES = 3
+SEGMENTS = "journal/"
 _SEGMENT = re.compile(rf"{SEGMENTS}(?:\d+-\w+-(?P<begin>\d+)|\d+)\.jsonl")
 
 
 def check_free(uri: str) -> None:
     """Refuse a run that another driver writes.
 
-    How long it has not been heard of is the difference of two times of the storage, so no other clock matters.
+    A claim's age is the difference of two times of the storage, so no other clock matters.
 
     Raises:
-        InputError: there is one, which is not known to be gone.
+        InputError: there is another driver, and it isn't known to have died.
         OSError: the storage fails.
     """
     there = _claims(uri)
     if not there:
         return
     last = max(there)
-    place = joined(uri, f"{CLAIMS}{last}.json")
+    file = joined(uri, f"{CLAIMS}{last}.json")
     try:
-        said = json.loads(read_bytes(place))
-    except FileNotFoundError:  # that driver has just ended
+        driver = json.loads(read_bytes(file))
+    except FileNotFoundError:  # it has just ended
         return
-    here = (said["host"], said["processes"]) == (platform.node(), _processes()) and said["processes"] is not None
-    if here and not Path(f"/proc/{said['pid']}").exists():
+    here = driver["processes"] is not None and (driver["host"], driver["processes"]) == (platform.node(), _processes())
+    if here and not Path(f"/proc/{driver['pid']}").exists():
         return
     if _now(uri) - there[last].mtime_ns >= CLAIM_SECONDS * 1e9:
         return
-    wait = f"wait {CLAIM_SECONDS:.0f} s" if there[last].mtime_ns else f"delete {place}"  # some storages tell no times
+    wait = f"wait {CLAIM_SECONDS:.0f} s" if there[last].mtime_ns else f"delete {file}"  # some storages tell no times
     raise InputError(
-        f"{uri}: another search, on {said['host']}, is writing this run; stop it, or, if it has crashed, {wait}"
+        f"{uri}: another search, on {driver['host']}, is writing this run; stop it, or, if it has crashed, {wait}"
     )
 
 
 def take(uri: str) -> str:
-    """Become the driver of a run; returns the claim's name, which comes after those of all drivers before it.
+    """Become the driver of a run; return the claim's name, which comes after those of all drivers before.
 
     Raises:
         InputError: another driver writes the run.
@@ -71,26 +71,26 @@ def take(uri: str) -> str:
 
 
 def check_mine(uri: str, name: str) -> None:
-    """Refuse to write a run that another driver has begun to write, or has written to its end.
+    """Refuse to write a run that a later driver has begun to write, or has written to its end.
 
     Raises:
-        InputError: it is so.
+        InputError: there is a later driver.
         OSError: the storage fails.
     """
     there = list(_claims(uri))
-    if name not in there:  # one that has written the run to its end has left no claim
+    if name not in there:  # a later driver that has ended left segments, but no claim
         there += [segment[: len(name)] for segment in files_below(joined(uri, SEGMENTS)) if "-" in segment]
     if max(there, default=name) > name:
         raise InputError(
-            f"{uri}: another search has taken this run over; this one ends, and what it hasn't sent is void"
+            f"{uri}: another search has taken this run over; this one stops, and what it hasn't sent is discarded"
         )
 
 
 def renew(uri: str, name: str) -> None:
-    """Say that the driver lives.
+    """Show that the driver lives.
 
     Raises:
-        InputError: another one has begun.
+        InputError: there is a later driver.
         OSError: the storage fails.
     """
     check_mine(uri, name)
@@ -98,14 +98,43 @@ def renew(uri: str, name: str) -> None:
 
 
 def release(uri: str, name: str) -> None:
-    """Take a claim away, and what drivers that were killed have left.
+    """Delete a claim, and what drivers that were killed have left.
 
     Raises:
         OSError: the storage fails.
     """
     for left in files_below(joined(uri, CLAIMS)):
-        if left.startswith(NOW) or (left.endswith(".json") and left.removesuffix(".json") <= name):
+        if left.startswith(CLOCK) or (left.endswith(".json") and left.removesuffix(".json") <= name):
             delete(joined(uri, f"{CLAIMS}{left}"))
+
+
+def segment(driver: str, begin: int) -> str:
+    """Return the name of the segment of the journal that a driver begins at this byte."""
+    return f"{SEGMENTS}{driver}-{begin:012d}.jsonl"
+
+
+def segments_among(names: Iterable[str]) -> list[str]:
+    """Return the segments among a run's files, in order: those of an older version, which counted them, come first."""
+    found = [name for name in names if name.startswith(SEGMENTS) and name.endswith(".jsonl")]
+    return sorted(found, key=lambda name: ("-" in name, name))
+
+
+def read_segments(uri: str, names: list[str]) -> bytes:
+    """Return the journal of these segments, without what a driver sent after another had taken the run over.
+
+    Raises:
+        InputError: a segment is missing.
+        OSError: the storage fails.
+    """
+    journal = bytearray()
+    for name, lines in zip(names, read_all([joined(uri, name) for name in names]), strict=True):
+        named = _SEGMENT.fullmatch(name)
+        begin = int(named["begin"] or len(journal)) if named else math.inf
+        if begin > len(journal):
+            raise InputError(f"{joined(uri, name)}: doesn't continue the journal; restore the segments before it")
+        del journal[int(begin) :]
+        journal += lines
+    return bytes(journal)
 
 
 def _claims(uri: str) -> dict[str, Stored]:
@@ -119,52 +148,22 @@ def _write(uri: str, name: str) -> None:
 
 
 def _now(uri: str) -> int:
-    """The storage's time in ns: that of a file just written, which a driver that ends may delete at once."""
-    name = f"{NOW}{uuid.uuid4().hex}"
+    """Return the storage's time in ns: that of a new file, which a driver that ends meanwhile may delete."""
+    name = f"{CLOCK}{uuid.uuid4().hex}"
     try:
-        for _ in range(ASKED_TIMES):
+        for _ in range(CLOCK_TRIES):
             write_bytes(joined(uri, f"{CLAIMS}{name}"), b"now")
             written = files_below(joined(uri, CLAIMS)).get(name)
             if written is not None:
                 return written.mtime_ns
     finally:
         delete(joined(uri, f"{CLAIMS}{name}"))
-    raise OSError(f"{joined(uri, CLAIMS)}: what is written there isn't listed")
+    raise OSError(f"{joined(uri, CLAIMS)}: a file that was just written isn't listed")
 
 
 def _processes() -> str | None:
-    """What tells whether a process id means the same here: containers of one name each count their own."""
+    """Return what names this machine's process ids: containers of one host name each count their own."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return None
-
-
-def segment(driver: str, begin: int) -> str:
-    """Name in the run of the segment that a driver begins at this byte."""
-    return f"{SEGMENTS}{driver}-{begin:012d}.jsonl"
-
-
-def segments_among(names: Iterable[str]) -> list[str]:
-    """Those of a run's files that are segments, in their order; counted ones come first."""
-    found = [name for name in names if name.startswith(SEGMENTS) and name.endswith(".jsonl")]
-    return sorted(found, key=lambda name: ("-" in name, name))
-
-
-def read_segments(uri: str, names: list[str]) -> bytes:
-    """The journal of these segments; what a driver sent after another had taken the run over is void.
-
-    Raises:
-        InputError: one is missing.
-        OSError: the storage fails.
-    """
-    journal = bytearray()
-    for name, lines in zip(names, read_all([joined(uri, name) for name in names]), strict=True):
-        named = _SEGMENT.fullmatch(name)
-        begin = int(named["begin"] or len(journal)) if named else math.inf
-        if begin > len(journal):
-            cure = "bring back the segments that lay before it"
-            raise InputError(f"{joined(uri, name)}: doesn't go on with the journal; {cure}")
-        del journal[int(begin) :]
-        journal += lines
-    return bytes(journal)

@@ -1,4 +1,4 @@
-"""Data and runs where clusters keep them: whatever pyarrow's file systems open, such as S3, GCS and fsspec's."""
+"""Files in shared storage: S3, GCS, fsspec and whatever else pyarrow's file systems open."""
 
 import os
 import time
@@ -16,17 +16,17 @@ from pyarrow import fs
 
 from tuning.settings.config import InputError, without_secrets
 
-READERS = 32  # requests at once
+READERS = 32  # concurrent requests
 READ_TRIES = 3  # of an image
-LISTED = 20  # files of a folder from which it is listed: it may hold many more than those that are asked for
+LISTED = 20  # files asked for in one folder from which it is listed: it may hold many more
 OBJECTS = fs.S3FileSystem | fs.GcsFileSystem
-ANONYMOUS = "gs://anonymous"  # how pyarrow is told that a public bucket needs no keys
+ANONYMOUS = "gs://anonymous"  # tells pyarrow that a public bucket needs no keys
 Given = ParamSpec("Given")
 Answer = TypeVar("Answer")
 
 
 def _as_os_errors(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
-    """Some file systems raise errors of their own kinds."""
+    """Raise OSError instead of the errors of their own kinds that some file systems raise."""
 
     @wraps(function)
     def call(*args: Given.args, **named: Given.kwargs) -> Answer:
@@ -44,25 +44,25 @@ class Stored(NamedTuple):
     """What a storage says of a file."""
 
     size: int  # bytes
-    mtime_ns: int
+    mtime_ns: int  # 0 if it tells no time
 
 
 def is_uri(place: object) -> bool:
-    """Whether a place is named by a URI (s3://bucket/folder), and not a path of this machine."""
+    """Return whether a location is a URI (s3://bucket/folder) and not a path on this machine."""
     return "://" in str(place)
 
 
 def joined(place: str, name: str) -> str:
-    """A name below a folder, which is a path or a URI."""
+    """Return the location of a name below a folder, which is a path or a URI."""
     return f"{place.rstrip('/')}/{name}" if is_uri(place) else os.path.join(place, name)
 
 
 @_as_os_errors
 def read_bytes(uri: str) -> bytes:
-    """A file's content.
+    """Return a file's content.
 
     Raises:
-        OSError: it is not there, or the storage fails.
+        OSError: there is no such file, or the storage fails.
     """
     filesystem, path = _opened(uri)
     with filesystem.open_input_stream(path, compression=None) as stream:
@@ -71,10 +71,10 @@ def read_bytes(uri: str) -> bytes:
 
 
 def read_all(uris: Sequence[str]) -> list[bytes]:
-    """Several files' contents.
+    """Return several files' contents.
 
     Raises:
-        OSError: one is not there, or the storage fails.
+        OSError: one doesn't exist, or the storage fails.
     """
     with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(read_bytes, uris))
@@ -82,7 +82,7 @@ def read_all(uris: Sequence[str]) -> list[bytes]:
 
 @_as_os_errors
 def write_bytes(uri: str, content: bytes) -> None:
-    """Put a file there, whole.
+    """Write a file, which appears whole.
 
     Raises:
         OSError: the storage fails.
@@ -102,22 +102,8 @@ def write_bytes(uri: str, content: bytes) -> None:
 
 
 @_as_os_errors
-def delete_folder(uri: str) -> None:
-    """Take a folder away with all that is in it.
-
-    Raises:
-        OSError: it is not there, or the storage fails.
-    """
-    for name in files_below(uri):
-        delete(joined(uri, name))
-    filesystem, path = _opened(uri)
-    if not isinstance(filesystem, OBJECTS):  # GCS refuses to delete a folder that is only part of names
-        filesystem.delete_dir(path)
-
-
-@_as_os_errors
 def delete(uri: str) -> None:
-    """Take a file away, if it is there.
+    """Delete a file, if it exists.
 
     Raises:
         OSError: the storage fails.
@@ -129,82 +115,85 @@ def delete(uri: str) -> None:
 
 
 def stored(uris: Sequence[str]) -> list[Stored | None]:
-    """What is known of each file; null where there is none. Folders with many of them are listed: a request for each
-    thousand files, not for each.
+    """Return what is known of each file; None if it doesn't exist.
+
+    A folder with many of them is listed, which takes a request for each thousand files instead of one for each.
 
     Raises:
         OSError: the storage fails.
     """
-    folders = Counter(uri.rpartition("/")[0] for uri in uris)
-    listed = [folder for folder, count in folders.items() if count >= LISTED]
+    split = [uri.rpartition("/") for uri in uris]
+    folders = [folder for folder, count in Counter(folder for folder, _, _ in split).items() if count >= LISTED]
     with ThreadPoolExecutor(READERS) as pool:
-        there = dict(zip(listed, pool.map(_files_in, listed), strict=True))
-        alone = [uri for uri in uris if uri.rpartition("/")[0] not in there]
+        listed = dict(zip(folders, pool.map(partial(files_below, recursive=False), folders), strict=True))
+        alone = [uri for uri, (folder, _, _) in zip(uris, split, strict=True) if folder not in listed]
         known = dict(zip(alone, pool.map(_stored, alone), strict=True))
-    return [known[uri] if uri in known else there[uri.rpartition("/")[0]].get(uri.rpartition("/")[2]) for uri in uris]
+    return [
+        listed[folder].get(name) if folder in listed else known[uri]
+        for uri, (folder, _, name) in zip(uris, split, strict=True)
+    ]
 
 
 @_as_os_errors
 def _stored(uri: str) -> Stored | None:
     filesystem, path = _opened(uri)
     info = filesystem.get_file_info(path)
-    return Stored(info.size, info.mtime_ns or 0) if info.type == fs.FileType.File else None
+    return Stored(info.size, info.mtime_ns or 0) if info.is_file else None
 
 
 @_as_os_errors
-def files_below(uri: str) -> dict[str, Stored]:
-    """All files below a folder by their names relative to it; none where there is no such folder.
+def files_below(uri: str, *, recursive: bool = True) -> dict[str, Stored]:
+    """Return all files in a folder, and in those below it, by their names relative to it; none if it doesn't exist.
 
     Raises:
         OSError: the storage fails.
     """
-    return _listed(uri, recursive=True)
-
-
-@_as_os_errors
-def _files_in(uri: str) -> dict[str, Stored]:
-    """The same of a folder without those in it."""
-    return _listed(uri, recursive=False)
-
-
-def _listed(uri: str, *, recursive: bool) -> dict[str, Stored]:
     filesystem, path = _opened(uri)
     found = filesystem.get_file_info(fs.FileSelector(path, recursive=recursive, allow_not_found=True))
     start = len(path.rstrip("/")) + 1
     return {info.path[start:]: Stored(info.size, info.mtime_ns or 0) for info in found if info.is_file}
 
 
-def apart(
+def isolated_nodes(
     place: str, nodes: Iterable[str], on_each: Callable[[Callable[[str], str | None]], dict[str, str]]
 ) -> dict[str, str]:
-    """What keeps nodes from working at one place with this one, tried: each must see what the other has written.
+    """Find the nodes that can't work at one location with this one: each must see what the other has written.
 
     Args:
-        place: URI of what they are to share.
+        place: URI that they are to share.
         nodes: their ids.
-        on_each: calls a function with each node's id, there, and gives what it answers where that isn't null.
+        on_each: calls a function on each node with the node's id, and returns the answers that aren't None.
 
     Returns:
-        Why, for each node's id that this is so of.
+        The reason for each such node, by its id.
 
     Raises:
-        OSError: this one can't write there.
+        OSError: this node can't write there.
     """
     meeting = joined(place, f".nodes-{uuid.uuid4().hex}")
     write_bytes(joined(meeting, "driver"), b"here")
     try:
-        said = on_each(partial(_attend, meeting))
+        reasons = on_each(partial(_meet, meeting))
         seen = zip(nodes, stored([joined(meeting, node) for node in nodes]), strict=True)
-        return {node: "what it writes there isn't seen here" for node, known in seen if known is None} | said
+        return {node: "the driver doesn't see what it writes there" for node, known in seen if known is None} | reasons
     finally:
-        delete_folder(meeting)
+        _delete_folder(meeting)
 
 
-def _attend(meeting: str, node: str) -> str | None:
-    """Why a node doesn't see what the driver wrote, or can't write; null where it does and has."""
+@_as_os_errors
+def _delete_folder(uri: str) -> None:
+    for name in files_below(uri):
+        delete(joined(uri, name))
+    filesystem, path = _opened(uri)
+    if not isinstance(filesystem, OBJECTS):  # GCS refuses to delete a folder that is only part of names
+        filesystem.delete_dir(path)
+
+
+def _meet(meeting: str, node: str) -> str | None:
+    """Return why a node doesn't see what the driver wrote, or can't write; None if it does and has."""
     try:
         if stored([joined(meeting, "driver")]) == [None]:
-            return "what is written here isn't seen there: it is another place of the same name"
+            return "it doesn't see what the driver writes there: the location has the same name, but isn't shared"
         write_bytes(joined(meeting, node), b"here")
     except (OSError, InputError) as error:
         return str(error)
@@ -212,7 +201,7 @@ def _attend(meeting: str, node: str) -> str | None:
 
 
 def unreadable(place: str) -> str | None:
-    """Why a folder or file, or a URI of one, can't be read; null where it can."""
+    """Return why a folder or file, or a URI of one, can't be read; None if it can."""
     try:
         if is_uri(place):
             if stored([place]) == [None] and not files_below(place):
@@ -227,10 +216,10 @@ def unreadable(place: str) -> str | None:
 
 
 def readable(uri: str) -> BytesIO:
-    """A file to be read from memory: image formats jump to and fro, and each jump would be a request.
+    """Return a file in memory: image formats jump to and fro, and each jump would be a request.
 
     Raises:
-        ConnectionError: the storage fails again and again.
+        ConnectionError: the storage failed in all of `READ_TRIES` attempts.
     """
     for tries_left in reversed(range(READ_TRIES)):
         try:
@@ -243,11 +232,11 @@ def readable(uri: str) -> BytesIO:
 
 
 def _opened(uri: str) -> tuple[fs.FileSystem, str]:
-    """The file system, and the path in it, taken literally: no query, no percent signs to be decoded."""
+    """Return the file system, and the path in it, taken literally: no query, no percent signs to be decoded."""
     scheme, _, rest = uri.partition("://")
     host, _, path = rest.partition("/")
     if without_secrets(uri) != uri or ("@" in host and f"{scheme}://{host}".rpartition("@")[0] != ANONYMOUS):
-        cure = "take it out and give it by the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, say)"
+        cure = "set environment variables instead (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, say)"
         raise InputError(f"{scheme}://...: a password or key in a URI would be written into tables; {cure}")
     filesystem, base = _filesystem(f"{scheme}://{host}" if host else f"{scheme}:///")
     return filesystem, f"{base.rstrip('/')}/{path}".rstrip("/")
@@ -255,12 +244,9 @@ def _opened(uri: str) -> tuple[fs.FileSystem, str]:
 
 @lru_cache
 def _filesystem(base: str) -> tuple[fs.FileSystem, str]:
-    """Raises InputError where there is none of this kind."""
     try:
         opened: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(base)
     except (pa.ArrowException, OSError, ValueError, ImportError) as error:
-        raise InputError(
-            f"{base}: no storage of this kind ({error}); give a folder, or s3://, gs://, hdfs:// or fsspec+NAME:// "
-            "and what follows"
-        ) from None
+        cure = "give a folder, or a URI that begins with s3://, gs://, hdfs:// or fsspec+NAME://"
+        raise InputError(f"{base}: unsupported storage ({error}); {cure}") from None
     return opened

@@ -1,7 +1,6 @@
-"""Copies of a search for MLflow and for TensorBoard, made of what has been journalled; nothing is read from them.
+"""Tracking of a search in MLflow or TensorBoard, from what has been journalled; nothing is read back from them.
 
-Each has `show`, called with a trial that has reported or ended, and `close`. A copy that fails costs the copy, not the
-search.
+Each tracker has `show`, called with a trial that has reported or ended, and `close`. If it fails, the search continues.
 """
 
 import importlib.util
@@ -25,13 +24,13 @@ COLUMNS = [name for name in EPOCHS.names if name not in ("seq", "trial_id", "epo
 RETRY_SECONDS = 60.0  # after a failure
 CLOSE_SECONDS = 10.0  # that the end of a search waits for MLflow, at most
 REQUEST = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}  # MLflow's own: 120 s, 7 times
-ENDS = {"running": "RUNNING", "failed": "FAILED", "interrupted": "KILLED"}  # of MLflow; else FINISHED
+ENDS = {"running": "RUNNING", "failed": "FAILED", "interrupted": "KILLED"}  # MLflow's statuses; else FINISHED
 BATCH_ROWS = 30  # MLflow takes 1,000 metrics at once
 LONGEST = 5000  # characters of a tag
 
 
 def check_installed(track: str) -> None:
-    """What a kind of tracking needs is there.
+    """Check that the package for a kind of tracking is installed.
 
     Raises:
         InputError: it is not.
@@ -43,7 +42,7 @@ def check_installed(track: str) -> None:
 
 @contextmanager
 def tracking(search: Any, run_id: str) -> Iterator[None]:
-    """Copy a search, with the trials of its earlier starts, to what its plan asks for while the block runs.
+    """Track a search, with the trials of its earlier starts, as its plan asks for, while the block runs.
 
     Args:
         search: a `Search`.
@@ -54,29 +53,29 @@ def tracking(search: Any, run_id: str) -> Iterator[None]:
         yield
         return
     before = [trial for trial in trials.values() if trial.started_at is not None]
-    copy = MLflow(plan, run_id, before) if plan.track == "mlflow" else TensorBoard(search.run_folder, plan, before)
+    tracker = MLflow(plan, run_id, before) if plan.track == "mlflow" else TensorBoard(search.run_folder, plan, before)
 
     def both(searching: Any, trial: Trial) -> None:
         show(searching, trial)
-        copy.show(trial)
+        tracker.show(trial)
 
     search.show = both
     try:
         yield
     finally:
-        copy.close([trial for trial in trials.values() if trial.started_at is not None])
+        tracker.close([trial for trial in trials.values() if trial.started_at is not None])
 
 
 def values(trial: Trial, row: Mapping[str, Any], metric: str) -> dict[str, float]:
-    """What is shown of an epoch: the columns of its table that have a value, and the best metric until then."""
+    """Return what is logged of an epoch: its columns in the table that have a value, and the best metric until then."""
     best = best_epoch((other for other in trial.rows if other["epoch"] <= row["epoch"]), metric)
-    shown = {name: float(row[name]) for name in COLUMNS if row[name] is not None}
-    return shown if best is None else shown | {f"best_{metric}": float(best[metric])}
+    logged = {name: float(row[name]) for name in COLUMNS if row[name] is not None}
+    return logged if best is None else logged | {f"best_{metric}": float(best[metric])}
 
 
-def _tell(track: str, error: Exception, what_next: str) -> None:
-    said = without_secrets(" ".join(str(error).split()))[:200]
-    print(f"track={track}: {type(error).__name__}: {said}; the search goes on, {what_next}", file=sys.stderr)
+def _warn(track: str, error: Exception, consequence: str) -> None:
+    message = without_secrets(" ".join(str(error).split()))[:200]
+    print(f"track={track}: {type(error).__name__}: {message}; the search continues {consequence}", file=sys.stderr)
 
 
 # ---- TensorBoard ------------------------------------------------------------------------------------------------
@@ -85,7 +84,7 @@ def _tell(track: str, error: Exception, what_next: str) -> None:
 class TensorBoard:
     """Event files in the run's folder `tensorboard/<trial_id>/`, written at once, without a thread that could die.
 
-    A trial that is gone on with gets a second file, which begins by voiding the first one's epochs.
+    A trial that is resumed gets a second file, which begins by voiding the first one's epochs.
     """
 
     def __init__(self, run: Path, plan: SearchPlan, trials: Iterable[Trial]):
@@ -94,11 +93,11 @@ class TensorBoard:
         self._last: dict[str, tuple[float, float]] = {}  # seq and epoch of the last row written
         self._failed = False
         for trial in trials:
-            if not self._whole(trial):
+            if not self._complete(trial):
                 self.show(trial)
 
-    def _whole(self, trial: Trial) -> bool:
-        """Whether the trial's end has been written: nothing was written after it."""
+    def _complete(self, trial: Trial) -> bool:
+        """Return whether the trial's end has been written: nothing is written after it."""
         written = [path.stat().st_mtime for path in (self._folder / trial.trial_id).glob("events.*")]
         return trial.ended and trial.ended_at is not None and max(written, default=0.0) >= trial.ended_at
 
@@ -109,25 +108,30 @@ class TensorBoard:
             self._write(trial)
         except OSError as error:
             self._failed = True
-            _tell("tensorboard", error, "without more event files")
+            _warn("tensorboard", error, "without more event files")
 
     def _write(self, trial: Trial) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.proto.summary_pb2 import Summary
         from tensorboardX.summary import hparams
 
         _, begin, end = hparams({"origin": trial.origin, **trial.config}, {})
         if trial.trial_id not in self._files:
-            self._open(trial.trial_id)
+            folder = self._folder / trial.trial_id
+            resumed = folder.exists()
+            folder.mkdir(parents=True, exist_ok=True)
+            self._files[trial.trial_id] = EventsWriter(str(folder / "events"))
+            self._last[trial.trial_id] = -math.inf, math.inf if resumed else -math.inf
             self._files[trial.trial_id].write_event(Event(wall_time=trial.started_at, summary=begin))
         file = self._files[trial.trial_id]
         seq, epoch = self._last[trial.trial_id]
         for row in [row for row in trial.rows if row["seq"] > seq]:
-            if row["epoch"] <= epoch:  # what an earlier file, or a lost worker, says from here on is void
+            if row["epoch"] <= epoch:  # voids the epochs from here on that an earlier file, or a dead worker, wrote
                 start = SessionLog(status=SessionLog.START)
                 file.write_event(Event(wall_time=row["time"], step=row["epoch"], session_log=start))
-            shown = values(trial, row, self._metric)
-            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in shown.items()])
+            logged = values(trial, row, self._metric)
+            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in logged.items()])
             file.write_event(Event(wall_time=row["time"], step=row["epoch"], summary=summary))
             seq, epoch = row["seq"], row["epoch"]
         self._last[trial.trial_id] = seq, epoch
@@ -137,19 +141,10 @@ class TensorBoard:
             self._files.pop(trial.trial_id).close()
             del self._last[trial.trial_id]
 
-    def _open(self, trial_id: str) -> None:
-        from tensorboardX.event_file_writer import EventsWriter
-
-        folder = self._folder / trial_id
-        again = folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        self._files[trial_id] = EventsWriter(str(folder / "events"))
-        self._last[trial_id] = -math.inf, math.inf if again else -math.inf
-
     def close(self, trials: Iterable[Trial]) -> None:
-        """What is to be written has been."""
+        """Close the files; all that the trials have reported is in them."""
         for file in self._files.values():
-            with suppress(OSError):  # it was told when it failed
+            with suppress(OSError):  # warned of when it failed
                 file.close()
 
 
@@ -160,20 +155,20 @@ class TensorBoard:
 class _Child:
     run_id: str
     epochs: int = 0  # that MLflow has
-    status: str = ""  # as MLflow has it
-    configured: bool = False  # whether it has the configuration
+    status: str = "running"  # as MLflow has it
+    configured: bool = False  # whether MLflow has the configuration
 
 
 class MLflow:
     """A parent run, and a child run for each trial, in the server or store that MLflow's own variables name.
 
-    A thread sends them, so that a server that is down or hangs holds nothing up. It is told once, and tried again each
-    minute: what is there is then read from the server, and only the rest sent. So a search that is resumed goes on with
-    the same runs, and an epoch that was voided and run again keeps its first values there.
+    A thread sends them, so that a server that is down or hangs delays nothing. It warns once and retries each minute:
+    then it reads from the server what is there, and sends only the rest. So a search that is resumed continues the same
+    runs, and an epoch that was voided and run again keeps its first values there.
     """
 
     def __init__(self, plan: SearchPlan, run_id: str, trials: Iterable[Trial]):
-        os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when it is imported
+        os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when MLflow is imported
         os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # else two lines for each trial
         for name, value in REQUEST.items():
             os.environ.setdefault(name, value)
@@ -182,7 +177,7 @@ class MLflow:
         self._client: Any = None
         self._parent, self._experiment = "", ""
         self._children: dict[str, _Child] = {}
-        self._told = self._finished = self._whole = False
+        self._warned = self._finished = self._complete = False
         self._wake, self._closing = threading.Event(), threading.Event()
         self._wake.set()
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -193,18 +188,18 @@ class MLflow:
         self._wake.set()
 
     def close(self, trials: Iterable[Trial]) -> None:
-        """Send the rest of these, but wait no longer than for `CLOSE_SECONDS`."""
+        """Send the rest of these trials, but wait at most for `CLOSE_SECONDS`."""
         trials = list(trials)
         self._finished = sum(trial.ended and trial.number is not None for trial in trials) >= self._plan.trials
-        self._due.update({trial.trial_id: trial for trial in trials})  # those that were interrupted have not been shown
+        self._due.update({trial.trial_id: trial for trial in trials})  # interrupted ones have not been shown
         self._closing.set()
         self._wake.set()
         self._thread.join(CLOSE_SECONDS)
-        if not self._whole:
-            print("track=mlflow: not all of the search has arrived there; --resume sends the rest", file=sys.stderr)
+        if not self._complete:
+            print("track=mlflow: not all of the search was sent; --resume sends the rest", file=sys.stderr)
 
     def _work(self) -> None:
-        while not self._whole:
+        while not self._complete:
             self._wake.wait()
             self._wake.clear()
             closing = self._closing.is_set()
@@ -212,12 +207,12 @@ class MLflow:
                 self._send_due()
                 if closing:
                     self._client.set_terminated(self._parent, "FINISHED" if self._finished else "KILLED")
-                    self._whole = True
-            except Exception as error:  # of whichever store or server
+                    self._complete = True
+            except Exception as error:  # of any store or server
                 self._client = None
-                if not self._told:
-                    _tell("mlflow", error, f"and MLflow is tried again every {RETRY_SECONDS:.0f} s")
-                self._told = True
+                if not self._warned:
+                    _warn("mlflow", error, f"and retries MLflow every {RETRY_SECONDS:.0f} s")
+                self._warned = True
                 if closing:
                     return
                 self._closing.wait(RETRY_SECONDS)
@@ -235,53 +230,40 @@ class MLflow:
                 raise
 
     def _connect(self) -> None:
-        """Find the runs of an earlier start, or of before a failure; else make the parent."""
+        """Find the runs of an earlier start, or of before a failure; else create the parent."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from mlflow import MlflowClient
+            import mlflow
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        client = MlflowClient()
+        client = mlflow.MlflowClient()
         self._experiment = _experiment(client)
         found = client.search_runs([self._experiment], f"tags.search_id = '{self._run_id}'")
-        if found:
-            self._parent = found[0].info.run_id
-            client.update_run(self._parent, status="RUNNING")
-        else:
-            self._parent = self._make_parent(client)
-        if not (found and found[0].data.params):  # a failure may have come between the run and its settings
-            self._describe_parent(client)
+        tags = {"search_id": self._run_id}
+        parent = found[0] if found else client.create_run(self._experiment, run_name=self._plan.name, tags=tags)
+        self._parent = parent.info.run_id
+        client.update_run(self._parent, status="RUNNING")
+        if not parent.data.params:  # a failure may have come between the run and its settings
+            mlflow.log_params(self._plan.model_dump(exclude_none=True), run_id=self._parent)
         self._children, token = {}, None
         while token != "":
-            parent = f"tags.`mlflow.parentRunId` = '{self._parent}'"
-            page = client.search_runs([self._experiment], parent, page_token=token)
+            children = f"tags.`mlflow.parentRunId` = '{self._parent}'"
+            page = client.search_runs([self._experiment], children, page_token=token)
             for run in page:
-                child = _Child(run.info.run_id, int(run.data.metrics.get("epoch", 0)), run.data.tags["status"])
-                child.configured = bool(run.data.params)
-                self._children[run.data.tags["trial_id"]] = child
+                tags, epochs = run.data.tags, int(run.data.metrics.get("epoch", 0))
+                child = _Child(run.info.run_id, epochs, tags["status"], configured=bool(run.data.params))
+                self._children[tags["trial_id"]] = child
             token = page.token or ""
         self._client = client
 
-    def _make_parent(self, client: Any) -> str:
-        run_id: str = client.create_run(
-            self._experiment, run_name=self._plan.name, tags={"search_id": self._run_id}
-        ).info.run_id
-        return run_id
-
-    def _describe_parent(self, client: Any) -> None:
-        from mlflow.entities import Param
-
-        settings = self._plan.model_dump(exclude_none=True)
-        client.log_batch(self._parent, params=[Param(name, str(value)) for name, value in settings.items()])
-
     def _send(self, trial: Trial) -> None:
-        from mlflow.entities import Metric, Param, RunTag
+        import mlflow
+        from mlflow.entities import Metric, RunTag
 
         status, rows = trial.status or "running", list(trial.rows)  # in this order: an end has all its rows
-        child = self._children.get(trial.trial_id) or self._make_child(trial)
+        child = self._children.get(trial.trial_id) or self._create_child(trial)
         if not child.configured:
-            params = [Param(name, str(value)) for name, value in trial.config.items()]
-            self._client.log_batch(child.run_id, params=params)
+            mlflow.log_params(trial.config, run_id=child.run_id)
             child.configured = True
         rows = [row for row in rows if row["epoch"] > child.epochs]
         for first in range(0, len(rows), BATCH_ROWS):
@@ -303,18 +285,18 @@ class MLflow:
                 self._client.set_terminated(child.run_id, ENDS.get(status, "FINISHED"), end)
             child.status = status
 
-    def _make_child(self, trial: Trial) -> _Child:
+    def _create_child(self, trial: Trial) -> _Child:
         assert trial.started_at is not None
         tags = {"mlflow.parentRunId": self._parent, "trial_id": trial.trial_id, "origin": trial.origin}
         tags |= {"status": "running"} | ({"finalist_of": trial.finalist_of} if trial.finalist_of else {})
         start = int(trial.started_at * 1000)
         run = self._client.create_run(self._experiment, start_time=start, tags=tags, run_name=trial.trial_id)
-        child = self._children[trial.trial_id] = _Child(run.info.run_id, status="running")
+        child = self._children[trial.trial_id] = _Child(run.info.run_id)
         return child
 
 
 def _experiment(client: Any) -> str:
-    """The id of MLflow's experiment: what its variables name, else `finetune-search`."""
+    """Return the id of the experiment that MLflow's variables name, else of `finetune-search`."""
     if given := os.environ.get("MLFLOW_EXPERIMENT_ID"):
         return given
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "finetune-search")

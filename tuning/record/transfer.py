@@ -1,8 +1,8 @@
-"""Single files of a run, brought here from a storage and sent there."""
+"""Single files of a run, fetched from a storage and sent there."""
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,16 +11,16 @@ from tuning.record.storage import Stored, joined, read_bytes, stored, write_byte
 from tuning.record.tables import replacing
 from tuning.settings.config import InputError
 
-PATIENCE_SECONDS = 300.0  # with a storage that fails, where nothing goes on without it
+PATIENCE_SECONDS = 300.0  # with a storage that fails, if nothing can continue without it
 RETRY_SECONDS = 5.0
 Answer = TypeVar("Answer")
 
 
 def patiently(attempt: Callable[[], Answer], seconds: float | None = None) -> Answer:
-    """What an attempt gives, which is made again and again while a storage fails.
+    """Return what an attempt does, which is retried while the storage fails.
 
     Raises:
-        OSError: it fails for so many seconds, or `PATIENCE_SECONDS`.
+        OSError: it still fails after `seconds` (default: `PATIENCE_SECONDS`).
     """
     until = time.monotonic() + (PATIENCE_SECONDS if seconds is None else seconds)
     while True:
@@ -32,50 +32,39 @@ def patiently(attempt: Callable[[], Answer], seconds: float | None = None) -> An
             time.sleep(RETRY_SECONDS)
 
 
-def fetch_file(folder: Path, uri: str, name: str, there: Stored) -> bool:
-    """Bring a file here, unless the one here is newer; says whether it was brought.
-
-    Raises:
-        InputError: its name leads out of the folder.
-    """
-    path = folder / name
-    if path.exists() and path.stat().st_mtime_ns >= there.mtime_ns:
-        return False
-    bring(folder, uri, name, there)
-    return True
+def newer_here(path: Path, there: Stored | None) -> bool:
+    """Return whether a file here is at least as new as the one in the storage, if there is one."""
+    return path.exists() and (there is None or path.stat().st_mtime_ns >= there.mtime_ns)
 
 
-def bring(folder: Path, uri: str, name: str, there: Stored) -> None:
-    """Bring a file here, whatever is here; all that a run's folder gets from a storage comes this way.
+def fetch_file(folder: Path, uri: str, name: str, there: Stored) -> None:
+    """Fetch a file, whatever is here; all that a run's folder gets from a storage comes this way.
 
     Raises:
         InputError: its name leads out of the folder.
     """
     if ".." in Path(name).parts or Path(name).is_absolute():
-        raise InputError(f"{uri}: holds a file {name!r}, whose name leads out of the run's folder; take it away")
+        raise InputError(f"{uri}: holds a file {name!r}, whose name leads out of the run's folder; delete it")
     write_file(folder / name, read_bytes(joined(uri, name)), there.mtime_ns)
 
 
-def fetch_files(folder: Path, uri: str, names: Iterable[str]) -> None:
-    """Bring files here that are there: all of them, or none where the last of them is newer here."""
-    names = list(names)
+def fetch_files(folder: Path, uri: str, names: Sequence[str]) -> None:
+    """Fetch the files that exist there: all of them, or none if the last one is newer here."""
     there = stored([joined(uri, name) for name in names])
-    last = folder / names[-1]
-    newest = there[-1]
-    if last.exists() and (newest is None or last.stat().st_mtime_ns >= newest.mtime_ns):
+    if newer_here(folder / names[-1], there[-1]):
         return
     for name, known in zip(names, there, strict=True):
         if known is not None:
-            bring(folder, uri, name, known)
+            fetch_file(folder, uri, name, known)
 
 
 def push_file(folder: Path, uri: str, name: str, driver: str | None) -> None:
-    """Send a file there; one that has gone meanwhile is left out.
+    """Send a file there; one that has been deleted meanwhile is left out.
 
     Args:
         folder, uri: of the run.
         name: of the file, in both.
-        driver: name of the claim for which it is sent; null where a run is only borrowed.
+        driver: name of the claim for which it is sent; None if a run is only borrowed.
 
     Raises:
         InputError: another driver writes the run.
@@ -91,9 +80,9 @@ def push_file(folder: Path, uri: str, name: str, driver: str | None) -> None:
 
 
 def write_file(path: Path, content: bytes, mtime_ns: int = 0) -> None:
-    """Write a file as old as the storage says it is, so that fetched files are told newer from older by one clock.
+    """Write a file with the time that the storage gives it, so that one clock tells which of two fetched ones is newer.
 
-    A file that is made here has this machine's time, and is held against the storage's by two clocks.
+    A file that is made here has this machine's time, and is compared by two clocks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from tuning.data.images import open_images
 from tuning.data.samples import redrawn
 from tuning.record.journal import best_epoch
-from tuning.record.mirror import copies
+from tuning.record.mirror import copy_folder
 from tuning.record.predictions import predictions_file, write_predictions
 from tuning.record.tables import read_table
 from tuning.record.transfer import fetch_files, patiently, push_file
@@ -122,7 +122,7 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
         self._run = Path(config["run"])
         self._away = config["storage"] is not None and ray.get_runtime_context().get_node_id() != config["home"]
         if self._away:  # this node has a copy of its own of what it needs
-            self._run = copies(f"{config['storage']} {config['run_id']}") / self._run.name
+            self._run = copy_folder(f"{config['storage']} {config['run_id']}") / self._run.name
         self._saved, self._saved_at = False, time.monotonic()
         self._predicted: int | None = None  # the epoch whose validation probabilities are on disk
 
