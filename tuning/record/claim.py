@@ -2,7 +2,7 @@
 
 Each driver has a file in `drivers/`, its claim, which nobody else writes, so that no two can overwrite each other's.
 Names begin with a count of the drivers, and the last one is the driver. One that was cut off for so long that another
-has begun finds the other's name, and writes nothing more.
+has begun finds the other's name, and writes nothing more. All functions raise OSError if the storage fails.
 """
 
 import json
@@ -32,7 +32,6 @@ def check_free(uri: str) -> None:
 
     Raises:
         InputError: there is another driver, and it isn't known to have died.
-        OSError: the storage fails.
     """
     there = _claims(uri)
     if not there:
@@ -59,7 +58,6 @@ def take(uri: str) -> str:
 
     Raises:
         InputError: another driver writes the run.
-        OSError: the storage fails.
     """
     check_free(uri)
     before = [*_claims(uri), *files_below(joined(uri, SEGMENTS))]
@@ -70,13 +68,14 @@ def take(uri: str) -> str:
     return name
 
 
-def check_mine(uri: str, name: str) -> None:
-    """Refuse to write a run that a later driver has begun to write, or has written to its end.
+def check_mine(uri: str, name: str | None) -> None:
+    """Refuse to write a run that a later driver than the claim's has written; without a claim (None) all may write.
 
     Raises:
         InputError: there is a later driver.
-        OSError: the storage fails.
     """
+    if name is None:
+        return
     there = list(_claims(uri))
     if name not in there:  # a later driver that has ended left segments, but no claim
         there += [segment[: len(name)] for segment in files_below(joined(uri, SEGMENTS)) if "-" in segment]
@@ -91,18 +90,13 @@ def renew(uri: str, name: str) -> None:
 
     Raises:
         InputError: there is a later driver.
-        OSError: the storage fails.
     """
     check_mine(uri, name)
     _write(uri, name)
 
 
 def release(uri: str, name: str) -> None:
-    """Delete a claim, and what drivers that were killed have left.
-
-    Raises:
-        OSError: the storage fails.
-    """
+    """Delete a claim, and what drivers that were killed have left."""
     for left in files_below(joined(uri, CLAIMS)):
         if left.startswith(CLOCK) or (left.endswith(".json") and left.removesuffix(".json") <= name):
             delete(joined(uri, f"{CLAIMS}{left}"))
@@ -124,7 +118,6 @@ def read_segments(uri: str, names: list[str]) -> bytes:
 
     Raises:
         InputError: a segment is missing.
-        OSError: the storage fails.
     """
     journal = bytearray()
     for name, lines in zip(names, read_all([joined(uri, name) for name in names]), strict=True):

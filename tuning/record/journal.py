@@ -126,11 +126,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
 
 
 def lock(journal: IO[bytes], run: Path) -> None:
-    """Lock a run for this process, until its journal is closed.
-
-    Args:
-        journal: open for writing, without which NFS gives no lock.
-        run: its folder.
+    """Lock a run's folder for this process until its journal, open for writing as NFS demands, is closed.
 
     Raises:
         InputError: another process has it.

@@ -211,7 +211,7 @@ class Mirror:
                 self._sent[name] = stamp
                 self._there.pop(name, None)
         for name in self._doomed | (self._sent.keys() - set(here)):
-            self._check_mine()
+            claim.check_mine(self.uri, self.claim)
             delete(joined(self.uri, name))
             self._sent.pop(name, None)
             self._there.pop(name, None)
@@ -229,7 +229,7 @@ class Mirror:
         whole = lines[: lines.rfind(b"\n") + 1]
         if whole:
             assert self.claim is not None  # a run that is only borrowed keeps its journal
-            self._check_mine()
+            claim.check_mine(self.uri, self.claim)
             write_bytes(joined(self.uri, segment(self.claim, self._journal_bytes)), whole)
             self._journal_bytes += len(whole)
 
@@ -240,10 +240,6 @@ class Mirror:
             self._there.setdefault(name, there[name])
         checkpoints = {name: known.size for name, known in there.items() if name.startswith("checkpoints/")}
         self.elsewhere = {name: size for name, size in checkpoints.items() if not (self.folder / name).exists()}
-
-    def _check_mine(self) -> None:
-        if self.claim is not None:
-            claim.check_mine(self.uri, self.claim)
 
     def forget(self, name: str) -> None:
         """Delete a file that another node has sent, with the next push."""

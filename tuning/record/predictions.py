@@ -55,15 +55,7 @@ def write_predictions(
     epoch: int,
     val_loss: float,
 ) -> None:
-    """Write a trial's probabilities.
-
-    Args:
-        path: from `predictions_file`.
-        validation: samples of the validation split.
-        classes: names, in the order of the columns.
-        probabilities: [images, classes].
-        epoch: the trial's best.
-        val_loss: at this epoch, as in the tables.
+    """Write a trial's probabilities [images, classes] of the validation split at its best epoch, with the loss there.
 
     Raises:
         OSError: the file can't be written.
@@ -99,14 +91,9 @@ def _write(path: Path, schema: pa.Schema, samples: pd.DataFrame, probabilities: 
 
 
 def read_predictions(run: str | Path, trials: pd.DataFrame, samples: pd.DataFrame) -> Predictions:
-    """Return the probabilities of the best trials; those whose file is missing or not of their best epoch are left out.
+    """Return the probabilities of the best of these rows of the table of trials, without those that don't hold.
 
-    A worker that is killed may leave the file of an epoch that is no longer the best.
-
-    Args:
-        run: its folder.
-        trials: rows of the table.
-        samples: the run's.
+    A worker that is killed may leave no file, or that of an epoch that is no longer the best.
     """
     validation = samples[samples["split"] == "val"]
     classes = tuple(sorted(samples["label"].unique()))
@@ -128,8 +115,7 @@ def read_predictions(run: str | Path, trials: pd.DataFrame, samples: pd.DataFram
 def group_numbers(samples: pd.DataFrame) -> NDArray[np.int64]:
     """Return each image's group, such as a patient, as a number from 0; an image without one is its own group."""
     numbers, _ = pd.factorize(samples["group"].where(samples["group"].notna(), samples["path"]))
-    found: NDArray[np.int64] = numbers.astype(np.int64)
-    return found
+    return np.asarray(numbers, np.int64)
 
 
 def _read(path: Path, due: pa.Schema, validation: pd.DataFrame) -> NDArray[np.float64] | None:

@@ -1,4 +1,7 @@
-"""Files in shared storage: S3, GCS, fsspec and whatever else pyarrow's file systems open."""
+"""Files in shared storage: S3, GCS, fsspec and whatever else pyarrow's file systems open.
+
+All functions that reach a storage raise OSError if it fails.
+"""
 
 import os
 import time
@@ -59,34 +62,21 @@ def joined(place: str, name: str) -> str:
 
 @_as_os_errors
 def read_bytes(uri: str) -> bytes:
-    """Return a file's content.
-
-    Raises:
-        OSError: there is no such file, or the storage fails.
-    """
+    """Return a file's content; raise OSError if it doesn't exist."""
     filesystem, path = _opened(uri)
     with filesystem.open_input_stream(path, compression=None) as stream:
-        content: bytes = stream.readall()
-    return content
+        return bytes(stream.readall())
 
 
 def read_all(uris: Sequence[str]) -> list[bytes]:
-    """Return several files' contents.
-
-    Raises:
-        OSError: one doesn't exist, or the storage fails.
-    """
+    """Return several files' contents; raise OSError if one doesn't exist."""
     with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(read_bytes, uris))
 
 
 @_as_os_errors
 def write_bytes(uri: str, content: bytes) -> None:
-    """Write a file, which appears whole.
-
-    Raises:
-        OSError: the storage fails.
-    """
+    """Write a file, which appears whole."""
     filesystem, path = _opened(uri)
     if isinstance(filesystem, OBJECTS):  # an object appears whole
         with filesystem.open_output_stream(path, compression=None) as stream:
@@ -103,11 +93,7 @@ def write_bytes(uri: str, content: bytes) -> None:
 
 @_as_os_errors
 def delete(uri: str) -> None:
-    """Delete a file, if it exists.
-
-    Raises:
-        OSError: the storage fails.
-    """
+    """Delete a file, if it exists."""
     filesystem, path = _opened(uri)
     if filesystem.get_file_info(path).type != fs.FileType.NotFound:
         with suppress(FileNotFoundError):  # another process was faster
@@ -118,9 +104,6 @@ def stored(uris: Sequence[str]) -> list[Stored | None]:
     """Return what is known of each file; None if it doesn't exist.
 
     A folder with many of them is listed, which takes a request for each thousand files instead of one for each.
-
-    Raises:
-        OSError: the storage fails.
     """
     split = [uri.rpartition("/") for uri in uris]
     folders = [folder for folder, count in Counter(folder for folder, _, _ in split).items() if count >= LISTED]
@@ -143,11 +126,7 @@ def _stored(uri: str) -> Stored | None:
 
 @_as_os_errors
 def files_below(uri: str, *, recursive: bool = True) -> dict[str, Stored]:
-    """Return all files in a folder, and in those below it, by their names relative to it; none if it doesn't exist.
-
-    Raises:
-        OSError: the storage fails.
-    """
+    """Return all files in a folder, and in those below it, by their names relative to it; none if it doesn't exist."""
     filesystem, path = _opened(uri)
     found = filesystem.get_file_info(fs.FileSelector(path, recursive=recursive, allow_not_found=True))
     start = len(path.rstrip("/")) + 1

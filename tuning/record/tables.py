@@ -215,8 +215,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
     for column in SCHEMAS.get(path.stem, ()):
         if column.name not in table.column_names:
             table = table.append_column(column, pa.nulls(table.num_rows, column.type))
-    frame: pd.DataFrame = table.replace_schema_metadata(None).to_pandas()  # without what pandas added to the metadata
-    return frame
+    return table.replace_schema_metadata(None).to_pandas()  # without what pandas added to the metadata
 
 
 def read_whole(path: Path) -> pa.Table:

@@ -42,12 +42,7 @@ def check_installed(track: str) -> None:
 
 @contextmanager
 def tracking(search: Any, run_id: str) -> Iterator[None]:
-    """Track a search, with the trials of its earlier starts, as its plan asks for, while the block runs.
-
-    Args:
-        search: a `Search`.
-        run_id: of its run, the same at each start.
-    """
+    """Track a `Search` as its plan asks for while the block runs; `run_id` names its run, the same at each start."""
     plan, trials, show = search.plan, search.record.trials, search.show
     if plan.track == "none":
         yield

@@ -59,12 +59,7 @@ def fetch_files(folder: Path, uri: str, names: Sequence[str]) -> None:
 
 
 def push_file(folder: Path, uri: str, name: str, driver: str | None) -> None:
-    """Send a file there; one that has been deleted meanwhile is left out.
-
-    Args:
-        folder, uri: of the run.
-        name: of the file, in both.
-        driver: name of the claim for which it is sent; None if a run is only borrowed.
+    """Send a file there, for the driver with this claim (None if a run is only borrowed), if it still exists.
 
     Raises:
         InputError: another driver writes the run.
@@ -74,8 +69,7 @@ def push_file(folder: Path, uri: str, name: str, driver: str | None) -> None:
         content = (folder / name).read_bytes()
     except FileNotFoundError:
         return
-    if driver is not None:
-        claim.check_mine(uri, driver)
+    claim.check_mine(uri, driver)
     write_bytes(joined(uri, name), content)
 
 
