@@ -20,6 +20,7 @@ from tuning.record.tables import make_tables, read_table
 from tuning.run_search import write_run
 from tuning.search.cluster import Slots, ray_running
 from tuning.search.driver import Search
+from tuning.search.finalists import finalist_runs_left
 from tuning.search.trainable import FinetuneTrial
 from tuning.settings.config import SearchPlan, cache_folder
 from tuning.settings.space_file import parse
@@ -258,7 +259,7 @@ def test_a_finalist_that_waits_for_its_worker_is_not_asked_for_again(judged, tmp
     lines = (run / "journal.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "run" / "journal.jsonl").write_bytes(b"".join(lines[: asked + 1]))
     search = again(redraw=True)
-    left = [(trial.trial_id, seed) for trial, seed in search._finalists()]
+    left = [(trial.trial_id, seed) for trial, seed in finalist_runs_left(search.record, search.plan)]
     search.journal.close()
     assert len(left) == 8 and ("t00000", 1) not in left
 

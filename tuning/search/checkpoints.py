@@ -1,6 +1,7 @@
-"""What lies in a run's `checkpoints/`: the weights of trials' best epochs, and what unfinished trials go on from."""
+"""A run's `checkpoints/`: the weights of trials' best epochs, the states that unfinished trials resume from."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,22 +9,26 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from safetensors import SafetensorError, safe_open
 
+from tuning.record.journal import Trial, best_epoch, loss_like
 from tuning.record.tables import replacing
 from tuning.settings.config import TrialConfig
 
 if TYPE_CHECKING:  # torch takes seconds to load, and the report only asks what is kept
     from torch import Tensor
 
+    from tuning.record.mirror import Mirror
     from tuning.training.finetune import State
+
+KEPT_TRIALS = 5  # ended trials whose best weights are kept
 
 
 def state_file(run: str | Path, trial_id: str) -> Path:
-    """What an unfinished trial goes on from."""
+    """Return the file that an unfinished trial resumes from."""
     return Path(run) / "checkpoints" / f"{trial_id}.state.safetensors"
 
 
 def best_file(run: str | Path, trial_id: str) -> Path:
-    """The weights of a trial's best epoch."""
+    """Return the file of a trial's best weights."""
     return Path(run) / "checkpoints" / f"{trial_id}.best.safetensors"
 
 
@@ -38,18 +43,18 @@ def save(
 ) -> None:
     """Write the best weights, then, unless the trial has ended, the state.
 
-    A crash between the two leaves a state that makes the same best weights again.
+    After a crash between the two the trial resumes from the older state and makes the same best weights again.
 
     Args:
-        run: its folder.
-        trial_id: whose.
+        run: the run's folder.
+        trial_id: the trial.
         state: a snapshot.
-        best: the row of its best epoch; null where there is none.
-        config: the trial's; it, the best epoch and its loss stand in the weights' metadata.
-        ended: whether no state is needed.
+        best: the row of the best epoch, if there is one.
+        config: the trial's configuration. It is kept in the weights' metadata, with the best epoch and its loss.
+        ended: whether the trial has ended, so that no state is needed.
 
     Raises:
-        OSError, SafetensorError: there is no room, say.
+        OSError, SafetensorError: writing fails, for example because the disk is full.
     """
     from safetensors.torch import save_file
 
@@ -57,20 +62,20 @@ def save(
     rest = {name: tensor for name, tensor in state.tensors.items() if name not in weights}
     best_file(run, trial_id).parent.mkdir(exist_ok=True)
     if weights and best is not None:
-        described = {"best_epoch": str(best["epoch"]), "val_loss": repr(best["val_loss"]), "config": json.dumps(config)}
+        metadata = {"best_epoch": str(best["epoch"]), "val_loss": repr(best["val_loss"]), "config": json.dumps(config)}
         with replacing(best_file(run, trial_id)) as temporary:
-            save_file(weights, temporary, metadata=described)
+            save_file(weights, temporary, metadata=metadata)
     if not ended:
+        best_known = str(best["epoch"]) if weights and best else ""
         with replacing(state_file(run, trial_id)) as temporary:
-            described = {
-                "history": json.dumps(state.history),
-                "best_epoch": str(best["epoch"]) if weights and best else "",
-            }
-            save_file(rest, temporary, metadata=described)
+            save_file(rest, temporary, metadata={"history": json.dumps(state.history), "best_epoch": best_known})
 
 
 def load_state(run: str | Path, trial_id: str) -> "State | None":
-    """A trial's checkpoint; null where there is none, or its best weights were lost: a storage may have older ones."""
+    """Read the state that a trial resumes from.
+
+    None if there is none, or if the best weights are missing or older than the state, as in a storage they may be.
+    """
     from safetensors.torch import load_file
 
     from tuning.training.finetune import State
@@ -79,37 +84,75 @@ def load_state(run: str | Path, trial_id: str) -> "State | None":
     if not path.exists():
         return None
     with safe_open(path, framework="pt") as file:
-        history, due = json.loads(file.metadata()["history"]), int(file.metadata()["best_epoch"] or 0)
+        history, expected = json.loads(file.metadata()["history"]), int(file.metadata()["best_epoch"] or 0)
     tensors, epoch = load_file(path), 0
     if best.exists():
         with safe_open(best, framework="pt") as file:
             epoch = int(file.metadata()["best_epoch"])
-    if epoch < due:
+    if epoch < expected:
         return None
-    if 0 < epoch <= len(history):  # else a crash came between the two: that epoch is trained again
+    if 0 < epoch <= len(history):  # else a crash came between the two files: that epoch is trained again
         tensors |= load_file(best)
     return State(history, tensors)
 
 
 def kept(run: str | Path, trials: pd.DataFrame) -> dict[str, TrialConfig]:
-    """The configurations of the trials whose best weights are there, and are those of the best epoch in the table.
+    """Return the configuration of each trial whose best weights exist and are of the best epoch in the table.
 
-    A worker that is killed may leave the weights of an epoch that is no longer the best.
+    The weights may be of another epoch if their worker was killed.
     """
     found = {}
     for row in trials[trials["val_loss"].notna()].itertuples():
         try:
             with safe_open(best_file(run, row.trial_id), framework="np") as file:
-                said = file.metadata() or {}
+                metadata = file.metadata() or {}
         except (OSError, SafetensorError):
             continue
-        if (said.get("best_epoch"), said.get("val_loss")) == (str(int(row.best_epoch)), repr(float(row.val_loss))):
-            found[row.trial_id] = TrialConfig(**json.loads(said["config"]))
+        expected = str(int(row.best_epoch)), repr(float(row.val_loss))
+        if (metadata.get("best_epoch"), metadata.get("val_loss")) == expected:
+            found[row.trial_id] = TrialConfig(**json.loads(metadata["config"]))
     return found
 
 
 def best_weights(run: str | Path, trial_id: str) -> "dict[str, Tensor]":
-    """The tensors that a trial changed, at its best epoch, by their names in the model."""
+    """Read the tensors that a trial trained, at its best epoch, by their names in the model."""
     from safetensors.torch import load_file
 
     return {name.removeprefix("best/"): tensor for name, tensor in load_file(best_file(run, trial_id)).items()}
+
+
+def delete_unneeded(
+    run: Path, trials: Mapping[str, Trial], metric: str, checkpoint_bytes: int, mirror: "Mirror | None"
+) -> None:
+    """Delete the checkpoints of ended trials, except the best weights of the best `KEPT_TRIALS` searched ones.
+
+    Of these too the worst are deleted until all checkpoints, with unfinished trials' states, fit `checkpoint_bytes`.
+    """
+    sizes = {path.name: path.stat().st_size for path in (run / "checkpoints").glob("[!.]*")}
+    if mirror is not None:  # checkpoints of other nodes
+        sizes = {Path(name).name: size for name, size in mirror.elsewhere.items()} | sizes
+    with_files = sorted({name.partition(".")[0] for name in sizes} & trials.keys())
+    total = sum(sizes.get(state_file(run, name).name, 0) for name in with_files if not trials[name].ended)
+    ended = [trials[name] for name in with_files if trials[name].ended]
+    for place, trial in enumerate(sorted(ended, key=lambda trial: _rank(trial, metric))):
+        state, best = state_file(run, trial.trial_id), best_file(run, trial.trial_id)
+        size = sizes.get(best.name, 0)
+        keep = place < KEPT_TRIALS and trial.number is not None and total + size <= checkpoint_bytes
+        total += size if keep else 0
+        for path in [state] if keep else [state, best]:
+            path.unlink(missing_ok=True)
+            if mirror is not None and f"checkpoints/{path.name}" in mirror.elsewhere:
+                mirror.forget(f"checkpoints/{path.name}")
+
+
+def _rank(trial: Trial, metric: str) -> tuple[bool, float]:
+    """Sort key: the best trial first; probes and finalists, whose scores are all that is needed of them, last."""
+    best = best_epoch(trial.rows, metric)
+    return trial.number is None, math.inf if best is None else loss_like(metric, best[metric])
+
+
+def delete_temporary_files(run: Path) -> None:
+    """Delete what killed writers left, which includes any hidden file in folders that only the search writes."""
+    for pattern in (".*.[0-9]*", "checkpoints/.*", "predictions/.*"):
+        for path in run.glob(pattern):
+            path.unlink(missing_ok=True)

@@ -1,12 +1,12 @@
-"""Which trials are trained again for the verdict, and with which seeds."""
+"""Finalists: which trials are retrained for the verdict, and with which seeds."""
 
 import math
 from collections.abc import Sequence
 
 import pandas as pd
 
-from tuning.record.journal import loss_like
-from tuning.record.tables import searched
+from tuning.record.journal import Record, Trial, loss_like
+from tuning.record.tables import make_tables, searched
 from tuning.settings.config import PARAMETERS, SearchPlan
 
 LEAST_RUNS = 3  # of each configuration
@@ -14,7 +14,7 @@ CONFIG = [f"config_{name}" for name in PARAMETERS]
 
 
 def candidates(trials: pd.DataFrame, metric: str) -> list[str]:
-    """Ids of trials to judge: the default (the first trial), then the others from the best on, each config once."""
+    """Return ids of trials to judge: the default (the first trial), then the others, best first, each config once."""
     rows = searched(trials).sort_values("number")
     if rows.empty or rows["number"].iloc[0] != 0:
         return []
@@ -32,20 +32,20 @@ def runs_to_make(
     epochs: int,
     cap: float,
 ) -> list[tuple[str, int]]:
-    """Runs of the default and the finalists that fit into a cap on epochs, seed by seed.
+    """Return the runs of the default and the finalists that fit into a cap on epochs, seed by seed.
 
-    First the finalists shrink, to 1, then the seeds, to 3; if even that doesn't fit, none are run.
+    If they don't all fit, there are fewer finalists, at least 1, then fewer seeds, at least 3, then no runs.
 
     Args:
-        trial_ids: of `candidates`.
-        finalists: wanted, beside the default.
-        seeds: wanted of each.
-        asked: runs, by trial and seed, made or begun before; those of an earlier verdict take their share of the cap.
-        epochs: of a run.
+        trial_ids: from `candidates`.
+        finalists: how many are wanted, besides the default.
+        seeds: the seeds wanted for each.
+        asked: trial and seed of the runs asked for before; those of an earlier verdict count towards the cap.
+        epochs: of one run.
         cap: epochs of all runs together.
 
     Returns:
-        Trial and seed of each run that is still to be made.
+        Trial and seed of each run still to be made.
     """
     most = min(finalists, len(trial_ids) - 1)
     tries = [(count, len(seeds)) for count in range(most, 0, -1)]
@@ -58,20 +58,14 @@ def runs_to_make(
 
 
 def most_epochs(plan: SearchPlan, searched_epochs: int) -> int:
-    """Epochs that finalists' runs may take together, after a search that has taken so many."""
+    """Return the cap on the epochs of all finalists' runs, after a search of `searched_epochs`."""
     return searched_epochs // 4 if plan.finalist_epochs is None else plan.finalist_epochs
 
 
 def runs_left(
     trials: pd.DataFrame, plan: SearchPlan, asked: set[tuple[str, int]], cap: float = math.inf
 ) -> list[tuple[str, int]]:
-    """Runs that a search's finalists still need.
-
-    Args:
-        trials: `trials.parquet`.
-        plan: of the search.
-        asked, cap: as `runs_to_make` takes them.
-    """
+    """Return the runs that a search's finalists still need, from `trials.parquet`; arguments as in `runs_to_make`."""
     if not (plan.finalists and plan.early_stopping):
         return []
     return runs_to_make(
@@ -82,3 +76,13 @@ def runs_left(
         epochs=plan.epochs,
         cap=cap,
     )
+
+
+def finalist_runs_left(record: Record, plan: SearchPlan) -> list[tuple[Trial, int]]:
+    """Return the trials still to be retrained, with their seeds, while the search runs."""
+    trials = record.trials.values()
+    # From the record, since tables lack runs that have not begun.
+    asked = {(str(trial.finalist_of), int(trial.config["seed"])) for trial in trials if trial.origin == "finalist"}
+    cap = most_epochs(plan, sum(len(trial.rows) for trial in trials if trial.number is not None))
+    table = make_tables(record, plan.metric)["trials"].to_pandas()
+    return [(record.trials[trial_id], seed) for trial_id, seed in runs_left(table, plan, asked, cap)]

@@ -1,6 +1,7 @@
 """The bridge to Optuna: asks for parameters and tells every end, so that no trial stays running in the study."""
 
 import math
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -8,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 import optuna
 import pandas as pd
-from optuna.distributions import BaseDistribution
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
@@ -17,30 +17,30 @@ from tuning.record.journal import FINAL, Trial, best_epoch, loss_like
 from tuning.settings.config import InputError
 from tuning.settings.space import Space, active, suggest
 
-MOST_SEEN = 1000  # told trials that the sampler sees, and SLACK more; a suggestion's time grows with them
-# Of TPE, less greedy than Optuna's 1 and 24: settled by benchmarks/replay.py. Optuna 6 will have no prior weight.
+MOST_SEEN = 1000  # ended trials that the sampler sees: the time of a suggestion grows with them
+SLACK = 200  # ended trials beyond `MOST_SEEN` before the study is thinned again
+# TPE settings, less greedy than Optuna's 1 and 24: chosen by benchmarks/replay.py. Optuna 6 drops the prior weight.
 PRIOR_WEIGHT, CANDIDATES = 5.0, 4
-SLACK = 200  # so many more before some are left out again
-Prior = Mapping[str, Any]  # of another run's trial: params, status, epochs, rank (0 the best, 1 the worst)
+Prior = Mapping[str, Any]  # a trial of another run: params, status, epochs, rank (0 the best, 1 the worst)
 
 
 class Optimizer:
-    """An in-memory study, rebuilt from the journal at each start.
+    """An in-memory Optuna study, rebuilt from the journal at each start.
 
-    Ended trials are told by status: completed and converged ones with their best value; stopped ones with their least
-    `early_loss`, which is near to where they would have come (without one, or where another metric is optimized, as
-    PRUNED, which TPE ranks below all others, the later stopped first); diverged and out-of-memory ones as PRUNED
-    without a value, which TPE ranks last, so that their region is avoided; failed and interrupted ones as FAIL, which
-    it ignores. A trial that has passed a rung and still runs is told as if it had been stopped there: the constant lie
-    that TPE tells of other running trials, that they are bad, would make it avoid those that do best. Probes are told
-    like completed trials. Each ask has a fresh sampler seeded by (seed, trial number): a resumed search asks the same.
-    Of many trials the sampler sees the best half and the newest half.
+    Ended trials are told by status: `completed` and `converged` as COMPLETE with their best value; `stopped` as
+    COMPLETE with their lowest `early_loss`, which is close to the loss they would have reached (without one, or if
+    another metric is optimized, as PRUNED, which TPE ranks below all others, later stopped ones first); `diverged` and
+    `out_of_memory` as PRUNED without a value, which TPE ranks last, so that it avoids their region; `failed` and
+    `interrupted` as FAIL, which it ignores. Probes are told like completed trials. A running trial that has passed a
+    rung is told as if stopped there: TPE's constant liar, which takes running trials for bad ones, would avoid the
+    region of the very trials that do best. Each ask uses a new sampler seeded by (seed, trial number), so a resumed
+    search gets the same suggestions. Of many ended trials the sampler sees the best half and the newest half.
 
     Trials of another run are told with the value that has their rank among this run's values so far.
 
     Args:
         space: the search space.
-        seed: of the sampler.
+        seed: the sampler's seed.
         metric: what is optimized.
         sampler: `tpe` (multivariate and grouped, for conditional spaces), `gp` or `random`.
         priors: another run's trials, from `read_priors`.
@@ -55,44 +55,66 @@ class Optimizer:
         sampler: Literal["tpe", "gp", "random"] = "tpe",
         priors: Iterable[Prior] = (),
     ):
-        optuna.logging.set_verbosity(optuna.logging.WARNING)  # a line per told trial otherwise
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # else a line per trial
         self._space, self._seed, self._metric, self._sampler = space, seed, metric, sampler
-        self.stopped_as = "early_loss"  # or complete, pruned, fail: for comparison in benchmarks
+        self.stopped_as = "early_loss"  # or complete, pruned, fail, which benchmarks compare
         self._priors = list(priors)
-        self._told: list[FrozenTrial] = []  # in the order of their ends
+        self._ended: list[FrozenTrial] = []  # in the order in which they ended
         self._values: list[float] = []  # best values of this run's trials
-        self._open: dict[int, dict[str, Any]] = {}  # our trial number -> parameters
-        self._running: dict[int, optuna.Trial]  # our trial number -> the study's, until it is told there
-        self._shown: dict[int, float] = {}  # our trial number -> what it has shown, while it is open
+        self._open: dict[int, dict[str, Any]] = {}  # parameters by trial number
+        self._running: dict[int, optuna.Trial]  # the study's running trials by our trial number
+        self._interim: dict[int, float] = {}  # values of open trials at their last rung, by trial number
         self._renew()
 
     def ask(self, number: int, params: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Parameters for the trial with this number: `params` where given, else suggested."""
-        for open_number in sorted(self._shown.keys() & self._running.keys()):
-            self.study.tell(self._running.pop(open_number), self._shown[open_number])
-        if self._stale > len(self._told) // 100:  # not at each ask of a large study: 1,000 trials take 0.1 s
+        """Return parameters for the trial with this number: `params` if given, else suggested ones."""
+        for open_number in sorted(self._interim.keys() & self._running.keys()):
+            self.study.tell(self._running.pop(open_number), self._interim[open_number])
+        if self._stale > len(self._ended) // 100:  # not at every ask of a large study: 1,000 trials take 0.1 s
             self._renew()
         self.study.sampler = self._new_sampler(number)
         self._open[number] = self._begin(number, params)
         return self._open[number]
 
     def tell(self, trial: Trial) -> None:
-        """Tell how a trial ended; a probe was never asked for."""
-        self._remember(trial, trial.params if trial.number is None else self._open.pop(trial.number))
+        """Add an ended trial; not a probe unless the space can suggest to train the classifier alone."""
+        depth = trial.params.get("unfreeze_depth", self._space.fixed.get("unfreeze_depth", 0))
+        if trial.number is None and (depth != 0 or trial.status != "completed"):
+            return
+        state, value, intermediate = self._outcome(trial)
+        ended = frozen_trial(self._space, trial.params, state, value, intermediate)
+        running = interim = None
+        if trial.number is not None:
+            self._open.pop(trial.number, None)  # not there if it ended in an earlier start
+            running = self._running.pop(trial.number, None)
+            interim = self._interim.pop(trial.number, None)
+        if running is not None:
+            for epoch, loss in intermediate.items():
+                running.report(loss, epoch)
+            self.study.tell(running, value if state == TrialState.COMPLETE else None, state)
+        elif interim is not None:
+            self._stale += 1
+        else:
+            self.study.add_trial(ended)
+        self._ended.append(ended)
+        self._values += [] if value is None else [value]
+        count = len(self._ended)
+        if count >= MOST_SEEN + SLACK or (self._priors and (count < 16 or count & (count - 1) == 0)):
+            self._renew()
 
     def passed_rung(self, trial: Trial) -> None:
-        """Take in what a trial that goes on has shown so far, if that can be compared with how others end."""
-        shown = self._least_early_loss(trial)
-        if shown is None or trial.number is None:
+        """Take in the value of a trial that continues after a rung, if it is comparable with the values of others."""
+        value = self._lowest_early_loss(trial)
+        if value is None or trial.number is None:
             return
-        told = trial.number not in self._running  # and what is told in a study stays as it is told
-        self._stale += told and shown != self._shown[trial.number]
-        self._shown[trial.number] = shown
+        told = trial.number not in self._running  # a study's told trials can't be changed
+        self._stale += told and value != self._interim[trial.number]
+        self._interim[trial.number] = value
 
-    def remember(self, trial: Trial) -> None:
-        """Take in a trial of an earlier start; one that has not ended is left open."""
+    def restore(self, trial: Trial) -> None:
+        """Add a trial of an earlier start; one that has not ended stays open."""
         if trial.ended:
-            self._remember(trial, trial.params)
+            self.tell(trial)
         elif trial.number is not None:
             self.ask(trial.number, trial.params)
             if trial.decisions:
@@ -100,7 +122,7 @@ class Optimizer:
 
     def _new_sampler(self, number: int) -> optuna.samplers.BaseSampler:
         seed = (self._seed * 1_000_003 + number) % 2**32
-        with warnings.catch_warnings(action="ignore"):  # of group=True, which is experimental, and of the prior weight
+        with warnings.catch_warnings(action="ignore"):  # group=True is experimental, prior_weight deprecated
             if self._sampler == "gp":
                 return optuna.samplers.GPSampler(seed=seed)
             if self._sampler == "random":
@@ -115,104 +137,81 @@ class Optimizer:
             )
 
     def _begin(self, number: int, params: dict[str, Any] | None) -> dict[str, Any]:
-        """Make a trial of the study."""
+        """Start a trial in the study."""
         if params is not None:
             self.study.enqueue_trial(params)
         self._running[number] = trial = self.study.ask()
         return suggest(self._space, trial)
 
-    def _remember(self, trial: Trial, params: dict[str, Any]) -> None:
-        """Put an ended trial in the study; not a probe where no trial can have the classifier alone trained."""
-        depth = params.get("unfreeze_depth", self._space.fixed.get("unfreeze_depth", 0))
-        if trial.number is None and (depth != 0 or trial.status != "completed"):
-            return
-        state, value, intermediate = self._outcome(trial)
-        told = frozen_trial(self._space, params, state, value, intermediate)
-        running = None if trial.number is None else self._running.pop(trial.number, None)
-        shown = None if trial.number is None else self._shown.pop(trial.number, None)
-        if running is None and shown is not None:
-            self._stale += 1
-        elif running is None:
-            self.study.add_trial(told)
-        else:
-            for epoch, loss in intermediate.items():
-                running.report(loss, epoch)
-            self.study.tell(running, value if state == TrialState.COMPLETE else None, state)
-        self._told.append(told)
-        self._values += [] if value is None else [value]
-        count = len(self._told)
-        if count >= MOST_SEEN + SLACK or (self._priors and (count < 16 or count & (count - 1) == 0)):
-            self._renew()
-
     def _renew(self) -> None:
-        """A new study: another run's trials in this run's values; the best and the newest told; those that run."""
-        if len(self._told) >= MOST_SEEN + SLACK:
-            older, newest = self._told[: -MOST_SEEN // 2], self._told[-MOST_SEEN // 2 :]
+        """Make the study anew, of the other run's trials at this run's values, the ended trials and the open ones."""
+        if len(self._ended) >= MOST_SEEN + SLACK:
+            older, newest = self._ended[: -MOST_SEEN // 2], self._ended[-MOST_SEEN // 2 :]
             limit = sorted(map(_order, older))[MOST_SEEN // 2 - 1]
-            self._told = [told for told in older if _order(told) <= limit][: MOST_SEEN // 2] + newest
+            self._ended = [ended for ended in older if _order(ended) <= limit][: MOST_SEEN // 2] + newest
         self.study = optuna.create_study(direction="minimize", sampler=optuna.samplers.RandomSampler(seed=0))
-        self.study.add_trials([*map(self._prior, self._priors), *self._told])
+        self.study.add_trials([*map(self._prior, self._priors), *self._ended])
         self._running = {}
         for number, params in self._open.items():
-            if number in self._shown:
-                self.study.add_trial(frozen_trial(self._space, params, TrialState.COMPLETE, self._shown[number], {}))
+            if number in self._interim:
+                self.study.add_trial(frozen_trial(self._space, params, TrialState.COMPLETE, self._interim[number], {}))
             else:
                 self._begin(number, params)
-        self._stale = 0  # trials that are told otherwise than they are known by now
+        self._stale = 0  # trials whose value in the study is out of date
 
     def _prior(self, prior: Prior) -> FrozenTrial:
         value = float(np.quantile(self._values, prior["rank"])) if self._values else prior["rank"]
         if prior["status"] in ("completed", "converged"):
             return frozen_trial(self._space, prior["params"], TrialState.COMPLETE, value, {})
-        told = {prior["epochs"]: value} if prior["status"] == "stopped" else {}
-        return frozen_trial(self._space, prior["params"], TrialState.PRUNED, value if told else None, told)
+        values = {prior["epochs"]: value} if prior["status"] == "stopped" else {}
+        return frozen_trial(self._space, prior["params"], TrialState.PRUNED, value if values else None, values)
 
     def _outcome(self, trial: Trial) -> tuple[TrialState, float | None, dict[int, float]]:
-        best = best_epoch(trial.rows, self._metric)
-        ended_well = ("completed", "converged", *(["stopped"] if self.stopped_as == "complete" else []))
-        if trial.status == "stopped" and (shown := self._least_early_loss(trial)) is not None:
-            return TrialState.COMPLETE, shown, {}
-        if trial.status in ended_well and best is not None:
+        """State, value and intermediate values to tell for an ended trial."""
+        stopped, best = trial.status == "stopped", best_epoch(trial.rows, self._metric)
+        if stopped and (early_loss := self._lowest_early_loss(trial)) is not None:
+            return TrialState.COMPLETE, early_loss, {}
+        complete = trial.status in ("completed", "converged") or (stopped and self.stopped_as == "complete")
+        if complete and best is not None:
             return TrialState.COMPLETE, loss_like(self._metric, best[self._metric]), {}
-        if trial.status in ("failed", "interrupted") or (trial.status == "stopped" and self.stopped_as == "fail"):
+        if trial.status in ("failed", "interrupted") or (stopped and self.stopped_as == "fail"):
             return TrialState.FAIL, None, {}
-        if trial.status != "stopped":
+        if not stopped:
             return TrialState.PRUNED, None, {}
         rows = [row for row in trial.rows if row[self._metric] is not None]
         losses = {row["epoch"]: loss_like(self._metric, row[self._metric]) for row in rows}
         return TrialState.PRUNED, next(reversed(losses.values()), None), losses
 
-    def _least_early_loss(self, trial: Trial) -> float | None:
-        """Null where it is not measured, or is no value of what is optimized."""
+    def _lowest_early_loss(self, trial: Trial) -> float | None:
+        """Of the epochs up to the last rung; None if it isn't measured, or another metric is optimized."""
         if self.stopped_as != "early_loss" or self._metric != "val_loss":
             return None
         until = trial.decisions[-1]["epoch"] if trial.decisions else math.inf
-        early = [row.get("early_loss") for row in trial.rows if row["epoch"] <= until]
-        return min((loss for loss in early if loss is not None), default=None)
+        losses = [row.get("early_loss") for row in trial.rows if row["epoch"] <= until]
+        return min((loss for loss in losses if loss is not None), default=None)
 
 
 def frozen_trial(
     space: Space, params: Mapping[str, Any], state: TrialState, value: float | None, intermediate: dict[int, float]
 ) -> FrozenTrial:
-    """An ended trial of a study."""
+    """Make an ended trial for a study."""
     fixed = optuna.trial.FixedTrial(dict(params))
     suggest(space, fixed)
-    distributions: dict[str, BaseDistribution] = fixed.distributions
     return optuna.trial.create_trial(
         state=state,
         value=value,
         params=dict(params),
-        distributions=distributions,
+        distributions=fixed.distributions,
         intermediate_values=intermediate,
     )
 
 
-def _order(told: FrozenTrial) -> tuple[bool, float, float]:
-    """As TPE ranks them: complete ones by value, then pruned ones by epoch and value."""
-    if told.state == TrialState.COMPLETE:
-        assert told.value is not None
-        return False, told.value, 0.0
-    epoch, loss = max(told.intermediate_values.items(), default=(0, math.inf))
+def _order(ended: FrozenTrial) -> tuple[bool, float, float]:
+    """Sort key in TPE's order: complete trials by value, then pruned ones by epoch and value."""
+    if ended.state == TrialState.COMPLETE:
+        assert ended.value is not None
+        return False, ended.value, 0.0
+    epoch, loss = max(ended.intermediate_values.items(), default=(0, math.inf))
     return True, -epoch, loss
 
 
@@ -220,16 +219,16 @@ def _order(told: FrozenTrial) -> tuple[bool, float, float]:
 
 
 def read_priors(trials: pd.DataFrame, space: Space, metric: str, weight: float) -> tuple[list[Prior], int]:
-    """What another run's table of trials tells about this space.
+    """Read from another run's table of trials what the sampler can learn about this space.
 
-    Its start points and suggested trials are ranked by their best value, those without any as the worst. A share
-    `weight` of them is taken, evenly over the ranks: so much counts a trial of another run beside one of this run's.
+    Start points and suggested trials are ranked by their best value; those without one rank last. A share `weight` of
+    them is taken, evenly over the ranks: the weight of another run's trial relative to one of this run.
 
     Returns:
         The priors, best first, and the number of trials that lie outside this space.
     """
-    ended = trials[trials["origin"].isin(["start", "suggested"]) & ~trials["status"].isin(["failed", "interrupted"])]
-    ended = ended[ended["status"] != "running"]
+    unusable = trials["status"].isin(["failed", "interrupted", "running"])
+    ended = trials[trials["origin"].isin(["start", "suggested"]) & ~unusable]
     losses = ended[metric].map(lambda value: loss_like(metric, value)).fillna(math.inf)
     ended = ended.loc[losses.sort_values(kind="stable").index]
     inside: list[dict[str, Any]] = []
@@ -245,57 +244,73 @@ def read_priors(trials: pd.DataFrame, space: Space, metric: str, weight: float) 
 
 
 def _contains(space: Space, values: Mapping[str, Any], params: Mapping[str, Any]) -> bool:
-    """Whether a configuration is one that the space can suggest, whatever it holds fixed but its backbone."""
+    """Whether the space can suggest these parameters. Of its fixed values only the backbone has to agree."""
     if values["backbone"] != space.fixed.get("backbone", values["backbone"]):
         return False
     try:
         fixed = optuna.trial.FixedTrial(dict(params))
-        with warnings.catch_warnings(action="error"):  # of a value outside the range
+        with warnings.catch_warnings(action="error"):  # Optuna warns of a value outside the range
             suggest(space, fixed)
     except (ValueError, UserWarning):
         return False
     return True
 
 
-# ---- a study that others open -----------------------------------------------------------------------------------
+# ---- live study -------------------------------------------------------------------------------------------------
 
 
 class LiveStudy:
-    """A copy of the search in a storage that `optuna-dashboard` opens while it runs; nothing is read from it.
+    """A copy of the search in a storage that `optuna-dashboard` can open meanwhile; the search never reads it.
 
     Args:
-        url: of SQLAlchemy (sqlite:///study.db, postgresql://...), or a journal file's path ending in .log.
-        name: of the study.
+        url: an SQLAlchemy URL (sqlite:///study.db, postgresql://...), or a journal file's path ending in .log.
+        name: the study's name.
         space: the search space.
-        anew: whether a study of this name may be there, to be replaced.
+        anew: whether to replace an existing study of this name.
 
     Raises:
-        InputError: the storage can't be opened, or has the study.
+        InputError: the storage can't be opened, or has a study of this name.
     """
 
     def __init__(self, url: str, name: str, space: Space, *, anew: bool):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space, self._trials = space, dict[str, optuna.Trial]()
+        self._failed = False
         try:
             storage: str | BaseStorage = JournalStorage(JournalFileBackend(url)) if url.endswith(".log") else url
             if anew and name in optuna.get_all_study_names(storage):
                 optuna.delete_study(study_name=name, storage=storage)
             self._study = optuna.create_study(storage=storage, study_name=name, direction="minimize")
         except optuna.exceptions.DuplicatedStudyError:
-            raise InputError(f"optuna_storage: has a study {name} already; choose another --name") from None
+            raise InputError(f"optuna_storage: a study named {name} already exists; choose another --name") from None
         except ImportError as error:
-            package = getattr(error.__cause__, "name", None) or "for which see SQLAlchemy's manual"
-            raise InputError(f"optuna_storage: install the database's driver, {package}") from error
-        except Exception as error:  # of whichever database; its message may hold a password
-            cure = "give sqlite:///FILE.db, postgresql://..., or a path ending in .log; no run keeps a password: to go "
-            cure += "on, give the URL again by --set, or have the password in ~/.pgpass"
+            package = getattr(error.__cause__, "name", None) or "see SQLAlchemy's manual"
+            raise InputError(f"optuna_storage: install the database driver ({package})") from error
+        except Exception as error:  # any database's; its message may contain a password
+            cure = "give sqlite:///FILE.db, postgresql://..., or a path ending in .log; passwords are not stored: to "
+            cure += "resume, give the URL again by --set, or keep the password in ~/.pgpass"
             raise InputError(f"optuna_storage: can't be opened ({type(error).__name__}); {cure}") from error
 
+    def restore(self, trials: Iterable[Trial], metric: str) -> None:
+        """Copy the trials of earlier starts."""
+        for trial in trials:
+            ended = [{"event": "ended", "status": trial.status}] if trial.ended else []
+            for event in ({"event": "asked"}, *trial.rows, *ended):
+                self.show(event, trial, metric)
+
     def show(self, event: Mapping[str, Any], trial: Trial, metric: str) -> None:
-        """Show an event of the journal: a trial asked for, an epoch, an end. Raises whatever the storage does."""
+        """Copy a journal event of this trial. If the storage fails, that ends the copy, not the search."""
+        if self._failed:
+            return
+        try:
+            self._show(event, trial, metric)
+        except Exception as error:  # any database's
+            print(f"optuna_storage: {type(error).__name__}; the live study is no longer updated", file=sys.stderr)
+            self._failed = True
+
+    def _show(self, event: Mapping[str, Any], trial: Trial, metric: str) -> None:
         if event["event"] == "asked":
-            named = {"trial_id": trial.trial_id, "origin": trial.origin}
-            self._study.enqueue_trial(trial.params, user_attrs=named)
+            self._study.enqueue_trial(trial.params, user_attrs={"trial_id": trial.trial_id, "origin": trial.origin})
             self._trials[trial.trial_id] = running = self._study.ask()
             suggest(self._space, running)
         elif event["event"] == "epoch" and event[metric] is not None:

@@ -1,38 +1,39 @@
-"""ASHA: asynchronous successive halving in its stopping variant (Li et al. 2020, https://arxiv.org/abs/1810.05934).
+"""ASHA: asynchronous successive halving, in its stopping variant (Li et al. 2020, https://arxiv.org/abs/1810.05934).
 
-It has no random part, so a journal that is read again gives the same rungs.
+It has no random part, so replaying a journal gives the same rungs.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tuning.record.journal import loss_like
 from tuning.settings.config import unfrozen
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What was decided at a rung; `value` and `cutoff` are in the metric's own units, less being better."""
+    """The verdict on a trial at a rung. Lower `value` and `cutoff` are better."""
 
     rung: int
     stratum: str
     value: float | None
     cutoff: float | None
-    verdict: str  # continue | stop | kept: its stratum would stop it, but it leads overall
+    verdict: str  # continue | stop | kept: stopped within its stratum, but among the best of all trials
 
 
 class Rungs:
-    """The values that trials showed at each rung, from which the next trial there is judged.
+    """The values of all trials at each rung.
 
-    A trial goes on while it is among the best 1/reduction_factor (rounded down, but at least the best) of those of its
-    stratum that have reached the rung, itself included, or of all that have. A missing value (a metric that can't be
-    computed) is worse than any.
+    A trial continues while it is among the best 1/reduction_factor (rounded down, at least one) of the trials of its
+    stratum that have reached the rung, itself included, or of all trials that have. A missing value (a metric that
+    can't be computed) ranks last.
     """
 
     def __init__(self, *, grace_epochs: int, reduction_factor: int, epochs: int):
         self.reduction_factor = reduction_factor
-        self.rungs: list[int] = []  # in epochs; none at the last epoch, where nothing is left to save
+        self.rungs: list[int] = []  # in epochs; none at the last epoch, where stopping would save nothing
         rung = grace_epochs
         while rung < epochs:
             self.rungs.append(rung)
@@ -40,21 +41,21 @@ class Rungs:
         self._values: dict[int, dict[str, tuple[str, float]]] = {rung: {} for rung in self.rungs}
 
     def enter(self, trial_id: str, rung: int, stratum: str, value: float | None) -> None:
-        """Note a trial's value at a rung; a later one for the same trial and rung takes its place."""
+        """Set a trial's value at a rung, replacing an earlier one."""
         self._values[rung][trial_id] = stratum, math.inf if value is None or math.isnan(value) else value
 
     def decide(self, trial_id: str, epoch: int, value: float | None, stratum: str = "all") -> Decision | None:
-        """Enter a trial and judge it; null where no rung is due at this epoch."""
+        """Enter a trial's value and judge the trial; None if this epoch is no rung."""
         if epoch not in self._values:
             return None
         self.enter(trial_id, epoch, stratum, value)
-        there = self._values[epoch]
-        mine = there[trial_id][1]
-        cutoff = self._cutoff(value for other, value in there.values() if other == stratum)
-        if mine <= cutoff:
+        entered = self._values[epoch]
+        own = entered[trial_id][1]
+        cutoff = self._cutoff(value for other, value in entered.values() if other == stratum)
+        if own <= cutoff:
             verdict = "continue"
         else:
-            verdict = "kept" if mine <= self._cutoff(value for _, value in there.values()) else "stop"
+            verdict = "kept" if own <= self._cutoff(value for _, value in entered.values()) else "stop"
         return Decision(epoch, stratum, value, cutoff if math.isfinite(cutoff) else None, verdict)
 
     def _cutoff(self, values: Iterable[float]) -> float:
@@ -63,20 +64,44 @@ class Rungs:
 
 
 def stratum(strata: str, config: Mapping[str, Any]) -> str:
-    """What a trial is compared with: `all`, or its kind by `strata` (none, unfrozen, backbone, both)."""
+    """Return the stratum that a trial is compared within: `all`, or by `strata` (none, unfrozen, backbone, both)."""
     kinds = {"backbone": str(config["backbone"]), "unfrozen": unfrozen(config["unfreeze_depth"])}
     names = {"none": [], "both": list(kinds)}.get(strata, [strata])
     return " ".join(kinds[name] for name in names) or "all"
 
 
 def compared_value(losses: list[float | None], compared: str) -> float | None:
-    """What a rung compares of a trial's losses so far: `last`, `best`, or `mean` of the last two.
+    """Reduce a trial's losses so far to the value compared at a rung: `last`, `best`, or `mean` of the last two.
 
-    Null where there is none: the last is missing, or none is there. Less is better.
+    None if no loss is known or, unless `best` is compared, the last one isn't.
     """
-    there = [loss for loss in losses if loss is not None]
-    if not there or (compared != "best" and losses[-1] is None):
+    known = [loss for loss in losses if loss is not None]
+    if not known or (compared != "best" and losses[-1] is None):
         return None
     if compared == "best":
-        return min(there)
-    return there[-1] if compared == "last" else math.fsum(there[-2:]) / len(there[-2:])
+        return min(known)
+    return known[-1] if compared == "last" else math.fsum(known[-2:]) / len(known[-2:])
+
+
+def value_at_rung(rows: Sequence[Mapping[str, Any]], compared: str, metric: str) -> float | None:
+    """Return the value compared after these epochs; lower is better."""
+    if compared == "early_loss":
+        return rows[-1]["early_loss"]  # type: ignore[no-any-return]
+    values = [None if row["val_loss"] is None else row[metric] for row in rows]
+    return compared_value([as_loss(value, compared, metric) for value in values], compared)
+
+
+def as_loss(value: float | None, compared: str, metric: str) -> float | None:
+    """Convert a compared value from its own units to lower-is-better, or back."""
+    return value if value is None or compared == "early_loss" else loss_like(metric, value)
+
+
+def stop_reason(decision: Mapping[str, Any], compared: str, metric: str) -> str:
+    """Say with the numbers why ASHA stopped a trial."""
+    templates = {"best": "best {}", "last": "{}", "mean": "mean of the last two {}", "early_loss": "early_loss"}
+    value = templates[compared].format(metric)
+    if decision["value"] is None:
+        return f"{value} could not be computed at epoch {decision['rung']}"
+    among = "" if decision["stratum"] == "all" else f" of stratum {decision['stratum']}"
+    after = f"{decision['value']:.4g} after epoch {decision['rung']}"
+    return f"{value} {after} is worse than the cut-off {decision['cutoff']:.4g}{among}"

@@ -1,4 +1,4 @@
-"""Ray Tune's view of a search: where trials come from, how they end, and what is to be done about workers that die."""
+"""Ray Tune's view of a search: where trials come from, how they end, and what to do about workers that die or hang."""
 
 import json
 import math
@@ -19,20 +19,20 @@ from ray.tune.search import Searcher
 
 from tuning.search.trainable import LAST_SENDING_SECONDS
 
-FINISHED = str(Searcher.FINISHED)  # what `Search.next_trial` says at the end
-START_SECONDS = 120.0  # within which a worker that was placed comes up, or another may take its trial
-_placed: WeakKeyDictionary[Any, float] = WeakKeyDictionary()  # when a worker was seen to be, in monotonic seconds
+FINISHED = str(Searcher.FINISHED)  # what `Search.next_trial` returns at the end
+START_SECONDS = 120.0  # for a placed worker to come up, before its trial may be given another
+_placed: WeakKeyDictionary[Any, float] = WeakKeyDictionary()  # when each worker was first seen, in monotonic seconds
 _reuse = TuneController._maybe_reuse_cached_actor
-LOOK_SECONDS = 1.0  # that a trial's silence grows by at most, each time that it is looked at
+LOOK_SECONDS = 1.0  # at most this much is added to a trial's silence at each look
 
 
 def fit(search: Any, trainable: type[tune.Trainable]) -> None:
-    """Run a `search.Search` until it hands out no more trials, as a fresh Ray experiment in a temporary folder."""
-    # What its memory monitor kills ends with an error that is none of a dead actor, at which Tune ends the search.
+    """Run a `driver.Search` to its end, as a new Ray experiment in a temporary folder."""
+    # Ray's memory monitor kills workers with an error that Tune doesn't take for a dead actor's: it would end the run.
     OutOfMemoryError.__bases__ = (RayActorError,)
     OutOfMemoryError._preempted = OutOfMemoryError._actor_init_failed = False
     TuneController._maybe_reuse_cached_actor = reuse
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(search.resources.count)  # else 1, before Ray 2.60
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(search.resources.count)  # before Ray 2.60 the default was 1
     ray_folder = tempfile.mkdtemp(prefix="finetune-search-")
     tuner = tune.Tuner(
         trainable,
@@ -48,7 +48,7 @@ def fit(search: Any, trainable: type[tune.Trainable]) -> None:
             name="ray",
             storage_path=ray_folder,
             verbose=0,
-            failure_config=tune.FailureConfig(max_failures=0),  # `Search.lost` hands out again
+            failure_config=tune.FailureConfig(max_failures=0),  # `Search.lost` retries
             checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             callbacks=[_Started(search)],
         ),
@@ -60,7 +60,7 @@ def fit(search: Any, trainable: type[tune.Trainable]) -> None:
 
 
 def starts(controller: Any, trial: Any) -> bool:
-    """Whether a trial that waits has a worker which was placed a short while ago, and is about to come up."""
+    """Return whether a waiting trial's worker was placed a short while ago, and is about to come up."""
     worker = controller._trial_to_actor.get(trial)
     if worker is None or not controller._actor_manager.is_actor_started(worker):
         return False
@@ -68,10 +68,9 @@ def starts(controller: Any, trial: Any) -> bool:
 
 
 def reuse(controller: Any, trial: Any) -> bool:
-    """Give a trial the worker of one that has ended, if there is any, unless its own is about to come up.
+    """Give a trial the worker of an ended trial, if there is one, unless its own is about to come up.
 
-    Ray would take that one away: where trials end faster than a worker starts, a node that has joined would never be
-    used.
+    Ray would cancel that one. If trials end faster than workers start, a node that has joined would never be used.
     """
     return not starts(controller, trial) and _reuse(controller, trial)
 
@@ -87,13 +86,13 @@ class _Searcher(Searcher):  # type: ignore[misc]
         return self._search.next_trial(trial_id)  # type: ignore[no-any-return]
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Ends are told in `Search.result`: exceptions here would be swallowed."""
+        """Do nothing: ends are handled in `Search.result`, since Ray swallows exceptions raised here."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing of Ray's is resumed from."""
+        """Do nothing: a search resumes from its journal, not from Ray's state."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing of Ray's is resumed from."""
+        """Do nothing, as in `save`."""
 
 
 class _Scheduler(FIFOScheduler):  # type: ignore[misc]
@@ -102,14 +101,14 @@ class _Scheduler(FIFOScheduler):  # type: ignore[misc]
     def __init__(self, search: Any):
         super().__init__()
         self._search = search
-        self._silent: dict[Any, float] = {}  # seconds since each of Ray's trials said something
+        self._silent: dict[Any, float] = {}  # seconds since each of Ray's trials last reported
         self._looked = time.monotonic()
         self._hung: set[Any] = set()
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """Called every tenth of a second, also while all workers hang: the time to kill those that do, and to end."""
+        """Also kill workers that hang and, at the end, drop waiting trials: Ray calls this ten times a second."""
         timeout, looked, self._looked = self._search.plan.trial_timeout or math.inf, self._looked, time.monotonic()
-        passed = min(self._looked - looked, LOOK_SECONDS)  # what the driver itself stood still is no trial's silence
+        passed = min(self._looked - looked, LOOK_SECONDS)  # time in which the driver itself stood still doesn't count
         over = self._search.is_over()
         for trial, silent in list(self._silent.items()):
             worker = trial.temporary_state.ray_actor
@@ -126,7 +125,7 @@ class _Scheduler(FIFOScheduler):  # type: ignore[misc]
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         self._silent[trial] = 0.0
-        if self._search.mirrored:  # at the end Ray waits 10 s for its workers, whose last files may be on their way
+        if self._search.mirror is not None:  # at the end Ray waits 10 s for workers, which may still be sending files
             tune_controller._tune_controller._actor_force_cleanup_timeout = LAST_SENDING_SECONDS + 30.0
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
@@ -137,12 +136,12 @@ class _Scheduler(FIFOScheduler):  # type: ignore[misc]
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         self._silent[trial] = 0.0
-        goes_on = self._search.result(trial.trial_id, json.loads(result["row"]))
-        return str(TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP)
+        continues = self._search.result(trial.trial_id, json.loads(result["row"]))
+        return str(TrialScheduler.CONTINUE if continues else TrialScheduler.STOP)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         del self._silent[trial]
-        error = Path(trial.error_file).read_text()  # `trial.get_error` looks where it will be copied to
+        error = Path(trial.error_file).read_text()  # `trial.get_error` reads where the file will be copied to
         self._search.lost(trial.trial_id, error, hung=trial in self._hung)
 
 
