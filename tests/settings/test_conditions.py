@@ -56,7 +56,7 @@ def test_without_one_of_its_parents_a_condition_does_not_hold():
 @pytest.mark.parametrize(
     ("text", "rule"),
     [
-        ("unfreeze_depth >", "can't be parsed: compare a parameter with a value"),
+        ("unfreeze_depth >", "can't be parsed: compare parameters with values"),
         ("", "can't be parsed: "),
         ("optimizer == '\\d'", "can't be parsed: "),  # Python warns of the escape
         ("unfreeze_depth", "can't be parsed at `unfreeze_depth`"),
@@ -95,18 +95,18 @@ def test_any_text_is_a_condition_or_a_value_error(text):
     [
         (
             "unfreeze_dept > 1",
-            "'unfreeze_dept': is neither among the parameters nor fixed; did you mean unfreeze_depth?",
+            "'unfreeze_dept': is neither in parameters nor in fixed; did you mean unfreeze_depth?",
         ),
         (
             "weight_decay > 1",
-            "'weight_decay': is neither among the parameters nor fixed; add it to parameters or fixed",
+            "'weight_decay': is neither in parameters nor in fixed; add it to one of them",
         ),
         ("unfreeze_depth > two", "unfreeze_depth is a number, got the text 'two'; write a number"),
-        ("unfreeze_depth == two", "unfreeze_depth: must be a valid integer, got 'two'"),
+        ("unfreeze_depth == two", "unfreeze_depth: must be an integer, got 'two'"),
         ("unfreeze_depth == 6", "unfreeze_depth: must be less than or equal to 5, got 6"),
-        ("backbone > resnet18", "backbone is no number and has no order; compare it by ==, != or in"),
+        ("backbone > resnet18", "backbone is not a number and has no order; use ==, != or in"),
         ("optimizer in [sgd, adam]", "optimizer: must be 'adamw' or 'sgd', got 'adam'"),
-        ("backbone == vgg16", "backbone: must be resnet18, got 'vgg16'; write a value that it can have"),
+        ("backbone == vgg16", "backbone: must be resnet18, got 'vgg16'; use a value in its range"),
     ],
 )
 def test_a_condition_that_cannot_be_decided_does_not_fit(text, fault):

@@ -251,16 +251,16 @@ DROPOUT = {"type": "float", "low": 0.0, "high": 0.5}
         (parameter(head_dropout={**DROPOUT, "step": 1e-300}), ["at most 1,000,000 steps"]),
         (parameter(unfreeze_depth={**DEPTH, "step": 2}), ["step: must divide", "write `high: 4`"]),
         (parameter(unfreeze_depth={**DEPTH, "step": 1.0}), ["step: must be an integer above 0, got 1.0"]),
-        (parameter(unfreeze_depth={**DEPTH, "high": 2.0}), ["high: must be a valid integer, got 2.0"]),
-        (parameter(image_size={"type": "int", "low": 32, "high": 10**30}), ["must not go beyond 2**53"]),
+        (parameter(unfreeze_depth={**DEPTH, "high": 2.0}), ["high: must be an integer, got 2.0"]),
+        (parameter(image_size={"type": "int", "low": 32, "high": 10**30}), ["must be from -2**53 to 2**53"]),
         (
             parameter(learning_rate={"type": "float", "low": "1e-5", "high": 0.1}),
             ["low: must be a number, got the text '1e-5'; write 1.0e-05"],
         ),
-        (changed("fixed", image_size="64"), ["fixed.image_size: must be a number, got the text '64'; write 64"]),
+        (changed("fixed", image_size="64"), ["fixed.image_size: must be an integer, got the text '64'; write 64"]),
         (changed("fixed", augmentation=False), ["fixed.augmentation: ", "got False; YAML reads yes, no", "quote"]),
         (changed("fixed", augmentation=None), ["fixed.augmentation: ", "got None; YAML reads ~, null"]),
-        (changed("fixed", image_size=[64]), ["fixed.image_size: must be a single plain value, got a list"]),
+        (changed("fixed", image_size=[64]), ["fixed.image_size: must be a number or a word, got a list"]),
         (changed("fixed", learning_rate=0.1), ["learning_rate: is in both parameters and fixed; delete one"]),
         (changed("fixed", head_dropout=math.nan), ["fixed.head_dropout: must be a finite number, got nan"]),
         ({"fixed": {"image_size": 64}}, ["backbone: is missing; add it to parameters, or"]),
@@ -274,11 +274,11 @@ DROPOUT = {"type": "float", "low": 0.0, "high": 0.5}
         ),
         (
             parameter(head_dropout={**DROPOUT, "when": "weight_decay > 1"}),
-            ["parameters.head_dropout.when: 'weight_decay': is neither among the parameters nor fixed"],
+            ["parameters.head_dropout.when: 'weight_decay': is neither in parameters nor in fixed"],
         ),
         (
             parameter(head_dropout={**DROPOUT, "when": "backbone == resnet81"}),
-            ["must be one of resnet18, vgg16, got 'resnet81'; did you mean resnet18?; write a value that it can have"],
+            ["must be one of resnet18, vgg16, got 'resnet81'; did you mean resnet18?; use a value in its range"],
         ),
         (changed("search", metric="auroc"), ["search.metric: must be 'val_loss', ", "got 'auroc'"]),
         (changed("search", patiance=3), ["search: 'patiance': no such setting; did you mean patience?"]),
@@ -384,15 +384,15 @@ def written(tmp_path: Path, content: str | bytes) -> str:
         ("fixed: {backbone: !!python/object:x.y {}}", "my.yaml: line 1, column 19: not valid YAML"),
         ("fixed: {backbone: 2024-02-31}", "my.yaml: line 1, column 19: not valid YAML: can't be read as timestamp"),
         ("fixed: {backbone: !!bool maybe}", "my.yaml: line 1, column 19: not valid YAML: can't be read as bool"),
-        ("fixed: {backbone: 2024-02-03}", "fixed.backbone: must be a single plain value, got a date"),
-        ("fixed: &a {backbone: *a}", "my.yaml: holds itself, or more than 100,000 values"),
+        ("fixed: {backbone: 2024-02-03}", "fixed.backbone: must be a number or a word, got a date"),
+        ("fixed: &a {backbone: *a}", "my.yaml: aliases (*name) give more than 100,000 values, or a cycle"),
         (
             "a: &a [1]\n" + "".join(f"{n}: &{n} [*{m}, *{m}, *{m}]\n" for m, n in pairwise("abcdefghijklmno")),
-            "holds itself",
+            "or a cycle",
         ),
-        ("fixed: {batch_size: 0x" + "f" * 5000 + ", backbone: x}", "fixed.batch_size: must not go beyond 2**53"),
+        ("fixed: {batch_size: 0x" + "f" * 5000 + ", backbone: x}", "fixed.batch_size: must be from -2**53 to 2**53"),
         ("fixed: " + "[" * 600, "my.yaml: nested too deeply"),
-        ("a: {when: unfreeze_depth in [1, 2]}", "inside braces a value that has commas or brackets needs quotes"),
+        ("a: {when: unfreeze_depth in [1, 2]}", "inside braces, quote a value that has commas or brackets"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_refused(tmp_path, content, part):
@@ -406,8 +406,8 @@ def test_repeated_keys_are_refused_with_both_lines_beside_the_other_faults(tmp_p
     with pytest.raises(InputError) as caught:
         load(written(tmp_path, text))
     first, second, third = caught.value.faults
-    assert first.endswith("line 3: 'backbone' stands already in line 2; delete one of them")
-    assert second.endswith("line 4: 'trials' stands already in line 4; delete one of them")
+    assert first.endswith("line 3: 'backbone' is already in line 2; delete one of them")
+    assert second.endswith("line 4: 'trials' is already in line 4; delete one of them")
     assert "'fixd'" in third
 
 

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from tuning.data.decoding import decode
 from tuning.insight.calibration import logarithms, tempered
 from tuning.record.tables import replacing
-from tuning.settings.conditions import show
 from tuning.settings.config import InputError, SearchPlan, TrialConfig, build, check_value
 from tuning.settings.documents import check_parts, read_mapping
+from tuning.settings.words import show
 
 if TYPE_CHECKING:  # torch and timm take seconds to load, and --help needs neither
     from torch import nn

@@ -1,17 +1,17 @@
-"""What all commands have in common: settings by flags and `--set`, and the exit code."""
+"""Shared by all commands: settings from flags and `--set`, and the exit code."""
 
-import difflib
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from tuning.settings.config import PARAMETERS, SETTINGS, InputError, SearchPlan, TrialConfig, check_value, visible
+from tuning.settings.words import nearest
 
 DONE, BAD_INPUT, NO_FINITE_LOSS, INTERRUPTED = 0, 2, 3, 130
 
 
 def exit_code(command: Callable[[], int]) -> int:
-    """The exit code of a command; wrong input and an interruption are printed, not raised."""
+    """Return the exit code of a command; print wrong input and an interruption instead of raising."""
     try:
         return command()
     except InputError as error:
@@ -24,41 +24,37 @@ def exit_code(command: Callable[[], int]) -> int:
 
 
 def command_line(flags: Mapping[str, Any], pairs: Iterable[Iterable[str]]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings of a search and parameters of its trials that a command line gives, checked.
+    """Check a command line; return the settings of the search and the parameters of its trials that it gives.
 
     Args:
-        flags: by field of `SearchPlan`; null where not given.
-        pairs: the `key=value` of every `--set`.
+        flags: by field of `SearchPlan`; None if not given.
+        pairs: `key=value`, of every `--set`.
 
     Raises:
         InputError: each wrong value, unknown key, key given twice, and pair without `=`.
     """
-    faults = []
+    faults: list[str] = []
     given: dict[str, Any] = {}
     overrides: dict[str, Any] = {}
-
-    def take(key: str, value: Any, where: str, *, text: bool) -> None:
-        model, values = (SearchPlan, given) if key in SearchPlan.model_fields else (TrialConfig, overrides)
-        if key in values:
-            faults.append(f"{where}: given twice; give it once")
-            return
-        try:
-            values[key] = check_value(model, key, value, text=text)
-        except ValueError as error:
-            faults.append(f"{where}: {error}")
-
-    for key, value in flags.items():
-        if value is not None:
-            take(key, value, f"--{key.replace('_', '-')}", text=False)
+    entries = [(key, value, f"--{key.replace('_', '-')}") for key, value in flags.items() if value is not None]
     for pair in (pair for group in pairs for pair in group):
-        key, equals, value = pair.partition("=")
+        key, equals, text = pair.partition("=")
         if not equals:
             faults.append(f"--set {pair}: must be key=value")
         elif key in (*SETTINGS, *PARAMETERS):
-            take(key, value, f"--set {key}", text=True)
+            entries.append((key, text, f"--set {key}"))
         else:
-            near = difflib.get_close_matches(key, (*SETTINGS, *PARAMETERS), n=3)
-            faults.append(f"--set {key}: no such key" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+            cure = f"; use the flag --{key}" if key in flags else nearest(key, (*SETTINGS, *PARAMETERS))
+            faults.append(f"--set {key}: no such setting{cure}")
+    for key, value, where in entries:
+        model, values = (SearchPlan, given) if key in SearchPlan.model_fields else (TrialConfig, overrides)
+        if key in values:
+            faults.append(f"{where}: is given twice; give it once")
+            continue
+        try:
+            values[key] = check_value(model, key, value, text=where.startswith("--set"))
+        except ValueError as error:
+            faults.append(f"{where}: {error}")
     if faults:
         raise InputError(faults)
     return given, overrides

@@ -1,17 +1,16 @@
-"""`when:` conditions: parse, check, evaluate; and the check of a single value, which a whole space needs as well."""
+"""`when:` conditions: parse, evaluate, check; and the check of a single value, which a whole space needs as well."""
 
 import ast
-import difflib
 import graphlib
-import math
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
 
 from tuning.settings.config import DEPTH_ALL, TrialConfig, check_value
+from tuning.settings.words import LARGEST_INT, SCALARS, nearest, show
 
 NUMBERS = {
     name: kind.__name__
@@ -19,9 +18,6 @@ NUMBERS = {
     for kind in (int, float)
     if field.annotation is kind
 }
-SCALARS = (str, int, float, bool, type(None))
-LARGEST_INT = 2**53  # Optuna keeps numbers as floats, which are exact up to here
-
 Value = str | int | float
 
 ORDER: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
@@ -31,7 +27,7 @@ ORDER: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.GtE: operator.ge,
 }
 CONDITION_RULE = (
-    "compare a parameter with a value (== != < <= > >=, in [..], not in [..]) and join comparisons by and, or, not: "
+    "compare parameters with values by ==, !=, <, <=, >, >=, in [..] or not in [..], joined by and, or, not: "
     "`optimizer == sgd and unfreeze_depth in [1, 2]`"
 )
 LONGEST_CONDITION = 1000  # characters: keeps the syntax tree shallow
@@ -57,10 +53,10 @@ Condition = Comparison | Junction
 
 
 def parse_condition(text: Any) -> Condition:
-    """The condition that a text such as `optimizer == sgd and unfreeze_depth > 1` says.
+    """Parse a condition such as `optimizer == sgd and unfreeze_depth > 1`.
 
     Raises:
-        ValueError: the rule that the text breaks, in words.
+        ValueError: the rule that the text breaks.
     """
     if not isinstance(text, str) or len(text) > LONGEST_CONDITION:
         raise ValueError(f"must be text of at most {LONGEST_CONDITION} characters: {CONDITION_RULE}")
@@ -99,7 +95,7 @@ def _literal(name: str, node: ast.expr) -> Value:
 
 
 def parents(condition: Condition | None) -> list[str]:
-    """Names of the parameters that a condition compares, in its order, each as often as it stands there."""
+    """Return the names of the parameters that a condition compares, in its order, with repeats."""
     return [comparison.name for comparison in _comparisons(condition)]
 
 
@@ -110,7 +106,7 @@ def _comparisons(condition: Condition | None) -> list[Comparison]:
 
 
 def holds(condition: Condition | None, values: Mapping[str, Any]) -> bool:
-    """Whether a condition holds; never if `values` lacks one of its parents, always if there is no condition."""
+    """Return whether a condition holds: never if `values` lacks one of its parents, always if it is None."""
     if condition is None:
         return True
     return all(name in values for name in parents(condition)) and _decided(condition, values)
@@ -136,36 +132,36 @@ def fits(
     place: str,
     faults: list[str],
 ) -> bool:
-    """Whether a condition can be decided; what keeps it from that is appended to `faults`.
+    """Return whether a condition can be decided; append what prevents it to `faults`.
 
     Args:
-        condition: none fits always.
-        known: parameters that it may name.
-        outside: the rule that keeps a value out of a parameter's range; none if it is inside.
-        place: where it stands, for the messages.
+        condition: None always fits.
+        known: names of the parameters that it may compare.
+        outside: returns the rule that keeps a value out of a parameter's range, or None.
+        place: where the condition is, for the messages.
         faults: those found so far.
     """
     before = len(faults)
     for comparison in _comparisons(condition):
         name = comparison.name
         if name not in known:
-            cure = nearest(name, known) or "; add it to parameters or fixed"
-            faults.append(f"{place}: {show(name)}: is neither among the parameters nor fixed{cure}")
+            cure = nearest(name, known) or "; add it to one of them"
+            faults.append(f"{place}: {show(name)}: is neither in parameters nor in fixed{cure}")
             continue
         for value in comparison.values:
             if comparison.operator in ORDER:
                 if name not in NUMBERS:
-                    faults.append(f"{place}: {name} is no number and has no order; compare it by ==, != or in")
+                    faults.append(f"{place}: {name} is not a number and has no order; use ==, != or in")
                 elif isinstance(value, str):
                     faults.append(f"{place}: {name} is a number, got the text {show(value)}; write a number")
             elif (value := checked(TrialConfig, name, value, f"{place}: {name}", faults)) is not None:
                 if rule := outside(name, value):
-                    faults.append(f"{place}: {name}: {rule}; write a value that it can have")
+                    faults.append(f"{place}: {name}: {rule}; use a value in its range")
     return len(faults) == before
 
 
 def parents_first(conditions: Mapping[str, Condition | None], place: str, faults: list[str]) -> list[str]:
-    """Parameters, by name with their conditions, each after its parents; those of a cycle are a fault and left out."""
+    """Return the names of parameters, each after its parents; those in a cycle are left out and added to `faults`."""
     remaining = dict(conditions)
     while True:
         graph = {
@@ -184,49 +180,18 @@ def parents_first(conditions: Mapping[str, Condition | None], place: str, faults
 
 
 def checked(model: type[BaseModel], key: str, value: Any, place: str, faults: list[str]) -> Any:
-    """The value by the model's rule; none, and a fault more, if it breaks the rule."""
+    """Return a value that the model's rule accepts; if it breaks the rule, append that to `faults` and return None."""
     try:
         if type(value) not in SCALARS:
-            raise ValueError(f"must be a single plain value, got {show(value)}; write a number or a word")
+            raise ValueError(f"must be a number or a word, got {show(value)}")
         if type(value) is int and abs(value) > LARGEST_INT:
-            raise ValueError(f"must not go beyond 2**53, got {show(value)}; write a smaller number")
+            raise ValueError(f"must be from -2**53 to 2**53, got {show(value)}")
         return check_value(model, key, value)
     except ValueError as error:
-        fault, number = f"{place}: {error}", as_number(value)
-        if number and ("valid number" in fault or "valid integer" in fault):
-            fault = f"{place}: must be a number, got the text {show(value)}; write {number}"
-        elif type(value) is bool:
-            fault += "; YAML reads yes, no, on and off as true and false: quote a word, or write a number"
+        cure = ""
+        if type(value) is bool:
+            cure = "; YAML reads yes, no, on and off as true and false: quote a word, or write a number"
         elif value is None:
-            fault += "; YAML reads ~, null and nothing at all as None: write a value, or quote the word"
-        faults.append(fault)
+            cure = "; YAML reads ~, null and an empty value as None: write a value, or quote the word"
+        faults.append(f"{place}: {error}{cure}")
         return None
-
-
-def as_number(text: Any) -> str | None:
-    """How YAML wants the number that a text holds: 1e-5 -> 1.0e-05, for PyYAML takes a number without a dot as text."""
-    try:
-        number = float(text) if isinstance(text, str) else math.nan
-    except ValueError:
-        return None
-    if not math.isfinite(number):
-        return None
-    if number.is_integer() and abs(number) < LARGEST_INT:
-        return str(int(number))
-    return repr(number) if "." in repr(number) else repr(number).replace("e", ".0e")
-
-
-def nearest(word: Any, known: Iterable[Any]) -> str:
-    """The end of a message that proposes the known name most like a word; empty if none is."""
-    close = difflib.get_close_matches(word, [str(name) for name in known], n=1) if isinstance(word, str) else []
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def show(value: Any) -> str:
-    """A value as messages quote it, in at most 80 characters."""
-    if type(value) not in SCALARS:
-        return "a mapping" if isinstance(value, dict) else f"a {type(value).__name__}"
-    if type(value) is int and abs(value) > LARGEST_INT:
-        return "a number beyond 2**53"
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

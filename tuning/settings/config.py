@@ -1,4 +1,4 @@
-"""What can be set: the configuration of one trial and the plan of a whole search, both frozen and checked."""
+"""All settings: the configuration of one trial and the plan of a whole search, both frozen and checked."""
 
 import os
 import re
@@ -19,6 +19,8 @@ from pydantic import (
     field_serializer,
 )
 
+from tuning.settings.words import as_number, show
+
 DEPTH_ALL = 5  # stages from the head that make up a whole network; the word `all` means this
 FORMATS = {  # of images, by the suffix of their files
     ".jpg": "JPEG",
@@ -32,39 +34,39 @@ FORMATS = {  # of images, by the suffix of their files
     ".dcm": "DICOM",
     ".dicom": "DICOM",
 }
-# user:password@ of a URL, up to the last @ before the path, and what follows ? and &: also what signs a URL.
+# user:password@ of a URL, up to the last @ before the path; and its query's secret parameters, signatures included.
 _PASSWORD = re.compile(r"(?<=://)([^\s:/?#@]*):[^\s@]*@(?:[^\s/?#@]*@)*")
 _SECRETS = r"[\w.-]*(?:passw|passphrase|pwd|token|secret|signature|credential)[\w.-]*"
 _SECRETS += r"|(?:[\w.-]*[._-])?(?:key|sig|sas|auth)|[a-z]*key(?:id)?"
 _SECRET_PART = re.compile(rf"[?&](?:{_SECRETS})=[^\s&'\"]*", re.IGNORECASE)
-UNFROZEN = ("head", "part", "all")  # what a depth comes to
+UNFROZEN = ("head", "part", "all")
 
 
 def unfrozen(unfreeze_depth: int) -> str:
-    """How much of a network a depth unfreezes: head, part or all."""
+    """Return how much of a network a depth unfreezes: head, part or all."""
     return UNFROZEN[0 if unfreeze_depth == 0 else 2 if unfreeze_depth == DEPTH_ALL else 1]
 
 
 def without_secrets(text: str) -> str:
-    """A text whose URLs have lost their passwords, tokens and secret keys; it is what may be written and shown."""
+    """Return a text, safe to write and show, without the passwords, tokens and secret keys of the URLs in it."""
     return _SECRET_PART.sub(lambda part: part[0][0] if part[0][0] == "?" else "", _PASSWORD.sub(r"\1@", text))
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong; each of `faults` names the place, the rule, the value and the cure."""
+    """Wrong input by the user; each of `faults` names the place, the rule, the value and the cure."""
 
     def __init__(self, faults: str | list[str]):
         self.faults = [without_secrets(fault) for fault in ([faults] if isinstance(faults, str) else faults)]
         super().__init__("\n".join(self.faults))
 
 
-# What moves a cursor, ends a line, or turns the direction of writing.
+# Characters that move the cursor, end a line, or turn the direction of writing.
 _CODES = (*range(32), *range(127, 160), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 CONTROLS = {code: repr(chr(code))[1:-1] for code in _CODES}
 
 
 def visible(value: object) -> str:
-    """Anything as one line of text: a newline in a file's name shows as \\n, and nothing moves a terminal's cursor."""
+    """Return anything as one line of text: a newline in a file's name as \\n, and nothing that moves the cursor."""
     return str(value).translate(CONTROLS)
 
 
@@ -73,7 +75,7 @@ def _depth(value: Any) -> Any:
 
 
 def parse_duration(value: Any) -> Any:
-    """Seconds from `90s`, `45m`, `2h` or `1h30m`; a plain number is taken as seconds.
+    """Return the seconds in `90s`, `45m`, `2h` or `1h30m`; a plain number is in seconds.
 
     Raises:
         ValueError: the text is not a duration.
@@ -82,7 +84,7 @@ def parse_duration(value: Any) -> Any:
         return value
     parts = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?", value.strip())
     if parts is None or not any(parts.groups()):
-        raise ValueError("a duration is written like 90s, 45m, 2h or 1h30m")
+        raise ValueError("must be a duration such as 90s, 45m, 2h or 1h30m")
     return sum(float(number or 0) * unit for number, unit in zip(parts.groups(), (3600, 60, 1), strict=True))
 
 
@@ -93,199 +95,182 @@ def _number_or_auto(value: Any, check: Callable[[Any], Any]) -> Any:
         raise ValueError("must be greater than or equal to 0, or `auto`") from None
 
 
-_MODEL = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+# Fields are described by the docstrings below them.
+_MODEL = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class TrialConfig(BaseModel):
-    """How one trial fine-tunes. Every field but `epochs` and `seed` can be a parameter of a search space."""
+    """How one trial fine-tunes. A search space can vary or fix every field but `epochs` and `seed`."""
 
     model_config = _MODEL
 
-    backbone: str = Field(description="timm model name")
-    unfreeze_depth: Annotated[int, BeforeValidator(_depth)] = Field(
-        0,
-        ge=0,
-        le=DEPTH_ALL,
-        description="stages trained, counted from the head: 0 the classifier alone, 5 (`all`) everything",
-    )
-    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of the classifier and the last stage")
-    stage_lr_decay: float = Field(
-        1.0, gt=0, le=1, description="each stage further from the head has its learning rate multiplied by this"
-    )
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="`adamw`, or `sgd` with Nesterov momentum 0.9")
-    schedule: Literal["constant", "cosine"] = Field("cosine", description="learning rate after the warm-up")
-    warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear warm-up; fractions allowed")
-    weight_decay: float = Field(0.01, ge=0, description="not applied to biases and norms")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the training loss; validation is never smoothed")
-    head_init: Literal["random", "probe"] = Field(
-        "random", description="the new classifier: drawn, or, where more than it is trained, a linear probe's"
-    )
-    head_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the classifier")
-    class_weighting: Literal["none", "balanced"] = Field(
-        "none", description="`balanced` weights the training loss by inverse class frequency"
-    )
-    batch_norm: Literal["train", "frozen"] = Field(
-        "train", description="batch norm of unfrozen stages: trained, or statistics and affine weights kept"
-    )
-    augmentation: Literal["none", "light", "medium", "strong"] = Field("light", description="augmentation policy")
-    batch_size: int = Field(32, ge=2, description="images per optimizer step")
-    image_size: int = Field(224, ge=32, le=1024, description="side in pixels; images are resized to a square")
-    epochs: int = Field(10, ge=1, description="planned epochs; the cosine schedule ends there")
-    seed: int = Field(0, ge=0, lt=2**31, description="draws the new head, the batches, the augmentation and dropout")
+    backbone: str
+    """timm model name, such as `resnet18`."""
+    unfreeze_depth: Annotated[int, BeforeValidator(_depth)] = Field(0, ge=0, le=DEPTH_ALL)
+    """Number of trained stages, counted from the head: 0 the classifier alone, 5 or `all` the whole network."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Peak learning rate of the classifier and the last stage, above 0."""
+    stage_lr_decay: float = Field(1.0, gt=0, le=1)
+    """Factor on the learning rate for each stage further from the head, above 0 and at most 1."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Optimizer: `adamw`, or `sgd` with Nesterov momentum 0.9."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """Learning rate schedule after the warm-up: `constant`, or `cosine` decay to 0."""
+    warmup_epochs: float = Field(0.0, ge=0)
+    """Length of the linear learning rate warm-up in epochs, such as 0.5."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Weight decay, not applied to biases and normalisation layers."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Label smoothing of the training loss, from 0 to below 1; the validation loss is never smoothed."""
+    head_init: Literal["random", "probe"] = "random"
+    """Initial classifier: `random`, or the `probe`'s weights (random if the classifier alone is trained)."""
+    head_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout probability before the classifier, from 0 to below 1."""
+    class_weighting: Literal["none", "balanced"] = "none"
+    """Class weights in the training loss: `none`, or `balanced` (inverse class frequencies)."""
+    batch_norm: Literal["train", "frozen"] = "train"
+    """Batch norm in unfrozen stages: `train`, or `frozen` with its pretrained statistics and affine weights."""
+    augmentation: Literal["none", "light", "medium", "strong"] = "light"
+    """Strength of the augmentation of training images: `none`, `light`, `medium` or `strong`."""
+    batch_size: int = Field(32, ge=2)
+    """Number of images per optimizer step, at least 2."""
+    image_size: int = Field(224, ge=32, le=1024)
+    """Side of the square input images in pixels, from 32 to 1024."""
+    epochs: int = Field(10, ge=1)
+    """Number of planned epochs, at whose end the cosine schedule reaches 0."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Random seed of the new classifier, the batches, augmentation and dropout."""
 
 
 # What a search space may vary or fix: epochs and the seed belong to the whole search.
 PARAMETERS = tuple(name for name in TrialConfig.model_fields if name not in ("epochs", "seed"))
 
+Seconds = Annotated[float, BeforeValidator(parse_duration)]
+Gpus = Annotated[Annotated[float, Field(ge=0)] | Literal["auto"] | None, WrapValidator(_number_or_auto)]
+
 
 class SearchPlan(BaseModel):
-    """Everything about a search except its space. Flags and `--set` fill it; `plan.yaml` records it."""
+    """All settings of a search but its space. Flags and `--set` fill it; `plan.yaml` records it."""
 
     model_config = _MODEL
 
-    name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100, description="run folder below the storage folder"
-    )
-    data: str | None = Field(
-        None, description="folder of class folders, or CSV or Parquet manifest; none: generated images"
-    )
-    space: str = Field("quick", description="shipped space by name, or a YAML file")
-    trials: int = Field(20, ge=1, le=100_000, description="start points and suggested trials")
-    epochs: int = Field(10, ge=1, le=10_000, description="epochs of a trial that nothing ends early")
-    seed: int = Field(0, ge=0, lt=2**31, description="of the sampler and of every trial")
-    time_budget: Annotated[float, BeforeValidator(parse_duration)] | None = Field(
-        None,
-        gt=0,
-        description="the search ends cleanly after this (90s, 45m, 2h), at the end of the epochs then running",
-    )
-    trial_timeout: Annotated[float, BeforeValidator(parse_duration)] | None = Field(
-        None, gt=0, description="a trial that reports nothing for so long (90s, 45m, 2h) hangs, and ends as `failed`"
-    )
-    gpus_per_trial: Annotated[
-        Annotated[float, Field(ge=0)] | Literal["auto"] | None, WrapValidator(_number_or_auto)
-    ] = Field(
-        None,
-        description="a fraction up to 1, a whole number, or `auto`: by measured memory; default 1, or 0 without a GPU",
-    )
-    cpus_per_trial: int | None = Field(
-        None, ge=1, description="threads of a trial; default 1, or the share of a GPU's cores"
-    )
-    concurrent: int | None = Field(
-        None,
-        ge=1,
-        description="trials at once; default as many as the resources allow; on a cluster (`RAY_ADDRESS`) also more, "
-        "for nodes that join later",
-    )
-    storage: str = Field("results", description="folder that run folders are made in")
-    early_stopping: bool = Field(True, description="false: only a non-finite loss ends a trial early")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    """Name of the run and of its folder. Default: the space and the time."""
+    data: str | None = None
+    """Class folders (train/val/test above them are optional), a manifest (.csv, .parquet), or the URI of one."""
+    space: str = "quick"
+    """Search space: the name of a shipped one (quick, chest_xray), or a YAML file."""
+    trials: int = Field(20, ge=1, le=100_000)
+    """Number of trials: the start points, then suggestions. Probes and finalists are not counted."""
+    epochs: int = Field(10, ge=1, le=10_000)
+    """Number of epochs of a trial that is not ended early."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Random seed of the sampler and of every trial."""
+    time_budget: Seconds | None = Field(None, gt=0)
+    """Time after which the search ends, once the running epochs are done: 90s, 45m, 2h. Default: no limit."""
+    trial_timeout: Seconds | None = Field(None, gt=0)
+    """Time without a finished epoch after which a trial ends as `failed`: 90s, 45m, 2h. Default: no limit."""
+    gpus_per_trial: Gpus = None
+    """GPUs per trial: a fraction up to 1, a whole number, or `auto` (by measured memory). Default: 1, or 0 if none."""
+    cpus_per_trial: int | None = Field(None, ge=1)
+    """CPU threads per trial. Default: 1, or the share of a GPU's cores."""
+    concurrent: int | None = Field(None, ge=1)
+    """Maximum number of concurrent trials, on a cluster also for nodes that join later. Default: what fits."""
+    storage: str = "results"
+    """Folder or URI that the run's folder is created in."""
+    early_stopping: bool = True
+    """ASHA, `patience`, divergence rules, probes and finalists. If false, only a non-finite loss ends a trial early."""
 
-    metric: Literal["val_loss", "val_balanced_accuracy", "val_auroc"] = Field(
-        "val_loss",
-        description="drives the sampler and the choice of the best trial, and ASHA where `compared` says so",
-    )
-    probe: bool = Field(
-        True,
-        description="begin with a linear probe of each backbone, unless early_stopping is off",
-    )
-    sampler: Literal["tpe", "gp", "random"] = Field("tpe", description="Optuna's sampler of suggested trials")
-    warm_start: str | None = Field(None, description="folder of another run, from whose trials the sampler learns")
-    warm_start_weight: float = Field(
-        0.3,
-        gt=0,
-        le=1,
-        description="what a trial of that run counts beside one of this: so large a share is taken",
-    )
-    optuna_storage: str | None = Field(
-        None, description="where a copy of the study is kept for optuna-dashboard: a database's URL, or a path in .log"
-    )
-    track: Literal["none", "mlflow", "tensorboard"] = Field(
-        "none", description="where a copy of trials and epochs is kept as the search runs"
-    )
-    grace_epochs: int = Field(1, ge=1, description="epochs before ASHA may stop a trial: its first rung")
-    strata: Literal["none", "unfrozen", "backbone", "both"] = Field(
-        "none",
-        description="what ASHA compares a trial with: all, those with as much unfrozen, of its backbone, or both",
-    )
-    compared: Literal["early_loss", "best", "last", "mean"] = Field(
-        "early_loss",
-        description="what ASHA compares: `early_loss`, or `metric`: of the best epoch, the last, or the mean of two",
-    )
-    early_loss: Literal["rungs", "always"] = Field(
-        "rungs", description="epochs in which `early_loss` is measured: those where ASHA compares it, or all"
-    )
-    reduction_factor: int = Field(2, ge=2, description="ASHA keeps the best 1/reduction_factor of each rung")
-    patience: int = Field(5, ge=1, description="a trial with no better epoch for so many is `converged`")
-    divergence_factor: float = Field(
-        10.0, gt=1, description="a loss so many times the class entropy, or its own best, twice running is `diverged`"
-    )
-    finalists: int = Field(
-        2, ge=0, description="best trials that are trained again beside the default, with the same seeds; 0: no verdict"
-    )
-    finalist_seeds: int = Field(
-        5, ge=3, le=1000, description="runs of each of them; fewer where `finalist_epochs` allows no more"
-    )
-    finalist_epochs: int | None = Field(
-        None, ge=0, description="epochs of all these runs, at most; default a quarter of what the search took"
-    )
-    final_data: Literal["train", "train+val"] = Field(
-        "train",
-        description="what train_final.py trains on: `train`, or `train+val` to the median best epoch of the finalists",
-    )
-    ensemble: bool = Field(
-        False, description="train_final.py makes its model of the kept trials that go together best, and trains none"
-    )
-    weights: str = Field("auto", description="`auto`, a folder of weight files, or `random`")
-    fit: Literal["squash", "crop", "letterbox"] = Field(
-        "squash", description="how images become square: squashed, cropped to the centre, or with black bars"
-    )
-    drop_colour: bool = Field(False, description="make every image grey, so that colour can't give a class away")
-    skip_unreadable: bool = Field(False, description="leave out images that can't be read instead of stopping")
-    on_leak: Literal["stop", "warn", "move"] = Field(
-        "stop",
-        description="equal images or groups in several splits: stop, go on with them, or bring each into one split",
-    )
-    path_column: str = Field("path", description="column of a manifest")
-    label_column: str = Field("label", description="column of a manifest")
-    split_column: str = Field("split", description="column of a manifest; optional there")
-    group_column: str = Field("group", description="column of a manifest (patients, say); optional there")
-    val_fraction: float = Field(
-        0.2, gt=0, lt=1, description="share of the images for validation where no split is given"
-    )
-    test_fraction: float = Field(
-        0.2, ge=0, lt=1, description="share of the images for the test where no split is given"
-    )
-    disk_cache_bytes: int = Field(20_000_000_000, ge=0, description="decoded images kept on disk between runs")
-    cache_bytes: int = Field(
-        20_000_000_000, ge=0, description="outputs of frozen layers kept on a node while a search runs"
-    )
-    checkpoint_bytes: int = Field(
-        20_000_000_000, ge=0, description="best weights of the best five trials; the worst go first"
-    )
+    metric: Literal["val_loss", "val_balanced_accuracy", "val_auroc"] = "val_loss"
+    """Objective of the sampler and the verdict: `val_loss`, `val_balanced_accuracy` or `val_auroc`."""
+    probe: bool = True
+    """Whether the search starts with a linear probe of each backbone (not if `early_stopping` is false)."""
+    sampler: Literal["tpe", "gp", "random"] = "tpe"
+    """Optuna sampler that suggests trials: `tpe`, `gp` (Gaussian process) or `random`."""
+    warm_start: str | None = None
+    """Folder of another run, whose trials the sampler learns from."""
+    warm_start_weight: float = Field(0.3, gt=0, le=1)
+    """Fraction of the trials of `warm_start` that the sampler learns from, above 0 and at most 1."""
+    optuna_storage: str | None = None
+    """Where to copy the study for optuna-dashboard: a database URL, or a path ending in .log."""
+    track: Literal["none", "mlflow", "tensorboard"] = "none"
+    """Experiment tracking of trials and epochs: `none`, `mlflow` or `tensorboard`."""
+    grace_epochs: int = Field(1, ge=1)
+    """Number of epochs before ASHA can stop a trial: the first rung."""
+    strata: Literal["none", "unfrozen", "backbone", "both"] = "none"
+    """Trials that ASHA compares: all (`none`), with the same part `unfrozen`, of the same `backbone`, or `both`."""
+    compared: Literal["early_loss", "best", "last", "mean"] = "early_loss"
+    """Value that ASHA compares: `early_loss`, or the metric's `best`, `last`, or `mean` of the last two epochs."""
+    early_loss: Literal["rungs", "always"] = "rungs"
+    """Epochs in which `early_loss` is measured: those of ASHA's `rungs`, or `always`."""
+    reduction_factor: int = Field(2, ge=2)
+    """ASHA keeps the best 1/`reduction_factor` of the trials at each rung."""
+    patience: int = Field(5, ge=1)
+    """Number of epochs without improvement after which a trial ends as `converged`."""
+    divergence_factor: float = Field(10.0, gt=1)
+    """A validation loss of this times the class entropy, or the trial's best, for two epochs ends it as `diverged`."""
+    finalists: int = Field(2, ge=0)
+    """Number of best trials that are retrained and compared with the default. 0: no verdict."""
+    finalist_seeds: int = Field(5, ge=3, le=1000)
+    """Number of seeds that each finalist and the default are retrained with; fewer if `finalist_epochs` is short."""
+    finalist_epochs: int | None = Field(None, ge=0)
+    """Maximum number of epochs of all finalists together. Default: a quarter of the epochs of the search."""
+    final_data: Literal["train", "train+val"] = "train"
+    """Training data of the final model: `train`, or `train+val` up to the median best epoch of the finalists."""
+    ensemble: bool = False
+    """Whether the final model is an ensemble of kept trials, without any training."""
+    weights: str = "auto"
+    """Pretrained weights: `auto` (installed, cached or downloaded), a folder of weight files, or `random`."""
+    fit: Literal["squash", "crop", "letterbox"] = "squash"
+    """How images are made square: `squash`, `crop` (to the centre) or `letterbox` (black bars)."""
+    drop_colour: bool = False
+    """Whether all images are converted to grey, so that colour can't give a class away."""
+    skip_unreadable: bool = False
+    """Whether unreadable images are left out. If false, they are listed and the search doesn't start."""
+    on_leak: Literal["stop", "warn", "move"] = "stop"
+    """If equal images or a group are in several splits: `stop`, `warn`, or `move` them into one split."""
+    path_column: str = "path"
+    """Manifest column of the image paths."""
+    label_column: str = "label"
+    """Manifest column of the classes."""
+    split_column: str = "split"
+    """Manifest column of the splits: train, val or test. The default column is optional."""
+    group_column: str = "group"
+    """Manifest column of groups that stay in one split, such as patients. The default column is optional."""
+    val_fraction: float = Field(0.2, gt=0, lt=1)
+    """Fraction of the images (of the training images, if splits are given) for a missing validation split."""
+    test_fraction: float = Field(0.2, ge=0, lt=1)
+    """Fraction of the images for the test split, if no splits are given."""
+    disk_cache_bytes: int = Field(20_000_000_000, ge=0)
+    """Maximum bytes on disk of decoded images, which are kept between runs."""
+    cache_bytes: int = Field(20_000_000_000, ge=0)
+    """Maximum bytes per node of cached outputs of frozen layers, which are deleted after the search."""
+    checkpoint_bytes: int = Field(20_000_000_000, ge=0)
+    """Maximum bytes of the weights of the five best trials. Those of the worst are deleted first."""
 
     @field_serializer("optuna_storage", "data", "storage", "weights", "warm_start", when_used="unless-none")
     def _written(self, url: str) -> str:
-        """What `model_dump` gives goes to plan.yaml, best.yaml and reports."""
+        """Keep secrets out of plan.yaml, best.yaml and reports."""
         return without_secrets(url)
 
     @property
     def resume_command(self) -> str:
-        """What goes on with the run."""
+        """The command that resumes the run."""
         storage = "" if self.storage == "results" else f" --storage {shlex.quote(without_secrets(self.storage))}"
         return f"python tuning/run_search.py --resume --name {self.name}{visible(storage)}"
 
 
-# Where a run lives and what it is called is said by flags alone.
+# Keys of --set and of a space's search section; the other four are flags alone.
 SETTINGS = tuple(name for name in SearchPlan.model_fields if name not in ("name", "data", "space", "storage"))
-COPIES = ("optuna_storage", "track")
 RESUME_MAY_CHANGE = (
     *("trials", "finalist_epochs", "time_budget", "trial_timeout"),
     *("concurrent", "gpus_per_trial", "cpus_per_trial"),
-    *COPIES,
+    *("optuna_storage", "track"),
 )
 
 
 def cache_folder() -> Path:
-    """Where decoded images outlive a run: $FINETUNE_SEARCH_CACHE, else ~/.cache/finetune-search."""
+    """Return the folder that is kept between runs: $FINETUNE_SEARCH_CACHE, else ~/.cache/finetune-search."""
     return Path(os.environ.get("FINETUNE_SEARCH_CACHE") or "~/.cache/finetune-search").expanduser().resolve()
 
 
@@ -293,22 +278,22 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def check_value(model: type[BaseModel], key: str, value: Any, *, text: bool = False) -> Any:
-    """One field's value, checked by its rule.
+    """Return a value for the field `key` of a model, if the field's rule accepts it.
 
     Args:
-        model: the model whose field `key` is.
-        key: field name.
-        value: the value; with `text` a string from the command line, read by the field's type.
-        text: whether to read `value` as text.
+        model: `TrialConfig` or `SearchPlan`.
+        key: name of the field.
+        value: of the field's type, or `all` and the like.
+        text: whether `value` is a string to be parsed, as from the command line.
 
     Raises:
-        ValueError: the rule that is broken, in words.
+        ValueError: the rule that is broken.
     """
     adapter = _adapter(model, key, text)
     try:
         return adapter.validate_strings(value) if text else adapter.validate_python(value)
     except ValidationError as error:
-        raise ValueError(_rule(error.errors()[0]["msg"], value)) from None
+        raise ValueError(_rule(error.errors()[0]["msg"], value, text=text)) from None
 
 
 @cache
@@ -318,20 +303,34 @@ def _adapter(model: type[BaseModel], key: str, text: bool) -> TypeAdapter[Any]:
     return TypeAdapter[Any](rule, config=ConfigDict(strict=not text, allow_inf_nan=False))
 
 
-def _rule(message: str, value: Any) -> str:
-    rule = message.removeprefix("Value error, ").replace("Input should", "must").replace("String should", "must")
-    if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", value) and "valid" in rule:
-        return f"{rule}, got the text {value!r}; write it without quotes, and with a dot before any e, as in 1.0e-4"
-    return f"{rule}, got {value!r}"
+# Parts of pydantic's messages, and what ours say instead.
+_PLAINER = (
+    (r"^(Input|String) should", "must"),
+    (r"a valid integer", "an integer"),
+    (r"a valid boolean", "true or false"),
+    (r"a valid (\w+)", r"a \1"),
+    (r"match pattern .*", "have only letters, digits, '.', '_' and '-', and begin with a letter or digit"),
+)
+
+
+def _rule(message: str, value: Any, *, text: bool = False) -> str:
+    """Return pydantic's message in plainer words, with the value."""
+    rule = message.removeprefix("Value error, ").partition(", unable to")[0]
+    for theirs, ours in _PLAINER:
+        rule = re.sub(theirs, ours, rule)
+    number = None if text else as_number(value)
+    if number and rule in ("must be a number", "must be an integer"):
+        return f"{rule}, got the text {show(value)}; write {number}"
+    return f"{rule}, got {show(value)}"
 
 
 def build(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
-    """A checked model, or all its faults at once.
+    """Return a model with these values.
 
     Args:
         model: `TrialConfig` or `SearchPlan`.
-        values: field values.
-        where: what the values come from, for the messages.
+        values: by field.
+        where: their origin, for the messages.
 
     Raises:
         InputError: each unknown, missing or wrong field.
@@ -339,10 +338,9 @@ def build(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        raise InputError(
-            [
-                f"{where}: {fault['loc'][0]}: "
-                + ("no such key" if fault["type"] == "extra_forbidden" else _rule(fault["msg"], fault["input"]))
-                for fault in error.errors()
-            ]
-        ) from None
+        without_value = {"extra_forbidden": "no such setting", "missing": "is missing"}
+        faults = [
+            (fault["loc"][0], without_value.get(fault["type"]) or _rule(fault["msg"], fault["input"]))
+            for fault in error.errors()
+        ]
+        raise InputError([f"{where}: {key}: {rule}" for key, rule in faults]) from None

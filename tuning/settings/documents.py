@@ -1,4 +1,4 @@
-"""YAML files that people and runs write: read with every fault told by its line, and a run's plan checked."""
+"""YAML files of users and runs, read with the line of every fault; the checked plan of a run."""
 
 import math
 from pathlib import Path
@@ -6,22 +6,22 @@ from typing import Any
 
 import yaml
 
-from tuning.settings.conditions import show
 from tuning.settings.config import InputError, SearchPlan, build
+from tuning.settings.words import show
 
-NEEDED = ("name", "data", "space", "trials", "epochs", "seed", "metric")  # settings that every version had
-MOST_NODES = 100_000  # of one file, those that aliases repeat counted each time
+NEEDED = ("name", "data", "space", "trials", "epochs", "seed", "metric")  # settings that all versions have
+MOST_NODES = 100_000  # of one file, counting those that aliases repeat
 
 
 def from_yaml(content: bytes, where: str) -> tuple[object, list[str]]:
-    """What a YAML file holds, and keys that stand in it twice, as faults.
+    """Return the content of a YAML file, and its duplicate keys as faults.
 
     Args:
-        content: of the file.
-        where: what it comes from, for the messages.
+        content: bytes of the file.
+        where: its path, for the messages.
 
     Raises:
-        InputError: it can't be read.
+        InputError: it is not valid YAML.
     """
     try:
         text = content.decode("utf-8-sig")
@@ -29,7 +29,7 @@ def from_yaml(content: bytes, where: str) -> tuple[object, list[str]]:
         root = loader.get_single_node()
         if root is not None and _size(root, {}) > MOST_NODES:
             raise InputError(
-                f"{where}: holds itself, or more than {MOST_NODES:,} values, by aliases (*name); write it out"
+                f"{where}: aliases (*name) give more than {MOST_NODES:,} values, or a cycle; write them out"
             )
         document = None if root is None else loader.construct_document(root)
     except UnicodeDecodeError as error:
@@ -38,7 +38,7 @@ def from_yaml(content: bytes, where: str) -> tuple[object, list[str]]:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         inside = "flow mapping" in str(error.context)
-        cure = "; inside braces a value that has commas or brackets needs quotes" if inside else ""
+        cure = "; inside braces, quote a value that has commas or brackets" if inside else ""
         raise InputError(f"{where}: {place}not valid YAML: {error.problem or error.context}{cure}") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
@@ -50,7 +50,7 @@ def from_yaml(content: bytes, where: str) -> tuple[object, list[str]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Collects repeated keys, of which PyYAML would keep the last, and gives every bad value its line."""
+    """Collects duplicate keys, of which PyYAML would keep the last, and reports the line of every bad value."""
 
     def __init__(self, stream: str):
         super().__init__(stream)
@@ -63,9 +63,8 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode):
                 line = key.start_mark.line + 1
                 if key.value in first:
-                    self.repeated.append(
-                        f"line {line}: {show(key.value)} stands already in line {first[key.value]}; delete one of them"
-                    )
+                    before = f"is already in line {first[key.value]}"
+                    self.repeated.append(f"line {line}: {show(key.value)} {before}; delete one of them")
                 first.setdefault(key.value, line)
         return node
 
@@ -79,7 +78,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _size(node: yaml.Node, sizes: dict[int, float]) -> float:
-    """Nodes below this one and itself; an alias counts as what it stands for, one for what it stands in without end."""
+    """Return the number of nodes from this one down, with those of aliases; infinite if an alias contains itself."""
     if id(node) not in sizes:
         sizes[id(node)] = math.inf
         parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
@@ -88,10 +87,10 @@ def _size(node: yaml.Node, sizes: dict[int, float]) -> float:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds.
+    """Return the mapping in a YAML file.
 
     Raises:
-        InputError: it can't be read, or holds anything else.
+        InputError: the file can't be read, or has other content.
     """
     try:
         content = path.read_bytes()
@@ -99,48 +98,48 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: can't be read ({error.strerror})") from None
     document, faults = from_yaml(content, str(path))
     if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
-        faults.append(f"{path}: is damaged: must be a mapping of names; restore it from a copy")
+        faults.append(f"{path}: is damaged: must be a mapping with names as keys; restore it from a copy")
     if faults:
         raise InputError(faults)
     return document  # type: ignore[return-value]
 
 
 def read_plan(folder: Path) -> dict[str, Any]:
-    """The plan.yaml of a run, with `settings` and `provenance` checked; its `space` is for `space.parse`.
+    """Return the plan.yaml of a run, with `settings` and `provenance` checked; `space_file.parse` checks its `space`.
 
-    Settings that an older version had are left as they are, and those that it lacked are not filled in.
+    Settings of an older version are left as they are, and those that it lacks are not added.
 
     Raises:
-        InputError: the folder is not that of a run, or the file is damaged.
+        InputError: the folder is not a run, or the file is damaged.
     """
     path = folder / "plan.yaml"
     if not path.is_file():
-        raise InputError(f"{folder}: no plan.yaml there; give the folder of a run, like results/NAME")
+        raise InputError(f"{folder}: has no plan.yaml; give the folder of a run, such as results/NAME")
     document = read_mapping(path)
     check_parts(document, path, {"settings": dict, "space": dict, "provenance": dict})
     check_parts(document["provenance"], path, {"fingerprint": str})
     settings = document["settings"]
-    if lost := [key for key in NEEDED if key not in settings]:
-        raise InputError(f"{path}: is damaged: settings lack {', '.join(lost)}; restore it from a copy")
+    if missing := [key for key in NEEDED if key not in settings]:
+        raise InputError(f"{path}: is damaged: settings lack {', '.join(missing)}; restore it from a copy")
     plan_in(document, path)
     return document
 
 
 def plan_in(document: dict[str, Any], path: Path) -> SearchPlan:
-    """The settings of a plan.yaml as this version knows them.
+    """Return those settings of a plan.yaml that this version has.
 
     Raises:
-        InputError: those that are wrong.
+        InputError: each wrong value.
     """
     settings = document["settings"]
     return build(SearchPlan, {key: settings[key] for key in SearchPlan.model_fields if key in settings}, str(path))
 
 
 def check_parts(document: dict[str, Any], path: Path, parts: dict[str, type]) -> None:
-    """Each of the keys must be there with a value of its type.
+    """Check that a document has each of the keys, with a value of its type.
 
     Raises:
-        InputError: those that are not.
+        InputError: each missing key, and value of another type.
     """
     words: dict[type, str] = {dict: "a mapping", list: "a list", str: "text"}
     faults = [

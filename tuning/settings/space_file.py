@@ -7,22 +7,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from tuning.settings.conditions import (
-    NUMBERS,
-    Value,
-    as_number,
-    checked,
-    fits,
-    holds,
-    nearest,
-    parents,
-    parents_first,
-    parse_condition,
-    show,
-)
+from tuning.settings.conditions import NUMBERS, Value, checked, fits, holds, parents, parents_first, parse_condition
 from tuning.settings.config import PARAMETERS, SETTINGS, InputError, SearchPlan, TrialConfig, without_secrets
 from tuning.settings.documents import from_yaml
 from tuning.settings.space import DEFAULTS, Parameter, Space, active
+from tuning.settings.words import as_number, nearest, show
 
 SHIPPED = Path(__file__).resolve().parents[2] / "search_spaces"
 SECTIONS = {"parameters": dict, "fixed": dict, "start": list, "search": dict}
