@@ -1,12 +1,13 @@
-"""What validation probabilities say is the same on the screen and in the report."""
+"""Remarks on validation probabilities are the same on the screen and in the report."""
 
 import numpy as np
+import pandas as pd
 import pytest
-from runs import make_run
+from runs import few_trials, make_run
 
 from tuning.insight.analysis import searched, top
-from tuning.insight.remarks import remarks
-from tuning.record.predictions import predictions_file, write_predictions
+from tuning.insight.remarks import remarks, with_baseline
+from tuning.record.predictions import Predictions, predictions_file, write_predictions
 from tuning.show import report
 from tuning.show.sections import read
 
@@ -28,18 +29,69 @@ def make_judged(folder, sure):
 
 
 @pytest.mark.parametrize(("sure", "better"), [(0.5, False), (0.97, True)])
-def test_guesses_are_called_that_in_the_report_too(tmp_path, sure, better):
-    chosen, (guessing, calibration) = make_judged(tmp_path / "run", sure)
-    assert guessing.alarming is not better
-    said = f"The best of the search, {chosen}, is {'' if better else 'no '}better than the class frequencies ("
-    assert guessing.words.startswith(said)
-    assert calibration.words.startswith(f"{chosen} is {'9' if better else '5'}") and "calibration" in calibration.words
+def test_a_trial_that_only_guesses_is_reported_on_the_page_too(tmp_path, sure, better):
+    chosen, (baseline, calibration) = make_judged(tmp_path / "run", sure)
+    assert baseline.alarming is not better
+    verb = f"is {'' if better else 'no '}better than always predicting the class frequencies: val_loss "
+    assert baseline.words.startswith(f"{chosen}, the best trial of the search, {verb}")
+    assert calibration.words.startswith(f"Calibration of {chosen} on the validation set: mean confidence ")
+    assert f"confidence {'9' if better else '5'}" in calibration.words and "calibration error" in calibration.words
     page = report.report(read(tmp_path / "run"))
     verdict = page.partition('<section id="verdict">')[2].partition("</section>")[0]
-    assert f'<p class="{"note" if better else "warning"}">{guessing.words}</p>' in verdict
+    assert f'<p class="{"note" if better else "warning"}">{baseline.words}</p>' in verdict
     assert f'<p class="note">{calibration.words}</p>' in verdict
 
 
-def test_nothing_is_said_of_what_left_no_probabilities(tmp_path):
+def test_a_run_without_predictions_has_no_remarks(tmp_path):
     run = read(make_run(tmp_path / "run", trials=3))
     assert remarks(run.folder, searched(run.trials), run.samples, "t00000") == []
+
+
+def picked(rng, *, shares, images, noise, patients=None, trials=60, epochs=8):
+    """The luckiest epoch of trials that know the class frequencies, and nothing about the images."""
+    targets = rng.permutation(np.repeat(np.arange(len(shares)), np.round(np.array(shares) * images).astype(int)))
+    groups = np.arange(images) if patients is None else pd.factorize(rng.integers(patients, size=images))[0]
+    scores = rng.normal(size=(trials, epochs, groups.max() + 1, len(shares)))[:, :, groups]  # alike for a patient
+    logits = np.log(shares) + noise * scores
+    logs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    losses = -logs[:, :, np.arange(images), targets].mean(axis=-1)
+    best = np.exp(logs[np.unravel_index(losses.argmin(), losses.shape)])
+    return Predictions(("t",), best[None], targets, groups, tuple("abc"[: len(shares)]))
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.3, 2.0])
+@pytest.mark.parametrize(
+    ("shares", "images", "patients"),
+    [((0.5, 0.5), 40, None), ((0.5, 0.5), 100, 50), ((0.1, 0.9), 60, None), ((0.1, 0.45, 0.45), 100, None)],
+)
+def test_luck_is_not_called_better_than_the_baseline(shares, images, patients, noise):
+    rng = np.random.default_rng(0)
+    trials = pd.DataFrame({"epochs": [8] * 60})
+    found = []
+    for _ in range(20):
+        chosen = picked(rng, shares=shares, images=images, noise=noise, patients=patients)
+        found.append(with_baseline(trials, chosen))
+    assert sum(comparison.better for comparison in found) <= 2
+    if noise < 1:  # it seems to be better in most searches
+        assert sum(comparison.val_loss < comparison.baseline for comparison in found) > 10
+    assert {comparison.epochs for comparison in found} == {480}
+
+
+@pytest.mark.parametrize("counts", [(20, 20), (6, 94), (50, 50, 1)])
+def test_a_trial_that_knows_the_images_is_better_than_the_baseline(counts):
+    rng = np.random.default_rng(0)
+    targets = np.repeat(np.arange(len(counts)), counts)
+    probabilities = np.full((len(targets), len(counts)), 0.05) + rng.uniform(0, 0.05, (len(targets), len(counts)))
+    probabilities[np.arange(len(targets)), targets] = 0.9
+    known = Predictions(("t",), probabilities[None], targets, np.arange(len(targets)), tuple("abc"[: len(counts)]))
+    found = with_baseline(pd.DataFrame({"epochs": [8] * 60}), known)
+    assert found.better and found.least_gain < found.baseline
+    shares = np.array(counts) / sum(counts)
+    assert found.baseline == pytest.approx(-(shares * np.log(shares)).sum())
+
+
+def test_a_validation_set_that_is_too_small_for_the_baseline():
+    nobody = Predictions((), np.empty((0, 2, 2)), np.array([0, 1]), np.arange(2), ("a", "b"))
+    assert with_baseline(few_trials(), nobody) is None
+    two_images = Predictions(("t0",), np.full((1, 2, 2), 0.5), np.array([0, 1]), np.arange(2), ("a", "b"))
+    assert with_baseline(few_trials(), two_images) is None

@@ -75,7 +75,7 @@ def test_a_best_that_was_not_compared_is_named():
     _, verdict = judge(table([0.9, 0.5, 0.6], runs), "val_loss", val_over_train=RATIO)
     assert verdict.verdict == "winner" and "not compared" not in verdict.sentence
     _, verdict = judge(table([0.9, 0.5, 0.4], runs), "val_loss", val_over_train=RATIO)
-    assert verdict.sentence.endswith("; t00002, the best of the others in the search, was not compared")
+    assert verdict.sentence.endswith("; t00002, the best other trial of the search, was not compared")
 
 
 NAMES = st.permutations("abcde").map(lambda names: ["d0", *names])
@@ -129,7 +129,7 @@ def test_a_winner_has_its_interval_and_its_luck():
     assert winner["difference"] == pytest.approx(0.1) and 0 < winner["low"] < 0.1 < winner["high"]
     assert winner["mean"] == pytest.approx(0.412) and winner["luck"] == pytest.approx(0.112)
     assert list(judged.columns) == FINALISTS.names
-    assert "0.1000 better in val_loss" in verdict.sentence and "5 pairs of runs" in verdict.sentence
+    assert "0.1000 better in val_loss (90% confidence" in verdict.sentence and "5 paired runs" in verdict.sentence
 
 
 def test_of_tied_finalists_the_cheapest_is_chosen():
@@ -192,9 +192,9 @@ def test_an_interval_after_the_first_that_is_not_better_holds_0_too():
 def test_too_few_runs_leave_the_searchs_best(runs):
     judged, verdict = judge(table([0.5, 0.3], runs), "val_loss", val_over_train=RATIO)
     assert judged.empty and (verdict.verdict, verdict.trial_id) == ("not enough runs", "t00001")
-    assert verdict.sentence.startswith("t00001 is the best of the search; for want of runs it was not compared")
+    assert verdict.sentence.startswith("t00001 is the best trial of the search; it was not compared with the default")
     _, verdict = judge(table([0.3, 0.5], {}), "val_loss", val_over_train=RATIO)
-    assert verdict.sentence.startswith("the default t00000 is the best of the search; for want of runs no other")
+    assert verdict.sentence.startswith("the default t00000 is the best trial of the search; no other was compared")
 
 
 def test_no_finite_loss_leaves_nothing():

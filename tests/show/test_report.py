@@ -38,7 +38,7 @@ def test_from_the_verdict_down(folder):
         *("verdict", "best", "progress", "importance", "depth", "gap", "ends", "cost"),
         *("finalists", "errors", "data", "trials"),
     ]
-    assert re.search(r'class="sentence">[^<]*\(interval -?[\d.]+ to -?[\d.]+, 5 pairs of runs', html)
+    assert re.search(r'class="sentence">[^<]*\(9\d% confidence interval -?[\d.]+ to -?[\d.]+, 5 paired runs', html)
     assert '<pre id="config">backbone: ' in html and "\nepochs: 8\nseed: 0</pre>" in html
 
 

@@ -1,1 +1,1 @@
-"""From tables to conclusions: analysis, verdict, overfitting, calibration, ensembles."""
+"""From tables to conclusions: analysis, verdict, calibration, confidence intervals, ensembles."""

@@ -1,43 +1,37 @@
-"""Pure functions from tables to tables: what a search found, and why."""
+"""Analyse the tables of one run or several: pure functions from frames to frames."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
-from tuning.insight.calibration import logarithms
-from tuning.insight.intervals import mean_interval
 from tuning.record.journal import loss_like
-from tuning.record.predictions import Predictions
 from tuning.record.tables import TRIALS, read_table
 from tuning.record.tables import searched as searched
-from tuning.settings.config import InputError
+from tuning.settings.config import UNFROZEN, InputError, TrialConfig, unfrozen
 from tuning.settings.documents import read_plan
 from tuning.settings.space import Space
 from tuning.settings.space_file import parse
 
-LUCK = 0.05  # the chance that guesses are called better than the class frequencies
-LEAST_RANKED = 10  # ended trials that importances are made from
-EARLY = ["stopped", "converged", "diverged"]  # ends of trials that saved epochs
+LEAST_RANKED = 10  # ended trials that parameter importance needs
+EARLY = ["stopped", "converged", "diverged"]  # statuses of trials that ended before their last epoch
+AUGMENTATIONS = get_args(TrialConfig.model_fields["augmentation"].annotation)  # from none to strong
 
 # ---- reading runs -----------------------------------------------------------------------------------------------
 
 
 def load_trials(*runs: str | Path, everything: bool = False) -> pd.DataFrame:
-    """The trials of one run or several in one frame.
+    """Read the trials of one run or several into one frame.
 
     Args:
-        runs: their folders.
-        everything: also probes and the finalists' runs, which are no trials of the search.
+        runs: run folders.
+        everything: include probes and finalist runs.
 
     Returns:
-        `run`, the name of the folder (its path, where two have the same name), then the columns of `trials.parquet`
-        with the units of results/README.md; those that an older run's table lacks are null there.
+        `run` (the folder's name, or its path if two names are equal), then the columns of `trials.parquet` in the
+        units of results/README.md. Columns that an older run lacks are null.
 
     Raises:
         InputError: a folder holds no run.
@@ -51,28 +45,28 @@ def load_trials(*runs: str | Path, everything: bool = False) -> pd.DataFrame:
 
 
 def load_plan(run: str | Path) -> dict[str, Any]:
-    """A run's `plan.yaml`: its settings, space and provenance.
+    """Read a run's `plan.yaml`: its settings, space and provenance.
 
     Raises:
-        InputError: the folder is not that of a run.
+        InputError: the folder holds no run.
     """
     return read_plan(Path(run))
 
 
 def load_space(run: str | Path) -> Space:
-    """The space that a run searched.
+    """Read the search space of a run.
 
     Raises:
-        InputError: the folder is not that of a run.
+        InputError: the folder holds no run.
     """
     return parse(load_plan(run)["space"], str(Path(run) / "plan.yaml"))
 
 
 def run_names(runs: Sequence[str | Path]) -> list[str]:
-    """The folders' names, or their paths where two are the same.
+    """Return the folders' names, or their paths if two names are equal.
 
     Raises:
-        InputError: there is none.
+        InputError: there are no folders.
     """
     if not runs:
         raise InputError("which run? give its folder, like results/NAME")
@@ -80,158 +74,69 @@ def run_names(runs: Sequence[str | Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(run) for run in runs]
 
 
-# ---- trials -----------------------------------------------------------------------------------------------------
-
-
-def class_entropy(samples: pd.DataFrame) -> float:
-    """What predicting the classes' shares of the training set would cost, in nats."""
-    shares = samples[samples["split"] == "train"]["label"].value_counts(normalize=True)
-    return -math.fsum(share * math.log(share) for share in shares)
+# ---- the best trials --------------------------------------------------------------------------------------------
 
 
 def best(trials: pd.DataFrame, metric: str = "val_loss", count: int = 1) -> pd.DataFrame:
-    """The best searched trials of each run by `metric` at their best epochs, best first; those with finite losses.
+    """Return the rows of the best `count` trials of the search (of each `run`, if there is such a column), best first.
 
-    Returns:
-        At most `count` rows of `trials` for each value of its column `run`, or in all where it has none.
+    Trials are compared at their best epoch; those without a finite loss are left out.
     """
     finite = searched(trials[trials["val_loss"].notna() & trials[metric].notna()])
-    losses = finite[metric].map(lambda value: loss_like(metric, value))
+    losses: pd.Series = loss_like(metric, finite[metric])
     ranked = finite.loc[losses.sort_values(kind="stable").index]
     return ranked.groupby("run", sort=False).head(count) if "run" in ranked else ranked.head(count)
 
 
 def top(trials: pd.DataFrame, metric: str) -> pd.Series | None:
-    """The row of the best of all searched trials; null where none has a finite loss."""
+    """Return the row of the best trial of the search, or None if no trial has a finite loss."""
     ranked = best(trials, metric)
     return None if ranked.empty else ranked.iloc[0]
 
 
-def compare(trials: pd.DataFrame, metric: str = "val_loss") -> pd.DataFrame:
-    """What each run spent and found, without probes and finalists' runs.
+def pareto(trials: pd.DataFrame, cost: str = "seconds", metric: str = "val_loss") -> pd.DataFrame:
+    """Return the rows of the Pareto front: trials that no other beats in both `cost` and `metric`, cheapest first.
 
     Args:
-        trials: of `load_trials`.
-        metric: what is best by.
+        trials: the table of trials.
+        cost: a column of which less is better: seconds, trained_parameters, parameters, latency_ms, ...
+        metric: the metric to compare by.
+    """
+    rows = searched(trials[trials["val_loss"].notna() & trials[metric].notna() & trials[cost].notna()])
+    order = rows[[cost]].assign(loss=loss_like(metric, rows[metric])).sort_values([cost, "loss"], kind="stable")
+    front = order["loss"] < order["loss"].cummin().shift(fill_value=math.inf)
+    return rows.loc[order.index[front]]
+
+
+def best_so_far(trials: pd.DataFrame, epochs: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Return each epoch of the search that was better than all before it.
 
     Returns:
-        A row for each run: run, trials, early (of them stopped, converged or diverged), failed, epochs, seconds,
-        gpu_seconds (of training, summed over trials), and of the best trial trial_id, config_backbone, `metric`, gap.
+        Columns trial_id, epoch, wall_s, epochs and seconds (of all trials of the search until then), value.
     """
-    rows = searched(trials)
-    flags = rows.assign(trials=1, early=rows["status"].isin(EARLY), failed=rows["status"] == "failed")
-    sums = ["trials", "early", "failed", "epochs", "seconds", "gpu_seconds"]
-    spent = flags.groupby("run", sort=False, as_index=False)[sums].sum()
-    of_best = ["run", "trial_id", "config_backbone", *dict.fromkeys((metric, "gap"))]
-    return spent.merge(best(rows, metric)[of_best], how="left", on="run")
+    rows = epochs[epochs["trial_id"].isin(searched(trials)["trial_id"])].sort_values("seq")
+    rows = rows.assign(epochs=range(1, len(rows) + 1), seconds=rows["seconds"].cumsum(), value=rows[metric])
+    rows = rows[rows["value"].notna() & rows["val_loss"].notna()]
+    losses: pd.Series = loss_like(metric, rows["value"])
+    better = losses < losses.cummin().shift(fill_value=math.inf)
+    return rows.loc[better, ["trial_id", "epoch", "wall_s", "epochs", "seconds", "value"]].reset_index(drop=True)
 
 
-def differences(plans: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """Settings, and parameters of the space, that are not the same in all runs.
-
-    Args:
-        plans: of `load_plan`, by the run's name.
-
-    Returns:
-        Columns part (settings or space), key, then one for each run, in words; a dash where a run has none.
-    """
-    parts = {
-        "settings": {run: plan["settings"] for run, plan in plans.items()},
-        "space": {run: _space(plan["space"]) for run, plan in plans.items()},
-    }
-    rows = []
-    for part, values in parts.items():
-        for key in dict.fromkeys(key for one in values.values() for key in one):
-            said = {run: str(one.get(key, "-")) for run, one in values.items()}
-            if len(set(said.values())) > 1 and key not in ("name", "storage"):
-                rows.append({"part": part, "key": key, **said})
-    return pd.DataFrame(rows, columns=["part", "key", *plans])
-
-
-def _space(space: Mapping[str, Any]) -> dict[str, str]:
-    """What is declared of each parameter, in a few words."""
-    parameters = {key: described(value) for key, value in space.get("parameters", {}).items()}
-    fixed = {key: f"fixed at {value}" for key, value in space.get("fixed", {}).items()}
-    return parameters | fixed | {"start points": str(len(space.get("start", [])))}
-
-
-def described(spec: Mapping[str, Any]) -> str:
-    """A parameter's values, in words."""
-    if spec["type"] == "categorical":
-        words = ", ".join(map(str, spec["choices"]))
-    else:
-        words = f"{spec['low']:g} to {spec['high']:g}" + (", log" if spec.get("log") else "")
-        words += f", step {spec['step']:g}" if spec.get("step") else ""
-    return words + (f" (when {spec['when']})" if "when" in spec else "")
-
-
-@dataclass(frozen=True)
-class Guessing:
-    """The trial of the least validation loss beside predicting the class frequencies for every image."""
-
-    trial_id: str
-    val_loss: float
-    frequencies: float  # loss of validation's own class frequencies: no other constant prediction has a lower one
-    least_gain: float  # what it is better by at least, luck allowed for
-    looks: int  # epochs that the trial was picked from
-
-    @property
-    def better(self) -> bool:
-        """Whether there is more than luck in it."""
-        return self.least_gain > 0
-
-
-def guessing(trials: pd.DataFrame, predictions: Predictions) -> Guessing | None:
-    """Whether anything is better than the class frequencies; null where that can't be judged.
-
-    The gain of the best trial over the frequencies, image by image, has an interval by class and group; since it is the
-    best of so many epochs of all trials, the chance of error is divided by their number (Bonferroni). Classes of which
-    validation has but one group can't be judged: the interval is that of telling the others apart.
-
-    Args:
-        trials: the table.
-        predictions: of these trials.
-    """
-    if not predictions.trial_ids:
-        return None
-    targets, groups, probabilities = predictions.targets, predictions.groups, predictions.probabilities[0]
-    looks = int(trials["epochs"].sum())
-    judged = [index for index in np.unique(targets) if len(np.unique(groups[targets == index])) > 1]
-    if len(judged) < 2:
-        return None
-    inside = np.isin(targets, judged)
-    _, gains = _against_frequencies(probabilities[inside][:, judged], np.searchsorted(judged, targets[inside]))
-    _, least, _ = mean_interval(gains, groups[inside], LUCK / looks, targets[inside])
-    losses, gains = _against_frequencies(probabilities, targets)
-    return Guessing(predictions.trial_ids[0], float(losses.mean()), float((losses + gains).mean()), least, looks)
-
-
-def _against_frequencies(
-    probabilities: NDArray[np.float64], targets: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Each image's loss, and what the targets' own frequencies lose more than that.
-
-    Args:
-        probabilities: [n, classes] of these classes or more; they are made to add up to 1.
-        targets: class indices [n].
-    """
-    losses = -logarithms(probabilities[np.arange(len(targets)), targets] / probabilities.sum(axis=1))
-    shares = np.bincount(targets) / len(targets)
-    return losses, -np.log(shares[targets]) - losses
+# ---- parameters -------------------------------------------------------------------------------------------------
 
 
 def importance(trials: pd.DataFrame, space: Space, metric: str = "val_loss") -> pd.DataFrame:
-    """How much more often values of a parameter are among the best tenth of trials than among all: PED-ANOVA.
+    """Compute parameter importance by PED-ANOVA: how the best 10% of trials differ from all trials in each parameter.
 
     Watanabe et al. 2023, https://arxiv.org/abs/2304.10255. Diverged trials count as the worst.
 
     Args:
-        trials: of one run, or of several that searched the same space.
-        space: of `load_space`.
-        metric: what is best by.
+        trials: trials of one run, or of several that searched the same space.
+        space: the search space, from `load_space`.
+        metric: the metric to compare by.
 
     Returns:
-        Columns parameter, importance (shares of 1), the greatest first; empty with fewer than 10 trials that ended.
+        Columns parameter, importance (shares that add up to 1), the largest first; empty if fewer than 10 trials ended.
     """
     import optuna  # takes half a second, which opening a table should not
 
@@ -249,41 +154,200 @@ def importance(trials: pd.DataFrame, space: Space, metric: str = "val_loss") -> 
     return pd.DataFrame(sorted(shares.items(), key=lambda item: -item[1]), columns=["parameter", "importance"])
 
 
-def pareto(trials: pd.DataFrame, cost: str = "seconds", metric: str = "val_loss") -> pd.DataFrame:
-    """The searched trials that none beats in both cost and metric, cheapest first.
-
-    Args:
-        trials: the table, or of `load_trials`.
-        cost: any column of which less is better: seconds, trained_parameters, parameters, latency_ms, ...
-        metric: what is best by.
-
-    Returns:
-        Rows of `trials`.
-    """
-    rows = searched(trials[trials["val_loss"].notna() & trials[metric].notna() & trials[cost].notna()])
-    losses = rows[metric].map(lambda value: loss_like(metric, value)).rename("loss")
-    order = pd.concat([rows[cost], losses], axis=1).sort_values([cost, "loss"], kind="stable")
-    front = order["loss"] < order["loss"].cummin().shift(fill_value=math.inf)
-    return rows.loc[order.index[front]]
-
-
 def by_depth(trials: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The best trial of each backbone and depth: columns backbone, depth, trials, trial_id, value (null where none)."""
+    """Return the best trial of each backbone and depth: columns backbone, depth, trials, trial_id, value."""
     rows = []
     for (backbone, depth), group in searched(trials).groupby(["config_backbone", "config_unfreeze_depth"]):
         first = top(group, metric)
-        found = (
-            {"trial_id": None, "value": None}
-            if first is None
-            else {"trial_id": first["trial_id"], "value": first[metric]}
-        )
-        rows.append({"backbone": backbone, "depth": depth, "trials": len(group), **found})
+        trial_id, value = (None, None) if first is None else (first["trial_id"], first[metric])
+        rows.append((backbone, depth, len(group), trial_id, value))
     return pd.DataFrame(rows, columns=["backbone", "depth", "trials", "trial_id", "value"])
 
 
+# ---- overfitting ------------------------------------------------------------------------------------------------
+
+
+def overfitting(trials: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Return the overfitting gap of the best trial of each backbone and unfrozen part (head, part, all).
+
+    Returns:
+        Columns backbone, unfrozen, trials, trial_id, train_eval_loss, val_loss, gap; null if no loss was finite.
+    """
+    rows = []
+    for (backbone, part), group in trials.groupby(["config_backbone", trials["config_unfreeze_depth"].map(unfrozen)]):
+        first = top(group, metric)
+        names = ("trial_id", "train_eval_loss", "val_loss", "gap")
+        values = {name: None if first is None else first[name] for name in names}
+        rows.append({"backbone": backbone, "unfrozen": part, "trials": len(group), **values})
+    rows.sort(key=lambda row: (row["backbone"], UNFROZEN.index(row["unfrozen"])))
+    return pd.DataFrame(rows)
+
+
+def gaps(trials: pd.DataFrame) -> pd.DataFrame:
+    """Return the median overfitting gap at the best epoch, by unfrozen part and augmentation.
+
+    Trials of a single epoch are left out: they had no time to overfit.
+
+    Returns:
+        Columns unfrozen, augmentation, trials, gap, val_loss (medians).
+    """
+    frame = _with_part(trials[(trials["epochs"] > 1) & trials["gap"].notna()])
+    frame = frame.assign(augmentation=pd.Categorical(frame["config_augmentation"], AUGMENTATIONS))
+    groups = frame.groupby(["unfrozen", "augmentation"], observed=True)
+    return groups.agg(trials=("gap", "size"), gap=("gap", "median"), val_loss=("val_loss", "median")).reset_index()
+
+
+def best_and_last(trials: pd.DataFrame, epochs: pd.DataFrame) -> pd.DataFrame:
+    """Return how much worse the last epoch is than the best, by unfrozen part.
+
+    Trials of a single epoch, and trials whose last loss is not finite, are left out.
+
+    Returns:
+        Columns unfrozen, trials, earlier (trials whose best epoch was not the last), best, last, rise: medians of
+        val_loss at the best epoch, at the last, and of their difference.
+    """
+    last = epochs.loc[epochs.groupby("trial_id")["epoch"].idxmax(), ["trial_id", "val_loss"]]
+    frame = trials[trials["epochs"] > 1].merge(last.rename(columns={"val_loss": "last"}), on="trial_id")
+    frame = _with_part(frame[frame["last"].notna() & frame["val_loss"].notna()])
+    frame = frame.assign(earlier=frame["best_epoch"] < frame["epochs"], rise=frame["last"] - frame["val_loss"])
+    named = {"trials": ("rise", "size"), "earlier": ("earlier", "sum"), "best": ("val_loss", "median")}
+    named |= {"last": ("last", "median"), "rise": ("rise", "median")}
+    return frame.groupby("unfrozen", observed=True).agg(**named).reset_index()
+
+
+def _with_part(trials: pd.DataFrame) -> pd.DataFrame:
+    return trials.assign(unfrozen=pd.Categorical(trials["config_unfreeze_depth"].map(unfrozen), UNFROZEN))
+
+
+# ---- time and failures ------------------------------------------------------------------------------------------
+
+
+def ends(trials: pd.DataFrame) -> pd.DataFrame:
+    """Count the trials of the search by how and after how many epochs they ended: columns status, epochs, trials."""
+    return searched(trials).groupby(["status", "epochs"]).size().rename("trials").reset_index()
+
+
+def savings(trials: pd.DataFrame, epochs: int) -> pd.DataFrame:
+    """Return what early stopping saved, by status.
+
+    Args:
+        trials: the table of trials.
+        epochs: planned epochs of a trial.
+
+    Returns:
+        Columns status, trials, epochs (run), epochs_saved, seconds_saved (at the trial's own seconds per epoch).
+        Trials that failed, or can be resumed, save nothing.
+    """
+    left = (epochs - trials["epochs"]).where(trials["status"].isin(EARLY), 0)
+    seconds = (left * trials["seconds"] / trials["epochs"].clip(lower=1)).fillna(0.0)
+    frame = trials.assign(trials=1, epochs_saved=left, seconds_saved=seconds)
+    return frame.groupby("status", as_index=False)[["trials", "epochs", "epochs_saved", "seconds_saved"]].sum()
+
+
+def backbone_cost(trials: pd.DataFrame) -> pd.DataFrame:
+    """Sum what each backbone took, the most expensive first: columns backbone, trials, epochs, seconds."""
+    frame = trials.rename(columns={"config_backbone": "backbone"}).assign(trials=1)
+    sums = frame.groupby("backbone", as_index=False)[["trials", "epochs", "seconds"]].sum()
+    return sums.sort_values("seconds", ascending=False, ignore_index=True)
+
+
+def time_spent(epochs: pd.DataFrame) -> dict[str, float]:
+    """Sum the seconds of all epochs by what they were spent on: data, prefix (frozen layers), train, evaluate."""
+    return {part: float(epochs[f"{part}_seconds"].sum()) for part in ("data", "prefix", "train", "evaluate")}
+
+
+def utilisation(epochs: pd.DataFrame, slots: int, since: float = 0.0) -> float | None:
+    """Return the share of the slots' time that epochs took, from the first epoch to the start of the last trial.
+
+    Later, slots are idle because no trials are left to start.
+
+    Args:
+        epochs: the table of epochs.
+        slots: concurrent trials.
+        since: active seconds at the last start of the search: an earlier one may have had another number of slots.
+
+    Returns:
+        The share, or None if no trial started after the first epoch ended.
+    """
+    mine = epochs[epochs["wall_s"] - epochs["seconds"] >= since]
+    if mine.empty:
+        return None
+    begins = mine["wall_s"] - mine["seconds"]
+    start, end = begins.min(), begins.groupby(mine["trial_id"]).min().max()
+    inside = (mine["wall_s"].clip(upper=end) - begins).clip(lower=0)
+    # If all slots started at once and no trial followed, `end` lies just after `start`.
+    return float(inside.sum() / (slots * (end - start))) if mine["wall_s"].min() <= end else None
+
+
 def errors(trials: pd.DataFrame) -> pd.DataFrame:
-    """Failures by the last line of their error: columns error, trials, example (a trial's id); most frequent first."""
+    """Count failed trials by the last line of their error: columns error, trials, example (a trial_id)."""
     failed = trials[trials["error"].notna()]
     last = failed["error"].str.strip().str.split("\n").str[-1].rename("error")
     found = failed.groupby(last)["trial_id"].agg(trials="size", example="first").reset_index()
     return found.sort_values("trials", ascending=False, kind="stable", ignore_index=True)
+
+
+def class_entropy(samples: pd.DataFrame) -> float:
+    """Return the loss of always predicting the class frequencies of the training set, in nats."""
+    shares = samples[samples["split"] == "train"]["label"].value_counts(normalize=True)
+    return -math.fsum(share * math.log(share) for share in shares)
+
+
+# ---- several runs -----------------------------------------------------------------------------------------------
+
+
+def compare(trials: pd.DataFrame, metric: str = "val_loss") -> pd.DataFrame:
+    """Return what each run spent and found, without probes and finalist runs.
+
+    Args:
+        trials: the trials, from `load_trials`.
+        metric: the metric to compare by.
+
+    Returns:
+        A row for each run: run, trials, early (how many of them stopped, converged or diverged), failed, epochs,
+        seconds, gpu_seconds (summed over trials), and of the best trial trial_id, config_backbone, `metric`, gap.
+    """
+    rows = searched(trials)
+    flags = rows.assign(trials=1, early=rows["status"].isin(EARLY), failed=rows["status"] == "failed")
+    sums = ["trials", "early", "failed", "epochs", "seconds", "gpu_seconds"]
+    totals = flags.groupby("run", sort=False, as_index=False)[sums].sum()
+    of_best = ["run", "trial_id", "config_backbone", *dict.fromkeys((metric, "gap"))]
+    return totals.merge(best(rows, metric)[of_best], how="left", on="run")
+
+
+def differences(plans: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """Return the settings and space parameters that are not the same in all runs.
+
+    Args:
+        plans: plans by the run's name, from `load_plan`.
+
+    Returns:
+        Columns part (settings or space), key, then one per run with the value as text; a dash if a run has none.
+    """
+    parts = {
+        "settings": {run: plan["settings"] for run, plan in plans.items()},
+        "space": {run: _space(plan["space"]) for run, plan in plans.items()},
+    }
+    rows = []
+    for part, values in parts.items():
+        for key in dict.fromkeys(key for one in values.values() for key in one):
+            texts = {run: str(one.get(key, "-")) for run, one in values.items()}
+            if len(set(texts.values())) > 1 and key not in ("name", "storage"):
+                rows.append({"part": part, "key": key, **texts})
+    return pd.DataFrame(rows, columns=["part", "key", *plans])
+
+
+def _space(space: Mapping[str, Any]) -> dict[str, str]:
+    parameters = {key: described(value) for key, value in space.get("parameters", {}).items()}
+    fixed = {key: f"fixed at {value}" for key, value in space.get("fixed", {}).items()}
+    return parameters | fixed | {"start points": str(len(space.get("start", [])))}
+
+
+def described(spec: Mapping[str, Any]) -> str:
+    """Describe the values of a parameter in words."""
+    if spec["type"] == "categorical":
+        words = ", ".join(map(str, spec["choices"]))
+    else:
+        words = f"{spec['low']:g} to {spec['high']:g}" + (", log" if spec.get("log") else "")
+        words += f", step {spec['step']:g}" if spec.get("step") else ""
+    return words + (f" (when {spec['when']})" if "when" in spec else "")

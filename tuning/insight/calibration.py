@@ -1,7 +1,4 @@
-"""Whether probabilities are what they say, and a temperature that makes them so.
-
-Guo et al. 2017 (https://arxiv.org/abs/1706.04599).
-"""
+"""Expected calibration error and temperature scaling (Guo et al. 2017, https://arxiv.org/abs/1706.04599)."""
 
 from typing import Any
 
@@ -10,13 +7,13 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax, softmax
 
 BINS = 15
-TEMPERATURES = (0.05, 20.0)  # the least and the most that is fitted
+TEMPERATURES = (0.05, 20.0)  # lowest and highest
 
 
 def calibration_error(probabilities: NDArray[np.float64], targets: NDArray[np.int64]) -> float:
-    """Expected calibration error of probabilities [n, classes]: 15 bins of equal width of the likeliest class's.
+    """Return the expected calibration error of probabilities [n, classes], in 15 bins of equal width.
 
-    How far confidence is from accuracy in a bin, averaged over images. Few images in a bin make it too large.
+    It is the difference of confidence and accuracy per bin, averaged over images. With few images it is biased upwards.
     """
     confidence = probabilities.max(axis=1)
     bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
@@ -25,10 +22,10 @@ def calibration_error(probabilities: NDArray[np.float64], targets: NDArray[np.in
 
 
 def fit_temperature(logits: NDArray[Any], targets: NDArray[np.int64]) -> float:
-    """The number within `TEMPERATURES` that logits [n, classes] are best divided by: that of the least cross-entropy.
+    """Return the temperature within `TEMPERATURES` that minimises the cross-entropy of logits [n, classes].
 
-    Logarithms of probabilities do as well. One image's worth of label smoothing, as Platt (1999) uses, keeps it from
-    running to an end of the range where the classes are told apart without a fault.
+    Logarithms of probabilities do as well. Label smoothing by about one image in total (Platt 1999) keeps the
+    temperature off the ends of the range if all images are classified correctly.
     """
     from scipy.optimize import minimize_scalar  # takes a fifth of a second to load
 
@@ -43,12 +40,12 @@ def fit_temperature(logits: NDArray[Any], targets: NDArray[np.int64]) -> float:
 
 
 def tempered(logits: NDArray[Any], temperature: float) -> NDArray[np.float64]:
-    """Probabilities [n, classes] of logits, or of logarithms of probabilities, at a temperature."""
+    """Return probabilities [n, classes] of logits, or of logarithms of probabilities, at a temperature."""
     probabilities: NDArray[np.float64] = softmax(logits.astype(np.float64) / temperature, axis=1)
     return probabilities
 
 
 def logarithms(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Natural logarithms; of 0 that of the smallest number there is."""
+    """Return natural logarithms, with 0 replaced by the smallest normal float."""
     logs: NDArray[np.float64] = np.log(np.maximum(probabilities, np.finfo(np.float64).tiny))
     return logs

@@ -1,4 +1,4 @@
-"""What an ensemble of a search's trials would give: greedy selection on validation probabilities.
+"""Ensembles of a search's trials, by greedy selection on validation probabilities.
 
 Caruana et al. 2004 (https://doi.org/10.1145/1015330.1015432).
 """
@@ -19,54 +19,53 @@ ROUNDS = 50  # of greedy selection
 
 @dataclass(frozen=True)
 class Offer:
-    """What an ensemble would give. Each image is judged by what was chosen on the half of validation it isn't in."""
+    """What an ensemble would gain. Losses on each half of the validation set are of what was selected on the other."""
 
-    shares: dict[str, float]  # of each member, chosen on all of validation; the largest first; they add up to 1
-    val_loss: float  # of ensembles
-    alone: float  # of single trials
+    shares: dict[str, float]  # of the members selected on the whole validation set, largest first; they add up to 1
+    val_loss: float  # of the ensemble
+    alone: float  # val_loss of the best single trial
     gain: float  # alone - val_loss
-    gain_95: tuple[float, float]  # interval of the gain, by group
+    gain_95: tuple[float, float]  # 95% confidence interval of the gain, by group
 
     @property
     def better(self) -> bool:
-        """Whether the ensemble is better than the best trial by more than chance."""
+        """Whether the ensemble is significantly better than the best trial."""
         return self.gain_95[0] > 0
 
 
 def offer(predictions: Predictions) -> Offer | None:
-    """What the ensemble of these trials would give; null where there is too little to choose from or to judge on.
+    """Return what the ensemble of these trials would gain; None if there are too few trials or groups to judge it.
 
-    The trials' best epochs were chosen on all of validation, which serves an ensemble and a single trial alike.
+    The trials' best epochs were selected on the whole validation set, which favours ensemble and single trial alike.
     """
     first = halves(predictions.targets, predictions.groups)
     if len(predictions.trial_ids) < 2 or first.all() or not first.any():
         return None
     true = predictions.true
-    together, alone = np.empty(len(first)), np.empty(len(first))
-    for chosen_on in (first, ~first):
-        shares = selected(true[:, chosen_on])
-        best = np.log(true[:, chosen_on]).mean(axis=1).argmax()
-        together[~chosen_on] = -np.log(shares @ true[:, ~chosen_on])
-        alone[~chosen_on] = -np.log(true[best, ~chosen_on])
-    gain, low, high = mean_interval(alone - together, predictions.groups)
-    members = named_shares(predictions)
-    return Offer(members, float(together.mean()), float(alone.mean()), gain, (low, high))
+    ensemble, alone = np.empty(len(first)), np.empty(len(first))
+    for half in (first, ~first):
+        best = np.log(true[:, half]).mean(axis=1).argmax()
+        ensemble[~half] = -np.log(selected(true[:, half]) @ true[:, ~half])
+        alone[~half] = -np.log(true[best, ~half])
+    gain, low, high = mean_interval(alone - ensemble, predictions.groups)
+    return Offer(named_shares(predictions), float(ensemble.mean()), float(alone.mean()), gain, (low, high))
 
 
 def named_shares(predictions: Predictions) -> dict[str, float]:
-    """The ensemble chosen on all of validation: each member's share, the largest first."""
+    """Return each member's share in the ensemble selected on the whole validation set, the largest first."""
     shares = selected(predictions.true)
     order = np.argsort(-shares, kind="stable")
     return {predictions.trial_ids[index]: float(shares[index]) for index in order if shares[index]}
 
 
 def selected(true: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Shares [trials] in an ensemble of the least cross-entropy, by greedy forward selection with replacement.
+    """Return shares [trials] in the ensemble of lowest cross-entropy, by greedy forward selection with replacement.
 
-    The trial that helps most is added, again and again; of all these ensembles the best is taken, and the smallest one.
+    Each round adds the trial that lowers the loss most. Of the ensembles of all rounds the best is returned, of equally
+    good ones the smallest.
 
     Args:
-        true: probability [trials, images] of the class that an image has.
+        true: probability [trials, images] of the true class of each image.
     """
     total, times = np.zeros(true.shape[1]), np.zeros(len(true))
     least, best = np.inf, times
@@ -81,9 +80,9 @@ def selected(true: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def halves(targets: NDArray[np.int64], groups: Sequence[int] | NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Whether each image [n] lies in the first of two halves with as many of each class; no group lies in both.
+    """Return whether each image [n] is in the first of two halves, stratified by class, with no group in both.
 
-    Groups go, in an order that is drawn by a hash, to the half that has fewer of their classes.
+    Each group, in the order of a hash, goes to the half that has fewer images of its classes.
     """
     units: dict[int, Counter[int]] = {}
     for group, target in zip(groups, targets, strict=True):

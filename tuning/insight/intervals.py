@@ -1,4 +1,4 @@
-"""What is measured of a test set, with intervals that take a patient's images for the one observation they are."""
+"""Test metrics with 95% confidence intervals; all images of a group, such as a patient, count as one observation."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from scipy.special import stdtrit
 from tuning.insight.calibration import calibration_error, logarithms
 
 DRAWS, SEED = 2000, 0  # of the bootstrap
-CHUNK = 100  # draws at once, so that memory stays small
-TAIL = 0.025  # beyond either end of a 95% interval
+CHUNK = 100  # draws at once, to bound memory
+TAIL = 0.025  # probability beyond each end of a 95% confidence interval
 
 
 def mean_interval(
@@ -19,16 +19,16 @@ def mean_interval(
     tail: float = TAIL,
     strata: NDArray[np.int64] | None = None,
 ) -> tuple[float, float, float]:
-    """The mean of values, and an interval beyond whose ends its expectation lies with probability `tail` each.
+    """Return the mean of values and the low and high end of its confidence interval.
 
-    Student's t with the sums of groups as observations (the cluster-robust standard error) and, of several strata, with
-    Welch's degrees of freedom; unbounded where a stratum has but one group.
+    Student's t with the cluster-robust standard error, groups being the clusters, and with Welch's degrees of freedom
+    for several strata. The interval is unbounded if a stratum has a single group.
 
     Args:
         values: [n].
         groups: [n], 0, 1, ...
-        tail: probability.
-        strata: [n], what is not left to chance, such as classes; they may differ in their means.
+        tail: probability beyond each end of the interval.
+        strata: [n], such as classes, if their sizes are fixed by design; their means may differ.
     """
     mean = float(values.mean())
     strata = np.zeros(len(values), np.int64) if strata is None else strata
@@ -55,30 +55,29 @@ def measure(
     groups: NDArray[np.int64],
     classes: tuple[str, ...],
 ) -> dict[str, Any]:
-    """What `metrics.json` says of the test set: each class against the rest, and `<name>_95` beside what has intervals.
+    """Compute the test metrics of `metrics.json`; `<name>_95` is the 95% confidence interval of `<name>`.
 
-    These are percentiles of 2,000 bootstrap draws of groups (Efron and Tibshirani 1993). Where a figure is 0 or 1 in
-    every draw they would be of no width; its other end is then that of the exact binomial interval (Clopper and Pearson
-    1934) for so many groups as the figure rests on.
+    Intervals are percentiles of 2,000 bootstrap samples of groups (Efron and Tibshirani 1993). If a metric is 0 or 1 in
+    every sample, the exact binomial interval (Clopper and Pearson 1934) for the number of its groups replaces them.
 
     Args:
         probabilities: [n, classes].
         targets: class indices [n].
         groups: [n], 0, 1, ...
-        classes: names.
+        classes: class names.
     """
     rows = np.arange(len(targets))
     found = _figures(np.ones((1, len(targets))), probabilities, targets)[0]
     low, high = _percentiles(probabilities, targets, groups)
-    rests_on = _rests_on(targets, groups, len(classes))
+    observations = _observations(targets, groups, len(classes))
 
     def figures(names: tuple[str, ...], first: int) -> dict[str, Any]:
-        said: dict[str, Any] = {}
+        result: dict[str, Any] = {}
         for place, name in enumerate(names, first):
             known = not np.isnan(found[place])
-            said[name] = float(found[place]) if known else None
-            said[f"{name}_95"] = _widened(low[place], high[place], rests_on[place]) if known else None
-        return said
+            result[name] = float(found[place]) if known else None
+            result[f"{name}_95"] = _widened(low[place], high[place], observations[place]) if known else None
+        return result
 
     k = len(classes)
     confusion = np.bincount(targets * k + probabilities.argmax(axis=1), minlength=k * k).reshape(k, k)
@@ -104,9 +103,9 @@ def measure(
 def _figures(
     weights: NDArray[np.float64], probabilities: NDArray[np.float64], targets: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Figures [draws, 3 + 3 * classes] of images that count as `weights` [draws, n] say; NaN where there is none.
+    """Return metrics [draws, 3 + 3 * classes] of images weighted by `weights` [draws, n]; NaN if undefined.
 
-    Accuracy, balanced accuracy and AUROC, then sensitivity, specificity and AUROC of each class.
+    Accuracy, balanced accuracy and AUROC, then sensitivity, specificity and AUROC of each class against the rest.
     """
     predicted = probabilities.argmax(axis=1)
     columns = []
@@ -118,14 +117,14 @@ def _figures(
             columns.append(_auroc(weights, positive, probabilities[:, index]))
         accuracy = weights @ (predicted == targets) / weights.sum(axis=1)
     each = np.stack(columns, axis=1)
-    balanced = np.nanmean(each[:, ::3], axis=1)  # over the classes that are there
+    balanced = np.nanmean(each[:, ::3], axis=1)  # of the classes in the test set
     return np.column_stack([accuracy, balanced, each[:, 2::3].mean(axis=1), each])
 
 
 def _auroc(
     weights: NDArray[np.float64], positive: NDArray[np.bool_], values: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """AUROC [draws] of images that count as `weights` [draws, n] say, ties counting half."""
+    """Return AUROC [draws] of images weighted by `weights` [draws, n]; ties count half."""
     order = np.argsort(values, kind="stable")
     starts = np.flatnonzero(np.diff(values[order], prepend=-np.inf))  # of equal values
     ordered = weights[:, order]
@@ -139,22 +138,22 @@ def _auroc(
 def _percentiles(
     probabilities: NDArray[np.float64], targets: NDArray[np.int64], groups: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The ends of the bootstrap's intervals, for each column of `_figures`."""
+    """Return the low and high ends of the bootstrap intervals, for each column of `_figures`."""
     rng = np.random.default_rng(SEED)
     count = int(groups.max()) + 1
-    drawn = []
+    draws = []
     for _ in range(0, DRAWS, CHUNK):
         chosen = rng.integers(count, size=(CHUNK, count)) + count * np.arange(CHUNK)[:, None]
         times = np.bincount(chosen.ravel(), minlength=CHUNK * count).reshape(CHUNK, count)
-        drawn.append(_figures(times[:, groups].astype(np.float64), probabilities, targets))
-    there = np.concatenate(drawn)
-    there[:, np.isnan(there).all(axis=0)] = 0.0  # a figure that there is none of; numpy would warn
-    low, high = np.nanquantile(there, (TAIL, 1 - TAIL), axis=0)
+        draws.append(_figures(times[:, groups].astype(np.float64), probabilities, targets))
+    values = np.concatenate(draws)
+    values[:, np.isnan(values).all(axis=0)] = 0.0  # undefined; numpy would warn
+    low, high = np.nanquantile(values, (TAIL, 1 - TAIL), axis=0)
     return low, high
 
 
-def _rests_on(targets: NDArray[np.int64], groups: NDArray[np.int64], classes: int) -> list[int]:
-    """How many groups each column of `_figures` rests on: of two kinds, of the rarer."""
+def _observations(targets: NDArray[np.int64], groups: NDArray[np.int64], classes: int) -> list[int]:
+    """Count the groups behind each column of `_figures`; for a metric of two kinds of images, of the rarer."""
     with_class = [len(np.unique(groups[targets == index])) for index in range(classes)]
     without = [len(np.unique(groups[targets != index])) for index in range(classes)]
     rarer = [min(pair) for pair in zip(with_class, without, strict=True)]
@@ -164,7 +163,7 @@ def _rests_on(targets: NDArray[np.int64], groups: NDArray[np.int64], classes: in
 
 
 def _widened(low: float, high: float, groups: int) -> list[float]:
-    """An interval of no width at 0 or 1, made that of Clopper and Pearson for `groups` observations that all agree."""
+    """Replace an interval of no width at 0 or 1 by that of Clopper and Pearson for `groups` equal observations."""
     beyond = 1 - TAIL ** (1 / groups)
     if low == high == 1.0:
         return [1 - beyond, 1.0]

@@ -1,73 +1,143 @@
-"""What trials' validation probabilities say, in words: of guessing, of calibration, and of an ensemble."""
+"""What trials' validation probabilities show, in sentences: class-frequency baseline, calibration, ensemble."""
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from tuning.insight.analysis import Guessing, guessing
-from tuning.insight.calibration import calibration_error
+from tuning.insight.calibration import calibration_error, logarithms
 from tuning.insight.ensemble import offer
+from tuning.insight.intervals import mean_interval
 from tuning.record.predictions import Predictions, read_predictions
 from tuning.search.checkpoints import kept
+from tuning.settings.words import count
+
+ALPHA = 0.05  # probability that trials that only guess are called better than the baseline
 
 
 class Remark(NamedTuple):
     """A sentence."""
 
     words: str
-    alarming: bool = False  # to be seen first
+    alarming: bool = False  # shown as a warning
 
 
 def remarks(folder: Path, trials: pd.DataFrame, samples: pd.DataFrame, chosen: str | None) -> list[Remark]:
-    """What there is to be said; nothing of what can't be judged.
+    """Return the remarks on a run, without those that its predictions don't allow.
 
     Args:
-        folder: of the run.
-        trials: the searched ones.
-        samples: the run's.
-        chosen: id of the trial whose calibration is told.
+        folder: the run's folder.
+        trials: trials of the search.
+        samples: the run's samples.
+        chosen: id of the trial whose calibration is reported.
     """
     predictions = read_predictions(folder, trials, samples)
-    guessed = guessing(trials, predictions)
-    found = [] if guessed is None else [_of_guessing(guessed)]
+    compared = with_baseline(trials, predictions)
+    found = [] if compared is None else [_on_baseline(compared)]
     if chosen is not None and chosen in predictions.trial_ids:
-        found.append(Remark(_of_calibration(predictions, chosen)))
-    worthless = guessed is not None and not guessed.better
-    words = _of_ensemble(predictions, kept(folder, trials), worthless=worthless)
-    return found + ([] if words is None else [Remark(words)])
+        found.append(_on_calibration(predictions, chosen))
+    worthless = compared is not None and not compared.better
+    return found + _on_ensemble(predictions, kept(folder, trials), worthless=worthless)
 
 
-def _of_guessing(found: Guessing) -> Remark:
-    least = f", by {found.least_gain:.4f} at least" if found.better else ""
-    losses = f"val_loss {found.val_loss:.4f} against {found.frequencies:.4f}"
+# ---- the baseline -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The trial with the lowest validation loss, and the baseline: the class frequencies predicted for every image."""
+
+    trial_id: str
+    val_loss: float
+    baseline: float  # loss of validation's own class frequencies, the lowest that a constant prediction can have
+    least_gain: float  # lower bound of the trial's gain at 95% confidence, corrected for selection bias
+    epochs: int  # that the trial's best epoch was selected from
+
+    @property
+    def better(self) -> bool:
+        """Whether the trial is significantly better than the baseline."""
+        return self.least_gain > 0
+
+
+def with_baseline(trials: pd.DataFrame, predictions: Predictions) -> Comparison | None:
+    """Compare the best trial with the class-frequency baseline; None if the validation set is too small for it.
+
+    The gain is measured image by image, with a confidence interval by class and group. The trial is the best of all
+    epochs of all trials, so the error probability is divided by their number (Bonferroni). Classes with a single group
+    in validation can't be judged: the interval is then that of telling the other classes apart.
+
+    Args:
+        trials: trials of the search.
+        predictions: of these trials.
+    """
+    if not predictions.trial_ids:
+        return None
+    targets, groups, probabilities = predictions.targets, predictions.groups, predictions.probabilities[0]
+    judged = [index for index in np.unique(targets) if len(np.unique(groups[targets == index])) > 1]
+    if len(judged) < 2:
+        return None
+    epochs = int(trials["epochs"].sum())
+    inside = np.isin(targets, judged)
+    _, gains = _losses_and_gains(probabilities[inside][:, judged], np.searchsorted(judged, targets[inside]))
+    _, least, _ = mean_interval(gains, groups[inside], ALPHA / epochs, targets[inside])
+    losses, gains = _losses_and_gains(probabilities, targets)
+    return Comparison(predictions.trial_ids[0], float(losses.mean()), float((losses + gains).mean()), least, epochs)
+
+
+def _losses_and_gains(
+    probabilities: NDArray[np.float64], targets: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return each image's loss, and by how much the loss of the targets' own frequencies is higher.
+
+    Args:
+        probabilities: [n, classes] of these classes alone; scaled to add up to 1.
+        targets: class indices [n].
+    """
+    losses = -logarithms(probabilities[np.arange(len(targets)), targets] / probabilities.sum(axis=1))
+    shares = np.bincount(targets) / len(targets)
+    return losses, -np.log(shares[targets]) - losses
+
+
+# ---- sentences --------------------------------------------------------------------------------------------------
+
+
+def _on_baseline(found: Comparison) -> Remark:
+    gain = f"a gain of at least {found.least_gain:.4f} with 95% confidence" if found.better else "no significant gain"
     return Remark(
-        f"The best of the search, {found.trial_id}, is {'' if found.better else 'no '}better than the class "
-        f"frequencies ({losses}){least}, the luck of picking from {found.looks} epochs allowed for.",
+        f"{found.trial_id}, the best trial of the search, is {'' if found.better else 'no '}better than always "
+        f"predicting the class frequencies: val_loss {found.val_loss:.4f} against {found.baseline:.4f}, {gain} "
+        f"after correction for selection bias (best of {count(found.epochs, 'epoch')}).",
         alarming=not found.better,
     )
 
 
-def _of_calibration(predictions: Predictions, trial_id: str) -> str:
+def _on_calibration(predictions: Predictions, trial_id: str) -> Remark:
     probabilities = predictions.of({trial_id}).probabilities[0]
-    right = (probabilities.argmax(axis=1) == predictions.targets).mean()
+    accuracy = (probabilities.argmax(axis=1) == predictions.targets).mean()
     error = calibration_error(probabilities, predictions.targets)
-    sure = probabilities.max(axis=1).mean()
-    return f"{trial_id} is {sure:.0%} sure and {right:.0%} right: expected calibration error {error:.3f}."
-
-
-def _of_ensemble(predictions: Predictions, there: Collection[str], *, worthless: bool) -> str | None:
-    """What an ensemble of the trials whose weights are there would give; null where that can't be judged."""
-    found, every = offer(predictions.of(there)), offer(predictions)
-    if found is None or every is None:
-        return None
-    low, high = found.gain_95
-    n_trials = len(predictions.trial_ids)
-    others = f" (of all {n_trials} trials {every.val_loss:.4f})" if len(there) < n_trials else ""
-    build = "; train_final.py --set ensemble=true builds it" if found.better and not worthless else ""
-    return (
-        f"An ensemble of the {len(there)} kept trials has val_loss {found.val_loss:.4f}{others}, the best of them "
-        f"alone {found.alone:.4f}, on the halves of validation that they weren't chosen on: a gain of {found.gain:.4f} "
-        f"(95% {low:.4f} to {high:.4f}){build}."
+    return Remark(
+        f"Calibration of {trial_id} on the validation set: mean confidence {probabilities.max(axis=1).mean():.0%}, "
+        f"accuracy {accuracy:.0%}, expected calibration error {error:.3f}."
     )
+
+
+def _on_ensemble(predictions: Predictions, saved: Collection[str], *, worthless: bool) -> list[Remark]:
+    """Say what an ensemble of the trials with saved weights would gain; nothing if that can't be judged."""
+    found, of_all = offer(predictions.of(saved)), offer(predictions)
+    if found is None or of_all is None:
+        return []
+    total = len(predictions.trial_ids)
+    others = f" ({of_all.val_loss:.4f} for all {total} trials)" if len(saved) < total else ""
+    build = " To build it: train_final.py --set ensemble=true." if found.better and not worthless else ""
+    return [
+        Remark(
+            f"An ensemble of the {len(saved)} trials with saved weights has val_loss {found.val_loss:.4f}{others}, the "
+            f"best single trial {found.alone:.4f}, each on the half of the validation set that it was not selected on: "
+            "a gain of {:.4f} (95% confidence interval {:.4f} to {:.4f}).".format(found.gain, *found.gain_95)
+            + build
+        )
+    ]

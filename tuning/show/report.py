@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tuning.insight import analysis, spending
+from tuning.insight import analysis
 from tuning.record import tables
 from tuning.record.journal import loss_like
 from tuning.settings.config import PARAMETERS
@@ -82,10 +82,10 @@ def report(run: Run) -> str:
         "varied": [f"config_{name}" for name in PARAMETERS if f"config_{name}" not in same(run)],
         "ids": list(shown["trial_id"]),
         "curves": _curves(analysis.searched(kept)),
-        "best": columns(spending.best_so_far(run.trials, run.epochs, run.metric)),
+        "best": columns(analysis.best_so_far(run.trials, run.epochs, run.metric)),
         "importance": columns(shares, 4),
         "depths": columns(analysis.by_depth(run.trials, run.metric), 4),
-        "ends": columns(spending.ends(run.trials)),
+        "ends": columns(analysis.ends(run.trials)),
         "fronts": {cost: list(front["trial_id"]) for cost, front in fronts.items()},
         "finalists": columns(compared),
         "chosen": verdict.trial_id,
@@ -154,7 +154,7 @@ def compare(runs: Sequence[Run]) -> str:
     warnings += [] if len(prints) == 1 else ["The runs have different images, so their losses can't be compared."]
     lines = [
         {"name": name, "metric": one.metric}
-        | columns(spending.best_so_far(one.trials, one.epochs, one.metric).drop(columns="trial_id"), 5)
+        | columns(analysis.best_so_far(one.trials, one.epochs, one.metric).drop(columns="trial_id"), 5)
         | {"end": _spent(one)}
         for name, one in zip(names, runs, strict=True)
     ]

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from tuning.insight import analysis, overfitting, spending
+from tuning.insight import analysis
 from tuning.insight import verdict as finalists
 from tuning.insight.remarks import remarks
 from tuning.record import tables
@@ -134,7 +134,7 @@ def _verdict(run: Run, verdict: finalists.Verdict) -> str:
     ]
     more = finalists.more_runs(run.trials, run.plan)
     if more is not None:
-        said.insert(0, note(f"{more.runs} more runs for the verdict: {more.command}"))
+        said.insert(0, note(f"{more[0]} more runs for the verdict: {more[1]}"))
     sentence = f'<p class="sentence">{text(sentence)}</p>'
     return f'<section id="verdict">{label}{sentence}{_facts(run)}{"".join(said)}</section>'
 
@@ -167,7 +167,7 @@ def _plain(value: Any) -> Any:
 
 def _facts(run: Run) -> str:
     trials, top = analysis.searched(run.trials), analysis.top(run.trials, run.metric)
-    saved = spending.saved(trials, run.settings["epochs"])
+    saved = analysis.savings(trials, run.settings["epochs"])
     wall = float(run.epochs["wall_s"].max()) if len(run.epochs) else 0.0
     facts = {
         f"best {run.metric} of the search": "-" if top is None else number(float(top[run.metric])),
@@ -235,19 +235,19 @@ def _gap(run: Run) -> str:
         "The generalisation gap",
         figure("gap", "validation loss against training loss"),
         note("Without augmentation, at the best epoch. Above the line a trial is worse on images it hasn't seen."),
-        table(_records(overfitting.overfitting(trials, run.metric)), heads),
+        table(_records(analysis.overfitting(trials, run.metric)), heads),
         note("The gap by augmentation, and how much the validation loss rose from a trial's best epoch to its last:"),
-        table(_records(overfitting.gaps(trials)), medians),
-        table(_records(overfitting.best_and_last(trials, run.epochs)), rises),
+        table(_records(analysis.gaps(trials)), medians),
+        table(_records(analysis.best_and_last(trials, run.epochs)), rises),
         note("Medians of the trials that ran two epochs or more."),
     )
 
 
 def _ended(run: Run) -> str:
     trials = analysis.searched(run.trials)
-    rows = spending.saved(trials, run.settings["epochs"])
+    rows = analysis.savings(trials, run.settings["epochs"])
     on_gpu = float(trials["gpu_seconds"].sum()) > 0
-    seconds = spending.saved(trials.assign(seconds=trials["gpu_seconds"]), run.settings["epochs"]) if on_gpu else rows
+    seconds = analysis.savings(trials.assign(seconds=trials["gpu_seconds"]), run.settings["epochs"]) if on_gpu else rows
     kept, kind = duration(float(seconds["seconds_saved"].sum())), "GPU time" if on_gpu else "training"
     heads = {"status": "ended", "trials": "trials", "epochs": "epochs", "epochs_saved": "epochs saved"}
     words = f"Ending trials early saved {rows['epochs_saved'].sum():,.0f} epochs, about {kept} of {kind}."

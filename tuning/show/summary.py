@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from tuning.insight import analysis, overfitting, spending
+from tuning.insight import analysis
 from tuning.insight import verdict as finalists
 from tuning.insight.remarks import remarks
 from tuning.record import tables
@@ -49,7 +49,7 @@ def summarize(
     epochs = tables.read_table(folder / "epochs.parquet")
     _tell_trials(trials, plan.metric)
     _tell_overfitting(trials, epochs, plan.metric)
-    _tell_cost(trials, epochs, spending.cost(everything), plan.epochs)
+    _tell_cost(trials, epochs, analysis.backbone_cost(everything), plan.epochs)
     _tell_slots(epochs, slots, since)
     if verdict.trial_id is None:
         advice = " Try lower learning rates." if (trials["status"] == "diverged").any() else ""
@@ -64,7 +64,7 @@ def summarize(
     console.print("\nNext:")
     more = finalists.more_runs(everything, plan)
     if more is not None:
-        console.print(f"  {more.command}        # {more.runs} more runs for the verdict", markup=False)
+        console.print(f"  {more[1]}        # {more[0]} more runs for the verdict", markup=False)
     quoted = shlex.quote(place)
     console.print(
         f"  python tuning/train_final.py {quoted}        # train it again, test it, write its model/", markup=False
@@ -95,7 +95,7 @@ def _tell_overfitting(trials: pd.DataFrame, epochs: pd.DataFrame, metric: str) -
     width = trials["config_backbone"].str.len().max()
     header = f"{'backbone':<{width}} unfrozen  trials  best      train loss  val loss      gap"
     console.print(header, style="dim")
-    for row in overfitting.overfitting(trials, metric).to_dict("records"):
+    for row in analysis.overfitting(trials, metric).to_dict("records"):
         numbers = [number(row[name]) for name in ("train_eval_loss", "val_loss", "gap")]
         name = "-" if pd.isna(row["trial_id"]) else row["trial_id"]
         console.print(
@@ -103,7 +103,7 @@ def _tell_overfitting(trials: pd.DataFrame, epochs: pd.DataFrame, metric: str) -
             f"{numbers[0]:>10}  {numbers[1]:>8}  {numbers[2]:>7}",
             markup=False,
         )
-    gaps = overfitting.gaps(trials)
+    gaps = analysis.gaps(trials)
     if gaps.empty:
         return
     console.print("\n[bold]The gap by augmentation[/bold]: median, of so many trials that ran two epochs or more")
@@ -112,7 +112,7 @@ def _tell_overfitting(trials: pd.DataFrame, epochs: pd.DataFrame, metric: str) -
     cells = {(row.unfrozen, row.augmentation): f"{row.gap:.4f} ({row.trials})" for row in gaps.itertuples()}
     for part in gaps["unfrozen"].unique():
         console.print(f"{part:<8}  " + "  ".join(f"{cells.get((part, name), '-'):>11}" for name in columns))
-    rises = overfitting.best_and_last(trials, epochs)
+    rises = analysis.best_and_last(trials, epochs)
     said = ", ".join(f"{row.unfrozen} {row.rise:+.4f}" for row in rises.itertuples())
     if said:
         console.print(f"val_loss from a trial's best epoch to its last, median: {said}.")
@@ -120,7 +120,7 @@ def _tell_overfitting(trials: pd.DataFrame, epochs: pd.DataFrame, metric: str) -
 
 def _tell_cost(trials: pd.DataFrame, epochs: pd.DataFrame, costs: pd.DataFrame, epochs_allowed: int) -> None:
     """What stopping saved, what each backbone cost, and where the time went."""
-    saved = spending.saved(trials, epochs_allowed)
+    saved = analysis.savings(trials, epochs_allowed)
     spent, spared = trials["seconds"].sum(), saved["seconds_saved"].sum()
     by_status = ", ".join(f"{row.trials} {row.status}" for row in saved.itertuples())
     console.print(f"\n{len(trials)} trials: {by_status}. {trials['epochs'].sum()} epochs, {spent:.0f} s of training.")
@@ -133,7 +133,7 @@ def _tell_cost(trials: pd.DataFrame, epochs: pd.DataFrame, costs: pd.DataFrame, 
     if epochs.empty:
         return
     names = {"data": "images", "prefix": "frozen layers", "train": "training", "evaluate": "evaluation"}
-    parts = spending.spent(epochs)
+    parts = analysis.time_spent(epochs)
     total = max(sum(parts.values()), 1e-9)
     shares = ", ".join(f"{names[part]} {value / total:.0%}" for part, value in parts.items())
     hits = int(epochs["cache_hits"].sum())
@@ -141,7 +141,7 @@ def _tell_cost(trials: pd.DataFrame, epochs: pd.DataFrame, costs: pd.DataFrame, 
 
 
 def _tell_slots(epochs: pd.DataFrame, slots: int | None, since: float) -> None:
-    busy = None if slots is None else spending.utilisation(epochs, slots, since)
+    busy = None if slots is None else analysis.utilisation(epochs, slots, since)
     if busy is not None:
         went_on = ", since the search went on" if (epochs["wall_s"] < since).any() else ""
         console.print(f"Slots were in use {busy:.0%} of the time until the last trial began{went_on}.")
