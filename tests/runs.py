@@ -1,4 +1,4 @@
-"""Run folders as a search leaves them, made in memory from events; their losses follow the configuration."""
+"""Run folders as a search leaves them, made in memory from events; the losses depend on the configuration."""
 
 import math
 from pathlib import Path
@@ -8,7 +8,7 @@ import pandas as pd
 import pyarrow as pa
 import yaml
 
-from tuning.record.journal import Record, best_epoch
+from tuning.record.journal import Journal, Record, best_epoch
 from tuning.record.tables import AUDIT, SAMPLES, make_tables, write_tables
 from tuning.settings.config import SearchPlan, TrialConfig
 from tuning.settings.space import Space, trial_values
@@ -25,10 +25,11 @@ SPACE = {
     "fixed": {"image_size": 224, "batch_size": 32},
     "start": [{"backbone": "resnet18", "unfreeze_depth": 0, "learning_rate": 1e-3, "augmentation": "none"}],
 }
+CONFIG = TrialConfig(backbone="test_resnet", epochs=3).model_dump()
 
 
 def given_by_ray(run, images, *, early_loss_epochs):
-    """What every trial of a run is given, on one thread."""
+    """Return what every trial of a run is given, on one thread."""
     return {
         "run": str(run),
         "images": {"32": str(images)},
@@ -53,7 +54,7 @@ def given_by_ray(run, images, *, early_loss_epochs):
 
 
 def few_trials() -> pd.DataFrame:
-    """Five trials as the table has them, with the columns that most functions read."""
+    """Return five rows of the table of trials, with the columns that most functions read."""
     return pd.DataFrame(
         [
             ("t0", "a", 0, 0.5, 0.4, "completed", 4, 8.0),
@@ -86,7 +87,7 @@ def make_run(
     early: float = 0.7,
     seed: int = 0,
 ) -> Path:
-    """A run's plan, samples and tables.
+    """Write a run's plan, samples and tables.
 
     `killed` leaves the last trials running and no finalists; `early` is the share of trials that end early.
     """
@@ -114,13 +115,13 @@ def make_record(
     early: float = 0.7,
     seed: int = 0,
 ) -> Record:
-    """Trials as a journal tells of them; the last `running` have not ended."""
+    """Return trials as a journal gives them; the last `running` have not ended."""
     record = Record()
     rng = np.random.default_rng(seed)
     events = _Events(record)
     parsed = parse(_space(backbones), "space")
     for number in range(trials):
-        params = parsed.start[0] if number == 0 else _draw(rng, backbones)
+        params = parsed.start[0] if number == 0 else _sampled(rng, backbones)
         runs = number >= trials - running
         _trial(events, rng, parsed, f"t{number:05d}", number, params, epochs, running=runs, reason=reason, early=early)
     if trials > 2 and finalists:
@@ -157,8 +158,22 @@ def _write_samples(folder: Path, classes: tuple[str, ...]) -> None:
     write_tables({"samples": pa.Table.from_pandas(frame, schema=SAMPLES, preserve_index=False)}, folder)
 
 
+def ask(journal: Journal, number: int = 0, trial_id: str = "t00000") -> None:
+    """Journal that a start point is asked for."""
+    journal.append("asked", trial_id=trial_id, number=number, origin="start", params={}, config=CONFIG)
+
+
+def epoch_fields(epoch: int, val_loss: float | None, **other: object) -> dict:
+    """Return the fields of an epoch's event; `other` ones replace them."""
+    values = dict.fromkeys(("train_loss", "train_eval_loss", "val_accuracy", "val_balanced_accuracy", "val_auroc"))
+    values |= {"epoch": epoch, "val_loss": val_loss, "learning_rate": 0.1, "seconds": 2.0, "data_seconds": 0.5}
+    values |= {"prefix_seconds": None, "train_seconds": 1.0, "evaluate_seconds": 0.5, "cache_hits": None, "images": 64}
+    values |= {"micro_batch": 32, "trained_parameters": 10, "peak_memory_mb": None, "unfreeze_depth": 0}
+    return values | {"ends": None, "reason": None} | other
+
+
 def make_audit(folder: Path, paths: tuple[str, str], rows: int = 1) -> None:
-    """Findings about two images."""
+    """Write a table of findings about two images."""
     found = {"finding": "duplicate_across_splits", "severity": "stop", "path_a": paths[0], "path_b": paths[1]}
     row = found | {"value": 0.5, "p_value": None, "detail": "the same pixels"}
     table = pa.Table.from_pylist([row] * rows, schema=AUDIT)
@@ -169,7 +184,7 @@ PARTS = ("data_seconds", "prefix_seconds", "train_seconds", "evaluate_seconds")
 
 
 class _Events:
-    """Hands events to a record, with their number and time."""
+    """Applies events to a record, with their number and time."""
 
     def __init__(self, record: Record):
         self._record, self._seq, self.wall_s = record, 0, 0.0
@@ -180,7 +195,7 @@ class _Events:
         self._record.apply(entry | fields)
 
 
-def _draw(rng: np.random.Generator, backbones: tuple[str, ...]) -> dict:
+def _sampled(rng: np.random.Generator, backbones: tuple[str, ...]) -> dict:
     params = {
         "backbone": str(rng.choice(backbones)),
         "unfreeze_depth": int(rng.integers(0, 6)),

@@ -1,4 +1,4 @@
-"""Files with flipped, lost and added bytes, or other values: what they held, or an `InputError` that names the file."""
+"""Files with flipped, lost and added bytes, or other values, are read as they were, or refused with an `InputError`."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ few = settings(max_examples=8)
 
 @st.composite
 def damaged(draw, content):
-    """The content after one to three accidents."""
+    """The content with one to three faults."""
     content = bytearray(content)
     for _ in range(draw(st.integers(1, 3))):
         place = draw(st.integers(0, max(len(content) - 1, 0)))
@@ -59,7 +59,7 @@ def damaged(draw, content):
 
 
 def places(document, path=()):
-    """Where every value of nested mappings and lists stands."""
+    """Yield the path of every value in nested mappings and lists."""
     for key, value in document.items() if isinstance(document, dict) else enumerate(document):
         yield (*path, key)
         if isinstance(value, dict | list):
@@ -68,7 +68,7 @@ def places(document, path=()):
 
 @st.composite
 def swapped(draw, document):
-    """The document with one of its values lost, or another instead."""
+    """The document with one of its values deleted or replaced."""
     document = json.loads(json.dumps(document))
     *above, last = draw(st.sampled_from(list(places(document))))
     part = document
@@ -81,8 +81,8 @@ def swapped(draw, document):
     return document
 
 
-def read_or_told(path, read):
-    """What `read` gives; null where it says what is wrong with the file."""
+def read_or_refused(path, read):
+    """Return what `read` does; None if it refuses the file by its name."""
     try:
         return read()
     except InputError as error:
@@ -120,7 +120,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def spoilt(run):
-    """A function that gives a file of the run other content; what it was is put back."""
+    """A function that replaces the content of a file of the run, and restores all others."""
     kept = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
 
     def spoil(name, content):
@@ -139,12 +139,12 @@ def test_tables(run, spoilt, name, data):
     spoilt("best.yaml", b"")
     whole = read_table(run / f"{name}.parquet")
     path = spoilt(f"{name}.parquet", data.draw(damaged((run / f"{name}.parquet").read_bytes())))
-    found = read_or_told(path, lambda: read_table(path))
+    found = read_or_refused(path, lambda: read_table(path))
     assert found is None or found.equals(whole)
 
 
 @pytest.mark.parametrize(("column", "lost"), [("best_epoch", False), ("best_epoch", True), ("seed", True)])
-def test_a_table_without_what_every_such_trial_has(run, spoilt, column, lost):
+def test_a_table_without_values_that_every_such_trial_has(run, spoilt, column, lost):
     spoilt("best.yaml", b"")  # the tables are whole again
     table = pq.read_table(run / "trials.parquet")
     place = table.schema.get_field_index(column)
@@ -158,7 +158,7 @@ def test_a_table_without_what_every_such_trial_has(run, spoilt, column, lost):
 
 
 @pytest.mark.parametrize("damage", [b"{", b"\xff"])
-def test_what_pandas_adds_to_a_table_has_no_say(run, spoilt, damage):
+def test_metadata_of_pandas_in_a_table_is_ignored(run, spoilt, damage):
     spoilt("best.yaml", b"")
     whole, table = read_table(run / "samples.parquet"), pq.read_table(run / "samples.parquet")
     content = pa.BufferOutputStream()
@@ -190,7 +190,7 @@ def test_tables_with_another_value_or_type_or_without_a_column(run, spoilt, name
     pq.write_table(table, path)
     content, _ = path.read_bytes(), path.write_bytes(kept)
     path = spoilt(path.name, content)
-    read_or_told(path, lambda: report.report(sections.read(run)))
+    read_or_refused(path, lambda: report.report(sections.read(run)))
 
 
 @few
@@ -200,8 +200,8 @@ def test_plans(run, spoilt, data):
     content = (run / "plan.yaml").read_bytes()
     odd = swapped(yaml.safe_load(content)).map(lambda document: yaml.safe_dump(document).encode())
     path = spoilt("plan.yaml", data.draw(damaged(content) | odd))
-    read_or_told(path, lambda: _resumed(Flags(name="run", storage=str(run.parent), resume=True)))
-    read_or_told(path, lambda: sections.read(run))
+    read_or_refused(path, lambda: _resumed(Flags(name="run", storage=str(run.parent), resume=True)))
+    read_or_refused(path, lambda: sections.read(run))
 
 
 @pytest.mark.slow
@@ -211,7 +211,7 @@ def test_reports_of_plans_with_another_value(run, spoilt, data):
     spoilt("best.yaml", b"")
     document = data.draw(swapped(yaml.safe_load((run / "plan.yaml").read_bytes())))
     path = spoilt("plan.yaml", yaml.safe_dump(document).encode())
-    read_or_told(path, lambda: report.report(sections.read(run)))
+    read_or_refused(path, lambda: report.report(sections.read(run)))
 
 
 @pytest.mark.slow
@@ -221,7 +221,7 @@ def test_reports_of_plans_without_a_setting(run, spoilt, setting):
     document = yaml.safe_load((run / "plan.yaml").read_bytes())
     del document["settings"][setting]
     path = spoilt("plan.yaml", yaml.safe_dump(document).encode())
-    read_or_told(path, lambda: report.report(sections.read(run)))
+    read_or_refused(path, lambda: report.report(sections.read(run)))
 
 
 @settings(max_examples=12)
@@ -231,7 +231,7 @@ def test_best_configurations(run, spoilt, data):
     content = (run / "best.yaml").read_bytes()
     odd = swapped(yaml.safe_load(content)).map(lambda document: yaml.safe_dump(document).encode())
     path = spoilt("best.yaml", data.draw(damaged(content) | odd))
-    read_or_told(path, lambda: _median_best_epoch(_read_best(path, FinalFlags(str(path)))))
+    read_or_refused(path, lambda: _median_best_epoch(_read_best(path, FinalFlags(str(path)))))
 
 
 @settings(max_examples=15)
@@ -241,9 +241,9 @@ def test_journals(run, spoilt, data):
     content = (run / "journal.jsonl").read_bytes()
     whole = read_journal(run / "journal.jsonl")
     path = spoilt("journal.jsonl", data.draw(damaged(content)))
-    found = read_or_told(path, lambda: (read_record(path), read_journal(path))[1])
-    assert found is None or found == whole[: len(found)]  # a torn last line is none
-    read_or_told(path, lambda: Journal(path).close())
+    found = read_or_refused(path, lambda: (read_record(path), read_journal(path))[1])
+    assert found is None or found == whole[: len(found)]  # a half-written last line is dropped
+    read_or_refused(path, lambda: Journal(path).close())
 
 
 @settings(max_examples=15)
@@ -252,7 +252,7 @@ def test_journals_without_checksums_that_hold_other_values(run, spoilt, data):
     spoilt("best.yaml", b"")
     events = data.draw(swapped(read_journal(run / "journal.jsonl")))
     path = spoilt("journal.jsonl", "".join(json.dumps(event) + "\n" for event in events).encode())
-    read_or_told(path, lambda: tables.make_tables(read_record(path), "val_loss"))
+    read_or_refused(path, lambda: tables.make_tables(read_record(path), "val_loss"))
 
 
 @few
@@ -277,7 +277,7 @@ def test_predictions(run, data):
 def test_spaces(tmp_path_factory, name, data):
     path = tmp_path_factory.getbasetemp() / "damaged.yaml"
     path.write_bytes(data.draw(damaged((SHIPPED / f"{name}.yaml").read_bytes())))
-    read_or_told(path, lambda: load(str(path)))
+    read_or_refused(path, lambda: load(str(path)))
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +301,7 @@ def pictures(tmp_path_factory):
 def test_manifests(pictures, kind, data):
     path = pictures / f"damaged.{kind}"
     path.write_bytes(data.draw(damaged((pictures / f"manifest.{kind}").read_bytes())))
-    found = read_or_told(path, lambda: load_samples(str(path)))
+    found = read_or_refused(path, lambda: load_samples(str(path)))
     assert found is None or set(found["split"]) <= {"train", "val", "test"}
 
 
@@ -322,7 +322,7 @@ def test_weights_of_a_model(model, data):
     tensors = load_model(model).network.state_dict()
     try:
         path.write_bytes(data.draw(damaged(whole)))
-        found = read_or_told(path, lambda: load_model(model))
+        found = read_or_refused(path, lambda: load_model(model))
         assert found is None or all((found.network.state_dict()[name] == tensors[name]).all() for name in tensors)
     finally:
         path.write_bytes(whole)
@@ -336,13 +336,13 @@ def test_configuration_of_a_model(model, data):
     odd = swapped(yaml.safe_load(whole) | data.draw(st.sampled_from(({}, {"ensemble": {"a": 0.5, "..": 0.5}}))))
     try:
         path.write_bytes(data.draw(damaged(whole) | odd.map(lambda document: yaml.safe_dump(document).encode())))
-        found = read_or_told(path, lambda: load_model(model))
+        found = read_or_refused(path, lambda: load_model(model))
         assert found is None or (len(set(found.classes)) == 2 and 0 < found.temperature < float("inf"))
     finally:
         path.write_bytes(whole)
 
 
-def test_a_backbone_that_is_none_is_told_with_its_file(model):
+def test_an_unknown_backbone_is_named_with_its_file(model):
     path = model / "config.yaml"
     whole = path.read_bytes()
     try:

@@ -54,7 +54,7 @@ def wait_for(condition, process, seconds=240):
 
 
 @pytest.mark.parametrize("bucket", ["s3"], indirect=True)
-def test_a_run_in_a_storage_killed_and_gone_on_with_elsewhere_equals_one_here(place, folder):
+def test_a_run_in_a_storage_killed_and_resumed_elsewhere_equals_one_here(place, folder):
     here, bucket = place
     common = ("--space", "space.yaml", "--set", *SETTINGS, "concurrent=1")
     finish(start(here, "run_search.py", *common, "--data", folder, "--name", "whole"), here)

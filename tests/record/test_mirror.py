@@ -43,7 +43,7 @@ def driver(folder, uri):
 
 
 def segments(uri):
-    """Which driver wrote each segment of the journal that is there whole, and where it begins."""
+    """Return which driver wrote each segment of the journal in the storage, and where it begins."""
     names = (Path(name).stem.split("-") for name in segments_among(storage.files_below(uri)))
     return [(int(driver), int(begin)) for driver, _, begin in names]
 
@@ -53,7 +53,7 @@ def contents(folder):
 
 
 def journal(folder, events, more=b""):
-    """Append events until there are so many; `more` is what a killed driver left."""
+    """Append events until there are `events`; `more` is what a killed driver left."""
     there = Journal(folder / "journal.jsonl")
     for _ in range(events - len(read_journal(folder / "journal.jsonl"))):
         there.append("priors", priors=[])
@@ -62,11 +62,11 @@ def journal(folder, events, more=b""):
         file.write(more)
 
 
-def test_what_is_sent_comes_back_the_same(run, bucket, tmp_path):
-    journal(run, 3, b'{"torn')
+def test_a_run_that_was_sent_is_fetched_unchanged(run, bucket, tmp_path):
+    journal(run, 3, b'{"half')
     here = driver(run, f"{bucket}/xray")
     here.push()
-    half = len((run / "journal.jsonl").read_bytes()) - len(b'{"torn')
+    half = len((run / "journal.jsonl").read_bytes()) - len(b'{"half')
     journal(run, 5)
     (run / "plan.yaml").write_text("plan, longer")
     here.push()
@@ -82,7 +82,7 @@ def test_what_is_sent_comes_back_the_same(run, bucket, tmp_path):
     assert [event["seq"] for event in read_journal(there / "journal.jsonl")] == [1, 2, 3, 4, 5]
 
 
-def test_what_goes_here_goes_there(run, bucket):
+def test_a_file_deleted_here_is_deleted_in_the_storage(run, bucket):
     here = Mirror(run, f"{bucket}/xray")
     here.push()
     (run / "checkpoints" / "t00000.state.safetensors").unlink()
@@ -93,7 +93,7 @@ def test_what_goes_here_goes_there(run, bucket):
 
 
 @pytest.mark.parametrize("bucket", ["file"], indirect=True)
-def test_what_other_nodes_have_put_there_comes_here_and_nothing_else(run, bucket):
+def test_files_of_other_nodes_are_fetched_and_no_others(run, bucket):
     here = Mirror(run, f"{bucket}/xray")
     here.push()
     (run / "plan.yaml").write_text("plan, newer")
@@ -106,14 +106,14 @@ def test_what_other_nodes_have_put_there_comes_here_and_nothing_else(run, bucket
 
 
 @pytest.mark.parametrize("bucket", ["file"], indirect=True)
-def test_of_two_journals_the_longer_goes_on_and_of_two_histories_the_one_in_the_storage(run, bucket, tmp_path):
+def test_the_longer_of_two_journals_is_kept_and_the_storages_if_they_differ(run, bucket, tmp_path):
     journal(run, 3)
     uri = f"{bucket}/xray"
     here = driver(run, uri)
     here.push()
     claim.release(uri, here.claim)
     journal(run, 5)  # killed before this was sent
-    (run / "checkpoints" / "t00001.state.safetensors").write_bytes(b"of a history that no one goes on with")
+    (run / "checkpoints" / "t00001.state.safetensors").write_bytes(b"of a history that is not continued")
     Mirror(run, uri).fetch()
     assert len(read_journal(run / "journal.jsonl")) == 5
     other = tmp_path / "there" / "xray"
@@ -127,7 +127,7 @@ def test_of_two_journals_the_longer_goes_on_and_of_two_histories_the_one_in_the_
 
 
 @pytest.mark.parametrize("bucket", ["file"], indirect=True)
-def test_a_state_comes_with_the_best_weights_it_belongs_to(run, bucket):
+def test_a_state_is_fetched_with_its_best_weights(run, bucket):
     names = ["checkpoints/t00000.best.safetensors", "checkpoints/t00000.state.safetensors"]
     for name in names:
         storage.write_bytes(f"{bucket}/xray/{name}", b"old, there")
@@ -140,7 +140,7 @@ def test_a_state_comes_with_the_best_weights_it_belongs_to(run, bucket):
     assert [(run / name).read_bytes() for name in names] == [b"old, there"] * 2
 
 
-def test_a_search_sends_as_it_goes_and_leaves_no_copy(bucket):
+def test_a_search_sends_while_it_runs_and_leaves_no_copy(bucket):
     folder = run_folder(bucket, "xray")
     with mirrored(folder, bucket) as kept:
         assert not folder.exists()
@@ -168,7 +168,7 @@ def test_a_run_here_has_no_mirror(tmp_path):
         assert kept is None
 
 
-def test_a_second_driver_is_kept_off_until_the_first_is_gone_by_the_storages_clock(bucket, monkeypatch):
+def test_a_second_driver_is_refused_until_the_first_has_died_by_the_storages_clock(bucket, monkeypatch):
     uri = f"{bucket}/xray"
     monkeypatch.setattr(claim.platform, "node", lambda: "elsewhere")
     first = claim.take(uri)
@@ -191,7 +191,7 @@ def test_a_second_driver_is_kept_off_until_the_first_is_gone_by_the_storages_clo
 
 
 @pytest.mark.parametrize("bucket", ["file"], indirect=True)
-def test_a_driver_that_was_killed_on_this_machine_is_gone_at_once(bucket):
+def test_a_driver_that_was_killed_on_this_machine_is_dead_at_once(bucket):
     code = f"from tuning.record import claim; print(claim.take('{bucket}/xray'))"
     killed = subprocess.run([sys.executable, "-c", code], check=True, text=True, stdout=subprocess.PIPE).stdout
     assert claim.take(f"{bucket}/xray") > killed
@@ -240,7 +240,7 @@ def test_a_journal_with_a_gap_is_refused(run, bucket):
 
 
 @pytest.mark.parametrize("bucket", ["file"], indirect=True)
-def test_segments_of_the_version_before_are_read_and_gone_on_with(run, bucket, tmp_path):
+def test_segments_of_an_older_version_are_read_and_continued(run, bucket, tmp_path):
     uri = f"{bucket}/xray"
     journal(run, 5)
     lines = (run / "journal.jsonl").read_bytes().splitlines(keepends=True)
@@ -248,13 +248,13 @@ def test_segments_of_the_version_before_are_read_and_gone_on_with(run, bucket, t
         storage.write_bytes(f"{uri}/journal/{number:08d}.jsonl", b"".join(lines[first : first + 2 - (first == 2)]))
     storage.write_bytes(f"{uri}/driver.json", b"{}")
     there = tmp_path / "there" / "xray"
-    gone_on = driver(there, uri)
-    gone_on.fetch()
+    resumed = driver(there, uri)
+    resumed.fetch()
     assert contents(there) == {"journal.jsonl": b"".join(lines)}
     journal(there, 6)
-    gone_on.push()
-    claim.release(uri, gone_on.claim)
-    claim.check_mine(uri, gone_on.claim)  # they are no later driver's
+    resumed.push()
+    claim.release(uri, resumed.claim)
+    claim.check_mine(uri, resumed.claim)  # they are no later driver's
     third = tmp_path / "anywhere" / "xray"
     Mirror(third, uri).fetch()
     assert contents(third) == contents(there)
@@ -279,7 +279,7 @@ def test_a_name_that_leads_out_of_the_run_is_refused(run, tmp_path):
 
 
 @pytest.mark.parametrize("bucket", ["file"], indirect=True)
-def test_a_copy_that_lies_on_nfs_is_told_to_be_in_use_or_not(run, bucket, monkeypatch):
+def test_a_copy_on_nfs_can_be_locked(run, bucket, monkeypatch):
     """There flock is a lock of bytes, and an exclusive one needs a file that is open for writing (flock(2))."""
     flock = fcntl.flock
 
@@ -298,7 +298,7 @@ def test_a_copy_that_lies_on_nfs_is_told_to_be_in_use_or_not(run, bucket, monkey
 
 
 @pytest.mark.parametrize("bucket", ["file"], indirect=True)
-def test_what_asks_a_storage_for_its_time_leaves_nothing_after_the_next_release(bucket, monkeypatch):
+def test_reading_a_storages_clock_leaves_nothing_after_the_next_release(bucket, monkeypatch):
     uri = f"{bucket}/xray"
     name = claim.take(uri)
     storage.write_bytes(f"{uri}/drivers/now-of-a-driver-that-was-killed", b"now")
@@ -316,21 +316,21 @@ def test_what_asks_a_storage_for_its_time_leaves_nothing_after_the_next_release(
     assert not storage.files_below(uri)
 
 
-def test_after_a_resume_what_other_nodes_have_made_anew_comes_here(run, bucket, tmp_path):
+def test_after_a_resume_new_files_of_other_nodes_are_fetched(run, bucket, tmp_path):
     uri, name = f"{bucket}/xray", "checkpoints/t00000.state.safetensors"
     Mirror(run, uri).push()
     there = tmp_path / "there" / "xray"
-    gone_on = Mirror(there, uri)
-    gone_on.fetch()
-    gone_on.push()
+    resumed = Mirror(there, uri)
+    resumed.fetch()
+    resumed.push()
     storage.write_bytes(f"{uri}/predictions/t00000.parquet", b"another")
-    time.sleep(1.1 if bucket.startswith("s3") else 0.05)  # seconds are what S3 tells
+    time.sleep(1.1 if bucket.startswith("s3") else 0.05)  # S3's times are whole seconds
     storage.write_bytes(f"{uri}/{name}", b"WEIGHTS")
-    gone_on.fetch_others()
+    resumed.fetch_others()
     assert (there / name).read_bytes() == b"WEIGHTS"
     assert (there / "predictions" / "t00000.parquet").read_bytes() == b"another"
     (there / name).write_bytes(b"of this node")
-    gone_on.fetch_others()
+    resumed.fetch_others()
     assert (there / name).read_bytes() == b"of this node"
 
 
@@ -348,7 +348,7 @@ def test_a_storage_that_fails_for_a_while_gets_everything_later(run, bucket, cap
 
 
 @pytest.mark.parametrize("bucket", ["file"], indirect=True)
-def test_what_could_not_be_sent_stays_here(run, bucket, monkeypatch, capsys):
+def test_a_copy_that_could_not_be_sent_is_kept(run, bucket, monkeypatch, capsys):
     monkeypatch.setattr(transfer, "PATIENCE_SECONDS", 0.1)
     place = removable(bucket)
     with mirrored(run, bucket):

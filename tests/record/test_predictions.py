@@ -27,7 +27,7 @@ def write(run, samples, trial_id, probabilities, **named):
     write_predictions(predictions_file(run, trial_id), validation, CLASSES, np.array(probabilities), **named)
 
 
-def test_what_is_written_comes_back_the_best_first(tmp_path, samples):
+def test_predictions_are_read_back_the_best_first(tmp_path, samples):
     poor, good = [[0.5, 0.5], [0.4, 0.6], [1.0, 0.0]], [[0.1, 0.9], [0.8, 0.2], [1e-200, 1.0]]
     write(tmp_path, samples, "t0", poor, epoch=3, val_loss=0.7)
     write(tmp_path, samples, "t1", good, epoch=1, val_loss=0.1 + 0.2)
@@ -45,17 +45,17 @@ def test_probability_columns_are_named_and_the_epoch_is_in_the_metadata(tmp_path
     table = pq.read_table(tmp_path / "predictions" / "t0.parquet")
     assert table.column_names == ["path", "label", "probability_a", "probability_b"]
     assert table["label"].to_pylist() == ["b", "a", "a"]
-    said = {"schema_version": str(SCHEMA_VERSION), "best_epoch": "3", "val_loss": "0.7"}
-    assert {key.decode(): value.decode() for key, value in table.schema.metadata.items()} == said
+    facts = {"schema_version": str(SCHEMA_VERSION), "best_epoch": "3", "val_loss": "0.7"}
+    assert {key.decode(): value.decode() for key, value in table.schema.metadata.items()} == facts
 
 
-def test_what_does_not_fit_the_tables_is_left_out(tmp_path, samples):
+def test_files_that_do_not_fit_the_tables_are_left_out(tmp_path, samples):
     for name in ("stale", "again", "moved", "good"):
         write(tmp_path, samples, name, [[0.5, 0.5]] * 3, epoch=2, val_loss=0.7)
     write(tmp_path, samples.replace("4.png", "5.png"), "moved", [[0.5, 0.5]] * 3, epoch=2, val_loss=0.7)
-    predictions_file(tmp_path, "torn").write_bytes(predictions_file(tmp_path, "good").read_bytes()[:200])
+    predictions_file(tmp_path, "half").write_bytes(predictions_file(tmp_path, "good").read_bytes()[:200])
     pq.write_table(pa.table({"path": ["2.png", "3.png", "4.png"]}), predictions_file(tmp_path, "foreign"))
-    rows = [("stale", 3, 0.7), ("again", 2, 0.7000001), ("torn", 2, 0.7), ("foreign", 2, 0.7), ("missing", 2, 0.7)]
+    rows = [("stale", 3, 0.7), ("again", 2, 0.7000001), ("half", 2, 0.7), ("foreign", 2, 0.7), ("missing", 2, 0.7)]
     rows += [("moved", 2, 0.7), ("good", 2, 0.7), ("lost", None, None)]
     assert read_predictions(tmp_path, trials(*rows), samples).trial_ids == ("good",)
 
@@ -68,6 +68,6 @@ def test_files_of_an_older_version_are_read(tmp_path, samples):
     assert read_predictions(tmp_path, trials(("t0", 2, 0.7)), samples).trial_ids == ("t0",)
 
 
-def test_without_groups_each_image_is_its_own_and_without_files_nothing_is_there(tmp_path, samples):
+def test_without_groups_each_image_is_its_own_and_without_files_there_are_no_predictions(tmp_path, samples):
     found = read_predictions(tmp_path, trials(("t0", 1, 0.5)), samples.assign(group=None))
     assert list(found.groups) == [0, 1, 2] and found.probabilities.shape == (0, 3, 2) and found.trial_ids == ()

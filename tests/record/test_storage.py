@@ -21,7 +21,7 @@ def write_images(folder, count=8):
     return folder
 
 
-def test_what_is_written_is_read_listed_and_deleted(bucket):
+def test_a_file_is_written_read_listed_and_deleted(bucket):
     uri = f"{bucket}/some/folder/a %20 b#?.bin"
     assert storage.stored([uri]) == [None]
     storage.write_bytes(uri, b"content")
@@ -79,19 +79,19 @@ def test_a_manifest_here_may_name_files_in_a_storage(bucket, tmp_path):
 
 
 def at(places):
-    """A function that asks each node, as Ray does, where a node's place is what the driver's is called there."""
+    """Return a function that asks each node, as Ray does, and gives it its own location for the driver's."""
 
     def on_each(check):
-        said = {}
+        reasons = {}
         for node, (mine, theirs) in places.items():
             [meeting] = check.args
-            said[node] = check.func(meeting.replace(mine, theirs), node)
-        return {node: why for node, why in said.items() if why is not None}
+            reasons[node] = check.func(meeting.replace(mine, theirs), node)
+        return {node: why for node, why in reasons.items() if why is not None}
 
     return on_each
 
 
-def test_nodes_that_have_another_place_of_the_same_name_are_found(bucket, tmp_path):
+def test_nodes_with_another_location_of_the_same_name_are_found(bucket, tmp_path):
     (tmp_path / "file").touch()
     away, wrong = f"file://{tmp_path}/local", f"file://{tmp_path}/file"
     places = {"a": (bucket, bucket), "b": (bucket, away), "c": (bucket, wrong), "d": (bucket, "nosuch://x")}
@@ -103,8 +103,8 @@ def test_nodes_that_have_another_place_of_the_same_name_are_found(bucket, tmp_pa
         storage.isolated_nodes(wrong, places, at(places))
 
 
-def test_what_a_node_writes_has_to_be_seen(bucket):
-    def on_each(check):  # what it writes goes nowhere
+def test_a_node_whose_files_are_not_seen_is_found(bucket):
+    def on_each(check):  # what it writes is lost
         return {}
 
     assert storage.isolated_nodes(bucket, ["a"], on_each) == {"a": "the driver doesn't see what it writes there"}
@@ -136,7 +136,7 @@ def test_files_are_found_alone_and_among_many(bucket):
     assert known == [None if uri.endswith("none") else len(uri) for uri in asked]
 
 
-def test_what_can_not_be_reached_is_told(bucket, tmp_path):
+def test_a_location_that_can_not_be_reached_is_named(bucket, tmp_path):
     with pytest.raises(InputError, match="nothing is there"):
         load_samples(f"{bucket}/nowhere")
     with pytest.raises(InputError, match="nothing is there"):
@@ -159,6 +159,6 @@ def test_what_can_not_be_reached_is_told(bucket, tmp_path):
 )
 def test_a_secret_in_a_uri_is_refused_and_not_shown(uri):
     for read in (load_samples, storage.read_bytes, storage.files_below):
-        with pytest.raises(InputError, match="password or key in a URI") as told:
+        with pytest.raises(InputError, match="password or key in a URI") as refused:
             read(uri)
-        assert "hidden" not in str(told.value)
+        assert "hidden" not in str(refused.value)

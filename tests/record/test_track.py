@@ -1,4 +1,4 @@
-"""Copies for MLflow and TensorBoard, read back by the real ones."""
+"""Tracking in MLflow and TensorBoard, read back by the real ones."""
 
 import logging
 import os
@@ -52,8 +52,8 @@ def losses(trial):
 
 
 def test_tensorboard_shows_each_epoch(tmp_path, record):
-    copy = TensorBoard(tmp_path, plan(), record.trials.values())
-    copy.close([])
+    tracker = TensorBoard(tmp_path, plan(), record.trials.values())
+    tracker.close([])
     for trial in record.trials.values():
         assert curve(tmp_path, trial.trial_id) == losses(trial)
         best = min(losses(trial).values())
@@ -63,13 +63,13 @@ def test_tensorboard_shows_each_epoch(tmp_path, record):
     assert "hparams" in accumulator.summary_metadata["_hparams_/session_start_info"].plugin_data.plugin_name
 
 
-def test_tensorboard_forgets_voided_epochs_and_goes_on_in_a_second_file(tmp_path, record):
+def test_tensorboard_forgets_voided_epochs_and_continues_in_a_second_file(tmp_path, record):
     trial = record.trials["t00008"]
-    copy = TensorBoard(tmp_path, plan(), record.trials.values())
+    tracker = TensorBoard(tmp_path, plan(), record.trials.values())
     again(trial, 1)
-    copy.show(trial)
+    tracker.show(trial)
     assert curve(tmp_path, "t00008") == losses(trial)
-    copy.close([])
+    tracker.close([])
     (file,) = (tmp_path / "tensorboard" / "t00008").iterdir()
     file.rename(file.with_name(file.name.replace("tfevents.1", "tfevents.0")))  # as if begun earlier
     ended = {path: path.stat().st_size for path in (tmp_path / "tensorboard" / "t00001").iterdir()}
@@ -83,11 +83,11 @@ def test_tensorboard_forgets_voided_epochs_and_goes_on_in_a_second_file(tmp_path
     assert {path: path.stat().st_size for path in (tmp_path / "tensorboard" / "t00001").iterdir()} == ended
 
 
-def test_event_files_that_cannot_be_written_are_told_of_once(tmp_path, record, capsys):
+def test_event_files_that_cannot_be_written_are_warned_of_once(tmp_path, record, capsys):
     (tmp_path / "tensorboard").write_text("a file")
-    copy = TensorBoard(tmp_path, plan(), record.trials.values())
-    copy.show(record.trials["t00008"])
-    copy.close([])
+    tracker = TensorBoard(tmp_path, plan(), record.trials.values())
+    tracker.show(record.trials["t00008"])
+    tracker.close([])
     assert capsys.readouterr().err.count("track=tensorboard: NotADirectoryError") == 1
 
 
@@ -123,10 +123,10 @@ def history(client, run):
 
 
 def test_mlflow_has_a_parent_and_a_child_for_each_trial(store, record):
-    copy = MLflow(plan(), "id", [])
+    tracker = MLflow(plan(), "id", [])
     for trial in record.trials.values():
-        copy.show(trial)
-    copy.close(record.trials.values())
+        tracker.show(trial)
+    tracker.close(record.trials.values())
     client, parent, children = runs()
     assert parent.info.run_name == "x" and parent.info.status == "KILLED" and parent.data.params["trials"] == "9"
     assert children.keys() == record.trials.keys()
@@ -144,7 +144,7 @@ def test_mlflow_has_a_parent_and_a_child_for_each_trial(store, record):
             assert child.data.metrics["best_val_loss"] == best_epoch(trial.rows, "val_loss")["val_loss"]
 
 
-def test_a_resumed_search_goes_on_with_the_same_runs_and_logs_nothing_twice(store, record):
+def test_a_resumed_search_continues_the_same_runs_and_logs_nothing_twice(store, record):
     trial = record.trials["t00008"]
     trial.rows = trial.rows[:3]
     MLflow(plan(), "id", record.trials.values()).close(record.trials.values())
@@ -153,9 +153,9 @@ def test_a_resumed_search_goes_on_with_the_same_runs_and_logs_nothing_twice(stor
     trial.rows = [*trial.rows, Row(dict(trial.rows[-1]) | {"epoch": 4, "seq": 10_000})]
     again(trial, 2)
     trial.status, trial.reason, trial.ended_at = "completed", "all 4 epochs", 1.8e9
-    copy = MLflow(plan(), "id", record.trials.values())
-    copy.show(trial)
-    copy.close(record.trials.values())
+    tracker = MLflow(plan(), "id", record.trials.values())
+    tracker.show(trial)
+    tracker.close(record.trials.values())
     client, same, now = runs()
     assert same.info.run_id == parent.info.run_id and same.info.status == "FINISHED"
     assert {name: run.info.run_id for name, run in now.items()} == {n: run.info.run_id for n, run in children.items()}
@@ -171,45 +171,45 @@ def hanging():
 
 
 @pytest.mark.parametrize("hangs", [False, True])
-def test_a_server_that_is_down_or_hangs_holds_nothing_up(monkeypatch, store, record, hanging, capsys, hangs):
+def test_a_server_that_is_down_or_hangs_delays_nothing(monkeypatch, store, record, hanging, capsys, hangs):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{hanging if hangs else 1}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setattr(track, "RETRY_SECONDS", 0.05)
     monkeypatch.setattr(track, "CLOSE_SECONDS", 5.0)
-    copy = MLflow(plan(), "id", [])
+    tracker = MLflow(plan(), "id", [])
     for trial in record.trials.values():
-        copy.show(trial)
+        tracker.show(trial)
     time.sleep(1.5)
-    copy.close(record.trials.values())
-    copy._thread.join()
-    said = capsys.readouterr().err
-    assert said.count("track=mlflow: MlflowException") == 1 and said.count("--resume sends the rest") == 1
-    assert len(said.splitlines()) == 2
+    tracker.close(record.trials.values())
+    tracker._thread.join()
+    printed = capsys.readouterr().err
+    assert printed.count("track=mlflow: MlflowException") == 1 and printed.count("--resume sends the rest") == 1
+    assert len(printed.splitlines()) == 2
 
 
 def test_a_server_that_comes_back_gets_everything_once(monkeypatch, store, record, tmp_path, capsys):
     monkeypatch.setattr(track, "RETRY_SECONDS", 0.05)
     (tmp_path / "mlruns").write_text("no folder")
-    copy = MLflow(plan(), "id", record.trials.values())
-    while not copy._warned:
+    tracker = MLflow(plan(), "id", record.trials.values())
+    while not tracker._warned:
         time.sleep(0.05)
     (tmp_path / "mlruns").unlink()
-    copy.close(record.trials.values())
+    tracker.close(record.trials.values())
     assert "track=mlflow: " in capsys.readouterr().err
     client, _, children = runs()
     for trial in record.trials.values():
         assert sorted(history(client, children[trial.trial_id])) == sorted(losses(trial).items())
 
 
-def test_what_is_not_installed_is_told_before_any_trial(monkeypatch):
+def test_a_missing_package_is_an_error_before_any_trial(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(InputError, match="MLflow is not installed; pip install mlflow"):
         check_installed("mlflow")
     check_installed("none")
 
 
-def test_a_search_is_shown_and_copied(tmp_path, record):
+def test_a_search_is_shown_and_tracked(tmp_path, record):
     shown = []
     trials = record.trials
     search = SimpleNamespace(plan=plan(track="tensorboard"), record=record, run_folder=tmp_path)
