@@ -25,9 +25,9 @@ import tyro
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
 from tuning.checks import audit
-from tuning.checks.leaks import units
 from tuning.data import images, samples
 from tuning.data.phantoms import CLASSES, draw_phantom
+from tuning.data.splits import units
 from tuning.settings.config import SearchPlan, cache_folder
 
 SIDE = 96  # of generated radiographs, in pixels

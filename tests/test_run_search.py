@@ -183,7 +183,7 @@ def test_unreadable_images_are_listed_together(space, tmp_path):
     (folder / "light" / "004.png").write_bytes(bomb)
     told = faults(space=space, data=str(folder))
     assert [Path(fault.split(":")[0]).name for fault in told[:4]] == ["000.png", "001.png", "003.png", "004.png"]
-    reasons = ("is empty", "can't be decoded", "is no image", "50000 x 50000 pixels")
+    reasons = ("is empty", "can't be decoded", "is not an image", "50000 x 50000 pixels")
     assert all(reason in fault for reason, fault in zip(reasons, told, strict=False))
     assert "4 of 40 images can't be read" in told[4] and "--set skip_unreadable=true" in told[4]
 
@@ -197,7 +197,7 @@ def test_what_was_told_of_images_is_a_line_a_kind(tmp_path):
     plan = SearchPlan(name="x", data=str(folder))
     table, folders, *_ = load_checked(plan, [32])
     assert notes(table, read_facts(folders[32])) == [
-        "1 image (light/005.jpg): has several frames, of which the first is used",
+        "1 image (light/005.jpg): has several frames, only the first is used",
         "1 image (light/005.jpg): is a GIF file named .jpg",
         "2 images (dark/003.jpg, ...): is a PNG file named .jpg",
     ]

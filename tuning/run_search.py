@@ -355,14 +355,14 @@ def _data(plan: SearchPlan, space: Space, recorded: pd.DataFrame | None, map: Ca
         console.print(f"  {plain(label)}: " + ", ".join(f"{count} {split}" for split, count in row.items()))
     audited = "decoded" if data.audit is None else "decoded, audited"
     console.print(f"  read, {audited} in {time.perf_counter() - started:.1f} s")
-    for note in [*notes(data.samples, read_facts(next(iter(data.folders.values())))), *data.told]:
+    for note in [*notes(data.samples, read_facts(next(iter(data.folders.values())))), *data.messages]:
         console.print(f"  {plain(note)}")
     return data
 
 
 def notes(table: pd.DataFrame, facts: pd.DataFrame) -> list[str]:
     """What decoding has to tell, a line for each kind of note: how many images, an example, and the note."""
-    told = pd.DataFrame({"path": table["path"], "note": facts["told"].str.split("; ")}).explode("note").dropna()
+    told = pd.DataFrame({"path": table["path"], "note": facts["notes"].str.split("; ")}).explode("note").dropna()
     return [
         f"{count} image{'s' * (count > 1)} ({path}{', ...' * (count > 1)}): {note}"
         for note, count, path in told.groupby("note")["path"].agg(["size", "first"]).itertuples()
@@ -399,7 +399,7 @@ def write_run(folder: Path, plan: SearchPlan, space: Space, data: Checked) -> No
     provenance = {
         "run_id": uuid.uuid4().hex,
         "fingerprint": data.fingerprint,
-        "val_drawn": "val" in data.samples.attrs["drawn"],
+        "val_drawn": "val" in data.samples.attrs["random_splits"],
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "packages": {

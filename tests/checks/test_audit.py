@@ -107,10 +107,10 @@ def check(data, **settings):
 def test_clean_data_passes(films):
     _, manifest = films
     checked, found = check(manifest(group={0: "p", 6: "p"}))
-    assert found.empty and checked.told == ["audit: nothing to warn of"]
+    assert found.empty and checked.messages == ["audit: no warnings"]
 
 
-def test_equal_images_in_different_splits_stop_the_search(films):
+def test_identical_images_in_different_splits_stop_the_search(films):
     folder, manifest = films
     shutil.copy(folder / "00.png", folder / "bytes.png")
     Image.open(folder / "02.png").save(folder / "pixels.png", compress_level=1)
@@ -118,7 +118,7 @@ def test_equal_images_in_different_splits_stop_the_search(films):
     with pytest.raises(InputError) as caught:
         check(data)
     [told] = caught.value.faults
-    assert told.startswith("2 pairs of equal images, 2 of them in different splits, such as 00.png and bytes.png; ")
+    assert told.startswith("2 pairs of identical images, 2 of them in different splits, such as 00.png and bytes.png; ")
     assert "--set on_leak=move" in told and "on_leak=warn" in told
     _, found = check(data, on_leak="warn")
     assert found["finding"].tolist() == ["exact_duplicate"] * 2
@@ -143,48 +143,52 @@ def equals(films):
     return rows, write
 
 
-def test_splits_that_are_drawn_keep_equal_images_together(equals):
+def test_random_splits_keep_identical_images_together(equals):
     rows, write = equals
     checked, found = check(write(rows))
     split = checked.samples.set_index("path")["split"]
     assert all(split[f"copy{number}.png"] == split[f"{number:02d}.png"] for number in range(8))
     assert split["pixels.png"] == split["00.png"] == split["10.png"]
     assert found["severity"].tolist() == ["warn"] * 9 and (found["finding"] == "exact_duplicate").all()
-    assert checked.told[-1] == "  train, val, test were drawn so that equal images lie in one of them"
+    assert checked.messages[-1] == "  train, val, test were split at random, with identical images in the same split"
     counts = checked.samples.groupby("label")["split"].value_counts()
     for label, total in checked.samples["label"].value_counts().items():
         shares = {"train": 0.6, "val": 0.2, "test": 0.2}
         assert all(abs(counts[label, name] - share * total) <= 4 for name, share in shares.items())
     again, _ = check(write(rows[::-1]), on_leak="warn")  # whatever is said of leaks, and in any order
     assert again.samples.equals(checked.samples) and again.fingerprint == checked.fingerprint
-    assert again.samples.attrs["drawn"] == ["train", "val", "test"]
+    assert again.samples.attrs["random_splits"] == ["train", "val", "test"]
 
 
-def test_equal_images_in_splits_of_the_user_stop_the_search_though_validation_is_drawn(equals):
+def test_identical_images_in_given_splits_stop_the_search_though_validation_is_random(equals):
     rows, write = equals
     given = [(*row, "test" if number in (20, 21) else "train") for number, row in enumerate(rows)]
     checked, _ = check(write(given, "path,label,group,split"))
     split = checked.samples.set_index("path")["split"]
     assert all(split[f"copy{number}.png"] == split[f"{number:02d}.png"] for number in range(8))
-    assert set(split) == {"train", "val", "test"} and checked.told[-1].startswith("  train, val were drawn so that")
+    assert set(split) == {"train", "val", "test"} and checked.messages[-1].startswith(
+        "  train, val were split at random, with"
+    )
     given[24] = (*rows[24], "test")  # copy0.png
-    with pytest.raises(InputError, match="1 pair of equal images, 1 of them in different splits, such as 00"):
+    with pytest.raises(InputError, match="1 pair of identical images, 1 of them in different splits, such as 00"):
         check(write(given, "path,label,group,split"))
 
 
-def test_a_class_of_equal_images_can_not_be_split(equals):
+def test_a_class_of_identical_images_cannot_be_split(equals):
     rows, write = equals
     few = [row for row in rows if row[1] == "b"] + [rows[0], rows[24], rows[32]]
-    with pytest.raises(InputError, match="with equal images in one split there are too few images to draw splits: 'a'"):
+    with pytest.raises(
+        InputError, match="with identical images in the same split: too few images for random splits: 'a'"
+    ):
         check(write(few))
 
 
-def test_without_shortcuts_being_sought_that_is_told(films):
+def test_a_skipped_search_for_shortcuts_is_reported(films):
     _, manifest = films
     everyone = {number: "one" for number in range(0, 24, 2)}  # all of class a are of one patient
     checked, _ = check(manifest(group=everyone), on_leak="warn")
-    [told] = [line for line in checked.told if "shortcuts" in line]
-    assert told.startswith("  shortcuts are not sought for 2 of 2 classes, such as a: it takes two, with")
+    [told] = [line for line in checked.messages if "shortcuts" in line]
+    assert told.startswith("  shortcuts were not searched for in 2 of 2 classes, such as a: two or more")
 
 
 def test_near_duplicates_and_labels_in_conflict_warn(films):
@@ -195,7 +199,7 @@ def test_near_duplicates_and_labels_in_conflict_warn(films):
         ["label_conflict", "warn", "00.png", "copy.jpg"],
         ["near_duplicate", "warn", "00.png", "copy.jpg"],
     ]
-    assert found["detail"].str.contains("in train and test").all() and len(checked.told) == 3
+    assert found["detail"].str.contains("in train and test").all() and len(checked.messages) == 3
 
 
 def test_groups_in_different_splits_stop_the_search_or_move(films):
@@ -214,7 +218,7 @@ def test_groups_in_different_splits_stop_the_search_or_move(films):
     assert before["copy.jpg"] == "test" and moved.fingerprint != warned.fingerprint
     assert found["finding"].tolist() == ["group_across_splits", "near_duplicate"]
     assert found["detail"].str.endswith("; moved: 02.png from val to train, copy.jpg from test to train").all()
-    assert any("2 images moved" in line for line in moved.told)
+    assert any("2 images moved" in line for line in moved.messages)
 
 
 def test_a_move_may_not_empty_a_split(films):
@@ -226,12 +230,12 @@ def test_a_move_may_not_empty_a_split(films):
         check(manifest(group=everyone), on_leak="move")
 
 
-def test_unreadable_images_are_findings_where_they_are_left_out(films):
+def test_unreadable_images_are_findings_if_they_are_left_out(films):
     folder, manifest = films
     (folder / "04.png").write_bytes(b"")
     checked, found = check(manifest(), skip_unreadable=True)
     assert found[["finding", "severity", "path_a"]].to_numpy().tolist() == [["unreadable", "warn", "04.png"]]
-    assert len(checked.samples) == 23 and "is empty" in checked.told[1]
+    assert len(checked.samples) == 23 and "is empty" in checked.messages[1]
 
 
 def test_samples_of_an_earlier_run_are_not_audited_again(films):
@@ -239,10 +243,10 @@ def test_samples_of_an_earlier_run_are_not_audited_again(films):
     data = manifest(group={0: "p", 2: "p"})
     warned, _ = check(data, on_leak="warn")
     again = load_checked(SearchPlan(name="x", data=data), [64], table=warned.samples)
-    assert again.audit is None and again.told == [] and again.fingerprint == warned.fingerprint
+    assert again.audit is None and again.messages == [] and again.fingerprint == warned.fingerprint
 
 
-def test_pairs_are_remembered_beside_the_decoded_images(films):
+def test_pairs_are_cached_beside_the_decoded_images(films):
     folder, manifest = films
     Image.open(folder / "00.png").save(folder / "copy.jpg")
     checked, found = check(manifest(("copy.jpg", "a", "train")))
@@ -273,7 +277,7 @@ def test_a_search_that_moves_has_no_group_in_two_splits(folder, drawn):
 # --- The command -----------------------------------------------------------------------------------------------------
 
 
-def test_the_command_tells_writes_and_exits(films, capsys):
+def test_the_command_prints_writes_and_exits(films, capsys):
     folder, manifest = films
     shutil.copy(folder / "00.png", folder / "again.png")
     (folder / "05.png").write_bytes(b"none")
@@ -281,7 +285,7 @@ def test_the_command_tells_writes_and_exits(films, capsys):
     out = folder / "new"
     assert run(Flags(data, out=str(out))) == 2
     said = capsys.readouterr().out
-    assert "a: 4 test, 4 train, 4 val" in said and "audit: 2 reasons to stop, 1 warning (all 3 findings are in" in said
+    assert "a: 4 test, 4 train, 4 val" in said and "audit: 2 reasons to stop, 1 warning (3 findings in" in said
     assert "00.png" in said and said.endswith(f"written: {out}/audit.parquet\n")
     found = read_table(out / "audit.parquet")
     assert found.columns.tolist() == AUDIT.names
@@ -303,7 +307,7 @@ def test_names_of_any_kind_are_text_on_the_screen(films, capsys, monkeypatch):
     assert main() == 2
     told = capsys.readouterr().err
     shown = "[red]a[red]\\n\\x1b[31m 'b' \"c\" 🫁"
-    assert told.count("\n") == 1 and "paths occur more than once (22.png, 23.png)" in told
+    assert told.count("\n") == 1 and "paths listed more than once (22.png, 23.png)" in told
     for number in (24, 25):
         picture(number).save(folder / f"{number}.png")
     data = manifest((odd, odd, "train"), ("24.png", odd, "val"), ("25.png", odd, "test"))
@@ -331,4 +335,4 @@ def test_many_images_are_not_compared_pair_by_pair(films, monkeypatch):
     Image.open(folder / "00.png").save(folder / "copy.jpg", quality=60)
     monkeypatch.setattr("tuning.checks.audit.MOST_IMAGES", 24)
     checked, found = check(manifest(("copy.jpg", "a", "train")))
-    assert found.empty and checked.told[-1] == "  near duplicates are not sought among more than 24 images"
+    assert found.empty and checked.messages[-1] == "  near duplicates were not searched for among more than 24 images"

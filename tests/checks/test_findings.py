@@ -8,7 +8,7 @@ from tuning.checks.duplicates import Pairs
 from tuning.checks.findings import (
     KINDS,
     Finding,
-    equal_images,
+    identical_images,
     of_copies,
     of_groups,
     of_imbalance,
@@ -42,19 +42,19 @@ def kinds(found):
     return [(row.finding, row.severity) for row in found]
 
 
-def test_equal_images_are_told_after_the_first():
-    assert equal_images(["x", "y", "x", "z", "x", "y"]) == [(0, 2), (0, 4), (1, 5)]
+def test_identical_images_are_listed_after_the_first():
+    assert identical_images(["x", "y", "x", "z", "x", "y"]) == [(0, 2), (0, 4), (1, 5)]
 
 
 @pytest.mark.parametrize(("on_leak", "severity"), [("stop", "stop"), ("warn", "warn"), ("move", "warn")])
-def test_equal_images_in_different_splits_are_leaks(on_leak, severity):
+def test_identical_images_in_different_splits_are_leaks(on_leak, severity):
     found = of_copies(SAMPLES, [(0, 1), (2, 3)], ["1", "2", "3", "3"], NOTHING, on_leak)
     assert kinds(found) == [("exact_duplicate", severity), ("exact_duplicate", "warn")]
     assert found[0].detail == "the same pixels in other bytes; in train and test; both ill"
     assert found[1].detail == "the same bytes; both in train; both well"
 
 
-def test_copies_with_different_labels_are_told_as_such():
+def test_copies_with_different_labels_are_label_conflicts():
     found = of_copies(SAMPLES, [(0, 2)], ["1"] * 4, pairs((0, 3, 0.98, True), (1, 3, 0.91, False)), "stop")
     assert kinds(found) == [
         ("exact_duplicate", "warn"),
@@ -63,7 +63,7 @@ def test_copies_with_different_labels_are_told_as_such():
         ("label_conflict", "warn"),
         ("look_alike", "info"),
     ]
-    assert found[3].detail == "ill and well, for copies of one image (near_duplicate); both in train"
+    assert found[3].detail == "copies of one image (near_duplicate) with the labels ill and well; both in train"
     assert (found[3].path_a, found[3].path_b, found[3].value) == ("a", "d", pytest.approx(0.98))
 
 
@@ -83,25 +83,28 @@ def test_imbalance(small, severity):
 
 def test_what_settings_hide_is_a_note():
     rules = [
-        Shortcut("shortcut_shape", 0.99, 0.5, 0.005, "not square means ill"),
-        Shortcut("shortcut_colour", 0.99, 0.5, 0.005, "mode RGB means ill"),
-        Shortcut("shortcut_colour", 0.99, 0.5, 0.005, "brightness over 90 means ill"),
-        Shortcut("shortcut_thumbnail", 0.75, 0.5, 0.005, "a thumbnail tells the classes"),
+        Shortcut("shortcut_shape", 0.99, 0.5, 0.005, "a non-square shape predicts ill"),
+        Shortcut("shortcut_colour", 0.99, 0.5, 0.005, "colour mode RGB predicts ill"),
+        Shortcut("shortcut_colour", 0.99, 0.5, 0.005, "brightness over 90 predicts ill"),
+        Shortcut("shortcut_thumbnail", 0.75, 0.5, 0.005, "a thumbnail predicts the class"),
     ]
     severities = [row.severity for row in of_shortcuts(rules, "squash", False)]
     assert severities == ["warn", "warn", "warn", "info"]
     hidden = of_shortcuts(rules, "crop", True)
     assert [row.severity for row in hidden] == ["info", "info", "warn", "info"]
-    assert hidden[0].detail == "not square means ill: right for 99.0%, guessing for 50.0%; hidden by fit=crop"
+    assert (
+        hidden[0].detail
+        == "a non-square shape predicts ill with 99.0% accuracy (majority-class baseline: 50.0%); hidden by fit=crop"
+    )
     assert of_shortcuts(rules[:1], "letterbox", True)[0].severity == "warn"
 
 
-def test_moves_stand_in_the_detail():
+def test_moves_are_in_the_detail():
     found = of_groups(SAMPLES, "move") + of_imbalance(["big"] * 9 + ["small"])
     moved = with_moves(found, SAMPLES, ["train"] * 4, np.array([0, 0, 0, 1]))
     assert [row.detail for row in moved] == [
         "group p1: 2 in train, 1 in test; moved: b from test to train",
-        "small has 1 images, big 9",
+        "small has 1 image, big 9",
     ]
 
 
@@ -120,9 +123,9 @@ def test_the_screen_is_calm():
     lines = summary(many, 7)
     assert len(lines) <= 15 and lines[0].startswith("audit: 3 reasons to stop, ")
     assert lines[1].startswith("  stop  100 images can't be read, such as a: ")
-    assert lines[3] == "  stop  100 pairs of equal images, 100 of them in different splits, such as a and b"
+    assert lines[3] == "  stop  100 pairs of identical images, 100 of them in different splits, such as a and b"
     assert lines[-1].startswith("  cure: --set on_leak=move")
-    assert summary([], 0) == ["audit: nothing to warn of"]
-    assert summary([every[0]._replace(severity="info")], 0) == ["audit: nothing to warn of, 1 note in audit.parquet"]
+    assert summary([], 0) == ["audit: no warnings"]
+    assert summary([every[0]._replace(severity="info")], 0) == ["audit: no warnings, 1 note in audit.parquet"]
     assert len(stops(many)) == 3 and stops(every) == []
     assert all("on_leak=move" in line for line in stops(many)[1:])

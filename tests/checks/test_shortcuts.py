@@ -1,4 +1,4 @@
-"""Rules that tell a class without the picture are found, and none where there is none."""
+"""Rules that predict a class without the picture are found, and none where there is none."""
 
 import numpy as np
 import pandas as pd
@@ -59,12 +59,12 @@ def test_nothing_is_found_where_nothing_is(n, seed):
     assert found(labels_of(n, ("ill", "well")), pictures(n, 3, seed=seed)) == {}
 
 
-def test_a_shape_is_told_in_words():
+def test_a_shape_is_put_in_words():
     labels = labels_of(240)
     wide = np.array([label == "covid" for label in labels])
     wide[:3] = False
     rule = found(labels, known=facts(240, width=np.where(wide, 330, 320), height=np.full(240, 320)))["shortcut_shape"]
-    assert rule.rule == "not square means covid"
+    assert rule.rule == "a non-square shape predicts covid"
     assert rule.accuracy == pytest.approx(239 / 240) and rule.baseline == pytest.approx(2 / 3)
     assert rule.p_value == 0.005 and rule.skill > 0.9 and not rule.honest
 
@@ -72,10 +72,10 @@ def test_a_shape_is_told_in_words():
 @pytest.mark.parametrize(
     ("finding", "column", "values", "rule"),
     [
-        ("shortcut_shape", "width", (500, 250, 250), "width over 250 means covid"),
-        ("shortcut_colour", "mode", ("RGBA", "L", "L"), "mode RGBA means covid"),
-        ("shortcut_metadata", "format", ("PNG", "JPEG", "JPEG"), "format PNG means covid"),
-        ("shortcut_metadata", "bytes", (4000, 3000, 2000), "bytes over 3000 means covid"),
+        ("shortcut_shape", "width", (500, 250, 250), "width over 250 predicts covid"),
+        ("shortcut_colour", "mode", ("RGBA", "L", "L"), "colour mode RGBA predicts covid"),
+        ("shortcut_metadata", "format", ("PNG", "JPEG", "JPEG"), "file format PNG predicts covid"),
+        ("shortcut_metadata", "bytes", (4000, 3000, 2000), "file size in bytes over 3,000 predicts covid"),
     ],
 )
 def test_each_fact_is_tried(finding, column, values, rule):
@@ -144,19 +144,19 @@ def test_of_many_images_some_are_tried():
 
 @settings(max_examples=30)
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 9)), min_size=12, max_size=40))
-def test_folds_tear_no_unit_and_shuffling_keeps_blocks(rows):
+def test_folds_keep_units_whole_and_shuffling_keeps_blocks(rows):
     labels, units = [label for label, _ in rows], np.array([unit for _, unit in rows])
-    drawn = folds(labels, units) if len(set(labels)) == 2 else None
-    if drawn is None:
+    tried = folds(labels, units) if len(set(labels)) == 2 else None
+    if tried is None:
         return
-    assert all(len(set(drawn.fold[units == unit])) == 1 for unit in set(units.tolist()))
-    assert (np.sort(drawn.labels, axis=1) == np.sort(drawn.labels[0])).all()
-    assert [drawn.classes[label] for label in drawn.labels[0]] == labels
+    assert all(len(set(tried.fold[units == unit])) == 1 for unit in set(units.tolist()))
+    assert (np.sort(tried.labels, axis=1) == np.sort(tried.labels[0])).all()
+    assert [tried.classes[label] for label in tried.labels[0]] == labels
 
 
 def test_a_p_value_is_that_of_the_best_of_all_tried():
-    drawn = folds(labels_of(60), np.arange(60))
+    tried = folds(labels_of(60), np.arange(60))
     rng = np.random.default_rng(0)
-    values = [best_table("x", {str(k): rng.random(60) for k in range(20)}, drawn).p_value for _ in range(10)]
+    values = [best_table("x", {str(k): rng.random(60) for k in range(20)}, tried).p_value for _ in range(10)]
     assert np.mean(np.array(values) <= 0.1) <= 0.3
-    assert linear_probe("x", "noise", rng.random((60, 5), dtype=np.float32), drawn).p_value > P_VALUE
+    assert linear_probe("x", "noise", rng.random((60, 5), dtype=np.float32), tried).p_value > P_VALUE

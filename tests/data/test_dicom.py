@@ -1,4 +1,4 @@
-"""DICOM images are seen as in a viewer: windows, lookup tables, inverted greys, colours; what can't be read is told."""
+"""DICOM images are seen as in a viewer: windows, lookup tables, inverted greys, colours; or refused with a reason."""
 
 import io
 import sys
@@ -26,7 +26,7 @@ from tuning.data.decoding import decode
 from tuning.settings.config import InputError
 
 RAMP = np.add.outer(np.arange(32) * 64, np.arange(32) * 64).astype(np.uint16)  # 0 to 3,968, of 12 bits
-NO_WINDOW = "has no window, so it is shown from its least to its greatest value"
+NO_WINDOW = "has no window, so it is shown from its smallest to its largest value"
 
 
 def write(
@@ -88,7 +88,7 @@ def test_the_window_is_applied_and_monochrome1_is_the_inverse(tmp_path):
     options = {"WindowCenter": 2000, "WindowWidth": 1000}
     pixels, facts = decode(write(tmp_path / "2.dcm", RAMP, **options), 32)
     assert abs(pixels - window(RAMP.astype(float), 2000, 1000)).max() <= 0.5
-    assert facts[:4] == (32, 32, "I;16", "DICOM") and facts.told is None
+    assert facts[:4] == (32, 32, "I;16", "DICOM") and facts.notes is None
     inverse = shown(write(tmp_path / "1.dcm", RAMP, photometric="MONOCHROME1", **options))
     assert abs(inverse - (255 - pixels.astype(int))).max() <= 1
     several = shown(write(tmp_path / "0.dcm", RAMP, WindowCenter=[2000, 100], WindowWidth=[1000, 50]))
@@ -140,7 +140,7 @@ def test_lookup_tables_come_before_windows(tmp_path):
 
 def test_without_a_window_the_whole_range_is_shown(tmp_path):
     pixels, facts = decode(write(tmp_path / "whole.dcm", RAMP // 2 + 500), 32)
-    assert abs(pixels - RAMP / RAMP.max() * 255).max() <= 1 and facts.told == NO_WINDOW
+    assert abs(pixels - RAMP / RAMP.max() * 255).max() <= 1 and facts.notes == NO_WINDOW
     padded = np.where(np.arange(32) < 5, 0, RAMP // 2 + 500).astype(np.uint16)
     pixels = shown(write(tmp_path / "padded.dcm", padded, PixelPaddingValue=0))
     assert (pixels[:, :5] == 0).all()
@@ -153,7 +153,7 @@ def test_without_a_window_the_whole_range_is_shown(tmp_path):
         assert abs(shown(write(tmp_path / f"{number}.dcm", all16, bits=16)) - wide / 257).max() <= 1
     byte = (RAMP >> 5).astype(np.uint8)
     pixels, facts = decode(write(tmp_path / "byte.dcm", byte, bits=8), 32)
-    assert (pixels == byte).all() and facts.mode == "L" and facts.told is None
+    assert (pixels == byte).all() and facts.mode == "L" and facts.notes is None
 
 
 def test_colours(tmp_path):
@@ -180,15 +180,15 @@ def test_jpegs_inside(tmp_path):
         assert abs(shown(write(tmp_path / "jpeg.dcm", pixels, **options)) - pixels).mean() < 6
 
 
-def test_of_several_frames_the_first_is_used_and_a_wrong_suffix_is_told(tmp_path):
+def test_of_several_frames_the_first_is_used_and_a_wrong_suffix_is_noted(tmp_path):
     frames = np.stack([RAMP, RAMP[::-1]])
     file = write(tmp_path / "cine.png", frames, NumberOfFrames=2, WindowCenter=2000, WindowWidth=4000)
     assert (shown(file) == shown(write(tmp_path / "one.dcm", RAMP, WindowCenter=2000, WindowWidth=4000))).all()
-    told = decode(file, 32)[1].told
-    assert told == "is a DICOM file named .png; has several frames, of which the first is used"
+    notes = decode(file, 32)[1].notes
+    assert notes == "is a DICOM file named .png; has several frames, only the first is used"
 
 
-def test_what_cannot_be_shown_is_told(tmp_path, monkeypatch):
+def test_what_cannot_be_shown_is_reported(tmp_path, monkeypatch):
     def reason(file: str) -> str:
         with pytest.raises(InputError) as caught:
             decode(file, 32)

@@ -75,7 +75,7 @@ def test_hashes_are_remembered_until_a_file_changes(tmp_path):
     assert [file.name for file in cache.iterdir()] == ["hashes.parquet"]
 
 
-def test_unreadable_files_and_broken_memory_of_hashes_are_told(tmp_path):
+def test_unreadable_files_and_a_broken_table_of_hashes_are_reported(tmp_path):
     with pytest.raises(InputError, match=r"gone\.png: can't be read"):
         content_hashes([str(tmp_path / "gone.png")], tmp_path)
     (tmp_path / "hashes.parquet").write_bytes(b"PAR1")
@@ -99,17 +99,18 @@ def test_the_array_holds_every_image_in_as_many_channels_as_needed(tmp_path, col
     assert [path.name for path in (tmp_path / "images").iterdir()] == [folder.name]
 
 
-def test_facts_of_every_image_stand_beside_the_array_in_its_order(tmp_path):
+def test_facts_of_every_image_are_beside_the_array_in_its_order(tmp_path):
     files = draw_set(tmp_path / "set", 5, coloured=(1,))
     files.append(save(tmp_path / "set" / "wide.jpg", np.zeros((30, 50), np.uint8)))
     folder, _ = decode_all(files, hash_all(files), 16, folder=tmp_path, disk_cache_bytes=10**9, map=parallel_map)
     facts = read_facts(folder)
-    assert list(facts.columns) == list(Facts._fields) == images.FACTS.names
+    assert list(facts.columns) == list(Facts._fields)
+    assert images.FACTS.names == ["told" if name == "notes" else name for name in Facts._fields]  # as on disk
     assert list(facts["mode"]) == ["L", "RGB", "L", "L", "L", "L"]
     assert list(facts["format"]) == ["PNG"] * 5 + ["JPEG"]
     assert list(zip(facts["width"], facts["height"], strict=True)) == [(24, 20)] * 5 + [(50, 30)]
     assert list(facts["bytes"]) == [os.path.getsize(file) for file in files]
-    assert facts["told"].isna().all()
+    assert facts["notes"].isna().all()
     assert list(facts["pixels_sha256"]) == [decode(file, 16)[1].pixels_sha256 for file in files]
     assert facts["pixels_sha256"].nunique() == 6
 
@@ -140,7 +141,7 @@ def test_whatever_changes_pixels_or_facts_is_decoded_anew(tmp_path):
         os.rename(file, other)
     folder, _ = decoded(renamed)
     assert folder not in folders
-    assert list(read_facts(folder)["told"]) == ["is a PNG file named .jpg"] * 3
+    assert list(read_facts(folder)["notes"]) == ["is a PNG file named .jpg"] * 3
     assert list(read_facts(folder)["pixels_sha256"]) == list(read_facts(folders[0])["pixels_sha256"])
 
 
@@ -150,7 +151,7 @@ def test_with_unreadable_files_nothing_is_cached(tmp_path):
     Path(files[2]).write_text("hello")
     folder, unreadable = decode_all(files, hash_all(files), 16, folder=tmp_path, disk_cache_bytes=10**9)
     assert not folder.exists() and not list((tmp_path / "images").iterdir())
-    assert {index: reason.split()[1] for index, reason in unreadable.items()} == {0: "empty", 2: "no"}
+    assert {index: reason.split()[1] for index, reason in unreadable.items()} == {0: "empty", 2: "not"}
 
 
 def test_an_interrupted_decoding_leaves_nothing(tmp_path):
@@ -188,7 +189,7 @@ def test_two_at_once_share_what_the_first_finishes(tmp_path):
     assert len(list((tmp_path / "images").iterdir())) == 1
 
 
-def test_least_recently_used_sets_go_first_and_abandoned_ones_always(tmp_path):
+def test_least_recently_used_sets_are_deleted_first_and_abandoned_ones_always(tmp_path):
     sets = [draw_set(tmp_path / f"set{count}", count) for count in (1, 2, 3)]
     keep_all = {"folder": tmp_path, "disk_cache_bytes": 10**9}
     folders = [decode_all(files, hash_all(files), 16, **keep_all)[0] for files in sets[:2]]
@@ -206,7 +207,7 @@ def test_least_recently_used_sets_go_first_and_abandoned_ones_always(tmp_path):
     assert set((tmp_path / "images").iterdir()) == {first, living}
 
 
-def test_too_little_disk_is_told_before_a_byte_is_written(tmp_path):
+def test_too_little_disk_is_reported_before_a_byte_is_written(tmp_path):
     with pytest.raises(InputError, match="FINETUNE_SEARCH_CACHE"):
         decode_all(["gone.png"] * 10**5, ["x"], 10**5, folder=tmp_path, disk_cache_bytes=10**9)
     assert not list((tmp_path / "images").iterdir())

@@ -53,7 +53,7 @@ def test_diffuse_opacities_are_on_both_sides_and_focal_ones_mostly_on_one() -> N
     assert shares["diffuse_opacity"] > 0.15
 
 
-def test_brightness_and_contrast_do_not_tell_the_class() -> None:
+def test_brightness_and_contrast_do_not_predict_the_class() -> None:
     films = {kind: draw_numbered(kind, 80) for kind in CLASSES}
     for statistic in (np.mean, np.std):
         values = {kind: statistic(films[kind], axis=(1, 2)) for kind in CLASSES}
@@ -142,7 +142,7 @@ def test_several_writers_at_once_leave_one_complete_folder(tmp_path: Path) -> No
 def test_a_killed_writer_leaves_no_folder_and_the_next_one_writes_it(tmp_path: Path) -> None:
     folder = tmp_path / "phantoms"
     script = (
-        "import os, sys, tuning.phantoms as p\n"
+        "import os, sys, tuning.data.phantoms as p\n"
         "draw, count = p.draw_phantom, iter(range(5))\n"
         "p.draw_phantom = lambda *a: draw(*a) if next(count, None) is not None else os._exit(9)\n"
         "p.write_phantoms(p.Path(sys.argv[1]), images_per_class=4, side=32)"

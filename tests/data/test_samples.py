@@ -1,4 +1,4 @@
-"""Folders and manifests become one table, faults are told all at once, and splits are drawn alike everywhere."""
+"""Folders and manifests become one table, faults are reported all at once, random splits are the same everywhere."""
 
 import csv
 import os
@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tuning.data.samples import fingerprint, load_samples, redrawn
+from tuning.data.samples import fingerprint, load_samples
+from tuning.data.splits import resplit
 from tuning.settings.config import InputError
 
 N_FILES = 60
@@ -75,7 +76,7 @@ def test_split_folders_are_kept_under_any_of_their_names(tmp_path, names):
     assert all(row.split == words[row.path.split("/")[0]] for row in samples.itertuples())
 
 
-def test_val_is_drawn_from_train_where_only_train_and_test_exist(tmp_path):
+def test_train_is_split_at_random_if_only_train_and_test_exist(tmp_path):
     touch(tmp_path, *(f"train/{label}/{number}.png" for label in "ab" for number in range(10)))
     touch(tmp_path, *(f"test/{label}/{number}.png" for label in "ab" for number in range(4)))
     samples = load_samples(str(tmp_path))
@@ -96,16 +97,16 @@ def test_links_in_a_circle_end(tmp_path):
     ("paths", "words"),
     [
         ([], ["no class folders"]),
-        (["1.png", "2.JPG"], ["2 images lie directly in it (1.png, 2.JPG)", "folder of its class"]),
-        (["a/1.png", "b/1.png", "1.png"], ["1 images lie directly in it"]),
+        (["1.png", "2.JPG"], ["2 images outside the class folders (1.png, 2.JPG)", "folder of its class"]),
+        (["a/1.png", "b/1.png", "1.png"], ["1 image outside the class folders"]),
         (["a/1.png", "b/1.nii", "b/2.txt", "c/1.png"], ["/b: no images", "2 files with other suffixes: .nii, .txt"]),
         (["a/1.png", "b/.1.png", "c/1.png"], ["/b: no images in this class folder (no files)"]),
         (["a/1.png", "a/2.png"], ["only one class, 'a'"]),
         (["train/a/1.png", "train/b/1.png", "val/a/1.png", "val/c/1.png"], ["'c' not in train, 'b' not in val"]),
         (["val/a/1.png", "val/b/1.png"], ["has val but no train folder"]),
-        (["train/a/1.png", "train/b/1.png", "val/1.png"], ["val: 1 images lie directly"]),
+        (["train/a/1.png", "train/b/1.png", "val/1.png"], ["val: 1 image outside"]),
         (["train/a/1.png", "train/b/1.png", "Training/a/1.png", "Training/b/1.png"], ["mean the same split"]),
-        (["a/1.png", "b/1.png", "b/2.png", "b/3.png"], ["'a' (1 images in 1 groups) has none for val"]),
+        (["a/1.png", "b/1.png", "b/2.png", "b/3.png"], ["'a' (1 image in 1 group) has none for val"]),
     ],
 )
 def test_faulty_folders(tmp_path, paths, words):
@@ -114,7 +115,7 @@ def test_faulty_folders(tmp_path, paths, words):
     assert str(tmp_path) in found[0] and all(word in found[0] for word in words)
 
 
-def test_dangling_links_and_unlistable_names_are_told(tmp_path):
+def test_dangling_links_and_unlistable_names_are_reported(tmp_path):
     touch(tmp_path, "a/1.png", "a/2.png", "b/1.png", "b/2.png")
     (tmp_path / "a" / "3.png").symlink_to(tmp_path / "gone.png")
     try:
@@ -123,8 +124,8 @@ def test_dangling_links_and_unlistable_names_are_told(tmp_path):
         pytest.skip("the file system takes Unicode names only")
     found = faults(str(tmp_path))
     assert len(found) == 2
-    assert "1 file names are not UTF-8" in found[0]
-    assert "1 image files are missing (a/3.png)" in found[1]
+    assert "1 file name not in UTF-8" in found[0]
+    assert "1 image file missing (a/3.png)" in found[1]
 
 
 def test_all_faults_come_at_once(tmp_path):
@@ -132,7 +133,7 @@ def test_all_faults_come_at_once(tmp_path):
     found = faults(str(tmp_path), val_fraction=0.6, test_fraction=0.5)
     assert len(found) == 4
     for fault, word in zip(
-        found, ["must be below 1", "train/b: no images", "val: 1 images", "'b' not in val"], strict=True
+        found, ["must be below 1", "train/b: no images", "val: 1 image ", "'b' not in val"], strict=True
     ):
         assert word in fault
 
@@ -200,11 +201,11 @@ def test_faulty_rows_come_all_at_once(files, rows):
     rows[5]["path"] = rows[4]["path"]
     found = "\n".join(faults(write_csv(files / "rows.csv", rows)))
     for words in (
-        "column 'label' has 1 empty cells, in the rows 1 ",
-        "column 'split' holds 'holdout'; a split is one of train, val, test",
-        "column 'group' has 1 empty cells, in the rows 3 ",
-        "1 image files are missing (gone.png)",
-        "1 paths occur more than once (04.png)",
+        "column 'label' has 1 empty cell (rows below the header: 1)",
+        "column 'split' contains 'holdout'; a split is train, val or test",
+        "column 'group' has 1 empty cell (rows below the header: 3)",
+        "1 image file missing (gone.png)",
+        "1 path listed more than once (04.png)",
     ):
         assert words in found
     assert len(found.splitlines()) == 5
@@ -213,13 +214,13 @@ def test_faulty_rows_come_all_at_once(files, rows):
 def test_long_lists_are_cut_to_five(files):
     rows = [{"path": f"gone{number}.png", "label": "ab"[number % 2]} for number in range(9)]
     [found] = faults(write_csv(files / "gone.csv", rows))
-    assert "9 image files are missing" in found and "gone4.png and 4 more" in found and "gone5" not in found
+    assert "9 image files missing" in found and "gone4.png and 4 more" in found and "gone5" not in found
 
 
 def test_missing_columns_name_those_there_and_the_setting(files, rows):
     file = write_csv(files / "columns.csv", [{"image": row["path"], "label": row["label"]} for row in rows])
     [found] = faults(file)
-    assert "no column 'path', its columns are 'image', 'label'" in found and "--set path_column=..." in found
+    assert "no column 'path' (its columns: 'image', 'label')" in found and "--set path_column=..." in found
     assert len(load_samples(file, path_column="image")) == 20
     found = faults(file, path_column="image", split_column="fold", group_column="patient")
     assert ["--set split_column=..." in found[0], "--set group_column=..." in found[1]] == [True, True]
@@ -229,14 +230,14 @@ def test_missing_columns_name_those_there_and_the_setting(files, rows):
     ("name", "content", "words"),
     [
         ("none.csv", None, "no such folder or file"),
-        ("set.xlsx", b"PK", "ends in .csv or .parquet, this one in .xlsx"),
-        ("set", b"", "this one in nothing"),
+        ("set.xlsx", b"PK", "ends in .csv or .parquet, not in .xlsx"),
+        ("set", b"", "not in no suffix"),
         ("empty.csv", b"", "is empty"),
         ("header.csv", b"path,label\n", "has no rows"),
-        ("latin.csv", "path,label\nä.png,a\n".encode("latin-1"), "can't be read as CSV"),
+        ("latin.csv", "path,label\nä.png,a\n".encode("latin-1"), "can't be read as .csv"),
         ("wide.csv", b"path,label\na.png,a,b\n", "line 2 has more cells than the header"),
         ("twice.csv", b"path,label,label\n00.png,a,b\n01.png,b,a\n", "has 2 columns named 'label'"),
-        ("broken.parquet", b"PAR1", "can't be read as PARQUET"),
+        ("broken.parquet", b"PAR1", "can't be read as .parquet"),
     ],
 )
 def test_faulty_manifests(files, name, content, words):
@@ -249,7 +250,7 @@ def test_faulty_manifests(files, name, content, words):
 def test_lists_as_labels_are_refused(files):
     pd.DataFrame({"path": ["00.png"], "label": [["a", "b"]]}).to_parquet(files / "lists.parquet")
     [found] = faults(str(files / "lists.parquet"))
-    assert "column 'label' holds list" in found
+    assert "column 'label' contains list" in found
 
 
 # --- Splits ----------------------------------------------------------------------------------------------------------
@@ -268,20 +269,20 @@ def labelled(draw, *, grouped: bool):
 
 @settings(max_examples=50)
 @given(
-    drawn=labelled(grouped=False),
+    labelled_rows=labelled(grouped=False),
     val_fraction=st.floats(0.05, 0.4),
     test_fraction=st.just(0.0) | st.floats(0.05, 0.4),
 )
-def test_shares_of_every_class_are_within_one_image(files, drawn, val_fraction, test_fraction):
-    rows, shuffled = drawn
+def test_shares_of_every_class_are_within_one_image(files, labelled_rows, val_fraction, test_fraction):
+    rows, shuffled = labelled_rows
     fractions = {"val_fraction": val_fraction, "test_fraction": test_fraction}
     counts = Counter(row["label"] for row in rows)
     if min(counts.values()) == 1:
-        [found] = faults(write_csv(files / "drawn.csv", rows), **fractions)
-        assert "too few images to draw splits" in found
+        [found] = faults(write_csv(files / "random.csv", rows), **fractions)
+        assert "too few images for random splits" in found
         return
-    samples = load_samples(write_csv(files / "drawn.csv", rows), **fractions)
-    pd.testing.assert_frame_equal(samples, load_samples(write_csv(files / "drawn.csv", shuffled), **fractions))
+    samples = load_samples(write_csv(files / "random.csv", rows), **fractions)
+    pd.testing.assert_frame_equal(samples, load_samples(write_csv(files / "random.csv", shuffled), **fractions))
     shares = {"train": 1 - val_fraction - test_fraction, "val": val_fraction, "test": test_fraction}
     placed = Counter(zip(samples["split"], samples["label"], strict=True))
     for label, total in counts.items():
@@ -290,16 +291,16 @@ def test_shares_of_every_class_are_within_one_image(files, drawn, val_fraction, 
 
 
 @settings(max_examples=50)
-@given(drawn=labelled(grouped=True))
-def test_no_group_is_split_and_the_order_of_rows_does_not_matter(files, drawn):
-    rows, shuffled = drawn
+@given(labelled_rows=labelled(grouped=True))
+def test_no_group_is_split_and_the_order_of_rows_does_not_matter(files, labelled_rows):
+    rows, shuffled = labelled_rows
     try:
-        samples = load_samples(write_csv(files / "drawn.csv", rows))
+        samples = load_samples(write_csv(files / "random.csv", rows))
     except InputError as error:
-        assert faults(write_csv(files / "drawn.csv", shuffled)) == error.faults
-        assert "too few images to draw splits" in error.faults[0]
+        assert faults(write_csv(files / "random.csv", shuffled)) == error.faults
+        assert "too few images for random splits" in error.faults[0]
         return
-    pd.testing.assert_frame_equal(samples, load_samples(write_csv(files / "drawn.csv", shuffled)))
+    pd.testing.assert_frame_equal(samples, load_samples(write_csv(files / "random.csv", shuffled)))
     assert samples.groupby("group")["split"].nunique().max() == 1
     assert {label for split, label in zip(samples["split"], samples["label"], strict=True) if split == "val"} == set(
         samples["label"]
@@ -307,41 +308,41 @@ def test_no_group_is_split_and_the_order_of_rows_does_not_matter(files, drawn):
 
 
 @settings(max_examples=50)
-@given(drawn=labelled(grouped=True), seed=st.integers(0, 2**31 - 1))
-def test_a_redrawn_split_keeps_the_test_the_groups_and_the_classes(files, drawn, seed):
+@given(labelled_rows=labelled(grouped=True), seed=st.integers(0, 2**31 - 1))
+def test_resplitting_keeps_the_test_set_the_groups_and_the_classes(files, labelled_rows, seed):
     try:
-        samples = load_samples(write_csv(files / "redrawn.csv", drawn[0]))
+        samples = load_samples(write_csv(files / "resplit.csv", labelled_rows[0]))
     except InputError:
         return  # too few groups of a class
     samples["unit"] = pd.factorize(samples["group"])[0]
-    again = redrawn(samples, seed)
+    again = resplit(samples, seed)
     assert again.drop(columns="split").equals(samples.drop(columns="split"))
     assert list(again["split"] == "test") == list(samples["split"] == "test")
     assert (again.groupby("group")["split"].nunique() == 1).all()
     for split in ("train", "val"):
         assert set(again.loc[again["split"] == split, "label"]) == set(samples["label"])
-    assert again.equals(redrawn(samples, seed))
+    assert again.equals(resplit(samples, seed))
 
 
-def test_redrawn_splits_differ_by_seed_and_keep_their_sizes(files, rows):
+def test_resplits_differ_by_seed_and_keep_their_sizes(files, rows):
     samples = load_samples(write_csv(files / "sizes.csv", rows))
-    assert samples.attrs["drawn"] == ["train", "val", "test"]
+    assert samples.attrs["random_splits"] == ["train", "val", "test"]
     samples["unit"] = range(len(samples))
-    splits = {tuple(redrawn(samples, seed)["split"]) for seed in range(10)}
+    splits = {tuple(resplit(samples, seed)["split"]) for seed in range(10)}
     assert len(splits) > 5
     assert {split.count("val") for split in splits} == {list(samples["split"]).count("val")}
 
 
-def test_copies_stay_together_in_a_redrawn_split(files, rows):
+def test_copies_stay_together_in_a_resplit(files, rows):
     samples = load_samples(write_csv(files / "copies.csv", rows)).assign(split=["train"] * 16 + ["val"] * 4)
     samples["unit"] = [number // 2 for number in range(len(samples))]  # of no group
     for seed in range(20):
-        assert (redrawn(samples, seed).groupby("unit")["split"].nunique() == 1).all()
+        assert (resplit(samples, seed).groupby("unit")["split"].nunique() == 1).all()
 
 
-def test_a_given_validation_split_is_told_from_a_drawn_one(files, rows):
+def test_a_given_validation_split_is_not_random(files, rows):
     given_splits = [row | {"split": ("train", "val")[index // 2 % 2]} for index, row in enumerate(rows)]
-    assert load_samples(write_csv(files / "given.csv", given_splits)).attrs["drawn"] == []
+    assert load_samples(write_csv(files / "given.csv", given_splits)).attrs["random_splits"] == []
 
 
 @settings(max_examples=50)
@@ -359,7 +360,7 @@ def test_shares_of_every_class_are_kept_as_far_as_groups_allow(files, patients, 
     try:
         samples = load_samples(write_csv(files / "patients.csv", rows), val_fraction=val_fraction, test_fraction=0.2)
     except InputError as error:
-        assert "too few images to draw splits" in error.faults[0]
+        assert "too few images for random splits" in error.faults[0]
         return
     placed = Counter(zip(samples["split"], samples["label"], strict=True))
     largest = max(images for _, images in patients)
@@ -368,9 +369,9 @@ def test_shares_of_every_class_are_kept_as_far_as_groups_allow(files, patients, 
             assert abs(placed[split, label] - share * total) <= 2 * largest + 1
 
 
-def test_groups_that_given_splits_tear_apart_are_left_to_the_audit(files, rows):
+def test_groups_in_several_given_splits_are_left_to_the_audit(files, rows):
     rows = [row | {"group": "p1", "split": ("train", "val")[number // 10]} for number, row in enumerate(rows)]
-    assert Counter(load_samples(write_csv(files / "torn.csv", rows))["split"]) == {"train": 10, "val": 10}
+    assert Counter(load_samples(write_csv(files / "leaky.csv", rows))["split"]) == {"train": 10, "val": 10}
 
 
 def test_splits_are_the_same_on_every_machine(files, rows):

@@ -114,7 +114,7 @@ def test_an_audit_that_found_nothing(tmp_path, empty):
     run = make_run(tmp_path / "run", trials=3)
     rows = pd.DataFrame(columns=["finding", "severity", "path_a", "path_b", "value", "p_value", "detail"])
     if not empty:
-        rows.loc[0] = ["shortcut_shape", "warn", None, None, 0.99, 0.005, "not square means covid"]
+        rows.loc[0] = ["shortcut_shape", "warn", None, None, 0.99, 0.005, "a non-square shape predicts covid"]
     model = make_model(run / "model", ["normal", "pneumonia"])
     told = card(model, run, provenance(), read_table(run / "samples.parquet"), rows)
     assert ("No findings" in told) is empty

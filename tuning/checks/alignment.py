@@ -1,4 +1,4 @@
-"""Two pictures laid over each other, and how far their details agree then."""
+"""Align one picture to another, and measure how far their details agree."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -18,18 +18,18 @@ Ints: TypeAlias = NDArray[np.int64]
 SIDE = 64  # of the pictures that are compared, in pixels
 FINE, COARSE = 0.7, 2.0  # pixels: between these are the details in which copies agree and look-alikes do not
 STEPS = 3  # of an alignment
-DENSE = 32  # pixels along a side that an alignment looks at; of finer pictures every second or so
+DENSE = 32  # pixels along a side that an alignment uses; of finer pictures about every second
 WHITE = 250  # of 255
-FLAT = 0.1  # levels that a window's details spread by, below which they are none
+FLAT = 0.1  # standard deviation of a window, in levels, below which it has no details
 WINDOW = 12  # pixels
-LEAST_WINDOWS = 20  # with details, of some 300
+LEAST_WINDOWS = 20  # with details, of about 300
 
 
 def in_batches(function: Callable[..., tuple[Any, ...]], *arrays: NDArray[Any], size: int = 128) -> list[NDArray[Any]]:
-    """What a function of rows gives for all of them, computed a few at a time on all cores."""
+    """Apply a function of rows to all of them, a few at a time on all cores."""
     n = len(arrays[0])
     starts = range(0, n, size) or range(1)
-    with threadpool_limits(1, user_api="blas"):  # its threads would only hinder ours
+    with threadpool_limits(1, user_api="blas"):  # its threads would only slow down ours
         parts = parallel_map(lambda start: function(*(array[start : start + size] for array in arrays)), starts)
         results: list[NDArray[Any]] = []
         for start, part in zip(starts, parts, strict=True):
@@ -40,7 +40,7 @@ def in_batches(function: Callable[..., tuple[Any, ...]], *arrays: NDArray[Any], 
 
 
 def resampling(side: int, wanted: int, start: float = 0.0, stop: float = 1.0) -> Floats:
-    """Weights [wanted, side] for `wanted` pixels of the part of a side from `start` to `stop`, of `side` pixels.
+    """Return weights [wanted, side] that resample the part of a side of `side` pixels from `start` to `stop`.
 
     Fewer pixels are means of what they cover, more are interpolated.
     """
@@ -54,19 +54,19 @@ def resampling(side: int, wanted: int, start: float = 0.0, stop: float = 1.0) ->
     return found
 
 
-def blurred(pictures: Floats, sigma: float) -> Floats:
+def _blurred(pictures: Floats, sigma: float) -> Floats:
     found: Floats = ndimage.gaussian_filter(pictures, (0, sigma, sigma), mode="nearest", truncate=2.5)
     return found
 
 
 def details(pictures: Bytes, side: int) -> Halves:
-    """Pictures of a smaller side, without their coarse shades, and of equal contrast everywhere."""
+    """Return pictures of a smaller side, without coarse shades and with equal contrast everywhere."""
     weights = resampling(SIDE, side)
 
     def of(part: Bytes) -> tuple[Halves]:
         small = weights @ part.astype(np.float32) @ weights.T
-        band = blurred(small, max(0.5, side / 64)) - blurred(small, side / 16)
-        local = blurred(band * band, 3 * side / 32)
+        band = _blurred(small, max(0.5, side / 64)) - _blurred(small, side / 16)
+        local = _blurred(band * band, 3 * side / 32)
         whole = (band * band).mean(axis=(1, 2), keepdims=True)
         return ((band / np.sqrt(local + 0.09 * whole + 1e-3)).astype(np.float16),)
 
@@ -74,32 +74,29 @@ def details(pictures: Bytes, side: int) -> Halves:
 
 
 def bands(pictures: Bytes) -> NDArray[np.int8]:
-    """Details between 0.7 and 2 pixels, in parts of a 32nd of their spread over the picture."""
+    """Return details between 0.7 and 2 pixels, in units of 1/32 of their standard deviation over the picture."""
 
     def of(part: Bytes) -> tuple[NDArray[np.int8]]:
-        band = blurred(part.astype(np.float32), FINE) - blurred(part.astype(np.float32), COARSE)
+        band = _blurred(part.astype(np.float32), FINE) - _blurred(part.astype(np.float32), COARSE)
         spread = band.std(axis=(1, 2), keepdims=True) + 1e-3
         return ((band / spread * 32).round().clip(-127, 127).astype(np.int8),)
 
     return in_batches(of, pictures)[0]
 
 
-# --- Alignment -------------------------------------------------------------------------------------------------------
-
-
 def _grid(side: int) -> Floats:
-    """x, y and 1 of each pixel's middle, from -1 to 1: [3, side * side]."""
+    """x, y and 1 of each pixel's centre, from -1 to 1: [3, side * side]."""
     middles = ((np.arange(side) + 0.5) / side * 2 - 1).astype(np.float32)
     y, x = np.meshgrid(middles, middles, indexing="ij")
     return np.stack([x.ravel(), y.ravel(), np.ones(side * side, dtype=np.float32)])
 
 
 def _margin(side: int) -> int:
-    return round(side * 6 / SIDE)  # pixels whose details the frame has shaped
+    return round(side * 6 / SIDE)  # pixels whose details the edge has distorted
 
 
 def align(details: Halves, a: Ints, b: Ints, warp: Floats) -> tuple[Floats, Floats]:
-    """Better affine warps from the places in `b` to those in `a`, and the correlation of their details under them.
+    """Improve affine warps from points in `b` to points in `a`; return them and the correlation of details under them.
 
     Gauss-Newton steps, inverse compositional: Baker and Matthews 2004, Lucas-Kanade 20 years on.
     """
@@ -111,7 +108,7 @@ def align(details: Halves, a: Ints, b: Ints, warp: Floats) -> tuple[Floats, Floa
     down, across = gradient.reshape(2, len(b), grid.shape[1])
     fixed = fixed[:, inner, inner].reshape(len(b), grid.shape[1])
     slopes = np.stack([*(across * part for part in grid), *(down * part for part in grid)], axis=1)
-    hessian = slopes @ slopes.transpose(0, 2, 1)  # of 6 by 6 for each pair
+    hessian = slopes @ slopes.transpose(0, 2, 1)  # 6 by 6 for each pair
     ridge = np.trace(hessian, axis1=1, axis2=2)[:, None, None] * np.eye(6, dtype=np.float32)
     inverse = np.linalg.inv(hessian + 2e-4 * ridge + 1e-3 * np.eye(6, dtype=np.float32))
     scale = np.sqrt((fixed**2).mean(axis=1, keepdims=True))
@@ -131,7 +128,7 @@ def align(details: Halves, a: Ints, b: Ints, warp: Floats) -> tuple[Floats, Floa
 def _sampled(
     details: NDArray[Any], chosen: Ints, warp: Floats, grid: Floats, margin: int
 ) -> tuple[Floats, NDArray[np.bool_]]:
-    """Values of the chosen pictures where a warp puts the pixels, and which pixels it puts inside their margin."""
+    """Values of the chosen pictures at the warped pixels, and which of these are inside the margin."""
     side = details.shape[1]
     x, y = np.moveaxis((warp @ grid + 1) * np.float32(side / 2) - np.float32(0.5), 1, 0)
     valid = (x >= margin) & (x <= side - 1 - margin) & (y >= margin) & (y <= side - 1 - margin)
@@ -147,7 +144,7 @@ def _sampled(
 
 
 def _normal(values: Floats, valid: NDArray[np.bool_]) -> Floats:
-    """Values less their mean over the valid ones, by their spread; 0 elsewhere."""
+    """Standardise values over the valid ones; 0 elsewhere."""
     weight = valid.astype(np.float32)
     count = weight.sum(axis=1, keepdims=True).clip(1)
     values = (values - (values * weight).sum(axis=1, keepdims=True) / count) * weight
@@ -156,21 +153,20 @@ def _normal(values: Floats, valid: NDArray[np.bool_]) -> Floats:
 
 
 def plausible(warp: Floats) -> NDArray[np.bool_]:
-    """Whether warps are those of a copy: hardly skewed, by at most a quarter larger or smaller, mostly overlapping."""
+    """Return whether warps may be those of a copy: little skew, a scale of about 3/4 to 4/3, mostly overlapping."""
     sizes = np.linalg.svd(warp[:, :, :2], compute_uv=False)
     sane: NDArray[np.bool_] = (sizes > 0.75) & (sizes < 1.33) & (np.abs(warp[:, :, 2]) < 0.4)
     return sane[:, 0] & sane[:, 1]
 
 
-# --- Agreement -------------------------------------------------------------------------------------------------------
-
-
 def glance(bands: NDArray[np.int8], a: Ints, b: Ints, warp: Floats) -> tuple[Floats]:
-    """Correlation of the details in a few windows of a pair, that of the third best of nine.
+    """Return the third best of the correlations of details in nine windows of a pair.
 
     It takes a tenth of the time of `agreement`, and a coarse alignment is good enough for it.
     """
-    pixels = _windows()
+    starts = np.linspace(_margin(SIDE) + 1, SIDE - _margin(SIDE) - 1 - WINDOW, 3).astype(np.int64)
+    numbers = np.arange(SIDE**2).reshape(SIDE, SIDE)
+    pixels = np.stack([numbers[y : y + WINDOW, x : x + WINDOW].ravel() for y in starts for x in starts])
     shape, flat = (len(a), *pixels.shape), pixels.ravel()
     moved, valid = _sampled(bands, a, warp, _grid(SIDE)[:, flat], 0)
     fixed = bands.reshape(len(bands), SIDE**2)[b[:, None], flat].astype(np.float32)
@@ -186,18 +182,11 @@ def glance(bands: NDArray[np.int8], a: Ints, b: Ints, warp: Floats) -> tuple[Flo
     return (np.sort(correlation, axis=1)[:, -3],)
 
 
-def _windows() -> Ints:
-    """Pixels of nine windows that are spread over a picture: [9, WINDOW**2]."""
-    starts = np.linspace(_margin(SIDE) + 1, SIDE - _margin(SIDE) - 1 - WINDOW, 3).astype(np.int64)
-    pixels = np.arange(SIDE**2).reshape(SIDE, SIDE)
-    return np.stack([pixels[y : y + WINDOW, x : x + WINDOW].ravel() for y in starts for x in starts])
-
-
 def agreement(pictures: Bytes, a: Ints, b: Ints, warp: Floats) -> tuple[Floats]:
-    """Median correlation of the details in small windows of an aligned pair.
+    """Return the median correlation of details in small windows of an aligned pair.
 
-    A median, since a copy may have a letter or an arrow drawn on it; windows without details say nothing. Pixels that
-    are white in only one of the two were blown out when it was made brighter.
+    A median, since a copy may have a letter or an arrow drawn on it; windows without details don't count. Pixels that
+    are white in only one of the two are ignored: they were blown out when it was made brighter.
     """
     x, y = np.moveaxis((warp @ _grid(SIDE) + 1) * (SIDE / 2) - 0.5, 1, 0)
     moved = np.empty((len(a), SIDE, SIDE), dtype=np.float32)
@@ -234,5 +223,5 @@ def agreement(pictures: Bytes, a: Ints, b: Ints, warp: Floats) -> tuple[Floats]:
 
 def _band(pictures: Floats, weight: Floats) -> Floats:
     """Details like those of `bands`, of weighted pixels alone."""
-    fine, coarse = (blurred(pictures * weight, sigma) / (blurred(weight, sigma) + 1e-3) for sigma in (FINE, COARSE))
+    fine, coarse = (_blurred(pictures * weight, sigma) / (_blurred(weight, sigma) + 1e-3) for sigma in (FINE, COARSE))
     return (fine - coarse) * weight

@@ -1,6 +1,6 @@
-"""Copies of a picture among many: encoded or sized anew, mirrored or turned, brighter or darker, cropped a little.
+"""Find copies among many pictures: re-encoded, resized, mirrored, turned, brighter, darker or slightly cropped.
 
-All chest films look alike, so that a hash or a correlation of small pictures finds hundreds of pairs of other films of
+All chest films look alike, so a hash or a correlation of small pictures finds hundreds of pairs of different films of
 one patient, or of patients in one pose. Here it only proposes candidates. Each is aligned, and then compared
 detail by detail: in a copy nearly every part agrees, in a look-alike only what all films have in common.
 """
@@ -15,36 +15,23 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import fft
 
-from tuning.checks.alignment import (
-    SIDE,
-    Bytes,
-    Floats,
-    Halves,
-    Ints,
-    agreement,
-    align,
-    bands,
-    details,
-    glance,
-    in_batches,
-    plausible,
-    resampling,
-)
+from tuning.checks import alignment
+from tuning.checks.alignment import SIDE, Bytes, Floats, Halves, Ints, in_batches, resampling
 from tuning.data.decoding import Pixels
 
 VERSION = 1  # raised with any change of what is found
 NEAR = 0.968  # agreement from which a pair is a copy
-ALIKE = 0.9  # and from which it is worth a look, or a copy where nothing else resembles the two
-COARSE = 24  # pixels, of a first alignment
-LEAST = 0.86  # likeness after an alignment, else a pair is dropped
-PROMISING = (0.84, 0.92)  # agreement at a glance, after a coarse and a fine alignment
-CROWDED = 0.8  # likeness after the first from which pictures resemble each other
+ALIKE = 0.9  # agreement from which it is a look-alike, or a copy if nothing else resembles the two
+COARSE = 24  # pixels, of the first alignment
+LEAST = 0.86  # likeness after an alignment below which a pair is dropped
+PROMISING = (0.84, 0.92)  # agreement at a glance, after a coarse and a fine alignment, below which it is dropped
+CROWDED = 0.8  # likeness after the first alignment from which pictures resemble each other
 NEIGHBOURS = 8  # candidates of each image
-BLOCK = 2_500_000  # pairs that a core looks at at once: 20 MB
+BLOCK = 2_500_000  # pairs per batch of a core: 20 MB
 FREQUENCIES = 12  # of the cosine transform, along each side
-CUT = 0.05  # of the side; copies that lack up to that at any sides are found, those that lack more not always
+CUT = 0.05  # of the side; copies cropped by up to this at any side are found, others not always
 PARTS = ((0.0, 1.0), (CUT, 1.0), (0.0, 1 - CUT), (CUT, 1 - CUT))  # of a side that others may be copies of
-TURNS = (  # where in the picture x and y of the turned one lie; each second one is the one before, mirrored
+TURNS = (  # where x and y of the turned picture lie in the original; every second one mirrors the one before
     ((1, 0), (0, 1)),
     ((-1, 0), (0, 1)),
     ((1, 0), (0, -1)),
@@ -66,11 +53,11 @@ class Pairs(NamedTuple):
     a: Ints
     b: Ints
     agreement: Floats  # of their details, from ALIKE to 1
-    copies: NDArray[np.bool_]  # else look-alikes
+    copies: NDArray[np.bool_]  # others are look-alikes
 
 
 def near_duplicates(pictures: Bytes) -> Pairs:
-    """Pairs whose details agree, each once, with `a` before `b`.
+    """Return the pairs whose details agree.
 
     Args:
         pictures: [n, SIDE, SIDE], grey levels from 0 to 255.
@@ -79,17 +66,17 @@ def near_duplicates(pictures: Bytes) -> Pairs:
     if n < 2:
         none = np.empty(0, dtype=np.int64)
         return Pairs(none, none, none.astype(np.float32), none.astype(bool))
-    fine, band = details(pictures, SIDE), bands(pictures)
+    fine, band = alignment.details(pictures, SIDE), alignment.bands(pictures)
     a, b, warp = _candidates(fine)
-    warp, likeness = in_batches(partial(align, details(pictures, COARSE)), a, b, warp)
+    warp, likeness = in_batches(partial(alignment.align, alignment.details(pictures, COARSE)), a, b, warp)
     alike = (a * n + b)[likeness >= CROWDED]
-    a, b, warp = _worth_it(band, a, b, warp, likeness, PROMISING[0])
-    warp, likeness = in_batches(partial(align, fine), a, b, warp)
-    a, b, warp = _worth_it(band, a, b, warp, likeness, PROMISING[1])
-    (agree,) = in_batches(partial(agreement, pictures), a, b, warp)
+    a, b, warp = _promising(band, a, b, warp, likeness, PROMISING[0])
+    warp, likeness = in_batches(partial(alignment.align, fine), a, b, warp)
+    a, b, warp = _promising(band, a, b, warp, likeness, PROMISING[1])
+    (agree,) = in_batches(partial(alignment.agreement, pictures), a, b, warp)
     kept = agree >= ALIKE
     a, b, agree = a[kept], b[kept], agree[kept]
-    # Where nothing else so much as resembles the two, less is enough.
+    # If nothing else resembles the two, less agreement is enough.
     others = np.setdiff1d(alike, a * n + b)
     crowded = np.zeros(n, dtype=bool)
     crowded[others // n] = crowded[others % n] = True
@@ -99,21 +86,18 @@ def near_duplicates(pictures: Bytes) -> Pairs:
     return Pairs(a[order], b[order], agree[order], copies[order])
 
 
-def _worth_it(
+def _promising(
     band: NDArray[np.int8], a: Ints, b: Ints, warp: Floats, likeness: Floats, promising: float
 ) -> tuple[Ints, Ints, Floats]:
     """Pairs that may still be copies after an alignment."""
-    kept = (likeness >= LEAST) & plausible(warp)
+    kept = (likeness >= LEAST) & alignment.plausible(warp)
     a, b, warp = a[kept], b[kept], warp[kept]
-    kept = in_batches(partial(glance, band), a, b, warp)[0] >= promising
+    kept = in_batches(partial(alignment.glance, band), a, b, warp)[0] >= promising
     return a[kept], b[kept], warp[kept]
 
 
-# --- Pictures --------------------------------------------------------------------------------------------------------
-
-
 def bars_of(shown: Pixels, facts: pd.DataFrame) -> Ints:
-    """Rows and columns that letterboxing left black at either side of each image: the picture lies between them."""
+    """Return how many rows and columns letterboxing left black on either side of each image."""
     side = shown.shape[1]
     longer, shorter = (facts[["width", "height"]].agg(which, axis=1).to_numpy() for which in ("max", "min"))
     bars = (side - np.round(shorter * side / longer).clip(1).astype(np.int64)) // 2
@@ -123,10 +107,10 @@ def bars_of(shown: Pixels, facts: pd.DataFrame) -> Ints:
 
 
 def shrunk(shown: Pixels, rows: Ints, side: int, *, grey: bool = False, bars: Sequence[int] | Ints = (0, 0)) -> Bytes:
-    """Images of some rows of [n, side, side, channels], of another side; grey ones have one channel.
+    """Resize some of the images [n, side, side, channels]; with `grey` to one channel.
 
     Args:
-        bars: pixels that are left out at either side, of the rows and of the columns of an image.
+        bars: rows and columns of an image that are left out on either side.
     """
     was = shown.shape[1]
     down, across = (resampling(was, side, bar / was, 1 - bar / was) for bar in bars)
@@ -139,14 +123,11 @@ def shrunk(shown: Pixels, rows: Ints, side: int, *, grey: bool = False, bars: Se
     return in_batches(some, rows)[0]
 
 
-# --- Candidates ------------------------------------------------------------------------------------------------------
-
-
 def _candidates(shapes: Halves) -> tuple[Ints, Ints, Floats]:
-    """For each image those most like some turned crop of it, and the warp that lays them over each other.
+    """For each image those most like some turned crop of it, and the warp between them.
 
-    Likeness is that of the lowest frequencies, each divided by its spread over all images, so that what all have in
-    common counts little.
+    Likeness is the correlation of the lowest frequencies, each divided by its standard deviation over all images, so
+    that what all have in common counts little.
     """
     n = len(shapes)
     (spectra,) = in_batches(lambda part: (_spectra(part)[:, 0, 0],), shapes)
@@ -157,7 +138,7 @@ def _candidates(shapes: Halves) -> tuple[Ints, Ints, Floats]:
     few = max(16, min(128, BLOCK // n))
     neighbours, start, likeness = in_batches(sought, np.arange(n), size=few)
     a, b = np.repeat(np.arange(n), neighbours.shape[1]), neighbours.ravel()
-    # Of the two ways round a pair the better one.
+    # Of the two directions of a pair the better one.
     order = np.lexsort((-likeness.ravel(), np.maximum(a, b), np.minimum(a, b)))
     a, b, start = a[order], b[order], start.ravel()[order]
     pair = np.minimum(a, b) * n + np.maximum(a, b)
@@ -168,7 +149,7 @@ def _candidates(shapes: Halves) -> tuple[Ints, Ints, Floats]:
 def _neighbours(
     spectra: Floats, even: Floats, odd: Floats, spread: Floats, shapes: Halves, chosen: Ints
 ) -> tuple[Ints, Ints, Floats]:
-    """For each of the chosen images those most like a turned crop of it, which that is, and how like they are.
+    """For each of the chosen images those most like a turned crop of it, the crop's index, and how alike they are.
 
     A mirrored picture differs only in the sign of its odd frequencies: one product gives both.
     """
@@ -218,7 +199,7 @@ def _turned(spectra: Floats, turn: int) -> Floats:
 
 
 def _warps() -> Floats:
-    """For each of `STARTS` the matrix [2, 3] from places in the turned crop to those in the picture, from -1 to 1."""
+    """For each of `STARTS` the matrix [2, 3] from points in the turned crop to the picture, from -1 to 1."""
     warps = np.zeros((len(STARTS), 2, 3), dtype=np.float32)
     for warp, (high, wide, turn) in zip(warps, STARTS, strict=True):
         (left, right), (top, bottom) = PARTS[wide], PARTS[high]

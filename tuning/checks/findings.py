@@ -4,20 +4,20 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
-from numpy.typing import NDArray
 
-from tuning.checks import leaks
+from tuning.checks.alignment import Ints
 from tuning.checks.duplicates import Pairs
+from tuning.data.splits import SPLITS
 from tuning.record import tables
+from tuning.settings.words import count
 
 if TYPE_CHECKING:
     from tuning.checks.shortcuts import Shortcut
 
 SEVERITIES = ("stop", "warn", "info")  # worst first
-KINDS = (  # and so are these
+KINDS = (  # also worst first
     *("unreadable", "group_across_splits", "exact_duplicate", "label_conflict", "near_duplicate"),
     *("shortcut_shape", "shortcut_colour", "shortcut_metadata", "shortcut_border", "shortcut_thumbnail"),
     *("imbalance", "look_alike"),
@@ -25,7 +25,8 @@ KINDS = (  # and so are these
 LEAKS = {"stop": "stop", "warn": "warn", "move": "warn"}  # severity of a leak, by `on_leak`
 UNBALANCED, VERY_UNBALANCED = 3, 10  # images of the largest class for each of the smallest: info, warn
 MOST_LINES = 12  # on the screen
-LIGHT = ("brightness", "contrast")  # what a shortcut of colour may be without the colour
+LIGHT = ("brightness", "contrast")  # rules of shortcut_colour that need no colour
+CURE = "--set on_leak=move moves each group and all copies into one split, on_leak=warn only warns"
 
 
 class Finding(NamedTuple):
@@ -41,7 +42,7 @@ class Finding(NamedTuple):
 
 
 def table(found: Iterable[Finding]) -> pa.Table:
-    """Rows with the schema of `audit.parquet`, the worst first."""
+    """Return the findings with the schema of `audit.parquet`, the worst first."""
     rows = [row._asdict() for row in sorted(found, key=_rank)]
     return pa.Table.from_pylist(rows, schema=tables.AUDIT)
 
@@ -50,17 +51,14 @@ def _rank(row: Finding) -> tuple[int, int, str, str, str]:
     return (SEVERITIES.index(row.severity), KINDS.index(row.finding), row.path_a or "", row.path_b or "", row.detail)
 
 
-# --- What is found ---------------------------------------------------------------------------------------------------
-
-
-def equal_images(pixels: Sequence[str]) -> list[tuple[int, int]]:
-    """Each image that equals an earlier one, after the first that it equals.
+def identical_images(pixels: Sequence[str]) -> list[tuple[int, int]]:
+    """Return each image that is identical to an earlier one, after the first of these.
 
     Args:
         pixels: hash of each image's decoded pixels; files of the same bytes have the same.
     """
     first: dict[str, int] = {}
-    of = [first.setdefault(shown, index) for index, shown in enumerate(pixels)]
+    of = [first.setdefault(digest, index) for index, digest in enumerate(pixels)]
     return [(earlier, index) for index, earlier in enumerate(of) if earlier < index]
 
 
@@ -71,47 +69,45 @@ def of_unreadable(lost: Iterable[tuple[str, str]], skip: bool) -> list[Finding]:
 
 
 def of_copies(
-    samples: pd.DataFrame, equal: Sequence[tuple[int, int]], hashes: Sequence[str], near: Pairs, on_leak: str
+    samples: pd.DataFrame, identical: Sequence[tuple[int, int]], hashes: Sequence[str], near: Pairs, on_leak: str
 ) -> list[Finding]:
-    """Equal images, copies and look-alikes, and copies with different labels."""
+    """Identical images, copies and look-alikes, and copies with different labels."""
     paths, labels, splits = (samples[name].tolist() for name in ("path", "label", "split"))
     pairs: list[tuple[int, int, str, float, str]] = []
-    for a, b in equal:
+    for a, b in identical:
         same = "the same bytes" if hashes[a] == hashes[b] else "the same pixels in other bytes"
         pairs.append((a, b, "exact_duplicate", 1.0, same))
     for a, b, agreement, copy in zip(near.a, near.b, near.agreement, near.copies, strict=True):
         kind = "near_duplicate" if copy else "look_alike"
-        pairs.append((int(a), int(b), kind, float(agreement), f"details agree to {agreement:.3f} of 1"))
+        pairs.append((int(a), int(b), kind, float(agreement), f"agreement of details {agreement:.3f}"))
     found = []
-    for a, b, kind, value, what in pairs:
+    for a, b, kind, value, words in pairs:
         across, conflict = splits[a] != splits[b], labels[a] != labels[b]
         where = f"in {splits[a]} and {splits[b]}" if across else f"both in {splits[a]}"
         classes = f"{labels[a]} and {labels[b]}" if conflict else f"both {labels[a]}"
         severity = LEAKS[on_leak] if kind == "exact_duplicate" and across else "warn"
         severity = "info" if kind == "look_alike" else severity
-        found.append(Finding(kind, severity, paths[a], paths[b], value, None, f"{what}; {where}; {classes}"))
+        found.append(Finding(kind, severity, paths[a], paths[b], value, None, f"{words}; {where}; {classes}"))
         if conflict and kind != "look_alike":
-            told = f"{classes}, for copies of one image ({kind}); {where}"
-            found.append(Finding("label_conflict", "warn", paths[a], paths[b], value, None, told))
+            detail = f"copies of one image ({kind}) with the labels {classes}; {where}"
+            found.append(Finding("label_conflict", "warn", paths[a], paths[b], value, None, detail))
     return found
 
 
 def of_groups(samples: pd.DataFrame, on_leak: str) -> list[Finding]:
     """Groups in more than one split."""
-    members: dict[str, list[int]] = defaultdict(list)
-    for index, group in enumerate(samples["group"]):
+    members: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for path, split, group in samples[["path", "split", "group"]].itertuples(index=False):
         if not pd.isna(group):
-            members[group].append(index)
-    paths, splits = samples["path"].tolist(), samples["split"].tolist()
+            members[group].append((path, split))
     found = []
-    for group, rows in members.items():
-        counts = Counter(splits[row] for row in rows)
+    for group, images in members.items():
+        (first, its_split), counts = images[0], Counter(split for _, split in images)
         if len(counts) > 1:
-            a, b = rows[0], next(row for row in rows if splits[row] != splits[rows[0]])
-            where = ", ".join(f"{counts[split]} in {split}" for split in reversed(leaks.SPLITS) if counts[split])
-            told = f"group {group}: {where}"
-            row = Finding("group_across_splits", LEAKS[on_leak], paths[a], paths[b], float(len(rows)), None, told)
-            found.append(row)
+            other = next(path for path, split in images if split != its_split)
+            where = ", ".join(f"{counts[split]} in {split}" for split in reversed(SPLITS) if counts[split])
+            detail, n_images = f"group {group}: {where}", float(len(images))
+            found.append(Finding("group_across_splits", LEAKS[on_leak], first, other, n_images, None, detail))
     return found
 
 
@@ -121,121 +117,108 @@ def of_imbalance(labels: Iterable[str]) -> list[Finding]:
     ratio = most / least
     if ratio < UNBALANCED:
         return []
-    told = f"{smallest} has {least:,} images, {largest} {most:,}"
-    return [Finding("imbalance", "warn" if ratio >= VERY_UNBALANCED else "info", None, None, ratio, None, told)]
+    detail = f"{smallest} has {count(least, 'image')}, {largest} {most:,}"
+    return [Finding("imbalance", "warn" if ratio >= VERY_UNBALANCED else "info", None, None, ratio, None, detail)]
 
 
 def of_shortcuts(rules: Iterable["Shortcut"], fit: str, drop_colour: bool) -> list[Finding]:
-    """Rules that tell a class too well; what the search's own settings hide is a note."""
+    """Rules that predict a class too well; those that the search's own settings hide are notes."""
+    settings = {"fit=crop": fit == "crop", "drop_colour=true": drop_colour}
     found = []
     for rule in rules:
-        severity, end = "warn", ""
-        if rule.finding == "shortcut_shape" and fit == "crop":
-            severity, end = "info", "; hidden by fit=crop"
-        elif rule.finding == "shortcut_colour" and drop_colour and not rule.rule.startswith(LIGHT):
-            severity, end = "info", "; hidden by drop_colour=true"
-        elif rule.honest:
-            severity = "info"
-        told = f"{rule.rule}: right for {rule.accuracy:.1%}, guessing for {rule.baseline:.1%}{end}"
-        found.append(Finding(rule.finding, severity, None, None, rule.accuracy, rule.p_value, told))
+        setting = _hiding(rule.finding, rule.rule)
+        hidden = settings.get(setting, False)
+        severity = "info" if hidden or rule.honest else "warn"
+        detail = f"{rule.rule} with {rule.accuracy:.1%} accuracy (majority-class baseline: {rule.baseline:.1%})"
+        detail += f"; hidden by {setting}" if hidden else ""
+        found.append(Finding(rule.finding, severity, None, None, rule.accuracy, rule.p_value, detail))
     return found
 
 
-def with_moves(
-    found: Iterable[Finding], samples: pd.DataFrame, splits: Sequence[str], unit: NDArray[np.int64]
-) -> list[Finding]:
-    """Findings that say which images have moved because of them.
+def _hiding(finding: str, rule: str) -> str:
+    """The setting that hides a shortcut from the network."""
+    if finding == "shortcut_colour":
+        return "" if rule.startswith(LIGHT) else "drop_colour=true"
+    return "fit=crop" if finding == "shortcut_shape" else ""
+
+
+def with_moves(found: Iterable[Finding], samples: pd.DataFrame, splits: Sequence[str], unit: Ints) -> list[Finding]:
+    """Return the findings with the images that were moved because of them.
 
     Args:
-        samples: as they were.
-        splits: of the same rows, now.
-        unit: number of what each image belongs to; see `leaks.units`.
+        samples: with the splits before.
+        splits: of the same rows, after.
+        unit: of each row, numbered; see `splits.units`.
     """
     unit_of = dict(zip(samples["path"], unit.tolist(), strict=True))
     moved: dict[int, list[str]] = defaultdict(list)
-    for path, before, after, number in zip(samples["path"], samples["split"], splits, unit.tolist(), strict=True):
+    for path, before, after in zip(samples["path"], samples["split"], splits, strict=True):
         if before != after:
-            moved[number].append(f"{path} from {before} to {after}")
-    told = []
+            moved[unit_of[path]].append(f"{path} from {before} to {after}")
+    changed = []
     for row in found:
-        moves = moved.get(unit_of.get(row.path_a or "", -1), []) if row.path_b is not None else []
-        across = row.finding in ("exact_duplicate", "near_duplicate", "group_across_splits")
-        told.append(row._replace(detail=f"{row.detail}; moved: {', '.join(moves)}") if moves and across else row)
-    return told
+        leak = row.finding in ("exact_duplicate", "near_duplicate", "group_across_splits")
+        moves = moved.get(unit_of[str(row.path_a)], []) if leak else []
+        changed.append(row._replace(detail=f"{row.detail}; moved: {', '.join(moves)}") if moves else row)
+    return changed
 
 
-# --- In words --------------------------------------------------------------------------------------------------------
-
-
-def summary(rows: Sequence[Finding], moved: int) -> list[str]:
-    """What the screen shows: a line for each kind of finding, the worst first, with an example and what can be done.
+def summary(rows: Sequence[Finding], n_moved: int) -> list[str]:
+    """Return what the screen shows: a line per kind of finding, the worst first, with an example and what can be done.
 
     Args:
         rows: all findings.
-        moved: images that were brought into another split.
+        n_moved: number of images that were moved into another split.
     """
-    kinds: dict[tuple[str, str], list[Finding]] = defaultdict(list)
-    for row in sorted(rows, key=_rank):
-        kinds[row.severity, row.finding].append(row)
-    told: dict[str, list[str]] = {severity: [] for severity in SEVERITIES}
-    for (severity, finding), found in kinds.items():
-        told[severity] += _told(severity, finding, found)
-    if moved:
-        told["warn"].append(f"{_count(moved, 'image')} moved, so that each group and all copies are in one split")
-    if not told["stop"] + told["warn"]:
-        return ["audit: nothing to warn of" + (f", {_count(len(rows), 'note')} in audit.parquet" if rows else "")]
-    lines = [f"  {severity}  {line}" for severity, of in told.items() for line in of]
-    more = [f"  and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else []
-    cure = []
-    if any(row.severity == "stop" and row.finding != "unreadable" for row in rows):
-        cure = ["  cure: --set on_leak=move brings each group and all copies into one split; on_leak=warn goes on"]
-    counts = [(len(told["stop"]), "reason to stop", "reasons to stop"), (len(told["warn"]), "warning", "warnings")]
-    head = ", ".join(_count(n, one, many) for n, one, many in counts if n)
-    return [f"audit: {head} (all {len(rows)} findings are in audit.parquet)", *lines[:MOST_LINES], *more, *cure]
+    lines = _lines(rows)
+    if n_moved:
+        lines["warn"].append(f"{count(n_moved, 'image')} moved, so that each group and all copies are in one split")
+    counts = [(len(lines["stop"]), "reason to stop", "reasons to stop"), (len(lines["warn"]), "warning", None)]
+    head = ", ".join(count(n, one, many) for n, one, many in counts if n)
+    if not head:
+        return ["audit: no warnings" + (f", {count(len(rows), 'note')} in audit.parquet" if rows else "")]
+    shown = [f"  {severity}  {line}" for severity, found in lines.items() for line in found]
+    more = [f"  and {len(shown) - MOST_LINES} more"] if len(shown) > MOST_LINES else []
+    leaks = any(row.severity == "stop" and row.finding != "unreadable" for row in rows)
+    head = f"audit: {head} ({count(len(rows), 'finding')} in audit.parquet)"
+    return [head, *shown[:MOST_LINES], *more, *[f"  cure: {CURE}"] * leaks]
 
 
 def stops(rows: Sequence[Finding]) -> list[str]:
-    """Why a search does not begin, with the cure; empty where it may."""
-    kinds: dict[str, list[Finding]] = defaultdict(list)
+    """Return why a search does not begin, with the cure; nothing if it may."""
+    return [f"{line}; {CURE}; tuning/audit.py lists all findings" for line in _lines(rows)["stop"]]
+
+
+def _lines(rows: Sequence[Finding]) -> dict[str, list[str]]:
+    """A line for each kind of finding, by severity, the worst first; notes have none."""
+    kinds: dict[tuple[str, str], list[Finding]] = defaultdict(list)
     for row in sorted(rows, key=_rank):
-        if row.severity == "stop":
-            kinds[row.finding].append(row)
-    cure = "--set on_leak=move brings each into one split, on_leak=warn goes on; tuning/audit.py lists all findings"
-    return [f"{line}; {cure}" for finding, found in kinds.items() for line in _told("stop", finding, found)]
+        kinds[row.severity, row.finding].append(row)
+    lines: dict[str, list[str]] = {"stop": [], "warn": []}
+    for (severity, finding), found in kinds.items():
+        if severity != "info":
+            lines[severity] += _in_words(finding, found)
+    return lines
 
 
-def _told(severity: str, finding: str, found: Sequence[Finding]) -> list[str]:
-    """Lines of one kind; notes have none."""
-    if severity == "info":
-        return []
-    if finding.startswith("shortcut_") or finding == "imbalance":
-        return [f"{finding.removeprefix('shortcut_')}: {row.detail}{_cure(row)}" for row in found]
+def _in_words(finding: str, found: Sequence[Finding]) -> list[str]:
     first, n = found[0], len(found)
+    if finding == "imbalance":
+        return [f"imbalance: {first.detail}; consider --set class_weighting=balanced metric=val_balanced_accuracy"]
+    if finding.startswith("shortcut_"):
+        cures = [(row, _hiding(finding, row.detail)) for row in found]
+        kind = finding.removeprefix("shortcut_")
+        return [f"{kind}: {row.detail}" + (f"; --set {cure} hides it" if cure else "") for row, cure in cures]
     if finding == "unreadable":
-        return [f"{_count(n, 'image')} can't be read, such as {first.path_a}: {first.detail}"]
+        return [f"{count(n, 'image')} can't be read, such as {first.path_a}: {first.detail}"]
     if finding == "group_across_splits":
-        images = sum(int(row.value or 0) for row in found)
-        example = first.detail.split("; moved")[0]
-        return [f"{_count(n, 'group')} ({images} images) in more than one split, such as {example}"]
-    what = {
-        "exact_duplicate": "of equal images",
+        images = count(sum(int(row.value or 0) for row in found), "image")
+        return [f"{count(n, 'group')} ({images}) in more than one split, such as {first.detail.split('; moved')[0]}"]
+    kind = {
+        "exact_duplicate": "of identical images",
         "near_duplicate": "of near duplicates",
         "label_conflict": "of copies with different labels",
     }[finding]
     across = sum("; in " in row.detail for row in found)
     where = f", {across} of them in different splits" if across else ""
-    return [f"{_count(n, 'pair')} {what}{where}, such as {first.path_a} and {first.path_b}"]
-
-
-def _cure(row: Finding) -> str:
-    if row.finding == "shortcut_shape":
-        return "; --set fit=crop hides it"
-    if row.finding == "shortcut_colour" and not row.detail.startswith(LIGHT):
-        return "; --set drop_colour=true hides it"
-    if row.finding == "imbalance":
-        return "; --set class_weighting=balanced metric=val_balanced_accuracy"
-    return ""
-
-
-def _count(n: int, one: str, many: str | None = None) -> str:
-    return f"{n} {one if n == 1 else many or one + 's'}"
+    return [f"{count(n, 'pair')} {kind}{where}, such as {first.path_a} and {first.path_b}"]

@@ -1,6 +1,6 @@
-"""What tells the class without looking at the picture: size, colour mode, file format, the border, a tiny thumbnail.
+"""What predicts the class without the picture: size, colour mode, file format, the border, a tiny thumbnail.
 
-A network takes the easiest way, and will have learnt the hospital instead of the disease (DeGrave et al. 2021, AI for
+A network learns whatever is easiest, such as the hospital instead of the disease (DeGrave et al. 2021, AI for
 radiographic COVID-19 detection selects shortcuts over signal).
 """
 
@@ -14,24 +14,25 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from threadpoolctl import threadpool_limits
 
-Ints: TypeAlias = NDArray[np.int64]
-Floats: TypeAlias = NDArray[np.float32]
+from tuning.checks.alignment import Floats, Ints
+
+Reals: TypeAlias = NDArray[np.float64]
 
 FOLDS = 5
-SHUFFLES = 199  # of the labels: the least p-value is 1/200
-P_VALUE = 0.01  # above it nothing is told
-PARTS = 16  # that a number is cut into
-MOST_IMAGES = 6000  # that rules are tried on, drawn at random; they tell an accuracy to within about one percent
+SHUFFLES = 199  # of the labels: the smallest p-value is 1/200
+P_VALUE = 0.01  # the largest that is reported
+PARTS = 16  # that a number is divided into
+MOST_IMAGES = 6000  # random ones that rules are tried on; they estimate an accuracy to within about one percent
 MOST_TARGETS = 4000  # classes times shuffles at once
-ALPHA = 0.1  # penalty of a linear probe by image, for features of unit variance; 0.03 and 0.3 told as much
+ALPHA = 0.1  # penalty of a linear probe per image, for features of unit variance; 0.03 and 0.3 predicted as well
 SIDE = 32  # of the pictures that the probes see, in pixels
-BORDER = 5  # of them
+BORDER = 5  # pixels of them
 
-# The skill from which a rule is told. No disease decides on size, colour mode or file format.
+# The skill from which a rule is reported. No disease affects size, colour mode or file format.
 STRANGE = 0.2
-# It may on the rest: on chest films of one source, normal against pneumonia, the skill of brightness was 0.39, of the
-# file's bytes 0.46, of the border 0.49. A mark of 5% of the side in a corner gave the border 0.97 and more, one that
-# lay anywhere within another 10% 0.74 and more.
+# It may affect the rest: on chest films of one source, normal against pneumonia, the skill of brightness was 0.39, of
+# the file size 0.46, of the border 0.49. A mark of 5% of the side in a corner gave the border 0.97 and more, one
+# anywhere within another 10% gave 0.74 and more.
 TELLING = 0.6
 # A thumbnail's was 0.53 there, 0.37 on the generated radiographs. From here on the task is suspiciously easy.
 EASY = 0.8
@@ -43,23 +44,23 @@ class Shortcut(NamedTuple):
 
     finding: str
     accuracy: float  # cross-validated
-    baseline: float  # of always guessing the most frequent
+    baseline: float  # accuracy of always predicting the most frequent class
     p_value: float
-    rule: str  # in words
+    rule: str  # in words, such as `width over 250 predicts covid`
 
     @property
     def skill(self) -> float:
-        """Share of the baseline's errors that the rule does not make."""
+        """Share of the baseline's errors that the rule avoids."""
         return (self.accuracy - self.baseline) / (1 - self.baseline)
 
     @property
     def honest(self) -> bool:
-        """Whether the disease itself may well show so."""
+        """Whether the disease itself may well be the reason."""
         return self.finding == "shortcut_thumbnail" and self.skill < EASY
 
 
 class Folds(NamedTuple):
-    """Labels to be told and how that is tried: one draw for all rules, so that they compare."""
+    """Labels to predict, and the cross-validation: the same for all rules, so that they can be compared."""
 
     classes: tuple[str, ...]
     labels: Ints  # [1 + shuffles, n]: the true ones, then shuffled ones
@@ -67,23 +68,21 @@ class Folds(NamedTuple):
 
 
 def folds(labels: Sequence[str], units: Ints) -> Folds | None:
-    """Folds that tear no unit apart, stratified by class, and labels shuffled by whole units.
+    """Return folds that keep each unit whole, stratified by class, and labels shuffled by whole units.
+
+    None if nothing can be tried: there are fewer than two classes, or a class has fewer than two units.
 
     Args:
         labels: class of each image.
-        units: number of the patient, say, that each image is of.
-
-    Returns:
-        None where nothing can be tried: there are fewer than two classes, or a class has fewer than two units.
+        units: number of each image's unit, such as the patient.
     """
     classes = tuple(sorted(set(labels)))
     true = np.array([classes.index(label) for label in labels], dtype=np.int64)
     fewest = min((len(np.unique(units[true == index])) for index in range(len(classes))), default=0)
     if fewest < 2 or len(classes) < 2:
         return None
-    count = min(FOLDS, fewest)
     alone = len(np.unique(units)) == len(units)  # the grouped one is slow
-    splitter = (StratifiedKFold if alone else StratifiedGroupKFold)(count, shuffle=True, random_state=0)
+    splitter = (StratifiedKFold if alone else StratifiedGroupKFold)(min(FOLDS, fewest), shuffle=True, random_state=0)
     fold = np.empty(len(true), dtype=np.int64)
     for number, (_, inside) in enumerate(splitter.split(true, true, None if alone else units)):
         fold[inside] = number
@@ -92,7 +91,7 @@ def folds(labels: Sequence[str], units: Ints) -> Folds | None:
 
 
 def _shuffled(true: Ints, units: Ints) -> Ints:
-    """The labels laid out unit after unit, the units in another order each time."""
+    """The labels laid out unit after unit, with the units in another order each time."""
     order = np.argsort(units, kind="stable")
     ends = np.flatnonzero(np.diff(units[order])) + 1
     blocks = np.split(true[order], ends)
@@ -107,11 +106,11 @@ def _shuffled(true: Ints, units: Ints) -> Ints:
 # --- Tables: one fact, one class against the rest --------------------------------------------------------------------
 
 
-def best_table(finding: str, facts: Mapping[str, Sequence[str] | NDArray[np.float64]], folds: Folds) -> Shortcut:
-    """The fact that alone tells best some class from the rest.
+def best_table(finding: str, facts: Mapping[str, Sequence[str] | Reals], folds: Folds) -> Shortcut:
+    """Return the fact that alone best predicts some class against the rest.
 
-    Numbers are cut into at most `PARTS` parts of equal size; a part is of the class if most of its training images are.
-    The p-value is that of the best of all facts and classes.
+    Numbers are divided into at most `PARTS` parts of equal size; a part predicts the class if most of its training
+    images are of it. The p-value is that of the best of all facts and classes.
 
     Args:
         facts: by name, words or numbers of each image.
@@ -125,18 +124,19 @@ def best_table(finding: str, facts: Mapping[str, Sequence[str] | NDArray[np.floa
         trained = counts.sum(axis=1, keepdims=True) - counts
         called = 2 * trained > trained.sum(axis=-1, keepdims=True)
         right = np.where(called, counts, counts.sum(axis=-1, keepdims=True) - counts).sum(axis=(1, 2))
-        accuracy, baseline, skill = _skills(right / len(part), counts[0].sum(axis=(0, 1)) / len(part))
+        accuracy = right / len(part)
+        baseline, skill = _skills(accuracy, counts[0].sum(axis=(0, 1)) / len(part))
         best_shuffled = np.maximum(best_shuffled, skill[1:].max(axis=1))
         target = int(skill[0].argmax()) if n_classes > 2 else int(counts[0].sum(axis=(0, 1)).argmin())
         whole = counts[0, :, :, target].sum(axis=0) * 2 > counts[0].sum(axis=(0, 2))
-        rule = f"{_words(name, parts, whole)} means {folds.classes[target]}"
+        rule = f"{_words(name, parts, whole)} predicts {folds.classes[target]}"
         found.append((skill[0, target], Shortcut(finding, accuracy[0, target], baseline[target], 1.0, rule)))
     skill_found, best = max(found, key=lambda pair: pair[0])
     return best._replace(p_value=_p_value(skill_found, best_shuffled))
 
 
-def _parts(values: Sequence[str] | NDArray[np.float64]) -> tuple[list[str] | NDArray[np.float64], Ints]:
-    """The words there are, or the upper ends of a number's parts; and the part of each image."""
+def _parts(values: Sequence[str] | Reals) -> tuple[list[str] | Reals, Ints]:
+    """The different words, or the upper ends of a number's parts; and the part of each image."""
     if not isinstance(values, np.ndarray):
         words, part = np.unique(np.array(values, dtype=str), return_inverse=True)
         return words.tolist(), part
@@ -154,27 +154,32 @@ def _counts(part: Ints, n_parts: int, folds: Folds) -> Ints:
     return np.bincount(flat.ravel(), minlength=int(np.prod(shape))).reshape(shape)
 
 
-def _words(name: str, parts: list[str] | NDArray[np.float64], called: NDArray[np.bool_]) -> str:
+def _words(name: str, parts: list[str] | Reals, called: NDArray[np.bool_]) -> str:
     if isinstance(parts, list):
         return f"{name} " + " or ".join(word for word, yes in zip(parts, called, strict=True) if yes)
     if name == SHAPE and list(called) == [index > 0 for index in range(len(parts))]:
-        return "not square"
+        return "a non-square shape"
     runs = np.flatnonzero(np.diff(np.r_[False, called, False])).reshape(-1, 2)  # begins, ends beyond
-    said = []
+    ranges = []
     for begin, end in runs:
-        low, high = (None if begin == 0 else parts[begin - 1]), (None if end == len(parts) else parts[end - 1])
-        said.append((f"over {low:.4g}" if low is not None else "") + (f" up to {high:.4g}" if high is not None else ""))
-    return f"{name} " + " or ".join(text.strip() for text in said)
+        low = f"over {_number(parts[begin - 1])}" if begin else ""
+        high = f"up to {_number(parts[end - 1])}" if end < len(parts) else ""
+        ranges.append(f"{low} {high}".strip())
+    return f"{name} " + " or ".join(ranges)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 # --- Linear probes ---------------------------------------------------------------------------------------------------
 
 
-def linear_probe(finding: str, what: str, features: Floats, folds: Folds) -> Shortcut:
-    """How well a ridge regression of the classes on pixels tells them, all at once or one against the rest.
+def linear_probe(finding: str, name: str, features: Floats, folds: Folds) -> Shortcut:
+    """Return how well a ridge regression on pixels predicts the classes, all at once or one against the rest.
 
     Args:
-        what: the features in words.
+        name: the features in words.
         features: [n, features].
     """
     n_classes = len(folds.classes)
@@ -193,53 +198,44 @@ def linear_probe(finding: str, what: str, features: Floats, folds: Folds) -> Sho
             one = targets[:, inside] > 0.5
             right[first : first + step, :n_classes] += ((scores > 0.5) == one).sum(axis=1)
             right[first : first + step, n_classes] += (scores.argmax(axis=2) == labels[:, inside]).sum(axis=1)
-    shares = np.bincount(folds.labels[0]) / len(features)
-    accuracy, baseline, skill = _skills(right / len(features), shares)
+    accuracy = right / len(features)
+    baseline, skill = _skills(accuracy, np.bincount(folds.labels[0]) / len(features))
     target = int(skill[0].argmax())
-    told = "the classes" if n_classes == 2 or target == n_classes else f"{folds.classes[target]} from the rest"
+    predicted = "the class" if n_classes == 2 or target == n_classes else folds.classes[target]
     p_value = _p_value(skill[0, target], skill[1:].max(axis=1))
-    return Shortcut(finding, accuracy[0, target], baseline[target], p_value, f"{what} tells {told}")
+    return Shortcut(finding, accuracy[0, target], baseline[target], p_value, f"{name} predicts {predicted}")
 
 
-# --- Both ------------------------------------------------------------------------------------------------------------
-
-
-def _skills(
-    accuracy: NDArray[np.float64], shares: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Accuracy, that of guessing, and the share of guessing's errors that aren't made.
+def _skills(accuracy: Reals, shares: Reals) -> tuple[Reals, Reals]:
+    """The majority-class baseline, and the share of its errors that are avoided.
 
     Args:
-        accuracy: [labellings, targets]: each class against the rest, then, where it is there, all classes at once.
+        accuracy: [labellings, targets]: each class against the rest, then, if tried, all classes at once.
         shares: of each class.
     """
     baseline = np.r_[np.maximum(shares, 1 - shares), shares.max()][: accuracy.shape[1]]
-    return accuracy, baseline, (accuracy - baseline) / (1 - baseline)
+    return baseline, (accuracy - baseline) / (1 - baseline)
 
 
-def _p_value(skill: float, shuffled: NDArray[np.float64]) -> float:
+def _p_value(skill: float, shuffled: Reals) -> float:
     return float((1 + (shuffled >= skill).sum()) / (1 + len(shuffled)))
 
 
-# --- Of images -------------------------------------------------------------------------------------------------------
-
-
 def sampled(labels: Sequence[str], units: Ints) -> Ints:
-    """Indices of the images that rules are tried on; a class of one unit, which can't be told from it, is left out."""
-    drawn = np.sort(np.random.default_rng(0).permutation(len(labels))[:MOST_IMAGES])
-    names = np.array(labels, dtype=object)[drawn]
-    units_of = pd.Series(units[drawn]).groupby(names).nunique()
-    return drawn[[units_of[name] > 1 for name in names]]
+    """Return the indices of the images that rules are tried on, without classes that have one unit only."""
+    chosen = np.sort(np.random.default_rng(0).permutation(len(labels))[:MOST_IMAGES])
+    names = np.array(labels, dtype=object)[chosen]
+    units_of = pd.Series(units[chosen]).groupby(names).nunique()
+    return chosen[[units_of[name] > 1 for name in names]]
 
 
 def shortcuts(pictures: Floats, facts: pd.DataFrame, labels: Sequence[str], units: Ints) -> list[Shortcut] | None:
-    """Rules that are clearly better than guessing; null where none can be tried, as `folds` says.
+    """Return the rules that are clearly better than the baseline; None if none can be tried, as in `folds`.
 
     Args:
         pictures: [n, SIDE, SIDE, channels], levels from 0 to 255.
         facts: `width`, `height`, `mode`, `format` and `bytes` of each file.
-        labels: class of each image.
-        units: number of the patient, say, that each image is of.
+        labels, units: as in `folds`.
     """
     tried = folds(labels, units)
     if tried is None:
@@ -249,12 +245,14 @@ def shortcuts(pictures: Floats, facts: pd.DataFrame, labels: Sequence[str], unit
     colour = (pictures.max(axis=3) - pictures.min(axis=3)).mean(axis=(1, 2)).astype(np.float64)
     shape = {SHAPE: np.maximum(width, height) / np.minimum(width, height), "width": width, "height": height}
     light = {"brightness": grey.mean(axis=(1, 2)).astype(np.float64), "contrast": grey.std(axis=(1, 2)).astype(float)}
+    colours = {"colour mode": facts["mode"].tolist(), "colourfulness": colour}
+    sizes = {"file size in bytes": size, "bytes per pixel": size / (width * height)}
     found = [
         (best_table("shortcut_shape", shape | {"width / height": width / height}, tried), STRANGE),
-        (best_table("shortcut_colour", {"mode": facts["mode"].tolist(), "colourfulness": colour}, tried), STRANGE),
+        (best_table("shortcut_colour", colours, tried), STRANGE),
         (best_table("shortcut_colour", light, tried), TELLING),
-        (best_table("shortcut_metadata", {"format": facts["format"].tolist()}, tried), STRANGE),
-        (best_table("shortcut_metadata", {"bytes": size, "bytes / pixel": size / (width * height)}, tried), TELLING),
+        (best_table("shortcut_metadata", {"file format": facts["format"].tolist()}, tried), STRANGE),
+        (best_table("shortcut_metadata", sizes, tried), TELLING),
     ]
     edge = np.ones((SIDE, SIDE), dtype=bool)
     edge[BORDER:-BORDER, BORDER:-BORDER] = False

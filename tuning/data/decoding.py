@@ -1,4 +1,4 @@
-"""Decode one image to what a viewer shows, at the size that is trained on, with the facts of what was stored."""
+"""Decode one image to what a viewer shows, at the size for training, with facts of the stored image."""
 
 import hashlib
 import os
@@ -24,29 +24,27 @@ from tuning.data import dicom
 from tuning.record.storage import is_uri, readable
 from tuning.settings.config import FORMATS, InputError
 
-DECODER_VERSION = 2  # raised with any change of the decoded pixels or facts: no older array is taken for a new one
+DECODER_VERSION = 2  # raised with any change of the decoded pixels or facts, so that no older array is used
 MAX_PIXELS = 178_000_000  # of one image; Pillow's own limit for what it calls a decompression bomb
-# Channels that differ by at most so many levels are grey but for JPEG's rounding of chroma. Of 120 chest X-rays stored
-# in colour, at 64, 128 and 224 px, 86 have equal channels and 29 differ by 1 to 11 levels; the 5 that have coloured
-# marks or a tint differ by 25 or more.
+# Channels that differ by at most this many levels are grey, apart from JPEG's rounding of chroma. Of 120 chest X-rays
+# stored in colour, at 64, 128 and 224 px, 86 have equal channels and 29 differ by 1 to 11 levels; the 5 that have
+# coloured marks or a tint differ by 25 or more.
 GREY_LEVELS = 12
 NEARLY_BLACK = 16  # of 255: what 12 of 16 bits come to
-SIGNATURES = [  # format, and the offset and bytes that tell it
-    ("DICOM", 128, b"DICM"),  # first, since another format's signature may stand before it
+SIGNATURES = [  # format, and the offset and bytes that identify it
+    ("DICOM", 128, b"DICM"),  # first, since another format's signature may precede it
     ("JPEG", 0, b"\xff\xd8\xff"),
     ("PNG", 0, b"\x89PNG"),
     ("GIF", 0, b"GIF8"),
     ("BMP", 0, b"BM"),
     *[("TIFF", 0, start) for start in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")],
     ("WEBP", 8, b"WEBP"),
-]
-FOREIGN = [
-    ("JPEG 2000", 4, b"jP  "),
+    ("JPEG 2000", 4, b"jP  "),  # from here on not supported
     ("HEIF or AVIF", 4, b"ftyp"),
     ("PDF", 0, b"%PDF"),
     ("gzip", 0, b"\x1f\x8b"),
 ]
-# The classes are called directly, since `Image.open` warns of large and of multi-picture images.
+# The classes are called directly, since `Image.open` warns about large and multi-picture images.
 READERS: dict[str, Callable[[BinaryIO], ImageFile]] = {
     "JPEG": JpegImageFile,
     "PNG": PngImageFile,
@@ -55,7 +53,7 @@ READERS: dict[str, Callable[[BinaryIO], ImageFile]] = {
     "TIFF": TiffImageFile,
     "WEBP": WebPImageFile,
 }
-TURNS = {  # what sets an image of an EXIF orientation upright
+TURNS = {  # what turns an image of an EXIF orientation upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -65,31 +63,31 @@ TURNS = {  # what sets an image of an EXIF orientation upright
     8: Image.Transpose.ROTATE_90,
 }
 ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 274, 258, 262, 0  # tags, and a value of the last
-# What the libraries were seen or are written to raise for broken files.
+# What the libraries raise for broken files, as seen or by their source.
 BUILTIN_ERRORS = (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 DECODER_ERRORS = (*BUILTIN_ERRORS, SyntaxError, AssertionError, StructError, zlib.error, Image.DecompressionBombError)
 
 Pixels: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 
-_LOCK = threading.Lock()  # for the two below
-_inside = 0  # threads that are decoding
+_LOCK = threading.Lock()  # guards the two below
+_inside = 0  # number of threads that are decoding
 _quiet = ExitStack()
 
 
 class Facts(NamedTuple):
-    """What an image was before it was decoded."""
+    """The stored image, before it was decoded."""
 
     width: int  # pixels as stored, before EXIF orientation
     height: int
-    mode: str  # Pillow's name of the stored pixels' kind: L, RGB, RGBA, P, CMYK, I;16, ...
+    mode: str  # Pillow's mode of the stored pixels: L, RGB, RGBA, P, CMYK, I;16, ...
     format: str  # JPEG, PNG, ...
     bytes: int  # of the file
-    told: str | None  # what a user should know, notes joined by "; "
+    notes: str | None  # what a user should know, joined by "; "
     pixels_sha256: str  # of the decoded pixels and their shape, in hex
 
 
 class Shown(NamedTuple):
-    """An image as a viewer shows it, but for its size, and what is known of it."""
+    """An image as a viewer shows it, at any size, with facts of the stored one."""
 
     image: Image.Image  # of mode L or RGB, upright
     width: int
@@ -99,23 +97,23 @@ class Shown(NamedTuple):
 
 
 def decode(file: str, image_size: int, *, fit: str = "squash", drop_colour: bool = False) -> tuple[Pixels, Facts]:
-    """An image as it is to be looked at, made square.
+    """Return an image as a viewer shows it, made square, and its facts.
 
-    EXIF orientation is applied and transparency is laid over black. A coloured image whose channels are equal, but
-    for rounding, is a grey one. Colour profiles are not applied.
+    EXIF orientation is applied and transparency becomes black. A coloured image whose channels are equal, apart from
+    rounding, becomes grey. Colour profiles are not applied.
 
     Args:
-        file: JPEG, PNG, TIFF, WebP, BMP, GIF or DICOM, whatever it is called; a path or a URI.
+        file: JPEG, PNG, TIFF, WebP, BMP, GIF or DICOM, whatever its suffix; a path or a URI.
         image_size: side, in pixels.
-        fit: `squash` to a square, `crop` to the centre square, or `letterbox`: with black bars.
+        fit: `squash` to a square, `crop` to the centre square, or `letterbox` with black bars.
         drop_colour: makes every image grey.
 
     Returns:
-        uint8, [side, side] if grey, else [side, side, 3]; and the image's facts.
+        uint8, [side, side] if grey, else [side, side, 3]; and the facts.
 
     Raises:
-        InputError: the file can't be read or is of a kind that isn't supported; the message doesn't name the file.
-        OSError: the storage fails, which says nothing of the image.
+        InputError: the file can't be read or its format isn't supported; the message doesn't name the file.
+        OSError: the storage fails, which is no fault of the image.
     """
     content = readable(file) if is_uri(file) else None
     try:
@@ -128,29 +126,28 @@ def decode(file: str, image_size: int, *, fit: str = "squash", drop_colour: bool
     except InputError:
         raise
     except DECODER_ERRORS as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"can't be decoded ({said}); replace it or leave it out") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"can't be decoded ({reason}); replace it or leave it out") from error
     suffix = os.path.splitext(file)[1].lower()
     misnamed = [f"is a {kind} file named {suffix}"] if FORMATS.get(suffix, kind) != kind else []
-    told = "; ".join(misnamed + shown.notes) or None
-    return pixels, Facts(shown.width, shown.height, shown.mode, kind, n_bytes, told, _hash(pixels))
-
-
-# --- Reading ---------------------------------------------------------------------------------------------------------
+    notes = "; ".join(misnamed + shown.notes) or None
+    digest = hashlib.sha256(f"{pixels.shape}".encode())
+    digest.update(pixels.data)
+    return pixels, Facts(shown.width, shown.height, shown.mode, kind, n_bytes, notes, digest.hexdigest())
 
 
 def _kind(stream: BinaryIO) -> str:
-    """The format, told from the first bytes."""
+    """The format, by the first bytes."""
     start = stream.read(132)
     stream.seek(0)
     if not start:
         raise InputError("is empty (0 bytes); replace it or leave it out")
-    for kind, offset, signature in SIGNATURES + FOREIGN:
+    for kind, offset, signature in SIGNATURES:
         if start[offset : offset + len(signature)] == signature:
-            if (kind, offset, signature) in FOREIGN:
+            if kind not in (*READERS, "DICOM"):
                 raise InputError(f"is a {kind} file, which isn't supported; convert it to PNG or JPEG")
             return kind
-    raise InputError(f"is no image: neither {', '.join(READERS)} nor DICOM; replace it or leave it out")
+    raise InputError(f"is not an image ({', '.join(READERS)} or DICOM); replace it or leave it out")
 
 
 def _show(stream: BinaryIO, kind: str, image_size: int, drop_colour: bool) -> Shown:
@@ -159,11 +156,11 @@ def _show(stream: BinaryIO, kind: str, image_size: int, drop_colour: bool) -> Sh
     _check_size(width, height)
     mode = image.mode
     if mode in ("I", "F", "LAB"):
-        cure = "convert it to 8 or 16 bits a pixel"
+        cure = "convert it to 8 or 16 bits per pixel"
         raise InputError(f"is a {kind} of mode {mode}, whose values have no fixed black and white; {cure}")
     notes = []
     if getattr(image, "is_animated", False):
-        notes.append("has several frames, of which the first is used")
+        notes.append(dicom.FRAMES)
     # JPEGs decode at 1/2, 1/4 or 1/8 size; at least twice the target is kept. A film of 2048 x 2048 for 128 px
     # took 16 ms instead of 43, for a mean difference of 0.3 of 255, as between LANCZOS and bicubic.
     grey = drop_colour and mode == "RGB"
@@ -188,7 +185,7 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _turn(image: ImageFile, notes: list[str]) -> Image.Image:
-    """The image set upright; a broken EXIF block is told, since all else may be good."""
+    """Turn an image upright; a broken EXIF block is a note, since the pixels may be good."""
     try:
         exif = image.getexif()
         turn = TURNS.get(exif.get(ORIENTATION, 1))
@@ -196,12 +193,12 @@ def _turn(image: ImageFile, notes: list[str]) -> Image.Image:
     except DECODER_ERRORS:
         turn, broken = None, True
     if broken:
-        notes.append("has a broken EXIF block, so it may lie on its side")
+        notes.append("has a broken EXIF block, so its orientation may be wrong")
     return image if turn is None else image.transpose(turn)
 
 
 def _viewable(image: Image.Image, notes: list[str]) -> Image.Image:
-    """The same in mode L or RGB, over black where it is transparent."""
+    """Convert an image to mode L or RGB, with black for what is transparent."""
     if image.mode.startswith("I;16"):
         image = _eight_bits(image, notes)
     if image.has_transparency_data:
@@ -217,7 +214,7 @@ def _in_mode(mode: str, image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image, notes: list[str]) -> Image.Image:
-    """The upper bits, which are what viewers show and what Pillow keeps of 16-bit colours."""
+    """Keep the upper bits, as viewers do, and Pillow with 16-bit colours."""
     values = np.asarray(image)
     tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
     grey = (values >> (tags.get(BITS_PER_SAMPLE, (16,))[0] - 8)).astype(np.uint8)
@@ -226,16 +223,16 @@ def _eight_bits(image: Image.Image, notes: list[str]) -> Image.Image:
     if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow inverts 8 bits, not 16
         grey = 255 - grey
     if grey.max() < NEARLY_BLACK:
-        notes.append("is nearly black, since its 16-bit values use less than a sixteenth of their range")
+        notes.append("is nearly black: its 16-bit values use less than 1/16 of their range")
     return Image.fromarray(grey)
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without warnings of Pillow and pydicom, which speak of odd but readable files.
+    """Suppress warnings of Pillow and pydicom, which are about odd but readable files.
 
     `warnings.catch_warnings` changes the whole process, and threads that enter and leave it in turn would leave it
-    changed for ever: so the first thread in enters it, and the last one out leaves it.
+    changed for good: so the first thread in enters it, and the last one out leaves it.
     """
     global _inside
     with _LOCK:
@@ -250,9 +247,6 @@ def _quietly() -> Iterator[None]:
             _inside -= 1
             if not _inside:
                 _quiet.close()
-
-
-# --- Shaping ---------------------------------------------------------------------------------------------------------
 
 
 def _square(image: Image.Image, image_size: int, fit: str) -> Image.Image:
@@ -281,9 +275,3 @@ def _pixels(image: Image.Image) -> Pixels:
         if (most - least).max() <= GREY_LEVELS:
             image = image.convert("L")
     return np.array(image)
-
-
-def _hash(pixels: Pixels) -> str:
-    digest = hashlib.sha256(f"{pixels.shape}".encode())
-    digest.update(pixels.data)
-    return digest.hexdigest()

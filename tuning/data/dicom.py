@@ -1,4 +1,4 @@
-"""DICOM images as a viewer shows them, read by pydicom, which is an optional package."""
+"""DICOM images as a viewer shows them, read by pydicom, an optional package."""
 
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -10,24 +10,25 @@ from tuning.settings.config import InputError
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-PYDICOM_CURE = "pip install pydicom python-gdcm, as this package's extra `dicom` does"
+FRAMES = "has several frames, only the first is used"  # a note of other formats too
 
 
 def read(stream: BinaryIO) -> "Dataset":
-    """The data set of a DICOM file that holds an image.
+    """Return the data set of a DICOM file that holds an image.
 
     Raises:
-        InputError: pydicom isn't there, or there is nothing that it could show.
+        InputError: pydicom is not installed, or the file has no image that it can decode.
     """
     try:
         from pydicom import dcmread
         from pydicom.pixels import get_decoder
     except ImportError:
-        raise InputError(f"is a DICOM file, which needs pydicom; {PYDICOM_CURE}") from None
+        cure = "pip install pydicom python-gdcm, or this package with the extra `dicom`"
+        raise InputError(f"is a DICOM file, which needs pydicom; {cure}") from None
 
     dataset = dcmread(stream)
     if "PixelData" not in dataset:
-        kind = dataset["SOPClassUID"].value.name if "SOPClassUID" in dataset else "of no kind"
+        kind = dataset["SOPClassUID"].value.name if "SOPClassUID" in dataset else "of unknown class"
         raise InputError(f"is a DICOM file without an image ({kind}); leave it out")
     syntax = dataset.file_meta.TransferSyntaxUID
     if not get_decoder(syntax).is_available:
@@ -37,7 +38,7 @@ def read(stream: BinaryIO) -> "Dataset":
 
 
 def mode(dataset: "Dataset") -> str:
-    """What Pillow would call the stored pixels."""
+    """Return Pillow's mode of the stored pixels."""
     if dataset.PhotometricInterpretation == "PALETTE COLOR":
         return "P"
     if dataset.SamplesPerPixel > 1:
@@ -46,7 +47,7 @@ def mode(dataset: "Dataset") -> str:
 
 
 def show(dataset: "Dataset") -> tuple[Image.Image, list[str]]:
-    """The first frame, in mode L or RGB, and what is to be told of it.
+    """Return the first frame, in mode L or RGB, and notes for the user.
 
     Grey values go through the modality transformation and the first VOI LUT or window; MONOCHROME1 is inverted.
 
@@ -54,7 +55,7 @@ def show(dataset: "Dataset") -> tuple[Image.Image, list[str]]:
     """
     from pydicom.pixels import apply_color_lut, pixel_array
 
-    notes = ["has several frames, of which the first is used"] if int(dataset.get("NumberOfFrames") or 1) > 1 else []
+    notes = [FRAMES] if int(dataset.get("NumberOfFrames") or 1) > 1 else []
     pixels = pixel_array(dataset, index=0)
     if mode(dataset) == "P":
         pixels = apply_color_lut(pixels, dataset)[..., :3]
@@ -63,19 +64,23 @@ def show(dataset: "Dataset") -> tuple[Image.Image, list[str]]:
         return Image.fromarray((pixels >> max(bits - 8, 0)).astype(np.uint8)), notes
 
     if pixels.itemsize > 2:
-        raise InputError("is a DICOM file of more than 16 bits a pixel, which isn't supported; convert it to 16 or 8")
-    # What each value is shown as: at most 65,536, however large the image is.
+        raise InputError("is a DICOM file of more than 16 bits per pixel, which isn't supported; convert it to 16 or 8")
+    # A table of what each value is shown as: at most 65,536 entries, however large the image is.
     least = int(pixels.min())
-    brightness, told = _brightness(dataset, np.arange(least, int(pixels.max()) + 1, dtype=pixels.dtype), pixels)
+    brightness, more = _brightness(dataset, np.arange(least, int(pixels.max()) + 1, dtype=pixels.dtype), pixels)
     if dataset.PhotometricInterpretation == "MONOCHROME1":
         brightness = 1 - brightness
     table = np.rint(255 * brightness.clip(0, 1)).astype(np.uint8)
-    return Image.fromarray(table[pixels.astype(np.int32) - least]), notes + told
+    return Image.fromarray(table[pixels.astype(np.int32) - least]), notes + more
 
 
 def _brightness(dataset: "Dataset", stored: Any, pixels: Any) -> tuple[Any, list[str]]:
-    """How bright each stored value is, from 0 to 1 and beyond, and what is to be told; the values are of `pixels`."""
+    """Brightness of each stored value of `pixels`, from 0 to 1 and beyond, and notes for the user.
+
+    Source: DICOM PS3.3, C.11.2.1.2 and C.11.2.1.3, of windows.
+    """
     from pydicom.pixels import apply_modality_lut, apply_voi
+    from scipy.special import expit
 
     values = apply_modality_lut(stored, dataset)
     if dataset.get("VOILUTSequence"):
@@ -83,23 +88,17 @@ def _brightness(dataset: "Dataset", stored: Any, pixels: Any) -> tuple[Any, list
         return apply_voi(np.rint(values).astype(np.int64), dataset) / (2**bits - 1), []
     if dataset.get("WindowCenter") is not None and dataset.get("WindowWidth") is not None:
         centre, width = (float(np.ravel(dataset[name].value)[0]) for name in ("WindowCenter", "WindowWidth"))
-        return _window(values, centre, width, str(dataset.get("VOILUTFunction") or "LINEAR")), []
+        function = str(dataset.get("VOILUTFunction") or "LINEAR")
+        if function == "LINEAR":
+            centre, width = centre - 0.5, width - 1
+        steps = (values - centre) / max(width, 1e-9)
+        return expit(4 * steps) if function == "SIGMOID" else steps + 0.5, []
     if dataset.BitsStored <= 8 and not dataset.PixelRepresentation:
-        ends, told = [0, 2**dataset.BitsStored - 1], []
+        ends, notes = [0, 2**dataset.BitsStored - 1], []
     else:
-        # Viewers differ here; most stretch what there is. Padding around the image is no part of it.
+        # Viewers differ here; most stretch what there is. Padding around the image is not part of it.
         held = pixels[pixels != dataset["PixelPaddingValue"].value] if "PixelPaddingValue" in dataset else pixels
         ends = [held.min(initial=pixels.max()), held.max(initial=pixels.min())]
-        told = ["has no window, so it is shown from its least to its greatest value"]
+        notes = ["has no window, so it is shown from its smallest to its largest value"]
     low, high = sorted(apply_modality_lut(np.array(ends, pixels.dtype), dataset).astype(float))
-    return (values - low) / max(high - low, 1e-9), told
-
-
-def _window(values: Any, centre: float, width: float, function: str) -> Any:
-    """Brightness from 0 to 1 and beyond. Source: DICOM PS3.3, C.11.2.1.2 and C.11.2.1.3."""
-    from scipy.special import expit
-
-    if function == "LINEAR":
-        centre, width = centre - 0.5, width - 1
-    steps = (values - centre) / max(width, 1e-9)
-    return expit(4 * steps) if function == "SIGMOID" else steps + 0.5
+    return (values - low) / max(high - low, 1e-9), notes

@@ -1,4 +1,4 @@
-"""Decode every image once, into one uint8 array per data set and size that is kept on disk by content."""
+"""Decode every image once, into one uint8 array per data set and size, cached on disk by content."""
 
 import errno
 import hashlib
@@ -11,7 +11,6 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, TypeAlias, TypeVar
@@ -28,18 +27,11 @@ from tuning.settings.config import InputError
 DECODING = ".decoding-"  # prefix of a folder that is being written
 ABANDONED_S = 3600.0  # a folder that is being written is touched every TOUCH_IMAGES, which takes seconds
 TOUCH_IMAGES = 100
-FACTS = pa.schema(
-    [
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("mode", pa.string()),
-        ("format", pa.string()),
-        ("bytes", pa.int64()),
-        ("told", pa.string()),
-        ("pixels_sha256", pa.string()),
-    ]
+FACTS = pa.schema(  # of facts.parquet: the fields of `Facts`, of which `notes` is called `told` there
+    {"width": pa.int32(), "height": pa.int32(), "mode": pa.string(), "format": pa.string()}
+    | {"bytes": pa.int64(), "told": pa.string(), "pixels_sha256": pa.string()}
 )
-DISK_CURE = "free some or set FINETUNE_SEARCH_CACHE to a folder on a larger disk"
+DISK_CURE = "free disk space or set FINETUNE_SEARCH_CACHE to a folder on a larger disk"
 
 Decoded: TypeAlias = tuple[Pixels, Facts]
 Item = TypeVar("Item")
@@ -47,9 +39,9 @@ Result = TypeVar("Result")
 
 
 def parallel_map(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Map over one thread per core, in order, at most four items a thread ahead of the one who asks.
+    """Map over one thread per core, in order, at most four items per thread ahead of the caller.
 
-    Pillow and hashlib let other threads run while they work.
+    Threads help, since Pillow and hashlib release the interpreter's lock.
     """
     threads = os.cpu_count() or 1
     pending: deque[Future[Result]] = deque()
@@ -67,18 +59,15 @@ def content_hashes(
     folder: Path,
     map: Callable[[Callable[[str], str], Sequence[str]], Iterable[str]] = parallel_map,
 ) -> list[str]:
-    """sha256 of each file's bytes; a file of unchanged size and time is not read again.
+    """Return the sha256 of each file's bytes, in hex; a file of unchanged size and time is not read again.
 
     Args:
         files: paths or URIs.
-        folder: holds `hashes.parquet`, what is known from before; made where it is missing.
-        map: of `decode_all`.
-
-    Returns:
-        One hash a file, in hex.
+        folder: holds `hashes.parquet`, the hashes known so far; created if missing.
+        map: as in `decode_all`.
 
     Raises:
-        InputError: files that can't be read, or a broken `hashes.parquet`.
+        InputError: a file or `hashes.parquet` can't be read.
     """
     table = folder / "hashes.parquet"
     try:
@@ -87,7 +76,7 @@ def content_hashes(
             for row in (pq.read_table(table).to_pylist() if table.is_file() else [])
         }
     except (OSError, KeyError, pa.ArrowException) as error:
-        raise InputError(f"{table}: can't be read ({error}); delete it, it is made anew") from error
+        raise InputError(f"{table}: can't be read ({error}); delete it, and it will be rebuilt") from error
 
     try:
         keys = _sizes_and_times(files)
@@ -110,7 +99,7 @@ def content_hashes(
 
 
 def _sizes_and_times(files: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Each file's full name, bytes, and time of change in ns."""
+    """Each file's full name, size in bytes, and time of change in ns."""
     uris = [file for file in files if is_uri(file)]
     there = dict(zip(uris, stored(uris), strict=True))
     found = []
@@ -142,30 +131,30 @@ def decode_all(
     keep: Collection[Path] = (),
     map: Callable[[Callable[[str], Decoded | str], Sequence[str]], Iterable[Decoded | str]] = map,
 ) -> tuple[Path, dict[int, str]]:
-    """Decode images once into `images.npy`, a uint8 array [n, side, side, channels], channels being 1 if all are grey.
+    """Decode images once into `images.npy`, a uint8 array [n, side, side, channels] with 1 channel if all are grey.
 
-    Their facts stand beside it in `facts.parquet` (see `read_facts`). Images are written as they come, so memory
-    stays bounded; the folder appears whole or not at all.
+    Their facts are beside it in `facts.parquet` (see `read_facts`). Images are written as they come, so memory is
+    bounded; the folder appears complete or not at all.
 
     Args:
         files: paths of images.
         hashes: content hash of each file.
-        image_size, fit, drop_colour: of `decode`.
-        folder: the cache; arrays lie in its `images/<key>/`.
-        disk_cache_bytes: least recently used arrays beyond this go, but never the one returned.
-        keep: folders that never go either.
+        image_size, fit, drop_colour: as in `decode`.
+        folder: the cache; arrays are in its `images/<key>/`.
+        disk_cache_bytes: least recently used arrays beyond this are deleted, except the one returned.
+        keep: folders that aren't deleted either.
         map: calls a function on each item, in order; `parallel_map`, or one that fans out over a cluster.
 
     Returns:
-        The array's folder and the reason for each index that can't be decoded. If there are any, nothing is kept.
+        The array's folder, and the reason for each index that can't be decoded. If there are any, nothing is kept.
 
     Raises:
         InputError: the array doesn't fit on the disk.
     """
     sets = folder / "images"
-    suffixes = [os.path.splitext(file)[1].lower() for file in files]  # a fact tells of a wrong one
-    what = [DECODER_VERSION, image_size, fit, drop_colour, list(hashes), suffixes]
-    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+    suffixes = [os.path.splitext(file)[1].lower() for file in files]  # the facts note a wrong one
+    identity = [DECODER_VERSION, image_size, fit, drop_colour, list(hashes), suffixes]
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     target = sets / key
     if (target / "images.npy").is_file():
         os.utime(target)
@@ -177,41 +166,39 @@ def decode_all(
     facts: list[Facts] = []
     unreadable: dict[int, str] = {}
     try:
-        one = partial(_decode_or_reason, image_size=image_size, fit=fit, drop_colour=drop_colour)
-        decoded = map(one, files)
-        pixels = _sort_out(decoded, facts, unreadable)
-        with _full_disk_told(unfinished):
-            _write_array(unfinished / "images.npy", (len(files), image_size, image_size), pixels)
-            if not unreadable:
-                _write_facts(unfinished / "facts.parquet", facts)
-        if not unreadable:
-            _rename_folder(unfinished, target)
+        decoded = map(partial(_decode_or_reason, image_size=image_size, fit=fit, drop_colour=drop_colour), files)
+        pixels = _readable_ones(decoded, facts, unreadable)
+        _write_array(unfinished / "images.npy", (len(files), image_size, image_size), pixels)
+        if unreadable:
+            return target, unreadable
+        rows = [dict(zip(FACTS.names, fact, strict=True)) for fact in facts]
+        pq.write_table(pa.Table.from_pylist(rows, schema=FACTS), unfinished / "facts.parquet")
+        try:
+            os.rename(unfinished, target)
+        except OSError:
+            # Another process decoded the same set meanwhile: its array is as good.
+            if not (target / "images.npy").is_file():
+                raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise
+        raise InputError(f"{unfinished}: can't be written ({error.strerror}); {DISK_CURE}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)  # gone already if it was renamed
-    if not unreadable:
-        os.utime(target)
-        _evict(sets, {target, *keep}, disk_cache_bytes)
-    return target, unreadable
+    os.utime(target)
+    _evict(sets, {target, *keep}, disk_cache_bytes)
+    return target, {}
 
 
 def open_images(folder: Path) -> Pixels:
-    """The array of `decode_all`, memory-mapped and read-only: uint8 [n, side, side, channels]."""
+    """Return the array of `decode_all`, memory-mapped and read-only: uint8 [n, side, side, channels]."""
     images: Pixels = np.load(folder / "images.npy", mmap_mode="r")
     return images
 
 
 def read_facts(folder: Path) -> pd.DataFrame:
-    """What `decode_all` found of each image, in their order.
-
-    Args:
-        folder: of the decoded images.
-
-    Returns:
-        A row per image: `width`, `height` (pixels as stored, before EXIF orientation), `mode` (Pillow's, of the stored
-        image), `format` (JPEG, PNG, ...), `bytes` (of the file), `told` (what a user should know, notes joined by
-        "; ", or missing), `pixels_sha256` (of the decoded pixels and their shape).
-    """
-    return pq.read_table(folder / "facts.parquet").to_pandas()
+    """Return the facts of `decode_all`, one row per image in their order, with the fields of `Facts` as columns."""
+    return pq.read_table(folder / "facts.parquet").to_pandas().rename(columns={"told": "notes"})
 
 
 def _decode_or_reason(file: str, image_size: int, fit: str, drop_colour: bool) -> Decoded | str:
@@ -221,8 +208,10 @@ def _decode_or_reason(file: str, image_size: int, fit: str, drop_colour: bool) -
         return str(error)
 
 
-def _sort_out(decoded: Iterable[Decoded | str], facts: list[Facts], unreadable: dict[int, str]) -> Iterator[Pixels]:
-    """Pixels of the images that could be decoded; their facts, and reasons by index, go into the other two."""
+def _readable_ones(
+    decoded: Iterable[Decoded | str], facts: list[Facts], unreadable: dict[int, str]
+) -> Iterator[Pixels]:
+    """Pixels of the images that could be decoded; fills in their facts, and the reasons of the others by index."""
     for index, result in enumerate(decoded):
         if isinstance(result, str):
             unreadable[index] = result
@@ -231,15 +220,10 @@ def _sort_out(decoded: Iterable[Decoded | str], facts: list[Facts], unreadable: 
             yield result[0]
 
 
-def _write_facts(path: Path, facts: Sequence[Facts]) -> None:
-    columns = zip(*facts, strict=True) if facts else [()] * len(FACTS)
-    pq.write_table(pa.table([list(column) for column in columns], schema=FACTS), path)
-
-
 def _write_array(path: Path, shape: tuple[int, int, int], decoded: Iterable[Pixels]) -> None:
-    """Write images as they come, with three channels from the first coloured one on; those before it are rewritten.
+    """Write images as they come; from the first coloured one on with three channels, those before it are rewritten.
 
-    Written as a file, not through a memory map: that took longer, and a full disk would end the process with SIGBUS.
+    A memory map took longer than a file, and a full disk would end the process with SIGBUS.
     """
     channels = 1
     file = _begin_array(path, (*shape, channels))
@@ -259,21 +243,11 @@ def _write_array(path: Path, shape: tuple[int, int, int], decoded: Iterable[Pixe
         file.close()
 
 
-@contextmanager
-def _full_disk_told(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-            raise
-        raise InputError(f"{folder}: can't be written ({error.strerror}); {DISK_CURE}") from error
-
-
 def _begin_array(path: Path, shape: tuple[int, int, int, int]) -> BinaryIO:
-    """A new NumPy file with its header, to which pixels are written in order."""
+    """Open a new NumPy file and write its header; pixels follow in order."""
     free_bytes = shutil.disk_usage(path.parent).free
     if math.prod(shape) > free_bytes:
-        needed = f"the decoded images take {math.prod(shape):,} bytes, {free_bytes:,} are free"
+        needed = f"the decoded images need {math.prod(shape):,} bytes, only {free_bytes:,} are free"
         raise InputError(f"{path.parent.parent}: {needed}; {DISK_CURE}")
     file = open(path, "wb")
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
@@ -281,7 +255,7 @@ def _begin_array(path: Path, shape: tuple[int, int, int, int]) -> BinaryIO:
 
 
 def _with_three_channels(path: Path, shape: tuple[int, int, int]) -> BinaryIO:
-    """Take a grey array's place by the same images in three channels; gives the file to go on with."""
+    """Replace a grey array by the same images in three channels; return the file, open for more."""
     coloured = path.with_name("coloured.npy")
     file = _begin_array(coloured, (*shape, 3))
     with open(path, "rb") as grey:
@@ -293,17 +267,8 @@ def _with_three_channels(path: Path, shape: tuple[int, int, int]) -> BinaryIO:
     return file
 
 
-def _rename_folder(unfinished: Path, target: Path) -> None:
-    try:
-        os.rename(unfinished, target)
-    except OSError:
-        # Another process decoded the same set meanwhile: its array is as good.
-        if not (target / "images.npy").is_file():
-            raise
-
-
 def _evict(sets: Path, kept: Collection[Path], disk_cache_bytes: int) -> None:
-    """Delete folders that a killed process left half written, then the least recently used beyond the limit."""
+    """Delete folders that a killed process left incomplete, then the least recently used ones beyond the limit."""
     used: list[tuple[float, int, Path]] = []
     for folder in sets.iterdir():
         try:

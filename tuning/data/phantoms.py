@@ -1,7 +1,7 @@
-"""The embedded demo data set: generated frontal chest radiographs in three classes, so that all runs with no download.
+"""The demo data set: generated frontal chest radiographs in three classes, so that everything runs without a download.
 
 A film is a sum of attenuations (body, lungs, heart, bones, vessels, findings) put through an exposure curve. Anatomy,
-pose, exposure and distractors vary alike in every class, and a finding leaves the mean of the lungs as it was.
+pose, exposure and distractors vary alike in every class, and a finding leaves the mean of the lungs unchanged.
 
 Hard on purpose: trained on 360 images of 64 px and tested on 420 others (seeds 0 and 1; standard error of each about
 0.02), accuracy was 0.56, 0.53 for logistic regression on 16 x 16 thumbnails, 0.73, 0.68 for a linear head on a frozen
@@ -21,14 +21,14 @@ from PIL import Image
 
 from tuning.settings.config import InputError
 
-VERSION = 1  # of the drawing, so that images drawn by an older version are not taken for these
+VERSION = 1  # of the drawing; images of another version are in another folder
 CLASSES = ("normal", "focal_opacity", "diffuse_opacity")
 
 Plane = npt.NDArray[Any]  # float32, (side, side); numpy's own types take its product with a float for float64
 
 
 class _Chest(NamedTuple):
-    """Where each pixel and the landmarks of one chest lie, in about half sides of the film."""
+    """The coordinates of each pixel and of the landmarks of one chest, in about half sides of the film."""
 
     u: Plane  # to the image right of the patient's midline
     v: Plane  # down from the middle of the chest
@@ -39,19 +39,16 @@ class _Chest(NamedTuple):
 
 
 def write_phantoms(folder: Path, *, images_per_class: int = 160, side: int = 96, seed: int = 0) -> Path:
-    """Write the demo data set once: a folder for each class, 8-bit grey PNG files in it, no split.
+    """Write the demo data set once, as class folders of 8-bit grey PNG files without a split; return its folder.
 
     The images are written beside `folder` and renamed into place, so `folder` is complete or absent whenever the
     process is killed and however many processes write it at once.
 
     Args:
-        folder: where the data set goes; returned as it is if it already holds these images.
+        folder: of the data set; left as it is if it already holds these images.
         images_per_class: number of images of each of `CLASSES`.
         side: height and width in pixels.
-        seed: with the class and the number of an image, the seed of its random numbers.
-
-    Returns:
-        `folder`.
+        seed: seeds each image together with its class and number.
 
     Raises:
         InputError: an argument is out of range, or `folder` holds something else.
@@ -63,38 +60,33 @@ def write_phantoms(folder: Path, *, images_per_class: int = 160, side: int = 96,
     ]
     if faults:
         raise InputError(faults)
-    if _is_filled(folder):
-        return _checked(folder, images_per_class, side, seed)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        made = Path(scratch) / "made"
-        for kind in CLASSES:
-            (made / kind).mkdir(parents=True)
-            for number in range(images_per_class):
-                Image.fromarray(_numbered(kind, number, side, seed)).save(made / kind / _file_name(number))
-        try:
-            os.rename(made, folder)
-        except OSError:
-            if not _is_filled(folder):
-                raise
-            return _checked(folder, images_per_class, side, seed)  # another process was faster
-    return folder
-
-
-def _is_filled(folder: Path) -> bool:
-    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-
-
-def _checked(folder: Path, images_per_class: int, side: int, seed: int) -> Path:
-    expected = {f"{kind}/{_file_name(number)}" for kind in CLASSES for number in range(images_per_class)}
+    if not _is_filled(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            made = Path(scratch) / "made"
+            for kind in CLASSES:
+                (made / kind).mkdir(parents=True)
+                for number in range(images_per_class):
+                    Image.fromarray(_numbered(kind, number, side, seed)).save(made / kind / f"{number:04d}.png")
+            try:
+                os.rename(made, folder)
+                return folder
+            except OSError:
+                if not _is_filled(folder):  # no other process was faster
+                    raise
+    expected = {f"{kind}/{number:04d}.png" for kind in CLASSES for number in range(images_per_class)}
     if {path.relative_to(folder).as_posix() for path in folder.glob("*/*.png")} == expected and all(
-        _same(folder / kind / _file_name(0), _numbered(kind, 0, side, seed)) for kind in CLASSES
+        _same(folder / kind / "0000.png", _numbered(kind, 0, side, seed)) for kind in CLASSES
     ):
         return folder
     raise InputError(
         f"{folder}: must be absent, empty or hold {images_per_class} generated images per class of {side} px from seed "
         f"{seed}, but holds something else; delete it or name another folder"
     )
+
+
+def _is_filled(folder: Path) -> bool:
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
 def _same(path: Path, pixels: npt.NDArray[np.uint8]) -> bool:
@@ -104,26 +96,19 @@ def _same(path: Path, pixels: npt.NDArray[np.uint8]) -> bool:
     return found.shape == pixels.shape and bool(np.abs(found - pixels).max() <= 2)
 
 
-def _file_name(number: int) -> str:
-    return f"{number:04d}.png"
-
-
 def _numbered(kind: str, number: int, side: int, seed: int) -> npt.NDArray[np.uint8]:
     return draw_phantom(kind, np.random.default_rng([seed, CLASSES.index(kind), number]), side)
 
 
 def draw_phantom(kind: str, rng: np.random.Generator, side: int) -> npt.NDArray[np.uint8]:
-    """Draw one chest film.
+    """Draw one chest film: grey levels, (side, side).
 
     Findings have a random stream of their own: the same generator state draws the same patient and film in each class.
 
     Args:
         kind: one of `CLASSES`.
-        rng: draws all that varies; needs a seed sequence, as the generators of `numpy.random.default_rng` have.
+        rng: source of all that varies; needs a seed sequence, as the generators of `numpy.random.default_rng` have.
         side: height and width in pixels.
-
-    Returns:
-        Grey levels, (side, side).
 
     Raises:
         InputError: there is no such kind.
@@ -139,15 +124,15 @@ def draw_phantom(kind: str, rng: np.random.Generator, side: int) -> npt.NDArray[
     film += _bones(chest, rng) * body
     film += _vessels(chest, rng) * lungs
     film += _distractors(chest, lungs, rng)
-    if kind == "focal_opacity":
-        film += _without_mean(_focal(chest, lungs, finding_rng), lungs)
-    if kind == "diffuse_opacity":
-        film += _without_mean(_diffuse(chest, lungs, finding_rng), lungs)
+    if kind != "normal":
+        opacity = (_focal if kind == "focal_opacity" else _diffuse)(chest, lungs, finding_rng)
+        # The lungs are darkened to keep their mean: brightness must not predict the class.
+        film += opacity - lungs * float(opacity.sum() / lungs.sum())
     return _exposed(film, rng)
 
 
 def _draw_chest(rng: np.random.Generator, side: int) -> _Chest:
-    """A patient's frame, turned, shifted and scaled as patients stand."""
+    """A patient's frame, rotated, shifted and scaled as patients stand."""
     line = np.linspace(-1, 1, side, dtype=np.float32)
     x, y = line[None, :], line[:, None]
     angle, zoom, stretch = rng.normal(0, 0.05), rng.uniform(0.84, 1.08), rng.uniform(0.95, 1.05)
@@ -200,7 +185,7 @@ def _body(chest: _Chest, rng: np.random.Generator) -> Plane:
 
 
 def _heart(chest: _Chest, rng: np.random.Generator) -> Plane:
-    """Soft mask of the heart, which lies more to the image right and takes the place of air."""
+    """Soft mask of the heart, which is mostly on the image right and displaces air."""
     size = rng.uniform(0.8, 1.3)
     centre = (rng.uniform(0.06, 0.14), chest.bases[1] - rng.uniform(0.08, 0.18))
     return _ellipse(chest, centre, (0.35 * size, 0.24 * size + 0.03), rng.uniform(0.45, 0.8), 0.05)
@@ -213,7 +198,7 @@ def _mediastinum(chest: _Chest, rng: np.random.Generator) -> Plane:
     spine = _bell(u / 0.075) * (rng.uniform(0.05, 0.1) + 0.015 * np.cos(v * rng.uniform(45, 60)))
     windpipe = _bell((u - 0.01) / 0.04) * _inside(-0.2 - v, 0.05) * rng.uniform(0.03, 0.08)
     knob = _ellipse(chest, (chest.medial, chest.apex + rng.uniform(0.36, 0.46)), (0.08, 0.09), 0.0, 0.1)
-    knob = knob * rng.uniform(0.04, 0.12)
+    knob *= rng.uniform(0.04, 0.12)
     return column + spine - windpipe + knob
 
 
@@ -223,9 +208,8 @@ def _bones(chest: _Chest, rng: np.random.Generator) -> Plane:
     across = np.abs(u) / chest.half_width
     spacing, start = rng.uniform(0.15, 0.19), rng.uniform(0, 1)
     strength = rng.uniform(0.03, 0.07)
-    cage = (
-        _inside(1.03 - across, 0.02) * _inside(v - chest.apex + 0.08, 0.04) * _inside(chest.bases[1] + 0.25 - v, 0.08)
-    )
+    cage = _inside(1.03 - across, 0.02) * _inside(v - chest.apex + 0.08, 0.04)
+    cage *= _inside(chest.bases[1] + 0.25 - v, 0.08)
     tilt = rng.normal(0, 0.04) * u
     behind = v - rng.uniform(0.1, 0.3) * across**2 + 0.12 * across**0.5 + tilt
     front = v + rng.uniform(0.2, 0.35) * across - 0.42 * across**2 + tilt
@@ -244,15 +228,15 @@ def _bands(height: Plane, spacing: float, start: float) -> Plane:
 
 
 def _vessels(chest: _Chest, rng: np.random.Generator) -> Plane:
-    """Attenuation of the hila and the vessels that fan out of them and thin."""
+    """Attenuation of the hila and of the vessels that fan out from them and taper."""
     vessels = np.zeros_like(chest.u)
-    strength, count = rng.uniform(0.05, 0.13), 5
+    strength = rng.uniform(0.05, 0.13)
     for sign in (-1, 1):
         root_u, root_v = sign * (chest.medial + rng.uniform(0.03, 0.08)), rng.uniform(-0.18, -0.02)
         du, dv = sign * (chest.u - root_u), chest.v - root_v
         hilum = _ellipse(chest, (root_u, root_v), (rng.uniform(0.06, 0.1), rng.uniform(0.1, 0.17)), sign * 0.3, 0.5)
         vessels += hilum * rng.uniform(0.03, 0.14)
-        for number in range(count):
+        for number in range(5):
             angle, length = -1.2 + 0.6 * number + rng.normal(0, 0.15), rng.uniform(0.3, 0.6)
             along = math.cos(angle) * du + math.sin(angle) * dv
             aside = math.cos(angle) * dv - math.sin(angle) * du
@@ -264,7 +248,7 @@ def _vessels(chest: _Chest, rng: np.random.Generator) -> Plane:
 
 
 def _distractors(chest: _Chest, lungs: Plane, rng: np.random.Generator) -> Plane:
-    """Attenuation of what looks like a finding and is none: breasts, nipples, a veil over a lung, vessels end-on."""
+    """Attenuation of what only resembles a finding: breasts, nipples, a veil over a lung, vessels end-on."""
     shadow = np.zeros_like(chest.u)
     if rng.random() < 0.4:
         centre_u, centre_v = rng.uniform(0.32, 0.45), rng.uniform(0.15, 0.4)
@@ -308,11 +292,6 @@ def _diffuse(chest: _Chest, lungs: Plane, rng: np.random.Generator) -> Plane:
     return strength * np.minimum(opacity, 1.5) * (1 + 0.5 * _mottle(rng, len(lungs), 22)) * lungs
 
 
-def _without_mean(opacity: Plane, lungs: Plane) -> Plane:
-    """The opacity with the lungs darkened so that their mean is unchanged: brightness must not tell the class."""
-    return opacity - lungs * float(opacity.sum() / lungs.sum())
-
-
 def _random_sign(rng: np.random.Generator) -> int:
     return 1 if rng.random() < 0.5 else -1
 
@@ -330,7 +309,7 @@ def _place(
 def _ellipse(
     chest: _Chest, centre: tuple[float, float], radii: tuple[float, float], angle: float, softness: float
 ) -> Plane:
-    """A turned ellipse, 1 inside and 0 outside, its edge `softness` radii wide."""
+    """A rotated ellipse, 1 inside and 0 outside, its edge `softness` radii wide."""
     du, dv = chest.u - centre[0], chest.v - centre[1]
     along = (math.cos(angle) * du + math.sin(angle) * dv) / radii[0]
     aside = (math.cos(angle) * dv - math.sin(angle) * du) / radii[1]
@@ -338,7 +317,7 @@ def _ellipse(
 
 
 def _inside(distance: Plane, softness: float) -> Plane:
-    """1 where `distance` is well over 0, 0 where well under, with a smooth step between."""
+    """1 where `distance` is well above 0, 0 where well below, with a smooth step between."""
     return 0.5 + 0.5 * np.tanh(distance / (2 * softness))
 
 

@@ -18,7 +18,7 @@ from ray import tune
 from safetensors import SafetensorError
 
 from tuning.data.images import open_images
-from tuning.data.samples import redrawn
+from tuning.data.splits import resplit
 from tuning.record.journal import best_epoch
 from tuning.record.mirror import copy_folder
 from tuning.record.predictions import predictions_file, write_predictions
@@ -166,7 +166,7 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
             self._data[trial.image_size] = join(samples, placed(images, self._device))
         data = self._data[trial.image_size]
         if self._config["redraw"]:
-            samples = redrawn(samples, trial.seed)
+            samples = resplit(samples, trial.seed)
             data = join(samples, data.images)
         self._classes, self._validation = data.classes, samples[samples["split"] == "val"]
         return data

@@ -1,4 +1,4 @@
-"""Nouns, names and values as messages show them."""
+"""Nouns, names, values and examples as messages show them."""
 
 import difflib
 import math
@@ -41,3 +41,9 @@ def as_number(text: Any) -> str | None:
     if number.is_integer() and abs(number) < LARGEST_INT:
         return str(int(number))
     return repr(number) if "." in repr(number) else repr(number).replace("e", ".0e")
+
+
+def examples(values: Iterable[object], most: int = 5) -> str:
+    """Return the first of several values, and how many more there are: `a, b, c, d, e and 4 more`."""
+    shown = [str(value) for value in values]
+    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
