@@ -204,6 +204,7 @@ def test_training_on_validation_too(searched, capsys):
     metrics = metrics_of(model)
     assert metrics["trained_on"] == "train+val" and metrics["validation"] is None and metrics["verdict"] == "winner"
     assert metrics["epochs"] == 3  # the median of 2 and 4
+    assert "\n  final_data: train+val\n" in (model / "README.md").read_text()
     said = capsys.readouterr().out
     assert "epoch 3/6" in said and "epoch 4/6" not in said and "  val_loss" not in said
     fitted_on = metrics["temperature"]["fitted_on"]

@@ -226,7 +226,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     try:  # the model is there, and its test set is read: what is only shown of it must not end this
         if logits is not None:
             _show(folder, best, final, data, rows, probabilities, temperature)
-        whence = best.provenance | {"changed": best.changed}
+        whence = best.provenance | {"changed": best.changed, "final_settings": plan.model_dump()}
         (folder / "README.md").write_text(card(folder, run_folder, whence, table, findings), encoding="utf-8")
     except Exception as error:
         print(f"plots, mistakes.html or README.md are missing ({type(error).__name__}: {error})", file=sys.stderr)

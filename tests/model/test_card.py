@@ -78,7 +78,9 @@ def test_without_a_run_it_says_what_is_not_known(tmp_path):
     for words in ("What was run is unknown", "## Verdict\n\nUnknown.", "have no audit", "no test images"):
         assert words in told
     model = make_model(tmp_path / "model", ["a", "b"], test_reading={"number": 3}, onnx={"error": "ValueError: <b>"})
-    told = card(model, tmp_path / "nowhere", provenance(changed=True), samples, None)
+    final_settings = {"final_data": "train+val", "epochs": 3}
+    told = card(model, tmp_path / "nowhere", provenance(changed=True, final_settings=final_settings), samples, None)
+    assert "\nsettings:\n  final_data: train+val\n`" in told and "trials of up to 10 epochs" in told
     assert "differs from the search's" in told
     assert "`model.onnx` was not exported: ValueError: &lt;b&gt;." in told and "was evaluated before" in told
 

@@ -87,12 +87,14 @@ def card(
     Args:
         model: its folder, with `config.yaml`, `metrics.json` and perhaps plots.
         run: folder of the best.yaml and perhaps the tables of its run.
-        provenance: of the best.yaml; `changed` says whether another configuration or other data was trained.
+        provenance: of the best.yaml; `changed` says whether another configuration or other data was trained, and
+            `final_settings` with which settings.
     """
     config = yaml.safe_load((model / "config.yaml").read_text(encoding="utf-8"))
     metrics = json.loads((model / "metrics.json").read_text(encoding="utf-8"))
     document = {key: config[key] for key in ("config", "ensemble", "preprocessing") if key in config}
-    document["settings"] = {key: provenance["settings"][key] for key in SETTINGS if key in provenance["settings"]}
+    settings = provenance.get("final_settings", provenance["settings"])
+    document["settings"] = {key: settings[key] for key in SETTINGS if key in settings}
     parts = [
         _head(config, metrics, provenance, samples),
         _use(config, metrics["onnx"]),
