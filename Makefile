@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: setup search bench example test test-fast lint format
+.PHONY: setup search bench example test test-fast test-soak lint format
 
 setup: .venv/.installed
 
@@ -20,11 +20,17 @@ bench: setup
 example: setup
 	$(BIN)/python benchmarks/example.py --place build/example $(ARGS)
 
+# Two processes or more share the tests: slow ones first, those that share what is dear to make in the same process.
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-fast: setup
-	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	$(PYTEST) -m 'not slow' $(ARGS)
+
+test-soak: setup
+	$(PYTEST) -m soak --soak $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

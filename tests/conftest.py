@@ -1,4 +1,4 @@
-"""What the tests share: a tiny labelled folder, and the cache and working folder kept out of the user's."""
+"""What the tests share: a tiny labelled folder, one Ray, and the cache and working folder kept out of the user's."""
 
 import inspect
 import os
@@ -9,6 +9,7 @@ import time
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -18,22 +19,38 @@ import torch
 from hypothesis import HealthCheck, settings
 from PIL import Image
 
-import tuning.search.cluster  # noqa: F401 (before Ray, which it tells to listen on the loopback)
+from tuning.search.cluster import ray_running  # before Ray, which it tells to listen on the loopback
 
 # isort: split
 import ray
 from ray.cluster_utils import Cluster
 
+from tuning.settings.config import SearchPlan
 from tuning.training.dataset import Data
 
 torch.set_num_threads(1)
-# A busy machine is no fault, and what a change breaks is to be told from what it only finds; for other examples than
-# the last time's: --hypothesis-profile=new
-for _name, _same in (("same", True), ("new", False)):
-    settings.register_profile(
-        _name, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=_same, print_blob=True
-    )
-settings.load_profile("same")
+# A busy machine is no fault. The examples are the same each time, so that what a change breaks can be told from what
+# it only finds; the soak run (`make test-soak`) tries others, and SOAK_EXAMPLES times as many.
+SOAK = "--soak" in sys.argv or os.environ.get("FINETUNE_SEARCH_SOAK") == "1"  # the second for pytest-xdist's workers
+SOAK_EXAMPLES = 10
+if SOAK:
+    os.environ["FINETUNE_SEARCH_SOAK"] = "1"
+settings.register_profile(
+    "tests",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize=not SOAK,
+    print_blob=True,
+    max_examples=100 * (SOAK_EXAMPLES if SOAK else 1),
+)
+settings.load_profile("tests")
+
+
+def examples(count: int) -> Callable[..., Callable[..., None]]:
+    """A decorator for a property whose examples take long: so many are tried, in the soak run SOAK_EXAMPLES times."""
+    return settings(max_examples=count * (SOAK_EXAMPLES if SOAK else 1))
+
+
 os.environ["RAY_gcs_server_port_wait_time_s"] = "600"  # 30 s are few on a machine that stands still for a while
 Cluster._wait_for_node.__defaults__ = (600,)
 if "wait_for_processes" in inspect.signature(ray.shutdown).parameters:  # else what is left of them warns anywhere later
@@ -45,6 +62,61 @@ CUDA = pytest.param(
     marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
 )
 on_each_device = pytest.mark.parametrize("device", [CPU, CUDA], ids=["cpu", "cuda"])
+
+
+# Module fixtures that take seconds to make: pytest-xdist gives all tests that use one to the same worker.
+DEAR = ("whole", "judged")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", action="store_true", help="repeat kills and random examples as `make test-soak` does")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first, so that no core is idle at the end; others by file, for files share fixtures."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    for item in items:
+        dear = [name for name in DEAR if name in item.fixturenames]
+        alone = item.get_closest_marker("slow") is not None
+        group = f"{item.path} {dear[0]}" if dear else item.nodeid if alone else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+        if getattr(item.obj, "is_hypothesis_test", False):
+            item.add_marker(pytest.mark.soak)
+
+
+_ray = ExitStack()
+
+
+def shared_ray() -> list[tuple[int, float]]:
+    """The nodes of a Ray of this machine that tests share which aren't about starting one."""
+    if not ray.is_initialized():
+        before = {name: os.environ.get(name) for name in ("PYTHONPATH", "RAY_preload_python_modules")}
+        os.environ["RAY_preload_python_modules"] = ""  # torch is loaded by the workers that need it
+        _ray.enter_context(ray_running(SearchPlan(name="test")))()
+        for name, value in before.items():  # not for the commands that tests start: they have Rays of their own
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+    return [(int(node["Resources"].get("CPU", 0)), 0.0) for node in ray.nodes() if node["Alive"]]
+
+
+@pytest.fixture
+def no_ray() -> None:
+    """For tests that start a Ray of their own in this process."""
+    _ray.close()
+
+
+@pytest.fixture
+def on_shared_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`run_search.run` in this process takes the shared Ray for the one that it would start."""
+
+    @contextmanager
+    def running(plan: SearchPlan) -> Iterator[Callable[[], list[tuple[int, float]]]]:
+        yield shared_ray
+
+    monkeypatch.setattr("tuning.search.cluster.ray_running", running)
+
+
+def pytest_sessionfinish() -> None:
+    _ray.close()
 
 
 @pytest.fixture(scope="session", autouse=True)

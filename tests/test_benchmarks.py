@@ -1,11 +1,13 @@
 """The smaller benchmarks run, on next to nothing; `test_speed.py` is about the large one."""
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import ONE_CORE
 from PIL import Image
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -13,7 +15,8 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 def run(script, *arguments):
     command = [sys.executable, str(BENCHMARKS / script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    environment = os.environ | ONE_CORE
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
 def test_decoding_is_compared_with_the_library(folder, tmp_path):

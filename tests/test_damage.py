@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import draw_folder
-from hypothesis import given, settings
+from conftest import draw_folder, examples
+from hypothesis import given
 from hypothesis import strategies as st
 from runs import make_audit, make_run
 
@@ -39,7 +39,7 @@ ODD = st.one_of(
     st.lists(st.integers(), max_size=2),
     st.dictionaries(st.integers(), st.text(), max_size=2),
 )
-few = settings(max_examples=8)
+few = examples(8)
 
 
 @st.composite
@@ -168,7 +168,7 @@ def test_metadata_of_pandas_in_a_table_is_ignored(run, spoilt, damage):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["trials", "epochs", "decisions", "samples"])
-@settings(max_examples=20)
+@examples(20)
 @given(data=st.data())
 def test_tables_with_another_value_or_type_or_without_a_column(run, spoilt, name, data):
     """A well-made file that holds what no search writes: the report is made, or says which table is wrong."""
@@ -205,7 +205,7 @@ def test_plans(run, spoilt, data):
 
 
 @pytest.mark.slow
-@settings(max_examples=30)
+@examples(30)
 @given(data=st.data())
 def test_reports_of_plans_with_another_value(run, spoilt, data):
     spoilt("best.yaml", b"")
@@ -224,7 +224,7 @@ def test_reports_of_plans_without_a_setting(run, spoilt, setting):
     read_or_refused(path, lambda: report.report(sections.read(run)))
 
 
-@settings(max_examples=12)
+@examples(12)
 @given(data=st.data())
 def test_best_configurations(run, spoilt, data):
     spoilt("plan.yaml", b"")
@@ -234,7 +234,7 @@ def test_best_configurations(run, spoilt, data):
     read_or_refused(path, lambda: _median_best_epoch(_read_best(path, FinalFlags(str(path)))))
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(data=st.data())
 def test_journals(run, spoilt, data):
     spoilt("best.yaml", b"")
@@ -246,7 +246,7 @@ def test_journals(run, spoilt, data):
     read_or_refused(path, lambda: Journal(path).close())
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(data=st.data())
 def test_journals_without_checksums_that_hold_other_values(run, spoilt, data):
     spoilt("best.yaml", b"")
@@ -296,7 +296,7 @@ def pictures(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
-@settings(max_examples=10)
+@examples(10)
 @given(data=st.data())
 def test_manifests(pictures, kind, data):
     path = pictures / f"damaged.{kind}"
@@ -314,7 +314,7 @@ def model(tmp_path_factory):
     return folder
 
 
-@settings(max_examples=6)
+@examples(6)
 @given(data=st.data())
 def test_weights_of_a_model(model, data):
     path = model / "model.safetensors"
@@ -328,7 +328,7 @@ def test_weights_of_a_model(model, data):
         path.write_bytes(whole)
 
 
-@settings(max_examples=12)
+@examples(12)
 @given(data=st.data())
 def test_configuration_of_a_model(model, data):
     path = model / "config.yaml"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ONE_CORE, SOAK
 
 from tuning.record.journal import FINAL, read_journal, read_record
 from tuning.record.tables import read_table
@@ -36,10 +37,11 @@ def command(name, *arguments):
     return [sys.executable, str(ROOT / "tuning" / name), *map(str, arguments)]
 
 
-def start(folder, *arguments):
-    """run_search.py in the background, from a folder that is not the checkout."""
+def start(folder, *arguments, environment=ONE_CORE):
+    """run_search.py in the background, from a folder that is not the checkout; as a rule with one slot."""
     with open(folder / "log.txt", "w") as log:
-        return subprocess.Popen(command("run_search.py", *arguments), cwd=folder, stdout=log, stderr=log)
+        options = {"cwd": folder, "stdout": log, "stderr": log, "env": os.environ | environment}
+        return subprocess.Popen(command("run_search.py", *arguments), **options)
 
 
 @pytest.fixture
@@ -90,8 +92,12 @@ def ended(journal):
     return {event["trial_id"]: event for event in read_journal(journal) if event["event"] == "ended"}
 
 
+KILLS = 20 if SOAK else 3
+
+
+@pytest.mark.soak
 @pytest.mark.timeout(3600)
-def test_a_driver_killed_at_twenty_instants_goes_on_as_if_never_killed(workplace):
+def test_a_driver_killed_at_random_instants_goes_on_as_if_never_killed(workplace):
     folder, arguments = workplace
     whole = start(folder, *arguments, "--name", "whole")
     assert whole.wait() == 0
@@ -104,11 +110,11 @@ def test_a_driver_killed_at_twenty_instants_goes_on_as_if_never_killed(workplace
     assert len(best["best_epochs"]) == 3
     rng = random.Random(0)
     kills = 0
-    for number in range(20):
+    for number in range(KILLS):
         run = folder / "results" / f"killed{number}"
         journal = run / "journal.jsonl"
         process = start(folder, *arguments, "--name", run.name)
-        while kills < 20:
+        while kills < KILLS:
             known = journal.read_bytes().count(b"\n") if journal.exists() else 0
             if not wait_for_events(journal, known + rng.randrange(1, 16), process):
                 break  # the search has ended
@@ -121,23 +127,24 @@ def test_a_driver_killed_at_twenty_instants_goes_on_as_if_never_killed(workplace
         assert process.wait() == 0
         assert {trial_id: event for trial_id, event in ended(journal).items() if trial_id in before} == before
         assert outcome(run) == expected
-        if kills == 20:
+        if kills == KILLS:
             return
 
 
+@pytest.mark.soak
 def test_with_two_slots_a_killed_driver_loses_and_repeats_nothing(workplace):
     folder, arguments = workplace
     run = folder / "results" / "two"
     journal = run / "journal.jsonl"
-    process = start(folder, *arguments, "--concurrent", "2", "--name", run.name)
+    process = start(folder, *arguments, "--concurrent", "2", "--name", run.name, environment={})
     rng = random.Random(1)
-    for _ in range(4):
+    for _ in range(4 if SOAK else 1):
         known = journal.read_bytes().count(b"\n") if journal.exists() else 0
         if not wait_for_events(journal, known + rng.randrange(4, 20), process):
             break
         process.kill()
         process.wait()
-        process = start(folder, "--resume", "--name", run.name)
+        process = start(folder, "--resume", "--name", run.name, environment={})
     assert process.wait() == 0
     events = read_journal(journal)
     finals = [event["trial_id"] for event in events if event["event"] == "ended" and event["status"] in FINAL]

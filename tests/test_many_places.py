@@ -11,6 +11,7 @@ from contextlib import suppress
 import pandas as pd
 import pytest
 import yaml
+from conftest import ONE_CORE
 from ray.cluster_utils import Cluster
 from test_end_to_end import SPACE, command, ended, outcome, stand_still
 
@@ -36,7 +37,8 @@ def place(tmp_path, folder, bucket):
 def start(folder, *arguments, **environment):
     with open(folder / "log.txt", "a") as log:
         name, *rest = arguments
-        return subprocess.Popen(command(name, *rest), cwd=folder, stdout=log, stderr=log, env=os.environ | environment)
+        options = {"cwd": folder, "stdout": log, "stderr": log, "env": os.environ | ONE_CORE | environment}
+        return subprocess.Popen(command(name, *rest), **options)
 
 
 def finish(process, folder):

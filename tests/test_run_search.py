@@ -209,7 +209,7 @@ def test_what_was_told_of_images_is_a_line_a_kind(tmp_path):
 
 
 @pytest.mark.slow
-def test_more_gpus_than_there_are(space, folder):
+def test_more_gpus_than_there_are(space, folder, on_shared_ray):
     assert "there are 0 GPUs" in "\n".join(faults(run, space=space, data=str(folder), gpus_per_trial=8.0))
 
 
@@ -288,7 +288,9 @@ def test_names_of_any_kind_are_text_on_the_screen(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_search_says_what_to_type_next_and_reports_meanwhile(space, folder, tmp_path, capsys, monkeypatch):
+def test_a_search_says_what_to_type_next_and_reports_meanwhile(
+    space, folder, tmp_path, capsys, monkeypatch, on_shared_ray
+):
     monkeypatch.setattr(report, "REFRESH_SECONDS", 0.0)
     monkeypatch.setattr(report, "REFRESH_SHARE", math.inf)
     monkeypatch.setattr(search, "TABLE_SECONDS", 0.0)
@@ -320,7 +322,7 @@ def test_a_search_says_what_to_type_next_and_reports_meanwhile(space, folder, tm
 
 
 @pytest.mark.slow
-def test_labels_that_the_images_say_nothing_of_are_called_that(space, tmp_path, capsys):
+def test_labels_that_the_images_say_nothing_of_are_called_that(space, tmp_path, capsys, on_shared_ray):
     rng = np.random.default_rng(0)
     for name in ("heads", "tails"):
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -387,7 +389,7 @@ def test_errors_go_to_stderr_with_exit_code_2(space, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_no_finite_loss_leaves_tables_and_no_best(space, tmp_path, folder, capsys):
+def test_no_finite_loss_leaves_tables_and_no_best(space, tmp_path, folder, capsys, on_shared_ray):
     document = SPACE | {"fixed": SPACE["fixed"] | {"optimizer": "sgd", "unfreeze_depth": "all"}, "start": []}
     document["parameters"] = {"learning_rate": {"type": "float", "low": 1e9, "high": 1e12, "log": True}}
     Path(space).write_text(yaml.safe_dump(document))

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import draw_folder
+from conftest import ONE_CORE, draw_folder
 
 from tuning.settings.config import DEPTH_ALL, InputError
 from tuning.settings.space_file import load
@@ -170,7 +171,8 @@ def test_two_configurations_end_to_end_and_parts_are_not_made_again(tmp_path):
     command += ["--image-size", "32", "--data", str(data), "--out", "out", "--slots", "1"]
 
     def run(*more):
-        return subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, check=False)
+        options = {"cwd": tmp_path, "env": os.environ | ONE_CORE, "capture_output": True, "text": True}
+        return subprocess.run([*command, *more], check=False, **options)
 
     done = run()
     assert done.returncode == 0, done.stdout + done.stderr

@@ -5,8 +5,8 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import draw_folder
-from hypothesis import given, settings
+from conftest import draw_folder, examples
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
@@ -259,7 +259,7 @@ def test_pairs_are_cached_beside_the_decoded_images(films):
     assert (found["finding"].tolist(), again["finding"].tolist()) == (["near_duplicate"], ["look_alike"])
 
 
-@settings(max_examples=10)
+@examples(10)
 @given(st.lists(st.sampled_from("pqrst"), min_size=24, max_size=24))
 def test_a_search_that_moves_has_no_group_in_two_splits(folder, drawn):
     rows = [f"{kind}/{number:03d}.png,{kind}" for number in range(12) for kind in ("dark", "light")]

@@ -3,7 +3,8 @@
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 
@@ -142,7 +143,7 @@ def test_of_many_images_some_are_tried():
     assert len(set(chosen.tolist())) == MOST_IMAGES and (np.diff(chosen) > 0).all()
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 9)), min_size=12, max_size=40))
 def test_folds_keep_units_whole_and_shuffling_keeps_blocks(rows):
     labels, units = [label for label, _ in rows], np.array([unit for _, unit in rows])

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -274,7 +275,7 @@ def test_fits(tmp_path, suffix, turned):
             assert abs(pixels[:, 10 * third + 3 : 10 * third + 7].astype(int) - level).max() <= 6
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(
     width=st.integers(1, 300),
     height=st.integers(1, 300),
@@ -384,7 +385,7 @@ def test_a_broken_exif_block_is_noted_and_the_image_read(tmp_path):
         assert notes(file) == "has a broken EXIF block, so its orientation may be wrong"
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(changes=st.lists(st.tuples(st.integers(0, 25), st.integers(0, 255)), max_size=6), cut=st.integers(0, 26))
 def test_no_exif_block_makes_an_image_unreadable(tmp_path_factory, changes, cut):
     block = bytearray(exif(6).tobytes())
@@ -402,7 +403,7 @@ def test_warnings_are_kept_quiet_in_threads_and_nothing_is_changed_outside(tmp_p
     assert warnings.filters == before
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(
     kind=st.sampled_from(KINDS),
     changes=st.lists(st.tuples(st.integers(0, 500), st.integers(0, 255)), min_size=1, max_size=6),

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -21,7 +22,7 @@ def draw_numbered(kind: str, count: int, side: int = 64) -> npt.NDArray[np.uint8
     )
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(kind=st.sampled_from(CLASSES), seed=st.integers(0, 2**31), side=st.integers(32, 130))
 def test_any_film_is_grey_square_varied_and_drawn_alike_twice(kind: str, seed: int, side: int) -> None:
     film = draw_phantom(kind, np.random.default_rng(seed), side)
@@ -31,7 +32,7 @@ def test_any_film_is_grey_square_varied_and_drawn_alike_twice(kind: str, seed: i
     np.testing.assert_array_equal(film, draw_phantom(kind, np.random.default_rng(seed), side))
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(seed=st.integers(0, 2**31))
 def test_a_finding_changes_the_lungs_and_leaves_the_patient(seed: int) -> None:
     films = {kind: draw_phantom(kind, np.random.default_rng(seed), 64).astype(int) for kind in CLASSES}

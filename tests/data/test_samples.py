@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tuning.data.samples import fingerprint, load_samples
@@ -267,7 +268,7 @@ def labelled(draw, *, grouped: bool):
     return rows, draw(st.permutations(rows))
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(
     labelled_rows=labelled(grouped=False),
     val_fraction=st.floats(0.05, 0.4),
@@ -290,7 +291,7 @@ def test_shares_of_every_class_are_within_one_image(files, labelled_rows, val_fr
         assert all(abs(placed[split, label] - share * total) <= 1 for split, share in shares.items())
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(labelled_rows=labelled(grouped=True))
 def test_no_group_is_split_and_the_order_of_rows_does_not_matter(files, labelled_rows):
     rows, shuffled = labelled_rows
@@ -307,7 +308,7 @@ def test_no_group_is_split_and_the_order_of_rows_does_not_matter(files, labelled
     )
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(labelled_rows=labelled(grouped=True), seed=st.integers(0, 2**31 - 1))
 def test_resplitting_keeps_the_test_set_the_groups_and_the_classes(files, labelled_rows, seed):
     try:
@@ -345,7 +346,7 @@ def test_a_given_validation_split_is_not_random(files, rows):
     assert load_samples(write_csv(files / "given.csv", given_splits)).attrs["random_splits"] == []
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(
     patients=st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 4)), min_size=12, max_size=15),
     val_fraction=st.floats(0.1, 0.4),

@@ -27,7 +27,8 @@ from tuning.search.cluster import (
 from tuning.settings.config import InputError, SearchPlan
 
 
-def test_workers_have_loaded_what_trials_need_before_the_first():
+@pytest.mark.slow
+def test_workers_have_loaded_what_trials_need_before_the_first(no_ray):
     @ray.remote(num_cpus=1)
     class Worker:
         def loaded(self) -> bool:
@@ -46,7 +47,8 @@ def test_workers_have_loaded_what_trials_need_before_the_first():
     assert dict(os.environ) == environment
 
 
-def test_without_an_address_no_other_cluster_on_this_machine_is_joined():
+@pytest.mark.slow
+def test_without_an_address_no_other_cluster_on_this_machine_is_joined(no_ray):
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 7, "include_dashboard": False})
     try:
         with ray_running(SearchPlan(name="test")) as resources:
@@ -55,7 +57,8 @@ def test_without_an_address_no_other_cluster_on_this_machine_is_joined():
         cluster.shutdown()
 
 
-def test_a_map_over_two_nodes_keeps_the_order_and_uses_both(monkeypatch, tmp_path):
+@pytest.mark.slow
+def test_a_map_over_two_nodes_keeps_the_order_and_uses_both(monkeypatch, tmp_path, no_ray):
     def node_and_double(number: int) -> tuple[str, int]:
         node = ray.get_runtime_context().get_node_id()
         (tmp_path / node).touch()
@@ -87,6 +90,7 @@ def test_a_map_over_two_nodes_keeps_the_order_and_uses_both(monkeypatch, tmp_pat
     assert len(set(nodes)) == 2
 
 
+@pytest.mark.slow
 def test_a_node_that_cannot_read_the_drivers_images_gets_them_once_in_shards(tmp_path):
     rng = np.random.default_rng(0)
     files = [str(tmp_path / f"{number}.png") for number in range(10)]

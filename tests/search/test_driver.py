@@ -4,68 +4,29 @@ import json
 import os
 import signal
 import time
-from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import optuna
 import pytest
+from conftest import shared_ray
 from optuna.trial import TrialState
 from ray.tune.error import TuneError
+from searches import FIXED, PARAMETERS, FreeTrial, make_run, workers
 
-from tuning.checks.audit import load_checked
 from tuning.record.journal import FINAL, read_journal
 from tuning.record.predictions import read_predictions
 from tuning.record.tables import make_tables, read_table
-from tuning.run_search import write_run
-from tuning.search.cluster import Slots, ray_running
+from tuning.search.cluster import Slots
 from tuning.search.driver import Search
 from tuning.search.finalists import finalist_runs_left
 from tuning.search.trainable import FinetuneTrial
-from tuning.settings.config import SearchPlan, cache_folder
-from tuning.settings.space_file import parse
+from tuning.settings.config import cache_folder
 from tuning.training.features import run_folder
 
-PARAMETERS = {
-    "unfreeze_depth": {"type": "categorical", "choices": [0, 1, 5]},
-    "learning_rate": {"type": "float", "low": 1e-4, "high": 1e-1, "log": True},
-    "augmentation": {"type": "categorical", "choices": ["none", "medium"]},
-}
-FIXED = {"backbone": "test_resnet", "image_size": 32, "batch_size": 8}
 
-
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture
 def ray_started():
-    with ray_running(SearchPlan(name="test")) as resources:
-        resources()
-        yield
-
-
-def make_run(folder, data, *, parameters=PARAMETERS, fixed=FIXED, start=(), weights=None, **settings):
-    """A run ready to be searched: returns a function that makes its Search."""
-    space = parse({"parameters": parameters, "fixed": fixed, "start": list(start)}, "test")
-    given = {"name": folder.name, "data": str(data), "trials": 8, "epochs": 4, "grace_epochs": 1, "weights": "random"}
-    given |= {"probe": False}
-    plan = SearchPlan(**given | settings)
-    checked = load_checked(plan, [32])
-    write_run(folder, plan, space, checked)
-    ended = []
-
-    def search(count=1, priors=(), redraw=False, **changed):
-        return Search(
-            plan.model_copy(update=changed),
-            space,
-            folder,
-            images=checked.folders,
-            weights=weights or {"test_resnet": None},
-            resources=Slots(1, 0.0, count),
-            show=lambda search, trial: ended.append(trial.trial_id) if trial.ended else None,
-            priors=priors,
-            redraw=redraw,
-        )
-
-    search.ended = ended
-    return search
+    shared_ray()
 
 
 def run_here(search):
@@ -99,8 +60,9 @@ def decisions(run):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, folder, ray_started):
+def whole(tmp_path_factory, folder):
     """An uninterrupted search with one slot, and what it left."""
+    shared_ray()
     run = tmp_path_factory.mktemp("whole") / "run"
     make = make_run(run, folder)
     search = make()
@@ -108,6 +70,7 @@ def whole(tmp_path_factory, folder, ray_started):
     return run, make, search
 
 
+@pytest.mark.slow
 def test_every_trial_is_there_once_with_a_reason(whole):
     run, make, _ = whole
     trials = read_table(run / "trials.parquet")
@@ -120,6 +83,7 @@ def test_every_trial_is_there_once_with_a_reason(whole):
     assert epochs["seq"].is_monotonic_increasing
 
 
+@pytest.mark.slow
 def test_stops_follow_from_the_decisions(whole):
     run, _, _ = whole
     trials = read_table(run / "trials.parquet").set_index("trial_id")
@@ -130,11 +94,13 @@ def test_stops_follow_from_the_decisions(whole):
         assert list(verdicts) == ["continue"] * (len(verdicts) - stopped) + ["stop"] * stopped
 
 
+@pytest.mark.slow
 def test_no_trial_stays_running_in_the_study(whole):
     _, _, search = whole
     assert {trial.state for trial in search.optimizer.study.trials} <= {TrialState.COMPLETE, TrialState.PRUNED}
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_kept_and_nothing_of_rays(whole):
     run, _, _ = whole
     kept = sorted(path.name for path in (run / "checkpoints").iterdir())
@@ -150,6 +116,7 @@ def test_the_best_weights_are_kept_and_nothing_of_rays(whole):
     }
 
 
+@pytest.mark.slow
 def test_every_trial_leaves_the_probabilities_of_its_best_epoch(whole):
     run, _, _ = whole
     trials, samples = read_table(run / "trials.parquet"), read_table(run / "samples.parquet")
@@ -162,6 +129,7 @@ def test_every_trial_leaves_the_probabilities_of_its_best_epoch(whole):
 @pytest.mark.parametrize(
     ("share", "go_on"), [(0.45, Search.run), *((share, run_here) for share in (0.0, 0.2, 0.45, 0.7, 0.95))]
 )
+@pytest.mark.slow
 def test_a_search_cut_anywhere_goes_on_to_the_same_end(whole, tmp_path, folder, share, go_on):
     """What a crash leaves is a journal cut at some event, possibly inside a line; no checkpoint is left here."""
     run, _, _ = whole
@@ -180,7 +148,7 @@ def test_a_search_cut_anywhere_goes_on_to_the_same_end(whole, tmp_path, folder, 
 
 
 @pytest.mark.slow
-def test_going_on_from_a_checkpoint_sends_its_history_first(whole, tmp_path, folder):
+def test_going_on_from_a_checkpoint_sends_its_history_first(whole, tmp_path, folder, ray_started):
     """The driver dies before it has heard of an epoch whose checkpoint is on disk."""
     run, _, _ = whole
     cut = tmp_path / "run"
@@ -199,7 +167,7 @@ def test_going_on_from_a_checkpoint_sends_its_history_first(whole, tmp_path, fol
     assert (cut / "checkpoints" / "t00000.state.safetensors").exists()
     events = read_journal(cut / "journal.jsonl")
     (cut / "journal.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events if event["seq"] <= 3))
-    assert make().run()
+    run_here(make())
     assert losses(cut) == losses(run)
     assert decisions(cut) == decisions(run)
 
@@ -209,8 +177,9 @@ DEFAULT = {"unfreeze_depth": 5, "learning_rate": 1e-4, "augmentation": "none"}
 
 
 @pytest.fixture(scope="module")
-def judged(tmp_path_factory, folder, ray_started):
+def judged(tmp_path_factory, folder):
     """A search with finalists, on splits drawn anew for each seed, with one slot."""
+    shared_ray()
     run = tmp_path_factory.mktemp("judged") / "run"
     search = make_run(run, folder, start=[DEFAULT], **JUDGED)(redraw=True)
     assert search.run()
@@ -293,21 +262,9 @@ def test_no_finalists_where_they_are_not_wanted_or_do_not_fit(tmp_path, folder, 
     assert set(read_table(run / "trials.parquet")["origin"]) == {"suggested"}
 
 
-def workers():
-    """Process ids of the trial actors below this process."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if (folder / "cmdline").read_bytes().startswith((b"ray::FinetuneTrial", b"ray::ResourceTrainable")):
-                raylet = int((folder / "stat").read_text().rsplit(")")[-1].split()[1])
-                if int(Path(f"/proc/{raylet}/stat").read_text().rsplit(")")[-1].split()[1]) == os.getpid():
-                    found.append(int(folder.name))
-    return found
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("kills", "status"), [(2, "completed"), (4, "failed")])
-def test_a_lost_worker_is_replaced_three_times(tmp_path, folder, kills, status):
+def test_a_lost_worker_is_replaced_three_times(tmp_path, folder, kills, status, ray_started):
     run = tmp_path / "run"
     make = make_run(run, folder, trials=1)
     killed = []
@@ -320,7 +277,7 @@ def test_a_lost_worker_is_replaced_three_times(tmp_path, folder, kills, status):
 
     while workers():  # an earlier search's, on its way out
         time.sleep(0.1)
-    search = make()
+    search = make(trainable=FreeTrial)
     search.show = kill
     assert search.run()
     (trial,) = read_table(run / "trials.parquet").to_dict("records")
@@ -329,9 +286,9 @@ def test_a_lost_worker_is_replaced_three_times(tmp_path, folder, kills, status):
 
 
 @pytest.mark.slow
-def test_several_slots_lose_and_repeat_nothing(tmp_path, folder):
+def test_several_slots_lose_and_repeat_nothing(tmp_path, folder, ray_started):
     run = tmp_path / "run"
-    assert make_run(run, folder, trials=10)(2).run()
+    assert make_run(run, folder, trials=10)(2, trainable=FreeTrial).run()
     trials = read_table(run / "trials.parquet")
     assert sorted(trials["trial_id"]) == [f"t{number:05d}" for number in range(10)]
     assert trials["status"].isin(FINAL).all()
@@ -379,7 +336,7 @@ def test_four_failures_at_first_end_the_search(tmp_path, folder):
     damaged = tmp_path / "test_resnet.safetensors"
     damaged.write_bytes(b"no weights")
     search = make_run(run, folder, weights={"test_resnet": damaged}, trials=20)()
-    assert search.run()
+    run_here(search)
     assert "the first 4 trials all failed" in search.halted
     assert len(read_table(run / "trials.parquet")) == 4
 
@@ -397,7 +354,7 @@ def test_what_killed_writers_left_is_deleted(tmp_path, folder):
 
 
 @pytest.mark.slow
-def test_the_time_budget_ends_cleanly_and_more_time_goes_on(tmp_path, folder):
+def test_the_time_budget_ends_cleanly_and_more_time_goes_on(tmp_path, folder, ray_started):
     run = tmp_path / "run"
     make = make_run(run, folder, trials=30, epochs=30, early_stopping=False)
     search = make(time_budget=1000.0)
@@ -413,14 +370,14 @@ def test_the_time_budget_ends_cleanly_and_more_time_goes_on(tmp_path, folder):
     trials = read_table(run / "trials.parquet")
     assert 1 <= len(trials) < 30 and "running" not in set(trials["status"])
     more = len(trials) + 1
-    assert make(trials=more, time_budget=None).run()
+    run_here(make(trials=more, time_budget=None))
     assert set(read_table(run / "trials.parquet")["status"]) == {"completed"}
 
 
 @pytest.mark.slow
-def test_trials_that_wait_for_nodes_do_not_begin_once_the_search_is_over(tmp_path, folder):
+def test_trials_that_wait_for_nodes_do_not_begin_once_the_search_is_over(tmp_path, folder, ray_started):
     run = tmp_path / "run"
-    search = make_run(run, folder, trials=40, epochs=1000, early_stopping=False)(count=40)
+    search = make_run(run, folder, trials=40, epochs=1000, early_stopping=False)(count=40, trainable=FreeTrial)
 
     def end(search, trial):
         search.halted = "over"
@@ -442,6 +399,7 @@ def test_without_early_stopping_every_epoch_is_run(tmp_path, folder):
     assert read_table(run / "decisions.parquet").empty
 
 
+@pytest.mark.slow
 def test_the_tables_are_the_journal(whole):
     run, _, search = whole
     made = make_tables(search.record, "val_loss")
@@ -484,7 +442,7 @@ def test_probes_come_first_count_as_no_trial_and_are_made_once(tmp_path, folder)
     run = tmp_path / "run"
     make = make_run(run, folder, parameters=parameters, fixed=fixed, weights=weights, probe=True, trials=3)
     search = make()
-    assert search.run()
+    run_here(search)
     trials = read_table(run / "trials.parquet")
     assert list(trials["trial_id"]) == ["p00000", "p00001", "t00000", "t00001", "t00002"]
     probes = trials[trials["origin"] == "probe"]
@@ -495,7 +453,7 @@ def test_probes_come_first_count_as_no_trial_and_are_made_once(tmp_path, folder)
     assert told[:2] == ["test_resnet", "test_vit"] and len(told) == 5
 
     again = make(trials=4)
-    assert again.run()
+    run_here(again)
     assert list(read_table(run / "trials.parquet")["trial_id"])[5:] == ["t00003"]
 
 
@@ -506,9 +464,9 @@ def test_what_another_run_knows_is_journalled_and_outlives_a_restart(tmp_path, f
     )
     prior = {"params": {"unfreeze_depth": 0, "learning_rate": 1e-3, "augmentation": "none"}, "status": "completed"}
     search = make(priors=[prior | {"epochs": 4, "rank": 0.0}])
-    assert search.run()
+    run_here(search)
     again = make(trials=3)
-    assert again.run()
+    run_here(again)
     assert not [path for path in run.rglob("*") if path.is_file() and b"geheim" in path.read_bytes()]
     for bridge in (search.optimizer, again.optimizer):
         assert bridge.study.trials[0].params == prior["params"]

@@ -10,8 +10,9 @@ from contextlib import suppress
 
 import pytest
 import yaml
+from conftest import SOAK, shared_ray
 from ray.cluster_utils import Cluster
-from test_driver import make_run, workers
+from searches import FreeTrial, make_run, workers
 from test_end_to_end import SPACE, command
 
 from tuning.record.journal import FINAL, read_journal, read_record
@@ -22,21 +23,19 @@ from tuning.settings.config import SearchPlan
 
 pytestmark = pytest.mark.slow
 HUNDRED = {"worker": 60, "node": 25, "driver": 15}
-KILLS = int(os.environ.get("KILLS", "15"))  # of the hundred: all of them take half an hour
+KILLS = 100 if SOAK else 4  # all of the hundred take half an hour
 NODES, TRIALS, EPOCHS = 2, 12, 8
 
 
 @pytest.fixture
 def ray_started():
-    with ray_running(SearchPlan(name="test")) as resources:
-        resources()
-        yield
+    shared_ray()
 
 
 def test_a_trial_that_is_given_a_dead_worker_goes_on_with_another(tmp_path, folder, ray_started):
     """Ray keeps an ended trial's worker for the next trial, and doesn't look whether it still lives."""
     run = tmp_path / "run"
-    search = make_run(run, folder, trials=2, epochs=2, early_stopping=False)()
+    search = make_run(run, folder, trials=2, epochs=2, early_stopping=False)(trainable=FreeTrial)
     killed = []
 
     def kill(search, trial):
@@ -57,7 +56,7 @@ def test_a_trial_that_is_given_a_dead_worker_goes_on_with_another(tmp_path, fold
 def test_a_trial_that_hangs_is_ended_and_its_slot_goes_on(tmp_path, folder, ray_started):
     run = tmp_path / "run"
     make = make_run(run, folder, trials=2, epochs=3, early_stopping=False)
-    search = make()
+    search = make(trainable=FreeTrial)
     stopped = []
 
     def stop(search, trial):
@@ -76,21 +75,22 @@ def test_a_trial_that_hangs_is_ended_and_its_slot_goes_on(tmp_path, folder, ray_
         time.sleep(0.1)
 
 
-def test_a_trial_whose_workers_ray_kills_for_memory_is_out_of_memory(tmp_path, folder, monkeypatch):
+def test_a_trial_whose_workers_ray_kills_for_memory_is_out_of_memory(tmp_path, folder, monkeypatch, no_ray):
     """The machine counts as full from the start, so Ray's memory monitor kills every worker when it looks."""
+    monkeypatch.setenv("RAY_preload_python_modules", "")
     monkeypatch.setenv("RAY_memory_usage_threshold", "0.001")
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "30000")  # long enough for the trial to have begun
     monkeypatch.setattr("tuning.search.driver.LOST_ACTOR_RETRIES", 0)
     with ray_running(SearchPlan(name="test")) as resources:
         resources()
         run = tmp_path / "run"
-        assert make_run(run, folder, trials=1, epochs=10_000, early_stopping=False)().run()
+        assert make_run(run, folder, trials=1, epochs=10_000, early_stopping=False)(trainable=FreeTrial).run()
     (trial,) = read_table(run / "trials.parquet").to_dict("records")
     assert trial["status"] == "out_of_memory" and "low on memory" in trial["reason"]
 
 
 @pytest.fixture
-def cluster():
+def cluster(no_ray):
     """A Ray of a node for the driver alone and others, each with a core, that may be killed."""
     started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     for _ in range(NODES):
@@ -164,6 +164,7 @@ def test_a_node_that_joins_is_given_trials(tmp_path, folder, cluster):
     assert "up to 2 trials at once" in (tmp_path / "log.txt").read_text()
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_random_kills_lose_and_repeat_nothing(tmp_path, folder, cluster):
     rng = random.Random(0)

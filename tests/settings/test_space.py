@@ -6,7 +6,8 @@ from pathlib import Path
 import optuna
 import pytest
 import yaml
-from hypothesis import given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tuning.settings.config import PARAMETERS, InputError, SearchPlan, TrialConfig, build
@@ -574,7 +575,7 @@ def documents(draw) -> dict:
     return {"parameters": {name: parameters[name] for name in shuffled}, "fixed": fixed}
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(plain=documents(), seed=st.integers(0, 2**31 - 1))
 def test_any_suggestion_is_a_trial_config_and_a_start_point(plain, seed):
     space = parse(plain, "x")
@@ -589,7 +590,7 @@ def test_any_suggestion_is_a_trial_config_and_a_start_point(plain, seed):
     assert again == parse(again.document, "x") == parse(yaml.safe_load(yaml.safe_dump(again.document)), "x")
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(plain=documents(), data=st.data())
 def test_fixing_a_suggestion_leaves_only_that_config(plain, data):
     space = parse(plain, "x")
@@ -629,13 +630,13 @@ def only_input_errors(plain: object) -> None:
         build(TrialConfig, trial_values(space, suggest(space, ask())), "suggestion")
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(plain=GARBAGE | st.dictionaries(st.sampled_from(["parameters", "fixed", "start", "search"]), GARBAGE))
 def test_garbage_raises_input_errors_only(plain):
     only_input_errors(plain)
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(plain=documents(), data=st.data())
 def test_a_space_with_one_part_replaced_by_garbage_raises_input_errors_only(plain, data):
     plain = {**plain, "start": [{}], "search": {"trials": 3}}
@@ -656,7 +657,7 @@ def garbage_path(tmp_path_factory):
     return tmp_path_factory.mktemp("garbage") / "garbage.yaml"
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(
     content=st.binary(max_size=40)
     | st.text(max_size=40).map(lambda text: text.encode("utf-8", "surrogatepass"))

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, losses, make_data, on_each_device
-from hypothesis import given, settings
+from conftest import CPU, examples, losses, make_data, on_each_device
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from sklearn import metrics
@@ -289,7 +289,7 @@ def test_early_loss_is_the_same_from_any_checkpoint(after):
     assert [row["early_loss"] for row, _ in rest] == [row["early_loss"] for row, _ in whole[after:]]
 
 
-@settings(max_examples=25)  # each takes a tenth of a second
+@examples(25)  # each takes a tenth of a second
 @given(arrays(np.float32, (30, 3), elements=st.floats(-20, 20, width=32)), st.floats(0.1, 10), st.floats(-5, 5))
 def test_calibration_undoes_scale_and_shift_and_never_hurts(logits, scale, shift):
     logits += np.random.default_rng(0).normal(size=logits.shape).astype(np.float32)  # never all alike

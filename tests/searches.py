@@ -1,0 +1,95 @@
+"""Searches on a tiny network, as `run_search.py` makes them, without the command; and the workers of their trials."""
+
+import json
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from ray import cloudpickle, tune
+
+from tuning.checks.audit import load_checked
+from tuning.run_search import write_run
+from tuning.search.cluster import Slots
+from tuning.search.driver import Search
+from tuning.search.trainable import FinetuneTrial
+from tuning.settings.config import SearchPlan
+from tuning.settings.space_file import parse
+
+PARAMETERS = {
+    "unfreeze_depth": {"type": "categorical", "choices": [0, 1, 5]},
+    "learning_rate": {"type": "float", "low": 1e-4, "high": 1e-1, "log": True},
+    "augmentation": {"type": "categorical", "choices": ["none", "medium"]},
+}
+FIXED = {"backbone": "test_resnet", "image_size": 32, "batch_size": 8}
+
+
+def make_run(folder, data, *, parameters=PARAMETERS, fixed=FIXED, start=(), weights=None, **settings):
+    """A run ready to be searched: returns a function that makes its Search."""
+    space = parse({"parameters": parameters, "fixed": fixed, "start": list(start)}, "test")
+    given = {"name": folder.name, "data": str(data), "trials": 8, "epochs": 4, "grace_epochs": 1, "weights": "random"}
+    given |= {"probe": False}
+    plan = SearchPlan(**given | settings)
+    checked = load_checked(plan, [32])
+    write_run(folder, plan, space, checked)
+    ended = []
+
+    def search(count=1, priors=(), redraw=False, trainable=FinetuneTrial, **changed):
+        return Search(
+            plan.model_copy(update=changed),
+            space,
+            folder,
+            images=checked.folders,
+            weights=weights or {"test_resnet": None},
+            resources=Slots(1, 0.0, count),
+            show=lambda search, trial: ended.append(trial.trial_id) if trial.ended else None,
+            priors=priors,
+            redraw=redraw,
+            trainable=trainable,
+        )
+
+    search.ended = ended
+    return search
+
+
+class FreeTrial(tune.Trainable):
+    """A trial that costs nothing, where training isn't what is tested: its worker starts without torch, in a second."""
+
+    @classmethod
+    def default_resource_request(cls, config):
+        return tune.PlacementGroupFactory([{"CPU": 1}])
+
+    def setup(self, config):
+        self._epochs, self._epoch = config["config"]["epochs"], 0
+
+    def reset_config(self, new_config):
+        self.setup(new_config)
+        return True
+
+    def step(self):
+        self._epoch += 1
+        row = dict.fromkeys(("train_loss", "train_eval_loss", "val_loss", "early_loss"), 1 / self._epoch)
+        row |= dict.fromkeys(("val_accuracy", "val_balanced_accuracy", "val_auroc", "learning_rate", "seconds"), 0.5)
+        row |= dict.fromkeys(("data_seconds", "prefix_seconds", "train_seconds", "evaluate_seconds"), 0.125)
+        row |= dict.fromkeys(("cache_hits", "images", "micro_batch", "batch_size", "trained_parameters"), 8)
+        ends = "completed" if self._epoch == self._epochs else None
+        row |= {"peak_memory_mb": None, "gpu_memory_mb": None, "parameters": 8, "latency_ms": 1.0, "unfreeze_depth": 0}
+        return {"row": json.dumps(row | {"epoch": self._epoch, "ends": ends, "reason": ends})}
+
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers don't find the tests' modules
+
+
+ACTORS = (b"ray::FinetuneTrial", b"ray::FreeTrial", b"ray::ResourceTrainable")
+
+
+def workers():
+    """Process ids of the trial actors below this process."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if (folder / "cmdline").read_bytes().startswith(ACTORS):
+                raylet = int((folder / "stat").read_text().rsplit(")")[-1].split()[1])
+                if int(Path(f"/proc/{raylet}/stat").read_text().rsplit(")")[-1].split()[1]) == os.getpid():
+                    found.append(int(folder.name))
+    return found
