@@ -210,7 +210,7 @@ def test_what_was_told_of_images_is_a_line_a_kind(tmp_path):
 
 @pytest.mark.slow
 def test_more_gpus_than_there_are(space, folder, on_shared_ray):
-    assert "there are 0 GPUs" in "\n".join(faults(run, space=space, data=str(folder), gpus_per_trial=8.0))
+    assert "this machine has 0 GPUs" in "\n".join(faults(run, space=space, data=str(folder), gpus_per_trial=8.0))
 
 
 def test_a_run_once_made_is_not_touched(space, folder, tmp_path):

@@ -33,25 +33,14 @@ def best_file(run: str | Path, trial_id: str) -> Path:
 
 
 def save(
-    run: str | Path,
-    trial_id: str,
-    state: "State",
-    best: Mapping[str, Any] | None,
-    config: dict[str, Any],
-    *,
-    ended: bool,
+    run: Path, trial_id: str, state: "State", best: Mapping[str, Any] | None, config: dict[str, Any], *, ended: bool
 ) -> None:
     """Write the best weights, then, unless the trial has ended, the state.
 
     After a crash between the two the trial resumes from the older state and makes the same best weights again.
 
     Args:
-        run: the run's folder.
-        trial_id: the trial.
-        state: a snapshot.
-        best: the row of the best epoch, if there is one.
-        config: the trial's configuration. It is kept in the weights' metadata, with the best epoch and its loss.
-        ended: whether the trial has ended, so that no state is needed.
+        best: the row of the best epoch, if there is one; it is kept with `config` in the weights' metadata.
 
     Raises:
         OSError, SafetensorError: writing fails, for example because the disk is full.

@@ -1,4 +1,4 @@
-"""Ray: started while the driver still loads and checks, with workers that have loaded what trials need."""
+"""Ray: started while the driver still loads and checks, with workers that have loaded what trials need; its nodes."""
 
 import fcntl
 import logging
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-# Ray reads it when it is imported: Ray on this machine alone then listens on the loopback, not on every interface.
+# Read by Ray at import: on this machine alone Ray then listens on the loopback, not on every interface.
 if "RAY_ADDRESS" not in os.environ:
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 import ray
@@ -29,48 +29,47 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tuning.data.decoding import Pixels
 from tuning.data.images import DECODING, Item, Result, open_images, parallel_map
 from tuning.settings.config import InputError, SearchPlan, cache_folder
+from tuning.settings.words import count
 
-SHARES = (1.0, 0.5, 0.25)  # of a GPU; few, since an actor serves trials of one share only
-MEMORY_MARGIN = 1.25  # over the peak of what tensors took: the allocator's blocks are not all full
-MOST_PRELOADING = 16  # cores; Ray starts a worker on each, and on a machine with GPUs most would load torch for nothing
-PART = 16  # items of one of `cluster_map`'s tasks
+SHARES = (1.0, 0.5, 0.25)  # of a GPU; few, since an actor can only serve trials of one share
+MEMORY_MARGIN = 1.25  # over the peak of allocated tensors: the allocator's blocks are never quite full
+CONTEXT_MB = 600.0  # roughly what a process takes on a GPU before its first tensor
+MOST_PRELOADING = 16  # cores; Ray starts a worker on each, and on a machine with GPUs most would load torch in vain
+PART = 16  # items in one task of `cluster_map`
 SHARD_BYTES = 256 * 2**20  # of decoded images, sent between nodes at once
 IMAGE_SERVER = "finetune-search-images"
 LEAST_SHARED_MB = 1024.0  # of /dev/shm; a container has 64 by default
-NOTICED_LOOKS = 60  # half a second apart, within which Ray knows that a node is gone
-CONTEXT_MB = 600.0  # what a process takes on a GPU before its first tensor, roughly
+NOTICED_LOOKS = 60  # half a second apart, within which Ray notices that a node died
+Node = tuple[int, float]  # its cores and GPUs
 
 
 @dataclass(frozen=True)
 class Slots:
-    """What each trial is given, and how many run at once."""
+    """The resources of each trial, and the number of slots: trials that run at once."""
 
     cpus: int
     gpus: float
     count: int
-    packed: int = 0  # GPUs on which each trial is given the share that `gpu_share` finds
-    waiting: bool = False  # for nodes to join: so many don't fit yet
-
-
-Node = tuple[int, float]  # its cores and GPUs
+    packed: int = 0  # GPUs that trials share by `gpu_share`; 0: each trial gets `gpus`
+    waiting: bool = False  # more slots than fit now: nodes are to join
 
 
 @contextmanager
 def ray_running(plan: SearchPlan) -> Iterator[Callable[[], list[Node]]]:
-    """Ray on this machine, or on the cluster that RAY_ADDRESS names, started in the background.
+    """Start Ray in the background, on this machine or in the cluster at RAY_ADDRESS.
 
-    Workers get this package's code, wherever the command was typed.
+    Workers import this package from any working folder.
 
     Yields:
-        A function that waits for Ray and gives its nodes.
+        A function that waits for Ray and returns its nodes.
     """
     environment = dict(os.environ)
-    with ThreadPoolExecutor(1) as pool:  # its thread must live on: Ray's processes end with the one that started them
+    with ThreadPoolExecutor(1) as pool:  # the thread must outlive the search: Ray's processes end with it
         starting = pool.submit(_start, plan)
         try:
             yield starting.result
         finally:
-            starting.exception()  # wait: what is half started can't be shut down
+            starting.exception()  # wait: Ray can't be shut down while it starts
             ray.shutdown()
             for name in os.environ.keys() - environment.keys():
                 del os.environ[name]
@@ -82,7 +81,7 @@ def _start(plan: SearchPlan) -> list[Node]:
     environment = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "RAY_AIR_NEW_OUTPUT": "0",  # the old output heeds verbose=0
+        "RAY_AIR_NEW_OUTPUT": "0",  # only the old output respects verbose=0
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # Ray's own experiment state is never read
     }
@@ -90,92 +89,81 @@ def _start(plan: SearchPlan) -> list[Node]:
     if "RAY_ADDRESS" in os.environ:
         options["runtime_env"] = {"py_modules": [str(package)]}
     else:
-        options["address"] = "local"  # without it Ray joins whichever cluster was started on this machine last
+        options["address"] = "local"  # else Ray joins the cluster last started on this machine
         cores = os.cpu_count() or 1
         if cores <= MOST_PRELOADING and 2 * min(plan.concurrent or cores, plan.trials) >= cores:
-            # Workers load torch at once, not when a trial starts: 7.9 s to the first epoch instead of 10.4.
+            # Workers load torch at once, not when a trial starts: 7.9 s to the first epoch, not 10.4.
             environment["RAY_preload_python_modules"] = "tuning.search.trainable"
-            environment["RAY_prestart_worker_first_driver"] = "0"  # those would be others, and the first wait in vain
+            environment["RAY_prestart_worker_first_driver"] = "0"  # those would be extra workers, unused
         if str(package.parent) not in site.getsitepackages():
             paths = [str(package.parent), os.environ.get("PYTHONPATH", "")]
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     for name, value in environment.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a lost worker's traceback stands in the table
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a dead worker's traceback is in the table
     ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", **options)
     resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [(int(node.get("CPU", 0)), float(node.get("GPU", 0))) for node in resources]
 
 
 def cluster_map(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-    """Map over the cores of all nodes, in order; whatever `function` reads has to be readable on each of them."""
-    if sum(node["Alive"] for node in ray.nodes()) == 1:
+    """Map over the cores of all nodes, in order; each node must be able to read what `function` reads."""
+    if len(node_names()) == 1:
         yield from parallel_map(function, items)
         return
-    task = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(_call_each)
+    task = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(lambda part: [function(item) for item in part])
     ahead = 2 * int(ray.cluster_resources()["CPU"])
     pending: deque[Any] = deque()
     for first in range(0, len(items), PART):
-        pending.append(task.remote(function, items[first : first + PART]))
+        pending.append(task.remote(items[first : first + PART]))
         if len(pending) > ahead:
             yield from ray.get(pending.popleft())
     yield from chain.from_iterable(map(ray.get, pending))
 
 
 def node_names() -> dict[str, str]:
-    """What the nodes are called, by their ids: a machine may have several."""
+    """Return the names of living nodes by id; one machine may have several."""
     alive = [node for node in ray.nodes() if node["Alive"]]
     return {node["NodeID"]: f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})" for node in alive}
 
 
 def on_each_node(check: Callable[[str], str | None]) -> dict[str, str]:
-    """What a check, called on each node with the node's id, has to say where it has a complaint, by their ids.
-
-    Nodes that are lost meanwhile have no say.
-    """
-    task = ray.remote(num_cpus=0)(_call)
-    asked = {
-        node: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(check, node)
+    """Call a check on each node with the node's id; return its complaints by node, without nodes that die meanwhile."""
+    task = ray.remote(num_cpus=0)(lambda node: check(node))
+    pending = {
+        node: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(node)
         for node in node_names()
     }
-    found = {}
-    for node, answer in asked.items():
+    complaints = {}
+    for node, answer in pending.items():
         try:
-            found[node] = ray.get(answer)
+            complaints[node] = ray.get(answer)
         except RayTaskError:
             raise
         except RayError:
-            if not _lost(node):
+            if not _died(node):
                 raise
-    return {node: said for node, said in found.items() if said is not None}
+    return {node: complaint for node, complaint in complaints.items() if complaint is not None}
 
 
-def _lost(node: str) -> bool:
-    """Whether a node on which something failed is gone; Ray may take a while to notice."""
-    for _ in range(NOTICED_LOOKS):  # not seconds: a machine that stands still keeps Ray from noticing, too
+def _died(node: str) -> bool:
+    """Return whether a node on which something failed has died, which Ray may notice late."""
+    for _ in range(NOTICED_LOOKS):  # looks, not seconds: a machine that stands still keeps Ray from noticing, too
         if node not in node_names():
             return True
         time.sleep(0.5)
     return False
 
 
-def _call(check: Callable[[str], str | None], node: str) -> str | None:
-    return check(node)
-
-
-def _call_each(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    return [function(item) for item in items]
-
-
 class ImageServer:
-    """Hands decoded images in shards to nodes that can't read the driver's folders."""
+    """Serves decoded images in shards to nodes that can't read the driver's folders."""
 
     def __init__(self, folders: Iterable[Path], shard_bytes: int = SHARD_BYTES):
         self._images = {folder: open_images(folder) for folder in folders}
         self._shard_bytes = shard_bytes
 
     def shape(self, folder: Path) -> tuple[tuple[int, ...], int]:
-        """Shape of the whole array, and images in a shard."""
+        """Return the shape of the whole array, and the number of images in a shard."""
         images = self._images[folder]
         return images.shape, max(1, self._shard_bytes // max(math.prod(images.shape[1:]), 1))
 
@@ -184,24 +172,24 @@ class ImageServer:
 
 
 def serve_images(folders: Iterable[Path], *, shard_bytes: int = SHARD_BYTES) -> Any:
-    """An `ImageServer` beside the driver, which lives as long as what is returned is kept."""
+    """Start an `ImageServer` on the driver's node; it ends when the returned handle is dropped."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     server = ray.remote(num_cpus=0)(ImageServer)
     return server.options(name=IMAGE_SERVER, scheduling_strategy=here).remote(list(folders), shard_bytes)
 
 
 def images_here(folder: Path) -> Path:
-    """The folder of decoded images as this node reads it: the driver's, else a copy in the node's own cache, made once.
+    """Return where this node reads decoded images: the driver's folder, or a copy in the node's cache, made once.
 
     Raises:
-        OSError: there is no room for it.
+        OSError: the copy can't be written.
     """
     if (folder / "images.npy").is_file():
         return folder
-    target = cache_folder() / "received" / folder.name  # without the facts that lie beside what is decoded here
+    target = cache_folder() / "received" / folder.name  # the images alone, without decoding's notes
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(cache_folder() / "received.lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # given back by the system if this process is killed
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released by the system if this process is killed
         if not (target / "images.npy").is_file():
             unfinished = target.with_name(f"{DECODING}{uuid.uuid4().hex}")
             unfinished.mkdir()
@@ -209,102 +197,97 @@ def images_here(folder: Path) -> Path:
                 _receive(folder, unfinished / "images.npy")
                 unfinished.rename(target)
             finally:
-                shutil.rmtree(unfinished, ignore_errors=True)  # gone already if it was renamed
+                shutil.rmtree(unfinished, ignore_errors=True)  # does nothing after the renaming
     return target
 
 
 def _receive(folder: Path, path: Path) -> None:
     server = ray.get_actor(IMAGE_SERVER)
-    shape, count = ray.get(server.shape.remote(folder))
+    shape, per_shard = ray.get(server.shape.remote(folder))
     with open(path, "wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        for first in range(0, shape[0], count):
-            file.write(ray.get(server.shard.remote(folder, first, first + count)).data)
+        for first in range(0, shape[0], per_shard):
+            file.write(ray.get(server.shard.remote(folder, first, first + per_shard)).data)
         file.flush()
         os.fsync(file.fileno())
 
 
 def small_shared_memories(least_mb: float = LEAST_SHARED_MB) -> list[str]:
-    """What there is to say of the nodes' shared memory."""
-    said, names = on_each_node(lambda node: small_shared_memory(least_mb=least_mb)), node_names()
-    return [f"{names.get(node, node)}: {words}" for node, words in said.items()]
+    """Return a warning for each node whose shared memory is small."""
+    warnings, names = on_each_node(lambda node: small_shared_memory(least_mb=least_mb)), node_names()
+    return [f"{names.get(node, node)}: {warning}" for node, warning in warnings.items()]
 
 
 def small_shared_memory(folder: str = "/dev/shm", least_mb: float = LEAST_SHARED_MB) -> str | None:
-    """What there is to say of shared memory as small as a container has it by default."""
+    """Return a warning if this node's shared memory is small, as it is by default in a container."""
     if not os.path.isdir(folder):  # macOS has none, and Ray needs none there
         return None
     status = os.statvfs(folder)
     size = status.f_blocks * status.f_frsize / 2**20
     if size >= least_mb:
         return None
-    return f"{folder} has {size:.0f} MiB, so Ray keeps on disk what it sends; give a container more by --shm-size 8g"
+    return f"{folder} has only {size:.0f} MiB, so Ray uses slower disk space; start containers with --shm-size 8g"
 
 
 def slots(plan: SearchPlan, nodes: Sequence[Node], *, grows: bool = False) -> Slots:
-    """Resources of a trial and how many fit: by default one per GPU, else one per core with one thread each.
+    """Choose the resources of a trial and the number of slots: by default one per GPU, else one per core.
 
     Args:
         plan: the settings.
-        nodes: those that are there; a trial runs on one of them.
-        grows: whether nodes may join, so that `concurrent` may be more than there is room for now.
+        nodes: the nodes so far; a trial runs on one of them.
+        grows: whether nodes may join, so that `concurrent` may be larger than what fits now.
 
     Raises:
-        InputError: more is asked for than a node has, or a fraction that makes no sense.
+        InputError: no node has what a trial is to be given, or more than one GPU is given in part.
     """
     asked, most_gpus = plan.gpus_per_trial, max(gpus for _, gpus in nodes)
     per_trial = min(most_gpus, 1.0) if asked is None or asked == "auto" else asked
     usable = [(cpus, gpus) for cpus, gpus in nodes if gpus >= per_trial]
     most_cpus = max((cpus for cpus, _ in usable), default=0)
     packed = int(sum(gpus for _, gpus in nodes)) if asked == "auto" else 0
-    where = "there are" if len(nodes) == 1 else "no node has more than"
-    faults = []
+    limit = "this machine has" if len(nodes) == 1 else "no node has more than"
+    flag, faults = f"--gpus-per-trial {per_trial:g}", []
     if per_trial > 1 and per_trial != int(per_trial):
-        faults.append(f"--gpus-per-trial {per_trial:g}: above 1 only whole GPUs can be given; use {int(per_trial)}")
+        faults.append(f"{flag}: above 1 only whole GPUs are possible; use {int(per_trial)}")
     if per_trial > most_gpus:
-        faults.append(
-            f"--gpus-per-trial {per_trial:g}: {where} {most_gpus:g} GPUs; use at most that, or 0 to train on CPUs"
-        )
+        faults.append(f"{flag}: {limit} {count(int(most_gpus), 'GPU')}; use at most that, or 0 to train on CPUs")
     elif plan.cpus_per_trial is not None and plan.cpus_per_trial > most_cpus:
-        faults.append(f"--cpus-per-trial {plan.cpus_per_trial}: {where} {most_cpus} cores; use at most that")
+        faults.append(f"--cpus-per-trial {plan.cpus_per_trial}: {limit} {count(most_cpus, 'core')}; use at most that")
     if faults:
         raise InputError(faults)
     if per_trial:
         smallest = min(SHARES) if packed else per_trial
         fit = [int(gpus) * int(1 / smallest) if smallest < 1 else int(gpus // smallest) for _, gpus in usable]
-        beside = min(cpus // count for (cpus, _), count in zip(usable, fit, strict=True))
-        threads = plan.cpus_per_trial or max(1, beside)
-        count = sum(min(room, cpus // threads) for (cpus, _), room in zip(usable, fit, strict=True))
+        cores_each = min(cpus // room for (cpus, _), room in zip(usable, fit, strict=True))
+        threads = plan.cpus_per_trial or max(1, cores_each)
+        fitting = sum(min(room, cpus // threads) for (cpus, _), room in zip(usable, fit, strict=True))
     else:
         threads = plan.cpus_per_trial or 1
-        count = sum(cpus // threads for cpus, _ in usable)
-    wanted = min(plan.concurrent or count, plan.trials)
-    at_once = wanted if grows and plan.concurrent else min(count, wanted)
+        fitting = sum(cpus // threads for cpus, _ in usable)
+    wanted = min(plan.concurrent or fitting, plan.trials)
+    at_once = wanted if grows and plan.concurrent else min(fitting, wanted)
     if not at_once:
-        raise InputError(
-            "no node has a core for a trial; wait for nodes, or say by --concurrent how many trials at once"
-        )
-    return Slots(threads, per_trial, at_once, packed, waiting=at_once > count)
+        raise InputError("no node has a core for a trial; wait for nodes, or give the number of trials by --concurrent")
+    return Slots(threads, per_trial, at_once, packed, waiting=at_once > fitting)
 
 
 def gpu_share(config: Mapping[str, Any], measured: Iterable[tuple[Mapping[str, Any], float, float]]) -> float:
-    """The share of a GPU that a trial needs: the least of `SHARES` that held a trial which is at least as heavy.
+    """Return the share of a GPU that a trial needs: the smallest of `SHARES` that held a trial at least as heavy.
+
+    That is a trial of the same backbone and image size with at least as many unfrozen stages and images per step. If
+    none was measured, the share is 1.
 
     Args:
-        config: of the trial.
-        measured: config of other trials that took whole batches, with the peak of their memory and what their GPU
-            has, in MiB. The smallest of these GPUs counts: whichever the trial will be on, it has no less.
-
-    Returns:
-        1 where no trial of the same backbone and image size, with as many stages and images a step, has been measured.
+        config: the trial's configuration.
+        measured: of other trials that trained whole batches: configuration, peak memory and their GPU's memory, in MiB.
+            The smallest GPU counts: wherever the trial will run, there is no less.
     """
-    heavier = ("unfreeze_depth", "batch_size")
     measured = list(measured)
     smallest = min((total for _, _, total in measured), default=math.inf)
     needed = [
         (peak * MEMORY_MARGIN + CONTEXT_MB) / smallest
         for other, peak, _ in measured
         if all(other[name] == config[name] for name in ("backbone", "image_size"))
-        and all(other[name] >= config[name] for name in heavier)
+        and all(other[name] >= config[name] for name in ("unfreeze_depth", "batch_size"))
     ]
     return min(share for share in SHARES if share >= min(min(needed, default=1.0), 1.0))

@@ -41,8 +41,6 @@ class Search:
     """The state of a search: journal, record, rungs and study, rebuilt from the journal at each start.
 
     Args:
-        plan: the settings.
-        space: the search space.
         run: the run's folder; holds `samples.parquet`.
         images: folder of decoded images by image size.
         weights: weight file by backbone.
@@ -128,15 +126,14 @@ class Search:
         """Rebuild rungs and study as of the journal's end; return the trials to resume."""
         decisions = [decision for trial in self.record.trials.values() for decision in trial.decisions]
         for row in sorted(decisions, key=lambda row: int(row["seq"])):
-            value = as_loss(row["value"], self.plan.compared, self.plan.metric)
-            self.rungs.enter(row["trial_id"], row["rung"], row["stratum"], value)
+            self.rungs.enter(row["trial_id"], row["rung"], row["stratum"], as_loss(self.plan, row["value"]))
         unfinished = []
         for trial in self.record.trials.values():
             if not trial.ended:  # a journalled stop or end is final even if the crash came before `ended`
                 if trial.rows and trial.rows[-1]["ends"] is not None:
                     self._write_end(trial, trial.rows[-1]["ends"], trial.rows[-1]["reason"])
                 elif trial.decisions and trial.decisions[-1]["verdict"] == "stop":
-                    self._write_end(trial, "stopped", self._stop_reason(trial.decisions[-1]))
+                    self._write_end(trial, "stopped", stop_reason(self.plan, trial.decisions[-1]))
                 else:
                     unfinished.append(trial)
             if trial.origin != "finalist":
@@ -230,7 +227,7 @@ class Search:
             return self._end(trial, row["ends"], row["reason"])
         decision = self._decide(trial, row["epoch"])
         if decision is not None and decision["verdict"] == "stop":
-            return self._end(trial, "stopped", self._stop_reason(decision))
+            return self._end(trial, "stopped", stop_reason(self.plan, decision))
         if decision is not None:
             self.optimizer.passed_rung(trial)
         if self.is_over():
@@ -269,24 +266,12 @@ class Search:
         for made in trial.decisions:
             if made["epoch"] == epoch:
                 return made
-        compared, metric = self.plan.compared, self.plan.metric
-        value = value_at_rung(trial.rows[:epoch], compared, metric)
-        decision = self.rungs.decide(trial.trial_id, epoch, value, stratum(self.plan.strata, trial.config))
+        kind, value = stratum(self.plan.strata, trial.config), value_at_rung(self.plan, trial.rows[:epoch])
+        decision = self.rungs.decide(trial.trial_id, epoch, value, kind)
         if decision is None:
             return None
-        return self._write(
-            "decision",
-            trial_id=trial.trial_id,
-            epoch=epoch,
-            rung=decision.rung,
-            stratum=decision.stratum,
-            value=as_loss(value, compared, metric),
-            cutoff=as_loss(decision.cutoff, compared, metric),
-            verdict=decision.verdict,
-        )
-
-    def _stop_reason(self, decision: Mapping[str, Any]) -> str:
-        return stop_reason(decision, self.plan.compared, self.plan.metric)
+        in_own_units = {"value": as_loss(self.plan, value), "cutoff": as_loss(self.plan, decision.cutoff)}
+        return self._write("decision", trial_id=trial.trial_id, epoch=epoch, **decision._asdict() | in_own_units)
 
     def _end(self, trial: Trial, status: str, reason: str, error: str | None = None) -> bool:
         self._write_end(trial, status, reason, error)

@@ -37,15 +37,10 @@ def runs_to_make(
     If they don't all fit, there are fewer finalists, at least 1, then fewer seeds, at least 3, then no runs.
 
     Args:
-        trial_ids: from `candidates`.
-        finalists: how many are wanted, besides the default.
-        seeds: the seeds wanted for each.
-        asked: trial and seed of the runs asked for before; those of an earlier verdict count towards the cap.
+        trial_ids: from `candidates`; of them the default and the first `finalists` are retrained.
+        asked: trial and seed of earlier runs, which are not made again; those of other trials count towards the cap.
         epochs: of one run.
         cap: epochs of all runs together.
-
-    Returns:
-        Trial and seed of each run still to be made.
     """
     most = min(finalists, len(trial_ids) - 1)
     tries = [(count, len(seeds)) for count in range(most, 0, -1)]

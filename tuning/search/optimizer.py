@@ -19,8 +19,11 @@ from tuning.settings.space import Space, active, suggest
 
 MOST_SEEN = 1000  # ended trials that the sampler sees: the time of a suggestion grows with them
 SLACK = 200  # ended trials beyond `MOST_SEEN` before the study is thinned again
-# TPE settings, less greedy than Optuna's 1 and 24: chosen by benchmarks/replay.py. Optuna 6 drops the prior weight.
-PRIOR_WEIGHT, CANDIDATES = 5.0, 4
+# Multivariate and grouped for conditional spaces; less greedy than Optuna's weight of 1 and 24 candidates, as
+# benchmarks/replay.py showed. Optuna 6 drops the prior weight.
+TPE: dict[str, Any] = {"multivariate": True, "group": True, "constant_liar": True}
+TPE |= {"prior_weight": 5.0, "n_ei_candidates": 4}
+Sampler = Literal["tpe", "gp", "random"]
 Prior = Mapping[str, Any]  # a trial of another run: params, status, epochs, rank (0 the best, 1 the worst)
 
 
@@ -36,25 +39,11 @@ class Optimizer:
     region of the very trials that do best. Each ask uses a new sampler seeded by (seed, trial number), so a resumed
     search gets the same suggestions. Of many ended trials the sampler sees the best half and the newest half.
 
-    Trials of another run are told with the value that has their rank among this run's values so far.
-
-    Args:
-        space: the search space.
-        seed: the sampler's seed.
-        metric: what is optimized.
-        sampler: `tpe` (multivariate and grouped, for conditional spaces), `gp` or `random`.
-        priors: another run's trials, from `read_priors`.
+    Another run's trials (`priors`, from `read_priors`) are told with the value that has their rank among this run's
+    values so far.
     """
 
-    def __init__(
-        self,
-        space: Space,
-        *,
-        seed: int,
-        metric: str,
-        sampler: Literal["tpe", "gp", "random"] = "tpe",
-        priors: Iterable[Prior] = (),
-    ):
+    def __init__(self, space: Space, *, seed: int, metric: str, sampler: Sampler = "tpe", priors: Iterable[Prior] = ()):
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # else a line per trial
         self._space, self._seed, self._metric, self._sampler = space, seed, metric, sampler
         self.stopped_as = "early_loss"  # or complete, pruned, fail, which benchmarks compare
@@ -127,14 +116,7 @@ class Optimizer:
                 return optuna.samplers.GPSampler(seed=seed)
             if self._sampler == "random":
                 return optuna.samplers.RandomSampler(seed=seed)
-            return optuna.samplers.TPESampler(
-                multivariate=True,
-                group=True,
-                constant_liar=True,
-                prior_weight=PRIOR_WEIGHT,
-                n_ei_candidates=CANDIDATES,
-                seed=seed,
-            )
+            return optuna.samplers.TPESampler(**TPE, seed=seed)
 
     def _begin(self, number: int, params: dict[str, Any] | None) -> dict[str, Any]:
         """Start a trial in the study."""
@@ -195,14 +177,12 @@ def frozen_trial(
     space: Space, params: Mapping[str, Any], state: TrialState, value: float | None, intermediate: dict[int, float]
 ) -> FrozenTrial:
     """Make an ended trial for a study."""
-    fixed = optuna.trial.FixedTrial(dict(params))
+    params = dict(params)
+    fixed = optuna.trial.FixedTrial(params)
     suggest(space, fixed)
+    known = fixed.distributions
     return optuna.trial.create_trial(
-        state=state,
-        value=value,
-        params=dict(params),
-        distributions=fixed.distributions,
-        intermediate_values=intermediate,
+        state=state, value=value, params=params, distributions=known, intermediate_values=intermediate
     )
 
 
@@ -264,8 +244,6 @@ class LiveStudy:
 
     Args:
         url: an SQLAlchemy URL (sqlite:///study.db, postgresql://...), or a journal file's path ending in .log.
-        name: the study's name.
-        space: the search space.
         anew: whether to replace an existing study of this name.
 
     Raises:
@@ -274,8 +252,7 @@ class LiveStudy:
 
     def __init__(self, url: str, name: str, space: Space, *, anew: bool):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._space, self._trials = space, dict[str, optuna.Trial]()
-        self._failed = False
+        self._space, self._trials, self._failed = space, dict[str, optuna.Trial](), False
         try:
             storage: str | BaseStorage = JournalStorage(JournalFileBackend(url)) if url.endswith(".log") else url
             if anew and name in optuna.get_all_study_names(storage):

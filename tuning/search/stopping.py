@@ -5,16 +5,14 @@ It has no random part, so replaying a journal gives the same rungs.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tuning.record.journal import loss_like
-from tuning.settings.config import unfrozen
+from tuning.settings.config import SearchPlan, unfrozen
 
 
-@dataclass(frozen=True)
-class Decision:
-    """The verdict on a trial at a rung. Lower `value` and `cutoff` are better."""
+class Decision(NamedTuple):
+    """A trial judged at a rung; lower is better."""
 
     rung: int
     stratum: str
@@ -52,10 +50,8 @@ class Rungs:
         entered = self._values[epoch]
         own = entered[trial_id][1]
         cutoff = self._cutoff(value for other, value in entered.values() if other == stratum)
-        if own <= cutoff:
-            verdict = "continue"
-        else:
-            verdict = "kept" if own <= self._cutoff(value for _, value in entered.values()) else "stop"
+        overall = self._cutoff(value for _, value in entered.values())
+        verdict = "continue" if own <= cutoff else "kept" if own <= overall else "stop"
         return Decision(epoch, stratum, value, cutoff if math.isfinite(cutoff) else None, verdict)
 
     def _cutoff(self, values: Iterable[float]) -> float:
@@ -83,23 +79,23 @@ def compared_value(losses: list[float | None], compared: str) -> float | None:
     return known[-1] if compared == "last" else math.fsum(known[-2:]) / len(known[-2:])
 
 
-def value_at_rung(rows: Sequence[Mapping[str, Any]], compared: str, metric: str) -> float | None:
-    """Return the value compared after these epochs; lower is better."""
-    if compared == "early_loss":
+def value_at_rung(plan: SearchPlan, rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return what is compared of a trial after these epochs; lower is better."""
+    if plan.compared == "early_loss":
         return rows[-1]["early_loss"]  # type: ignore[no-any-return]
-    values = [None if row["val_loss"] is None else row[metric] for row in rows]
-    return compared_value([as_loss(value, compared, metric) for value in values], compared)
+    values = [None if row["val_loss"] is None else row[plan.metric] for row in rows]
+    return compared_value([as_loss(plan, value) for value in values], plan.compared)
 
 
-def as_loss(value: float | None, compared: str, metric: str) -> float | None:
+def as_loss(plan: SearchPlan, value: float | None) -> float | None:
     """Convert a compared value from its own units to lower-is-better, or back."""
-    return value if value is None or compared == "early_loss" else loss_like(metric, value)
+    return value if value is None or plan.compared == "early_loss" else loss_like(plan.metric, value)
 
 
-def stop_reason(decision: Mapping[str, Any], compared: str, metric: str) -> str:
+def stop_reason(plan: SearchPlan, decision: Mapping[str, Any]) -> str:
     """Say with the numbers why ASHA stopped a trial."""
     templates = {"best": "best {}", "last": "{}", "mean": "mean of the last two {}", "early_loss": "early_loss"}
-    value = templates[compared].format(metric)
+    value = templates[plan.compared].format(plan.metric)
     if decision["value"] is None:
         return f"{value} could not be computed at epoch {decision['rung']}"
     among = "" if decision["stratum"] == "all" else f" of stratum {decision['stratum']}"

@@ -1,4 +1,4 @@
-"""The Ray trainable: hands epochs of `finetune` to Ray, one a step, and keeps its own checkpoints."""
+"""The Ray trainable: gives Ray one epoch of `finetune` per step, and writes its own checkpoints."""
 
 import gc
 import json
@@ -34,19 +34,19 @@ from tuning.training.models import Models, keep_memory
 from tuning.training.probe import probe
 
 CHECKPOINT_SECONDS = 30.0
-LAST_SENDING_SECONDS = 60.0  # that a worker which is no longer needed tries to send what it has
+LAST_SENDING_SECONDS = 60.0  # for which a worker that is no longer needed retries to send its files
 
 
 class StorageLost(OSError):
-    """What a trial begins with can't be had from the storage."""
+    """The files that a trial begins with can't be fetched from the storage."""
 
 
 class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
-    """A trial as Ray sees it; the actor is used again for the next trial.
+    """A trial as Ray sees it; later trials reuse its actor.
 
-    A step returns {"row": JSON}. A row that the checkpoint's history holds is sent again first, marked `replayed`. A
-    row with `ends` is the last. A failure of the trial's own is a row without an epoch: nothing is raised, since Ray
-    would throw the actor away. `StorageLost` alone is: the trial is then handed out again, as after a lost worker.
+    A step returns {"row": JSON}. The rows of the checkpoint's history come first, marked `replayed`. The last row has
+    `ends`. If the trial itself fails, that is a row without an epoch, not an exception, after which Ray would throw the
+    actor away. Only `StorageLost` is raised: the trial is then scheduled again, as after its worker died.
     """
 
     _rows: Iterator[tuple[Row, Callable[[], State]]] | None = None
@@ -66,13 +66,13 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
             keep_memory()
         self._data: dict[int, Data] = {}
         self._models = Models()
-        self._unsent: dict[str, bool] = {}  # files that a storage is to get, and whether they go here then
-        folder = Path(config["features"]) / platform.node()  # nodes may share the disk that the cache is on
+        self._unsent: dict[str, bool] = {}  # files to send to the storage, and whether to delete them here afterwards
+        folder = Path(config["features"]) / platform.node()  # nodes may share the disk of the cache
         self._features = FeatureCache(folder, config["cache_bytes"], self._device)
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """The next trial; the one before has ended, so only its best weights are of use."""
+        """Begin the next trial. The one before has ended, so only its best weights are saved."""
         if self._snapshot is not None:
             self._save(self._snapshot(), final=True)
         self._forget()
@@ -80,14 +80,14 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
         return True
 
     def cleanup(self) -> None:
-        """The slot is given up: keep what the trial would need to go on."""
+        """Save what the trial needs to resume: the worker is no longer needed."""
         if self._snapshot is not None and not self._saved:
             self._save(self._snapshot())
         self._forget()
         try:
             patiently(self._send, LAST_SENDING_SECONDS)
         except (OSError, InputError) as error:
-            print(f"{', '.join(self._unsent)}: couldn't be sent: {error}", file=sys.stderr)
+            print(f"{', '.join(self._unsent)}: could not be sent: {error}", file=sys.stderr)
 
     def step(self) -> dict[str, str]:
         try:
@@ -101,13 +101,10 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
         except StorageLost:
             raise
         except Exception as error:
-            self._models.clear()  # one that failed in a strange state, or takes memory
+            self._models.clear()  # their state is unknown, and they take memory
             lines = traceback.format_exception(error)
-            row = {
-                "ends": "out_of_memory" if out_of_memory(error) else "failed",
-                "reason": lines[-1].strip(),
-                "error": "".join(lines),
-            }
+            ends = "out_of_memory" if out_of_memory(error) else "failed"
+            row = {"ends": ends, "reason": lines[-1].strip(), "error": "".join(lines)}
         self._forget()
         return {"row": json.dumps(row)}
 
@@ -115,38 +112,34 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
         self._rows = self._snapshot = None
         gc.collect()  # the generator's frame holds optimizer and activations
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # a neighbour on the same GPU may need it
+            torch.cuda.empty_cache()  # another trial on the same GPU may need the memory
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._config = config
         self._run = Path(config["run"])
         self._away = config["storage"] is not None and ray.get_runtime_context().get_node_id() != config["home"]
-        if self._away:  # this node has a copy of its own of what it needs
+        if self._away:  # the driver's folder is on another node
             self._run = copy_folder(f"{config['storage']} {config['run_id']}") / self._run.name
         self._saved, self._saved_at = False, time.monotonic()
         self._predicted: int | None = None  # the epoch whose validation probabilities are on disk
 
     def _start(self) -> Iterator[tuple[Row, Callable[[], State]]]:
-        if self._config["storage"] is not None:  # another node may have begun the trial, and been lost
+        if self._config["storage"] is not None:  # the trial may have begun on a node that died
             self._fetch(self._checkpoint_names())
         state = load_state(self._run, self._config["trial_id"])
         self._replay = list(state.history) if state else []
         trial = TrialConfig(**self._config["config"])
         data = self._load(trial)
         weights = self._config["weights"][trial.backbone]
-        given: dict[str, Any] = {
-            "device": self._device,
-            "weights": None if weights is None else Path(weights),
-            "features": self._features,
-            "models": self._models,
-        }
+        weights_file = None if weights is None else Path(weights)
+        given: dict[str, Any] = {"device": self._device, "features": self._features, "models": self._models}
         if self._config["origin"] == "probe":
-            row = probe(trial, data, **given)
+            row = probe(trial, data, weights=weights_file, **given)
             return iter([(row, lambda: State([row], {}))])
-        return finetune(trial, data, state=state, **given, **self._config["ending"])
+        return finetune(trial, data, state=state, weights=weights_file, **given, **self._config["ending"])
 
     def _fetch(self, names: list[str]) -> None:
-        """Bring files here that the storage has; beside the driver, which has what it needs, nothing waits for it."""
+        """Fetch files from the storage. On the driver's node, which has all that is needed, a failure is ignored."""
         attempt = partial(fetch_files, self._run, self._config["storage"], names)
         if self._away:
             try:
@@ -172,7 +165,7 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
         return data
 
     def _save(self, state: State, *, final: bool = False) -> bool:
-        """Write a checkpoint; true if it is on disk. A full disk costs the checkpoint, not the trial."""
+        """Write a checkpoint; return whether it is on disk. A full disk costs the checkpoint, not the trial."""
         trial_id, config = self._config["trial_id"], self._config["config"]
         ended = final or state.history[-1]["ends"] is not None
         best = best_epoch(state.history, self._config["ending"]["metric"])
@@ -181,53 +174,49 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
         try:
             save(self._run, trial_id, state, best, config, ended=ended)
             if self._away:
-                self._have_sent(ended)
+                self._will_send(ended)
                 self._send()
         except (OSError, SafetensorError, InputError) as error:
             print(f"{trial_id}: no checkpoint was written: {error}", file=sys.stderr)
             return False
         return True
 
-    def _checkpoint_names(self) -> list[str]:
+    def _save_predictions(self, state: State, best: Row | None) -> None:
+        """Write validation probabilities, before the checkpoint: a resumed trial may not compute them again."""
+        logits = state.tensors.get("validation/logits")
+        if best is None or logits is None or best["epoch"] == self._predicted:
+            return
         trial_id = self._config["trial_id"]
-        return [str(file("", trial_id)) for file in (best_file, state_file)]
+        path, probabilities = predictions_file(self._run, trial_id), torch.softmax(logits.double(), dim=1).numpy()
+        at_best: dict[str, Any] = {"epoch": best["epoch"], "val_loss": best["val_loss"]}
+        try:
+            write_predictions(path, self._validation, self._classes, probabilities, **at_best)
+            self._predicted = best["epoch"]
+        except OSError as error:
+            print(f"{trial_id}: no validation probabilities were written: {error}", file=sys.stderr)
 
-    def _have_sent(self, ended: bool) -> None:
-        """What the next sending is to put into the storage."""
+    def _checkpoint_names(self) -> list[str]:
+        return [str(file("", self._config["trial_id"])) for file in (best_file, state_file)]
+
+    def _will_send(self, ended: bool) -> None:
+        """Note the trial's files for the next sending. Nobody resumes an ended trial from its state."""
         best, state = self._checkpoint_names()
         self._unsent |= dict.fromkeys((str(predictions_file("", self._config["trial_id"])), best), ended)
-        if ended:  # nobody goes on from its state
+        if ended:
             self._unsent.pop(state, None)
             (self._run / state).unlink(missing_ok=True)
         else:
             self._unsent[state] = False
 
     def _send(self) -> None:
-        """Put into the storage what this node has written; what failed is sent with the next.
+        """Send the noted files to the storage; those that fail are sent the next time.
 
         Raises:
             InputError: another driver writes the run.
             OSError: the storage fails.
         """
-        for name, goes in list(self._unsent.items()):
+        for name, delete in list(self._unsent.items()):
             push_file(self._run, self._config["storage"], name, self._config["driver"])
-            if goes:
+            if delete:
                 (self._run / name).unlink(missing_ok=True)
             del self._unsent[name]
-
-    def _save_predictions(self, state: State, best: Row | None) -> None:
-        """Write validation probabilities, before the checkpoint: who goes on from it may never make them again."""
-        logits = state.tensors.get("validation/logits")
-        if best is None or logits is None or best["epoch"] == self._predicted:
-            return
-        trial_id = self._config["trial_id"]
-        probabilities = torch.softmax(logits.double(), dim=1).numpy()
-        named: dict[str, Any] = {"epoch": best["epoch"], "val_loss": best["val_loss"]}
-        try:
-            write_predictions(
-                predictions_file(self._run, trial_id), self._validation, self._classes, probabilities, **named
-            )
-        except OSError as error:
-            print(f"{trial_id}: no validation probabilities were written: {error}", file=sys.stderr)
-        else:
-            self._predicted = best["epoch"]

@@ -85,14 +85,10 @@ class _Searcher(Searcher):  # type: ignore[misc]
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         return self._search.next_trial(trial_id)  # type: ignore[no-any-return]
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Do nothing: ends are handled in `Search.result`, since Ray swallows exceptions raised here."""
+    def _do_nothing(self, *args: Any, **kwargs: Any) -> None:
+        """Ends are handled in `Search.result`, since Ray swallows exceptions here, and nothing resumes from Ray."""
 
-    def save(self, checkpoint_path: str) -> None:
-        """Do nothing: a search resumes from its journal, not from Ray's state."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Do nothing, as in `save`."""
+    on_trial_complete = save = restore = _do_nothing
 
 
 class _Scheduler(FIFOScheduler):  # type: ignore[misc]
@@ -128,11 +124,10 @@ class _Scheduler(FIFOScheduler):  # type: ignore[misc]
         if self._search.mirror is not None:  # at the end Ray waits 10 s for workers, which may still be sending files
             tune_controller._tune_controller._actor_force_cleanup_timeout = LAST_SENDING_SECONDS + 30.0
 
-    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+    def on_trial_remove(self, tune_controller: Any, trial: Any, result: dict[str, Any] | None = None) -> None:
         del self._silent[trial]
 
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        del self._silent[trial]
+    on_trial_complete = on_trial_remove
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         self._silent[trial] = 0.0
