@@ -9,9 +9,9 @@ from pathlib import Path
 from ray import cloudpickle, tune
 
 from tuning.checks.audit import load_checked
-from tuning.run_search import write_run
 from tuning.search.cluster import Slots
 from tuning.search.driver import Search
+from tuning.search.plans import write_run
 from tuning.search.trainable import FinetuneTrial
 from tuning.settings.config import SearchPlan
 from tuning.settings.space_file import parse
@@ -31,7 +31,7 @@ def make_run(folder, data, *, parameters=PARAMETERS, fixed=FIXED, start=(), weig
     given |= {"probe": False}
     plan = SearchPlan(**given | settings)
     checked = load_checked(plan, [32])
-    write_run(folder, plan, space, checked)
+    write_run(folder, plan, space, checked.samples, checked.audit, checked.fingerprint)
     ended = []
 
     def search(count=1, priors=(), redraw=False, trainable=FinetuneTrial, **changed):

@@ -19,7 +19,7 @@ from tuning.record import tables
 from tuning.record.journal import METRICS, Journal, read_journal, read_record
 from tuning.record.predictions import predictions_file, read_predictions, write_predictions
 from tuning.record.tables import read_table
-from tuning.run_search import Flags, _resumed
+from tuning.run_search import Flags, planned
 from tuning.settings.config import InputError, SearchPlan, TrialConfig
 from tuning.settings.space_file import SHIPPED, load
 from tuning.show import report, sections
@@ -200,7 +200,7 @@ def test_plans(run, spoilt, data):
     content = (run / "plan.yaml").read_bytes()
     odd = swapped(yaml.safe_load(content)).map(lambda document: yaml.safe_dump(document).encode())
     path = spoilt("plan.yaml", data.draw(damaged(content) | odd))
-    read_or_refused(path, lambda: _resumed(Flags(name="run", storage=str(run.parent), resume=True)))
+    read_or_refused(path, lambda: planned(Flags(name="run", storage=str(run.parent), resume=True)))
     read_or_refused(path, lambda: sections.read(run))
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,23 +22,21 @@ from PIL import Image
 
 from tuning.checks.audit import load_checked
 from tuning.data.images import parallel_map, read_facts
+from tuning.insight.best import write_best
 from tuning.insight.verdict import Verdict
 from tuning.record.journal import Record, Trial
 from tuning.record.tables import make_tables, read_table
 from tuning.run_search import (
     Flags,
     _data,
-    _planned,
-    _resumed,
     _search,
-    _write_best,
-    check_new,
     main,
     notes,
+    planned,
     run,
-    write_run,
 )
 from tuning.search import driver as search
+from tuning.search.plans import check_new, write_run
 from tuning.settings.config import RESUME_MAY_CHANGE, InputError, SearchPlan
 from tuning.settings.space_file import load
 from tuning.show import report
@@ -66,8 +65,9 @@ def space(tmp_path, monkeypatch):
 
 def without_ray(flags):
     """What `run` does until Ray is needed, which takes five seconds to start and to end."""
-    plan, space, folder = _resumed(flags) if flags.resume else _planned(flags)
-    return _search(flags, plan, space, folder, None, lambda: pytest.fail("it was not told before Ray was needed"))
+    plan, space, folder = planned(flags)
+    never = partial(pytest.fail, "it was not reported before Ray was needed")
+    return _search(plan, space, folder, None, never, resumed=flags.resume)
 
 
 def faults(run=without_ray, **flags):
@@ -79,6 +79,12 @@ def faults(run=without_ray, **flags):
     left = sorted(str(path) for path in Path.cwd().rglob("*") if path.name != "results")
     assert left == [path for path in before if Path(path).name != "results"]
     return caught.value.faults
+
+
+def checked(plan):
+    """What of the data goes into a new run's folder."""
+    data = load_checked(plan, [32])
+    return data.samples, data.audit, data.fingerprint
 
 
 def manifest(folder, rows, header="path,label"):
@@ -104,7 +110,7 @@ def manifest(folder, rows, header="path,label"):
         ({"set": ["image_size=12"]}, "--set image_size: must be greater than or equal to 32"),
         ({"space": "quik"}, "quick"),
         ({"space": "nowhere.yaml"}, "nowhere.yaml"),
-        ({"resume": True}, "--resume: which run? give its --name"),
+        ({"resume": True}, "--resume: give the name of the run by --name"),
         ({"resume": True, "name": "nothing"}, "--resume: there is no run results/nothing; runs there: none"),
         ({"data": "nowhere"}, "nowhere: no such folder or file; give a folder of class folders"),
         ({"set": ["backbone=resnet81"]}, "resnet18"),
@@ -217,57 +223,57 @@ def test_a_run_once_made_is_not_touched(space, folder, tmp_path):
     plan = SearchPlan(name="once", data=str(folder), space=space, trials=2, epochs=2)
     (tmp_path / "results").mkdir()
     run_folder = tmp_path / "results" / "once"
-    write_run(run_folder, plan, load(space), load_checked(plan, [32]))
+    write_run(run_folder, plan, load(space), *checked(plan))
     before = {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}
     assert "results/once exists" in faults(space=space, name="once")[0]
-    assert "epochs is 2 in this run, not 3" in faults(resume=True, name="once", epochs=3)[0]
-    assert "image_size can't be changed" in faults(resume=True, name="once", set=["image_size=64"])[0]
-    assert "the space quick is not the one of this run" in faults(resume=True, name="once", space="quick")[0]
+    assert "can't change epochs (2 in this run, not 3)" in faults(resume=True, name="once", epochs=3)[0]
+    assert "can't change image_size" in faults(resume=True, name="once", set=["image_size=64"])[0]
+    assert "can't change the space" in faults(resume=True, name="once", space="quick")[0]
     edited = SPACE | {"fixed": SPACE["fixed"] | {"batch_size": 16}}
     Path(space).write_text(yaml.safe_dump(edited))
-    assert "is not the one of this run" in faults(resume=True, name="once", space=space)[0]
-    assert "data is" in faults(resume=True, name="once", data=str(tmp_path))[0]
+    assert "can't change the space" in faults(resume=True, name="once", space=space)[0]
+    assert "can't change data" in faults(resume=True, name="once", data=str(tmp_path))[0]
     assert {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()} == before
     recorded = yaml.safe_load((run_folder / "plan.yaml").read_text())
     assert recorded["settings"]["trials"] == 2 and recorded["settings"]["patience"] == 5
     assert {"fingerprint", "git_commit", "packages", "python"} <= recorded["provenance"].keys()
     run_folder.rename(run_folder.with_name("another"))
-    assert "plan.yaml is that of the run 'once'; call its folder so again" in faults(resume=True, name="another")[0]
+    assert "plan.yaml is of the run 'once'; rename the folder" in faults(resume=True, name="another")[0]
 
 
 def test_a_run_of_a_version_without_a_setting_goes_on_where_the_default_is_what_it_did(space, folder, tmp_path):
     plan = SearchPlan(name="older", data=str(folder), space=space, trials=2, epochs=2)
     (tmp_path / "results").mkdir()
     run_folder = tmp_path / "results" / "older"
-    write_run(run_folder, plan, load(space), load_checked(plan, [32]))
+    write_run(run_folder, plan, load(space), *checked(plan))
     recorded = yaml.safe_load((run_folder / "plan.yaml").read_text())
     for key in set(RESUME_MAY_CHANGE) - {"trials"}:
         del recorded["settings"][key]
     (run_folder / "plan.yaml").write_text(yaml.safe_dump(recorded))
-    again, *_ = _resumed(Flags(name="older", resume=True))
+    again, *_ = planned(Flags(name="older", resume=True))
     assert again == plan
-    again, *_ = _resumed(Flags(name="older", resume=True, set=(("trial_timeout=60",),)))
+    again, *_ = planned(Flags(name="older", resume=True, set=(("trial_timeout=60",),)))
     assert again == plan.model_copy(update={"trial_timeout": 60.0})
     del recorded["settings"]["early_loss"]
     (run_folder / "plan.yaml").write_text(yaml.safe_dump(recorded))
-    assert "of an older version (without early_loss); go on" in faults(resume=True, name="older")[0]
+    assert "of an older version (without early_loss); resume" in faults(resume=True, name="older")[0]
 
 
 def test_a_password_is_used_but_not_kept(space, folder, tmp_path):
     url = "postgresql://me:geheim@host/db"
     Path(space).write_text(yaml.safe_dump(SPACE | {"search": SPACE["search"] | {"optuna_storage": url}}))
-    plan, parsed, run_folder = _planned(Flags(space=space, data=str(folder), name="secret"))
+    plan, parsed, run_folder = planned(Flags(space=space, data=str(folder), name="secret"))
     assert plan.optuna_storage == url
-    write_run(run_folder, plan, parsed, load_checked(plan, [32]))
+    write_run(run_folder, plan, parsed, *checked(plan))
     verdict = Verdict("not enough runs", "t00000", "the best of the search")
     record = Record({"t00000": Trial("t00000", 0, "start", {}, {"backbone": "test_resnet"})})
     nothing = make_tables(Record(), "val_loss")["trials"].to_pandas()
-    _write_best(run_folder, plan, record, nothing, verdict, "f" * 64)
+    write_best(run_folder, plan, record.trials["t00000"], nothing, verdict, "f" * 64)
     assert {"plan.yaml", "best.yaml"} <= {path.name for path in run_folder.iterdir()}
     assert not [path for path in run_folder.iterdir() if b"geheim" in path.read_bytes()]
-    again, *_ = _resumed(Flags(name="secret", resume=True))
+    again, *_ = planned(Flags(name="secret", resume=True))
     assert again.optuna_storage == "postgresql://me@host/db"
-    again, *_ = _resumed(Flags(name="secret", resume=True, set=((f"optuna_storage={url}",),)))
+    again, *_ = planned(Flags(name="secret", resume=True, set=((f"optuna_storage={url}",),)))
     assert again.optuna_storage == url
 
 
@@ -344,9 +350,9 @@ def test_a_run_whose_data_has_changed_does_not_go_on(space, tmp_path):
     folder = draw_folder(tmp_path / "images", count=12)
     plan = SearchPlan(name="changed", data=str(folder), space=space, weights="random")
     (tmp_path / "results").mkdir()
-    write_run(tmp_path / "results" / "changed", plan, load(space), load_checked(plan, [32]))
+    write_run(tmp_path / "results" / "changed", plan, load(space), *checked(plan))
     Image.new("L", (40, 40)).save(folder / "dark" / "000.png")
-    assert "has changed since changed began" in faults(resume=True, name="changed")[0]
+    assert "has changed since changed started" in faults(resume=True, name="changed")[0]
 
 
 def test_no_permission_to_write():
@@ -365,7 +371,7 @@ def test_no_permission_to_write():
 
 def test_a_storage_folder_that_cannot_be_made(space, tmp_path, folder):
     (tmp_path / "file").write_text("")
-    assert "can't be made" in "\n".join(faults(space=space, data=str(folder), storage=str(tmp_path / "file" / "x")))
+    assert "can't be created" in "\n".join(faults(space=space, data=str(folder), storage=str(tmp_path / "file" / "x")))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="their folders refuse even root")

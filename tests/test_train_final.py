@@ -26,7 +26,7 @@ from tuning.model.folder import Ensemble, load_model
 from tuning.record.journal import Journal, best_epoch, read_journal, read_record
 from tuning.record.predictions import read_predictions
 from tuning.record.tables import SAMPLES, make_tables, read_table, write_tables
-from tuning.run_search import write_run
+from tuning.search.plans import write_run
 from tuning.search.trainable import FinetuneTrial
 from tuning.settings.config import InputError, SearchPlan, TrialConfig
 from tuning.settings.space_file import parse
@@ -52,7 +52,7 @@ def make_best(run, folder):
     plan = SearchPlan(name="run", data=None if folder is None else str(folder), weights="random")
     checked = load_checked(plan, [32])
     space = parse({"fixed": {"backbone": "test_resnet"}, "parameters": {}}, "test")
-    write_run(run, plan, space, checked)
+    write_run(run, plan, space, checked.samples, checked.audit, checked.fingerprint)
     provenance = {"run": "run", "trial_id": "t00000", "fingerprint": checked.fingerprint, "settings": plan.model_dump()}
     (run / "best.yaml").write_text(yaml.safe_dump(CONFIG.model_dump() | {"provenance": provenance}))
     return run

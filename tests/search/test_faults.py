@@ -161,7 +161,7 @@ def test_a_node_that_joins_is_given_trials(tmp_path, folder, cluster):
     assert set(trials["status"]) == {"completed"}
     running = [((trials["started_at"] <= at) & (trials["ended_at"] > at)).sum() for at in trials["started_at"]]
     assert max(running) == 2  # although trials end while the new node's worker starts
-    assert "up to 2 trials at once" in (tmp_path / "log.txt").read_text()
+    assert "up to 2 concurrent trials" in (tmp_path / "log.txt").read_text()
 
 
 @pytest.mark.soak

@@ -18,9 +18,9 @@ from tuning.record.journal import best_epoch
 from tuning.record.predictions import predictions_file
 from tuning.record.storage import files_below
 from tuning.record.tables import read_table
-from tuning.run_search import write_run
 from tuning.search import trainable as trial_module
 from tuning.search.checkpoints import best_file
+from tuning.search.plans import write_run
 from tuning.search.trainable import FinetuneTrial, StorageLost
 from tuning.settings.config import SearchPlan, TrialConfig
 from tuning.settings.space_file import parse
@@ -33,7 +33,14 @@ def given(tmp_path, folder):
     plan = SearchPlan(name="run", data=str(folder), weights="random")
     checked = load_checked(plan, [32])
     run = tmp_path / "run"
-    write_run(run, plan, parse({"fixed": {"backbone": "test_resnet"}, "parameters": {}}, "test"), checked)
+    write_run(
+        run,
+        plan,
+        parse({"fixed": {"backbone": "test_resnet"}, "parameters": {}}, "test"),
+        checked.samples,
+        checked.audit,
+        checked.fingerprint,
+    )
     config = TrialConfig(
         backbone="test_resnet",
         unfreeze_depth=5,

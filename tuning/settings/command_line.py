@@ -4,10 +4,21 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import tyro
+
 from tuning.settings.config import PARAMETERS, SETTINGS, InputError, SearchPlan, TrialConfig, check_value, visible
 from tuning.settings.words import nearest
 
 DONE, BAD_INPUT, NO_FINITE_LOSS, INTERRUPTED = 0, 2, 3, 130
+Pairs = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]  # of every --set
+
+
+def flag(setting: str, metavar: str) -> Any:
+    """Return the help of a setting's flag: its description, and the default that a search space may override."""
+    field = SearchPlan.model_fields[setting]
+    hint = f"(default: {field.default}, or the space's)" if setting in SETTINGS and field.default is not None else ""
+    help = " ".join((field.description or "").replace("`", "").split())
+    return tyro.conf.arg(metavar=metavar, help=help, help_behavior_hint=hint)
 
 
 def exit_code(command: Callable[[], int]) -> int:

@@ -1,0 +1,37 @@
+"""best.yaml: the configuration that the verdict chose, itself valid for `TrialConfig`, with its provenance."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from tuning.insight.verdict import Verdict, counted
+from tuning.record.journal import Trial, best_epoch
+from tuning.search.plans import write_yaml
+from tuning.settings.config import SearchPlan
+
+
+def write_best(
+    folder: Path, plan: SearchPlan, trial: Trial, trials: pd.DataFrame, verdict: Verdict, fingerprint: str
+) -> None:
+    """Write best.yaml into a run's folder.
+
+    Args:
+        folder, plan: of the run.
+        trial: that the verdict chose.
+        trials: `trials.parquet`.
+        verdict: with its reason.
+        fingerprint: of the data.
+    """
+    runs = counted(trials[trials["finalist_of"] == trial.trial_id])
+    provenance = {
+        "run": plan.name,
+        "trial_id": trial.trial_id,
+        "verdict": verdict.verdict,
+        "why": verdict.sentence,
+        "metric": plan.metric,
+        "best_epoch": dict(best_epoch(trial.rows, plan.metric) or {}),
+        "best_epochs": [int(epoch) for epoch in runs["best_epoch"].dropna()],
+        "fingerprint": fingerprint,
+        "settings": plan.model_dump(),
+    }
+    write_yaml(folder / "best.yaml", trial.config | {"provenance": provenance})

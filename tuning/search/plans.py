@@ -1,0 +1,179 @@
+"""The plan of a run, new or resumed, from a command line; and the folder of a new run."""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import yaml
+
+from tuning.record import tables
+from tuning.record.journal import Journal
+from tuning.record.mirror import fetch, run_folder
+from tuning.record.storage import is_uri, joined, stored
+from tuning.settings.config import RESUME_MAY_CHANGE, InputError, SearchPlan, build
+from tuning.settings.documents import read_plan
+from tuning.settings.space import Space
+from tuning.settings.space_file import fix, load, parse
+
+PACKAGES = ("torch", "torchvision", "timm", "ray", "optuna", "numpy")  # whose versions a run records
+
+
+def new_plan(given: dict[str, Any], overrides: Mapping[str, Any]) -> tuple[SearchPlan, Space, Path]:
+    """Return the plan, the space and the folder of a new run.
+
+    Args:
+        given: settings from the command line; they override the space's, which override the defaults.
+        overrides: parameters of the space that `--set` holds at one value.
+
+    Raises:
+        InputError: a fault in the space or a setting, or a folder that exists or can't be created.
+    """
+    name = given.get("space", "quick")
+    space = load(name)
+    stem = re.sub(r"[^A-Za-z0-9._-]", "-", Path(name).stem).lstrip("._-") or "run"
+    settings = {"name": f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"} | space.search | given
+    plan = build(SearchPlan, _absolute(settings), "command line")
+    folder = run_folder(plan.storage, plan.name)
+    check_new(folder, plan)
+    return plan, fix(space, overrides), folder
+
+
+def check_new(folder: Path, plan: SearchPlan) -> None:
+    """Check that the folder of a new run doesn't exist and can be created.
+
+    Raises:
+        InputError: it exists or can't be created.
+    """
+    place = joined(plan.storage, plan.name)
+    try:
+        exists = folder.exists() or (is_uri(plan.storage) and stored([joined(place, "plan.yaml")]) != [None])
+    except OSError as error:
+        raise InputError(f"--storage {plan.storage}: can't be read ({error}); are its keys set?") from None
+    if exists:
+        raise InputError(f"--name {plan.name}: {place} exists; resume it by --resume, or choose another name")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=folder.parent).cleanup()
+    except PermissionError:
+        raise InputError(f"--storage {plan.storage}: no permission to write there; choose another") from None
+    except OSError as error:
+        raise InputError(f"--storage {plan.storage}: can't be created ({error.strerror}); choose another") from None
+
+
+def resumed_plan(given: dict[str, Any], overrides: Mapping[str, Any]) -> tuple[SearchPlan, Space, Path]:
+    """Return the plan, the space and the folder of a run that is to be resumed.
+
+    Args:
+        given: settings from the command line; only those in `RESUME_MAY_CHANGE` can differ from the run's.
+        overrides: parameters of the space that `--set` holds at one value; they can't differ from the run's.
+
+    Raises:
+        InputError: there is no such run, it is damaged or in use, or a setting differs.
+    """
+    if "name" not in given:
+        raise InputError("--resume: give the name of the run by --name")
+    name, storage = given["name"], given.get("storage", "results")
+    folder, place = run_folder(storage, name), joined(storage, name)
+    if is_uri(storage):
+        fetch(folder, place)
+    path = folder / "plan.yaml"
+    if not path.is_file():
+        runs = ", ".join(sorted(other.parent.name for other in folder.parent.glob("*/plan.yaml"))) or "none"
+        raise InputError(f"--resume: there is no run {place}" + ("" if is_uri(storage) else f"; runs there: {runs}"))
+    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+        raise InputError(f"--resume: no permission to write in {folder}")
+    if (folder / "journal.jsonl").exists():  # raises before Ray starts if another search writes this run
+        Journal(folder / "journal.jsonl").close()
+    document = read_plan(folder)
+    settings, space = document["settings"], parse(document["space"], str(path))
+    anew = "start a new run under another --name"
+    # Without one of those that can change, an older version did what its default does.
+    missing = sorted(SearchPlan.model_fields.keys() - settings.keys() - set(RESUME_MAY_CHANGE))
+    if missing:
+        lacks = f"is of an older version (without {', '.join(missing)})"
+        raise InputError(f"--resume: {path} {lacks}; resume it with the version that started it, or {anew}")
+    if settings["name"] != name:
+        cure = f"rename the folder to {settings['name']}, and give that --name"
+        raise InputError(f"--resume: {joined(place, 'plan.yaml')} is of the run {settings['name']!r}; {cure}")
+    differing = [
+        f"{key} ({settings[key]!r} in this run, not {value!r})"
+        for key, value in _absolute(given).items()
+        if key not in (*RESUME_MAY_CHANGE, "storage", "space") and value != settings[key]
+    ]
+    differing += [key for key, value in overrides.items() if space.fixed.get(key) != value]
+    if "space" in given and fix(load(given["space"]), overrides).document != document["space"]:
+        differing.append(f"the space ({settings['space']!r} in this run, as it was then)")
+    if differing:
+        raise InputError(f"--resume: can't change {', '.join(differing)}; resume without, or {anew}")
+    changed = {key: value for key, value in _absolute(given).items() if key in RESUME_MAY_CHANGE}
+    changed["storage"] = storage  # the run may have been moved
+    return build(SearchPlan, settings | changed, str(path)), space, folder
+
+
+def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings whose paths hold in any folder: a run may be resumed in another, and workers run elsewhere."""
+    absolute = dict(settings)
+    for key in ("data", "weights", "warm_start", "optuna_storage"):
+        place = settings.get(key)
+        if place in (None, "auto", "random"):
+            continue
+        prefix = "sqlite:///" if place.startswith("sqlite:///") else ""
+        if prefix or not is_uri(place):
+            absolute[key] = prefix + os.path.abspath(os.path.expanduser(place.removeprefix(prefix)))
+    return absolute
+
+
+def write_run(
+    folder: Path, plan: SearchPlan, space: Space, samples: pd.DataFrame, audit: pa.Table, fingerprint: str
+) -> None:
+    """Create the folder of a new run, with plan.yaml, samples.parquet and audit.parquet.
+
+    Args:
+        folder: to be created.
+        plan, space: of the run.
+        samples: table of `load_samples`, whose splits may have been changed since.
+        audit: findings in the data.
+        fingerprint: of the data.
+    """
+    unfinished = folder.with_name(f".{folder.name}")  # renamed when it is complete: half a run would block its name
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    rows = pa.Table.from_pandas(samples[tables.SAMPLES.names], schema=tables.SAMPLES, preserve_index=False)
+    tables.write_tables({"samples": rows, "audit": audit}, unfinished)
+    provenance = {
+        "run_id": uuid.uuid4().hex,
+        "fingerprint": fingerprint,
+        "val_drawn": "val" in samples.attrs["random_splits"],
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+    }
+    document = {"settings": plan.model_dump(), "space": space.document, "provenance": provenance}
+    write_yaml(unfinished / "plan.yaml", document)
+    unfinished.rename(folder)
+
+
+def write_yaml(path: Path, document: dict[str, Any]) -> None:
+    """Write a YAML file, or replace it as a whole."""
+    with tables.replacing(path) as temporary:
+        temporary.write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
+
+
+def _git_commit() -> str | None:
+    git = Path(__file__).resolve().parents[2] / ".git"
+    try:
+        command = ["git", "--git-dir", str(git), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git on this machine, or no checkout
+        return None
