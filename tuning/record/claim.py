@@ -47,7 +47,7 @@ def check_free(uri: str) -> None:
         return
     if _now(uri) - there[last].mtime_ns >= CLAIM_SECONDS * 1e9:
         return
-    wait = f"wait {CLAIM_SECONDS:.0f} s" if there[last].mtime_ns else f"delete {file}"  # some storages tell no times
+    wait = f"wait {CLAIM_SECONDS:.0f} s" if there[last].mtime_ns else f"delete {file}"  # some storages have no times
     raise InputError(
         f"{uri}: another search, on {driver['host']}, is writing this run; stop it, or, if it has crashed, {wait}"
     )

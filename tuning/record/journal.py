@@ -1,4 +1,4 @@
-"""The journal, which is the truth while a search runs, and the trials that it tells of."""
+"""The journal, the source of truth while a search runs, and the trials that it describes."""
 
 import fcntl
 import itertools
@@ -77,7 +77,7 @@ def _fault(event: Mapping[str, Any], trial_ids: Collection[str]) -> str | None:
         fault = error.errors()[0]
         return f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
     if kind not in ("priors", "asked") and event["trial_id"] not in trial_ids:
-        return f"no event before it asks for trial {event['trial_id']}"
+        return f"no `asked` event before it has trial {event['trial_id']!r}"
     return None
 
 
@@ -178,7 +178,7 @@ class Journal:
 # ---- Trials -----------------------------------------------------------------------------------------------------
 
 
-_GROUPS = {int: "numbers", float: "numbers", NoneType: "nothing"}  # where a row keeps its values; others in a tuple
+_GROUPS = {int: "numbers", float: "numbers", NoneType: "nothing"}  # of `Row`; other values go into a tuple
 
 
 class Row(Mapping[str, Any]):

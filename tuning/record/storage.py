@@ -47,7 +47,7 @@ class Stored(NamedTuple):
     """What a storage says of a file."""
 
     size: int  # bytes
-    mtime_ns: int  # 0 if it tells no time
+    mtime_ns: int  # 0 if it has no times
 
 
 def is_uri(place: object) -> bool:
@@ -78,17 +78,15 @@ def read_all(uris: Sequence[str]) -> list[bytes]:
 def write_bytes(uri: str, content: bytes) -> None:
     """Write a file, which appears whole."""
     filesystem, path = _opened(uri)
-    if isinstance(filesystem, OBJECTS):  # an object appears whole
-        with filesystem.open_output_stream(path, compression=None) as stream:
-            stream.write(content)
-        return
+    folder, _, name = path.rpartition("/")
     if isinstance(filesystem, fs.LocalFileSystem):  # others make folders
         filesystem.create_dir(os.path.dirname(path), recursive=True)
-    folder, _, name = path.rpartition("/")
-    unfinished = f"{folder}/.{name}.part-{uuid.uuid4().hex}"
-    with filesystem.open_output_stream(unfinished, compression=None) as stream:
+    whole = isinstance(filesystem, OBJECTS)  # objects are never half written
+    target = path if whole else f"{folder}/.{name}.part-{uuid.uuid4().hex}"
+    with filesystem.open_output_stream(target, compression=None) as stream:
         stream.write(content)
-    filesystem.move(unfinished, path)
+    if not whole:
+        filesystem.move(target, path)
 
 
 @_as_os_errors
@@ -105,16 +103,14 @@ def stored(uris: Sequence[str]) -> list[Stored | None]:
 
     A folder with many of them is listed, which takes a request for each thousand files instead of one for each.
     """
-    split = [uri.rpartition("/") for uri in uris]
-    folders = [folder for folder, count in Counter(folder for folder, _, _ in split).items() if count >= LISTED]
+    split = {uri: uri.rpartition("/")[::2] for uri in uris}
+    folders = [folder for folder, count in Counter(folder for folder, _ in split.values()).items() if count >= LISTED]
     with ThreadPoolExecutor(READERS) as pool:
         listed = dict(zip(folders, pool.map(partial(files_below, recursive=False), folders), strict=True))
-        alone = [uri for uri, (folder, _, _) in zip(uris, split, strict=True) if folder not in listed]
+        alone = [uri for uri, (folder, _) in split.items() if folder not in listed]
         known = dict(zip(alone, pool.map(_stored, alone), strict=True))
-    return [
-        listed[folder].get(name) if folder in listed else known[uri]
-        for uri, (folder, _, name) in zip(uris, split, strict=True)
-    ]
+    known |= {uri: listed[folder].get(name) for uri, (folder, name) in split.items() if folder in listed}
+    return [known[uri] for uri in uris]
 
 
 @_as_os_errors
@@ -136,18 +132,15 @@ def files_below(uri: str, *, recursive: bool = True) -> dict[str, Stored]:
 def isolated_nodes(
     place: str, nodes: Iterable[str], on_each: Callable[[Callable[[str], str | None]], dict[str, str]]
 ) -> dict[str, str]:
-    """Find the nodes that can't work at one location with this one: each must see what the other has written.
+    """Find the nodes that can't share a location with this one: each must see what the other has written.
 
     Args:
-        place: URI that they are to share.
+        place: URI of the location.
         nodes: their ids.
         on_each: calls a function on each node with the node's id, and returns the answers that aren't None.
 
     Returns:
         The reason for each such node, by its id.
-
-    Raises:
-        OSError: this node can't write there.
     """
     meeting = joined(place, f".nodes-{uuid.uuid4().hex}")
     write_bytes(joined(meeting, "driver"), b"here")

@@ -187,7 +187,7 @@ def up_to_date(folder: Path) -> bool:
 
 
 def _last_seq(path: Path) -> int:
-    """Return the `seq` of the last event in a table; -1 if there is no table, or none that names it."""
+    """Return the `seq` of the last event in a table; -1 if there is no table, or no `seq` in its metadata."""
     try:
         return int((pq.read_schema(path).metadata or {})[b"seq"])
     except (OSError, pa.ArrowException, KeyError, ValueError):
@@ -230,7 +230,7 @@ def read_whole(path: Path) -> pa.Table:
 
 
 def _faults(table: pa.Table, name: str, version: int) -> list[str]:
-    """Return how a table departs from its schema, of which older versions wrote other columns."""
+    """Return how a table departs from its schema; older versions may have other columns."""
     if name not in SCHEMAS:
         return []
     schema, there = SCHEMAS[name], set(table.column_names)
@@ -244,7 +244,7 @@ def _faults(table: pa.Table, name: str, version: int) -> list[str]:
     listed = {
         "unknown columns or types: ": wrong,
         "missing columns: ": [column for column in filled if column not in there],
-        "gaps in columns: ": [column for column in filled if column in there and table[column].null_count],
+        "missing values in columns: ": [column for column in filled if column in there and table[column].null_count],
     }
     faults = [f"{kind}{', '.join(columns)}" for kind, columns in listed.items() if columns]
     if name != "trials" or faults:

@@ -74,7 +74,7 @@ def push_file(folder: Path, uri: str, name: str, driver: str | None) -> None:
 
 
 def write_file(path: Path, content: bytes, mtime_ns: int = 0) -> None:
-    """Write a file with the time that the storage gives it, so that one clock tells which of two fetched ones is newer.
+    """Write a file with the time that the storage gives it, so that one clock dates all fetched files.
 
     A file that is made here has this machine's time, and is compared by two clocks.
     """
