@@ -115,7 +115,7 @@ def manifest(folder, rows, header="path,label"):
         ({"data": "nowhere"}, "nowhere: no such folder or file; give a folder of class folders"),
         ({"set": ["backbone=resnet81"]}, "resnet18"),
         ({"set": ["backbone=resnet18", "weights=auto"]}, "--set weights=random"),
-        ({"set": ["weights=nowhere"]}, "nowhere' is no folder"),
+        ({"set": ["weights=nowhere"]}, "nowhere' is not a folder"),
     ],
 )
 def test_flags(space, flags, said):

