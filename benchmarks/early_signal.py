@@ -38,13 +38,13 @@ from tuning.checks.audit import load_checked
 from tuning.data.images import open_images
 from tuning.record.tables import replacing
 from tuning.settings.config import SearchPlan, TrialConfig
-from tuning.training.averaging import Averaged
 from tuning.training.backbones import evaluating
 from tuning.training.dataset import Data, join, preparer
 from tuning.training.features import FeatureCache
-from tuning.training.finetune import finetune, predict_images
+from tuning.training.finetune import finetune
 from tuning.training.models import Models, keep_memory
-from tuning.training.scores import calibrated_loss, score
+from tuning.training.scores import calibrated_loss, predict_images, score
+from tuning.training.state import Averaged
 from tuning.training.weights import find_weights
 
 SHORT = (2, 3)  # epochs of the short schedules

@@ -12,14 +12,12 @@ from conftest import CPU, losses, make_data, on_each_device
 
 from tuning.settings.config import InputError, TrialConfig
 from tuning.training import features
-from tuning.training.dataset import preparer
 from tuning.training.features import CHUNK, FeatureCache, Key, run_folder
 from tuning.training.finetune import finetune
 from tuning.training.frozen import BLOCK, Frozen, Inputs
 from tuning.training.models import Models
 from tuning.training.weights import find_weights
 
-NO_AUTOCAST = torch.autocast("cpu", enabled=False)
 KEY = Key("test_resnet", "random 0", 32, 2, "abc", "light", (0, 1))
 FAMILIES = [
     pytest.param("resnet18", marks=pytest.mark.slow),
@@ -55,11 +53,10 @@ def outputs():
 # ---- the outputs, by whatever way they come -------------------------------------------------------------------------
 
 
-def make_frozen(network, backbone, depth, data, store):
-    prepare = preparer(data.images, backbone, CPU)
+def make_frozen(network, depth, data, store):
     network.begin(depth, batch_norm="train", head_dropout=0.0)
     network.model.eval()
-    return Frozen(network, depth, prepare, NO_AUTOCAST, CPU, store, backbone=backbone, weights="random 0")
+    return Frozen(network, depth, data.images, store)
 
 
 def everything(inputs, count, size=16):
@@ -77,14 +74,14 @@ def test_cached_derived_and_recomputed_outputs_and_losses_are_equal_to_the_bit(b
     for depth, further in ((0, 3), (2, 3)):
         folder = tmp_path / str(depth)
         folder.mkdir()
-        recomputed = everything(make_frozen(network, backbone, depth, data, None).inputs(*view), len(data.train))
-        make_frozen(network, backbone, further, data, FeatureCache(folder, BUDGET)).inputs(*view)
+        recomputed = everything(make_frozen(network, depth, data, None).inputs(*view), len(data.train))
+        make_frozen(network, further, data, FeatureCache(folder, BUDGET)).inputs(*view)
         assert len(list(folder.glob("*.npy"))) == 1
-        derived = make_frozen(network, backbone, depth, data, FeatureCache(folder, BUDGET))
+        derived = make_frozen(network, depth, data, FeatureCache(folder, BUDGET))
         derived._prepare = lambda *_: pytest.fail("an image went in, not the outputs of the further cut")
         first = derived.inputs(*view)
         assert first.hits == 0
-        cached = make_frozen(network, backbone, depth, data, FeatureCache(folder, BUDGET)).inputs(*view)
+        cached = make_frozen(network, depth, data, FeatureCache(folder, BUDGET)).inputs(*view)
         assert cached.hits == len(data.train)
         for inputs in (first, cached):
             assert torch.equal(everything(inputs, len(data.train)), recomputed)
@@ -128,9 +125,7 @@ def test_head_dropout_acts_on_cached_outputs(store):
     data = make_data()
     network = Models().get("test_resnet", classes=2, image_size=32, seed=0, weights=None, device=CPU)
     network.begin(0, batch_norm="train", head_dropout=0.5)
-    frozen = Frozen(
-        network, 0, preparer(data.images, "test_resnet", CPU), NO_AUTOCAST, CPU, store, backbone="a", weights="b"
-    )
+    frozen = Frozen(network, 0, data.images, store)
     network.model.get_submodule("fc" if hasattr(network.model, "fc") else "head").train()
     batch = next(frozen.inputs(data.train).batches(np.arange(32), 32))
     assert not torch.equal(frozen.trained(batch), frozen.trained(batch))
@@ -155,7 +150,7 @@ def test_batches_come_in_order_whatever_their_size(size):
 def test_a_prefix_pass_always_takes_as_many_images(monkeypatch):
     data = make_data(count=80)
     network = Models().get("test_resnet", classes=2, image_size=32, seed=0, weights=None, device=CPU)
-    frozen = make_frozen(network, "test_resnet", 1, data, None)
+    frozen = make_frozen(network, 1, data, None)
     seen = []
     hook = network.model.register_forward_pre_hook(lambda _module, inputs: seen.append(len(inputs[0])))
     list(frozen.inputs(data.train).batches(np.arange(len(data.train)), 20))
@@ -253,13 +248,13 @@ def _start(folder, outputs, pause):
 
 def test_two_processes_that_want_the_same_compute_it_once(tmp_path, outputs, keep_all):
     both = [_start(tmp_path, outputs, 0.1) for _ in range(2)]
-    said = []
+    reports = []
     for process, done in both:
         process.join()
         while not done.empty():
-            said.append(done.get())
+            reports.append(done.get())
         done.close()
-    assert sorted(map(str, said)) == ["True", "True", "computing"]
+    assert sorted(map(str, reports)) == ["True", "True", "computing"]
 
 
 def test_a_killed_writer_leaves_nothing_that_is_taken_for_whole(tmp_path, outputs, keep_all):

@@ -14,15 +14,10 @@ from torch.nn import functional
 
 from tuning.settings.config import TrialConfig
 from tuning.training.dataset import Data, placed, preparer
-from tuning.training.finetune import (
-    State,
-    divergence,
-    finetune,
-    learning_rate_factor,
-    out_of_memory,
-)
+from tuning.training.finetune import divergence, ending, finetune, learning_rate_factor, out_of_memory
 from tuning.training.models import Models
 from tuning.training.scores import calibrated_loss, score
+from tuning.training.state import State
 
 
 def config(**values):
@@ -36,7 +31,7 @@ def train(config, data=None, **arguments):
 
 @on_each_device
 @pytest.mark.parametrize("depth", [2, 5])
-def test_it_learns_and_tells(device, depth):
+def test_it_learns_and_reports(device, depth):
     plan = config(epochs=8, unfreeze_depth=depth, augmentation="none", head_dropout=0.0)
     epochs = list(finetune(plan, make_data(), device=device, weights=None))
     rows = [row for row, _ in epochs]
@@ -56,7 +51,7 @@ def test_two_runs_are_equal_and_another_seed_differs():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_going_on_from_a_snapshot_equals_never_having_stopped(optimizer):
+def test_resuming_from_a_snapshot_equals_never_having_stopped(optimizer):
     whole = train(config(optimizer=optimizer))
     begun = finetune(config(optimizer=optimizer), make_data(), device=CPU, weights=None)
     _, snapshot = next(begun)
@@ -192,7 +187,7 @@ def test_a_machine_without_memory_counts_as_out_of_memory(allocate):
     assert out_of_memory(raised.value)
 
 
-def test_a_halved_micro_batch_stays_after_going_on():
+def test_a_halved_micro_batch_stays_after_a_resume():
     models, model = _models_with("test_resnet")
     _fail_above(model, 4)
     begun = finetune(config(), make_data(), device=CPU, weights=None, models=models)
@@ -232,6 +227,24 @@ def test_a_training_loss_that_is_not_finite_is_divergence():
     assert divergence(None, [0.5, None], class_entropy=0.7, factor=10) == "the training loss was not finite in epoch 2"
 
 
+@pytest.mark.parametrize(
+    ("losses", "patience", "reason"),
+    [
+        ([0.5], None, "all 1 epoch"),
+        ([0.5, 0.4], None, "all 2 epochs"),
+        ([0.4, 0.5], 1, "no improvement on epoch 1 for 1 epoch"),
+        ([0.4, 0.5, 0.5], 2, "no improvement on epoch 1 for 2 epochs"),
+        ([0.6, 9.0, 8.0], None, "val_loss 9 and 8 in two consecutive epochs, over 10 x 0.7, the class entropy"),
+        ([0.5, 6.0, 5.5], None, "val_loss 6 and 5.5 in two consecutive epochs, over 10 x 0.5, its own best"),
+    ],
+)
+def test_reasons_hold_the_numbers(losses, patience, reason):
+    rows = [{"epoch": epoch, "train_loss": 0.5, "val_loss": loss} for epoch, loss in enumerate(losses, start=1)]
+    epochs = len(losses) if reason.startswith("all") else 9
+    given = {"epochs": epochs, "metric": "val_loss", "patience": patience}
+    assert ending(rows, **given, class_entropy=0.7, divergence_factor=10)[1] == reason
+
+
 def test_the_schedule_warms_up_and_ends_at_nothing():
     plan = config(epochs=10, warmup_epochs=2.0)
     factors = [learning_rate_factor(plan, epoch) for epoch in (0, 1, 2, 6, 10)]
@@ -259,8 +272,8 @@ def _logits_and_targets(draw):
 
 
 @given(_logits_and_targets())
-def test_scores_are_those_of_scikit_learn(drawn):
-    logits, targets = drawn
+def test_scores_are_those_of_scikit_learn(example):
+    logits, targets = example
     found = score(logits, targets)
     probabilities = torch.softmax(torch.from_numpy(logits).double(), dim=1).numpy()
     shown = probabilities[:, 1] if logits.shape[1] == 2 else probabilities
@@ -301,9 +314,9 @@ def test_calibration_undoes_scale_and_shift_and_never_hurts(logits, scale, shift
     assert 0 < best <= float(plain) + 1e-3
 
 
-def test_calibration_of_what_is_told_apart_and_of_what_is_not_finite():
+def test_calibration_of_separated_classes_and_of_logits_that_are_not_finite():
     targets = np.arange(30) % 2
     logits = np.stack([-targets, targets], axis=1).astype(np.float32)
-    told = [calibrated_loss(logits * scale, targets) for scale in (1e-3, 1.0, 1e3)]
-    assert told == pytest.approx([told[0]] * 3, rel=1e-3) and 0.01 < told[0] < 0.3
+    found = [calibrated_loss(logits * scale, targets) for scale in (1e-3, 1.0, 1e3)]
+    assert found == pytest.approx([found[0]] * 3, rel=1e-3) and 0.01 < found[0] < 0.3
     assert calibrated_loss(np.full((4, 2), np.nan, np.float32), targets[:4]) is None

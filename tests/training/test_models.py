@@ -9,7 +9,6 @@ from conftest import CPU, losses, make_data
 from tuning.settings.config import TrialConfig
 from tuning.training import models
 from tuning.training.finetune import finetune
-from tuning.training.frozen import mixed_precision
 from tuning.training.models import Models
 
 GIVEN = {"classes": 2, "image_size": 32, "seed": 0, "weights": None, "device": CPU}
@@ -63,8 +62,8 @@ def test_a_latency_is_the_least_so_far_and_leaves_no_trace():
     network.begin(5, batch_norm="train", head_dropout=0.0)
     network.model.train()
     before = {name: tensor.clone() for name, tensor in network.model.state_dict().items()}
-    latency = network.latency_ms(mixed_precision(CPU))
-    assert latency >= network.latency_ms(mixed_precision(CPU)) > 0 and network.model.training
+    latency = network.latency_ms()
+    assert latency >= network.latency_ms() > 0 and network.model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.model.state_dict().items())
 
 
@@ -83,7 +82,7 @@ def test_freed_memory_is_used_again():
     """Page faults of twenty tensors of 64 MiB: few once memory is kept, some 16,000 each before."""
     code = """if True:
         import resource, torch
-        from tuning.models import keep_memory
+        from tuning.training.models import keep_memory
         def faults():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             for _ in range(20):
@@ -94,6 +93,6 @@ def test_freed_memory_is_used_again():
         faults()
         print(before, faults())
     """
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    before, after = map(int, said.split())
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    before, after = map(int, printed.split())
     assert after < before / 20

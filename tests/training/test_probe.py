@@ -47,11 +47,11 @@ def test_fine_tuning_can_start_from_the_probe(depth):
     still = {"unfreeze_depth": depth, "learning_rate": 1e-12, "batch_norm": "frozen"}
     begun, _ = next(finetune(config(head_init="probe", **still), make_data(), device=CPU, weights=None))
     assert begun["val_loss"] == pytest.approx(probed["val_loss"], rel=1e-4)
-    drawn, _ = next(finetune(config(**still), make_data(), device=CPU, weights=None))
-    assert drawn["val_loss"] > 1.5 * begun["val_loss"]
+    random, _ = next(finetune(config(**still), make_data(), device=CPU, weights=None))
+    assert random["val_loss"] > 1.5 * begun["val_loss"]
 
 
-def test_a_head_that_is_trained_alone_is_drawn():
+def test_a_head_that_is_trained_alone_is_initialised_at_random():
     rows = [
         next(finetune(config(head_init=init), make_data(), device=CPU, weights=None))[0] for init in ("probe", "random")
     ]

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from tuning.training.averaging import Averaged
+from tuning.training.state import Averaged
 
 
 def test_the_average_is_of_all_steps_at_first_and_of_about_an_epoch_later():
@@ -23,7 +23,7 @@ def test_the_average_is_of_all_steps_at_first_and_of_about_an_epoch_later():
 
 
 @given(st.integers(1, 6), st.integers(0, 6))
-def test_an_average_that_goes_on_is_the_one_that_never_stopped(before, after):
+def test_an_average_that_resumes_equals_one_that_never_stopped(before, after):
     torch.manual_seed(0)
     model = nn.BatchNorm1d(3)
     names = ["weight", "running_mean", "num_batches_tracked"]

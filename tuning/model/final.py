@@ -21,7 +21,9 @@ from tuning.search.checkpoints import best_weights, kept
 from tuning.settings.config import InputError, TrialConfig
 from tuning.training.dataset import Data, preparer
 from tuning.training.features import FeatureCache
-from tuning.training.finetune import Row, finetune, predict_images
+from tuning.training.finetune import finetune
+from tuning.training.scores import predict_images
+from tuning.training.state import Row
 
 CHECKED_IMAGES, CHECKED_DIFFERENCE = 16, 0.05  # kept weights must reproduce their trial's stored probabilities
 

@@ -46,7 +46,7 @@ class Model:
         import torch
 
         from tuning.training.dataset import preparer
-        from tuning.training.finetune import predict_images
+        from tuning.training.scores import predict_images
 
         decoded, faults = [], []
         for file in [files] if isinstance(files, str | Path) else files:

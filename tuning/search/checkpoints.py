@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # torch takes seconds to load, and the report only asks what 
     from torch import Tensor
 
     from tuning.record.mirror import Mirror
-    from tuning.training.finetune import State
+    from tuning.training.state import State
 
 KEPT_TRIALS = 5  # ended trials whose best weights are kept
 
@@ -67,7 +67,7 @@ def load_state(run: str | Path, trial_id: str) -> "State | None":
     """
     from safetensors.torch import load_file
 
-    from tuning.training.finetune import State
+    from tuning.training.state import State
 
     path, best = state_file(run, trial_id), best_file(run, trial_id)
     if not path.exists():

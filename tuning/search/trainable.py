@@ -29,9 +29,10 @@ from tuning.search.cluster import images_here
 from tuning.settings.config import InputError, TrialConfig
 from tuning.training.dataset import Data, join, placed
 from tuning.training.features import FeatureCache
-from tuning.training.finetune import Row, State, finetune, out_of_memory
+from tuning.training.finetune import finetune, out_of_memory
 from tuning.training.models import Models, keep_memory
 from tuning.training.probe import probe
+from tuning.training.state import Row, State
 
 CHECKPOINT_SECONDS = 30.0
 LAST_SENDING_SECONDS = 60.0  # for which a worker that is no longer needed retries to send its files

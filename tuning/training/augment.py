@@ -1,4 +1,4 @@
-"""Augmentation: pure, batched, on the images' device, from random numbers drawn per (seed, epoch, sample)."""
+"""Augmentation: pure, batched, on the images' device, from random numbers fixed by (seed, epoch, sample)."""
 
 import math
 
@@ -7,50 +7,39 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Columns of the epoch's table: the first shuffles, the others belong to one transform each.
-SHUFFLE, FLIP, ROTATE, SHIFT_X, SHIFT_Y, SCALE, BRIGHTNESS, CONTRAST, BLUR, ERASE, ERASE_X, ERASE_Y, ERASE_SIZE = range(
-    13
-)
+# Columns of an epoch's table: the first shuffles the samples, the others belong to one transform each.
 COLUMNS = 13
+SHUFFLE, FLIP, ROTATE, SHIFT_X, SHIFT_Y, SCALE, BRIGHTNESS = range(7)
+CONTRAST, BLUR, ERASE, ERASE_X, ERASE_Y, ERASE_SIZE = range(7, COLUMNS)
 
-# flip: probability; rotate: degrees; shift: fraction of the side; scale, brightness, contrast: relative; blur: share of
-# a blurred copy; erase: probability of a rectangle up to half the side. A radiograph is never flipped upside down.
+# flip: probability; rotate: degrees; shift: fraction of the side; scale, brightness, contrast: relative; blur: weight
+# of the blurred copy; erase: probability of a square up to half the side. A radiograph is never flipped upside down.
 POLICIES: dict[str, dict[str, float]] = {
     "none": {},
-    "light": {"flip": 0.5, "rotate": 5, "shift": 0.04, "scale": 0.05, "brightness": 0.1, "contrast": 0.1},
-    "medium": {"flip": 0.5, "rotate": 10, "shift": 0.08, "scale": 0.12, "brightness": 0.2, "contrast": 0.2, "blur": 0.5}
-    | {"erase": 0.25},
-    "strong": {
-        "flip": 0.5,
-        "rotate": 20,
-        "shift": 0.12,
-        "scale": 0.25,
-        "brightness": 0.35,
-        "contrast": 0.35,
-        "blur": 1.0,
-    }
-    | {"erase": 0.5},
+    "light": dict(flip=0.5, rotate=5, shift=0.04, scale=0.05, brightness=0.1, contrast=0.1),
+    "medium": dict(flip=0.5, rotate=10, shift=0.08, scale=0.12, brightness=0.2, contrast=0.2, blur=0.5, erase=0.25),
+    "strong": dict(flip=0.5, rotate=20, shift=0.12, scale=0.25, brightness=0.35, contrast=0.35, blur=1.0, erase=0.5),
 }
 
 
 def epoch_table(seed: int, epoch: int, samples: int) -> Tensor:
-    """All random numbers of an epoch but dropout's: float32 [samples, COLUMNS] in [0, 1), on the CPU.
+    """Return all random numbers of an epoch except dropout's: float32 [samples, COLUMNS] in [0, 1), on the CPU.
 
-    Trials with the same seed get the same table whatever else differs, so they see the same batches and views.
+    Trials with the same seed get the same table, so they see the same batches and augmented views.
     """
     return torch.from_numpy(np.random.default_rng([seed, epoch]).random((samples, COLUMNS), dtype=np.float32))
 
 
 def augment(images: Tensor, table: Tensor, policy: str) -> Tensor:
-    """Augmented views of a batch.
+    """Augment a batch.
 
     Args:
         images: float [batch, channels, side, side] in [0, 1].
-        table: the samples' rows of the epoch's table, [batch, COLUMNS], on the images' device.
+        table: the images' rows of the epoch's table, [batch, COLUMNS], on the same device.
         policy: a name in `POLICIES`.
 
     Returns:
-        Float views of the same shape, in [0, 1].
+        Augmented images of the same shape, in [0, 1].
     """
     strength = POLICIES[policy]
     if not strength:
@@ -72,7 +61,7 @@ def augment(images: Tensor, table: Tensor, policy: str) -> Tensor:
 
 
 def _move(images: Tensor, table: Tensor, strength: dict[str, float]) -> Tensor:
-    """Flip, rotation, shift and scale in one bilinear resampling; what lies outside repeats the border."""
+    """Flip, rotate, shift and scale in one bilinear resampling; outside the image its border is repeated."""
     signed = 2 * table - 1
     angle = signed[:, ROTATE] * math.radians(strength["rotate"])
     scale = 1 + signed[:, SCALE] * strength["scale"]
@@ -85,8 +74,8 @@ def _move(images: Tensor, table: Tensor, strength: dict[str, float]) -> Tensor:
 
 
 def _blur(images: Tensor) -> Tensor:
-    """A 5-pixel binomial blur of each channel."""
-    # Sums of shifted images: a convolution's last bit depends on the size of the batch.
+    """Blur each channel by a 5-pixel binomial filter."""
+    # Not a convolution, whose last bit depends on the batch size, but sums of shifted images.
     for axis, edge in ((2, (0, 0, 2, 2)), (3, (2, 2, 0, 0))):
         padded, side = functional.pad(images, edge, mode="replicate"), images.shape[axis]
         first, second, middle, fourth, last = (padded.narrow(axis, offset, side) for offset in range(5))
@@ -95,7 +84,7 @@ def _blur(images: Tensor) -> Tensor:
 
 
 def _erased(images: Tensor, table: Tensor, probability: float) -> Tensor:
-    """Bool [batch, 1, side, side]: a square of 0.1 to 0.5 of the side, in some of the images."""
+    """Return a mask [batch, 1, side, side]: a square of 0.1 to 0.5 of the side, in some of the images."""
     side = images.shape[-1]
     position = (torch.arange(side, device=images.device) + 0.5) / side
     half = (0.05 + 0.2 * table[:, ERASE_SIZE]).view(-1, 1)

@@ -1,5 +1,6 @@
 """Decoded images with their labels and splits, and how they become a network's input."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,10 @@ from torch import Tensor
 from tuning.training import backbones
 from tuning.training.augment import augment
 from tuning.training.features import to_device
-from tuning.training.frozen import Prepare
+
+Indices = NDArray[np.int64]
+# From indices of images, their rows of the epoch's table (None: not augmented) and a policy to a network's input.
+Prepare = Callable[[Indices, Tensor | None, str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -20,21 +24,21 @@ class Data:
 
     images: NDArray[np.uint8] | Tensor  # [n, side, side, channels], channels 1 or 3; memory-mapped, or on a GPU
     labels: NDArray[np.int64]  # [n], index into `classes`
-    train: NDArray[np.int64]  # indices of the images in each split
-    val: NDArray[np.int64]
-    test: NDArray[np.int64]
+    train: Indices  # of the images in each split
+    val: Indices
+    test: Indices
     classes: tuple[str, ...]
 
 
 def placed(images: NDArray[np.uint8], device: torch.device) -> NDArray[np.uint8] | Tensor:
-    """Decoded images on the GPU, where they take at most a quarter of what is free there; else as they are."""
+    """Copy decoded images to the GPU if they take at most a quarter of its free memory; else return them unchanged."""
     if device.type == "cuda" and images.nbytes <= torch.cuda.mem_get_info(device)[0] / 4:
         return torch.from_numpy(np.array(images)).to(device)
     return images
 
 
 def join(samples: pd.DataFrame, images: NDArray[np.uint8] | Tensor) -> Data:
-    """Samples (as `samples.load_samples` gives them) and their decoded images, in the same order."""
+    """Join samples (from `samples.load_samples`) with their decoded images, in the same order."""
     assert len(samples) == len(images)
     classes = tuple(sorted(samples["label"].unique()))
     labels = np.array([classes.index(label) for label in samples["label"]], dtype=np.int64)
@@ -42,16 +46,16 @@ def join(samples: pd.DataFrame, images: NDArray[np.uint8] | Tensor) -> Data:
     return Data(images, labels, **splits, classes=classes)
 
 
-def train_eval_set(data: Data) -> NDArray[np.int64]:
-    """The training images on which `train_eval_loss` is measured: the same in all trials, as many as for validation."""
+def train_eval_set(data: Data) -> Indices:
+    """Return the training images for `train_eval_loss`: the same in all trials, as many as validation images."""
     return data.train[np.random.default_rng(0).permutation(len(data.train))[: len(data.val)]]
 
 
 def preparer(images: NDArray[np.uint8] | Tensor, backbone: str, device: torch.device) -> Prepare:
-    """A function from indices (and their rows of the epoch's table) to the network's input [batch, 3, side, side]."""
+    """Return a function that makes a backbone's input [batch, 3, side, side], augmented and normalised."""
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in backbones.input_mean_std(backbone))
 
-    def prepare(indices: NDArray[np.int64], table: Tensor | None, policy: str) -> Tensor:
+    def prepare(indices: Indices, table: Tensor | None, policy: str) -> Tensor:
         if isinstance(images, Tensor):
             chosen = images[torch.from_numpy(indices).to(device)]
         else:

@@ -1,4 +1,4 @@
-"""Outputs of frozen prefixes: computed once, kept in files, and shared by the trials of a node."""
+"""The cache of frozen prefixes' outputs: computed once, kept in files, shared by the trials of a node."""
 
 import fcntl
 import hashlib
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -19,16 +19,16 @@ from torch import Tensor
 
 from tuning.settings.config import InputError
 
-# A convolution's last bit depends on how many images it is given (seen with lite0, VGG, DenseNet and resnet18), but not
-# on which, so every pass through a prefix takes exactly this many: cached, derived and recomputed outputs are equal.
+# A convolution's last bit depends on the number of images in a batch (seen with lite0, VGG, DenseNet and resnet18), so
+# every pass through a prefix takes exactly this many: cached, derived and recomputed outputs are equal.
 CHUNK = 32
-MOST_READING = 1.0  # outputs are kept where reading them takes less than this share of computing them
+MOST_READING = 1.0  # outputs are kept if reading them takes at most this fraction of computing them
 Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
 class Key:
-    """What outputs depend on, within a run (whose data are fixed)."""
+    """What outputs depend on within a run, whose data are fixed."""
 
     backbone: str
     weights: str  # file, or the seed of random ones
@@ -36,16 +36,12 @@ class Key:
     depth: int  # stages above the cut
     images: str  # hash of the images' indices
     policy: str
-    moment: tuple[int, int] | None  # seed and epoch of the augmentation; null where there is none
+    moment: tuple[int, int] | None  # seed and epoch of the augmentation; None without it
 
 
 @contextmanager
 def run_folder(cache: Path, run: Path) -> Iterator[Path]:
-    """An empty folder for the outputs of one run, deleted when the run ends; what killed runs left goes as well.
-
-    Args:
-        cache: as `images.cache_folder` gives it.
-        run: the run's folder, which names it.
+    """Make an empty folder for a run's outputs in `cache`, delete it when the run ends, and delete those of dead runs.
 
     Raises:
         InputError: another process works on the same run.
@@ -53,40 +49,44 @@ def run_folder(cache: Path, run: Path) -> Iterator[Path]:
     folders = cache / "features"
     folders.mkdir(parents=True, exist_ok=True)
     name = f"{run.name}-{hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:8]}"
-    for lock in {*folders.glob("*.lock"), folders / f"{name}.lock"}:
+    folder, own_lock = folders / name, folders / f"{name}.lock"
+    for lock in set(folders.glob("*.lock")) - {own_lock}:
         with open(lock, "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue  # that run is alive
-            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
-            if lock.stem != name:
+            if _locks(file):  # else that run is alive
+                shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
                 lock.unlink(missing_ok=True)
-    folder, lock = folders / name, folders / f"{name}.lock"
-    with open(lock, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{run}: another process works on it; wait for it or stop it") from None
+    with open(own_lock, "a") as file:
+        if not _locks(file):
+            raise InputError(f"{run}: another process works on this run; wait for it or stop it")
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(exist_ok=True)
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             if not folder.exists():  # else a killed worker was still writing: the next run cleans up
-                lock.unlink(missing_ok=True)
+                own_lock.unlink(missing_ok=True)
+
+
+def _locks(file: IO[str]) -> bool:
+    """Lock an open file unless another process has; the lock ends with the file or the process."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class FeatureCache:
-    """Outputs as files of one folder, the least recently used going first beyond the budget.
+    """Outputs as files in one folder; beyond the budget the least recently used are deleted first.
 
-    Files are read through the memory map, so the system keeps in memory what it has room for. A file appears whole or
-    not at all, and is written once even if several trials want it at the same time: the others wait.
+    Files are memory-mapped, so the system keeps in memory what it has room for. A file appears whole or not at all, and
+    is written once even if several trials need it at the same time: the others wait.
 
     Args:
-        folder: on this node; made where it is missing.
+        folder: on this node; created if it is missing.
         cache_bytes: budget.
-        device: where outputs are used: what reading them costs is measured up to there.
+        device: where outputs are used; the time to read them includes the copy to it.
         augmented: whether to keep outputs of augmented images, which only other trials use again.
     """
 
@@ -94,60 +94,53 @@ class FeatureCache:
         self._folder, self._cache_bytes, self._augmented = folder, cache_bytes, augmented
         self._device = device or torch.device("cpu")
         self._refused: set[Key] = set()
-        with suppress(OSError):  # nothing is kept then
+        with suppress(OSError):  # else nothing is kept
             folder.mkdir(parents=True, exist_ok=True)
 
     def find(self, key: Key) -> Array | None:
-        """The outputs [n, ...] if they are there, memory-mapped; images with channels last."""
+        """Return the outputs [n, ...] if they are cached, memory-mapped; feature maps have their channels last."""
         path = self._path(key)
         try:
             array: Array = np.load(path, mmap_mode="r")
             os.utime(path)
-        except OSError:  # not there, or evicted this moment
+        except OSError:  # not cached, or evicted this moment
             return None
         return array
 
     def get(self, key: Key, count: int, chunks: Callable[[], Iterator[Array]]) -> tuple[Array, bool] | None:
-        """The outputs, computed and written if they are not there.
-
-        Args:
-            key: what they are.
-            count: of images.
-            chunks: computes them, in order, some images at a time.
+        """Return the outputs of `count` images; if they are not cached, `chunks` computes them in order, in parts.
 
         Returns:
-            The outputs as `find` gives them, and whether they were there; null where they are not to be kept: too large
-            for the budget (half of it) or the disk, or not faster to read than to compute.
+            The outputs as from `find`, and whether they were cached; None if they can't be kept: they are too large for
+            half the budget or for the disk, or not faster to read than to compute.
         """
-        found = self.find(key)
-        if found is not None:
+        if (found := self.find(key)) is not None:
             return found, True
-        if self._family(key) in self._refused or (key.moment is not None and not self._augmented):
+        family = replace(key, moment=None)
+        if family in self._refused or (key.moment is not None and not self._augmented):
             return None
-        path = self._path(key)
-        try:
-            with open(path.with_suffix(".lock"), "a") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # given back by the system if this process is killed
-                found = self.find(key)
-                if found is not None:
-                    return found, True
-                temporary = path.with_suffix(".new")
-                try:
-                    worth = self._write(temporary, count, chunks())
-                    if worth:
-                        os.replace(temporary, path)
-                finally:
-                    temporary.unlink(missing_ok=True)
-        except OSError:  # a full disk or a folder without locks costs the cache, not the trial
-            worth = False
-        if not worth:
-            self._refused.add(self._family(key))
+        path, kept = self._path(key), False
+        temporary = path.with_suffix(".new")
+        # A full disk or a folder without locks costs the cache, not the trial.
+        with suppress(OSError), open(path.with_suffix(".lock"), "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the system releases it if this process is killed
+            if (found := self.find(key)) is not None:
+                return found, True
+            try:
+                if self._write(temporary, count, chunks()):
+                    os.replace(temporary, path)
+                    kept = True
+            finally:
+                temporary.unlink(missing_ok=True)
+        if not kept:
+            self._refused.add(family)
             return None
         self._evict(path)
         found = self.find(key)
         return None if found is None else (found, False)
 
     def _write(self, path: Path, count: int, chunks: Iterator[Array]) -> bool:
+        """Write the outputs, and return whether they are to be kept."""
         # By ordinary writes: through a memory map a full disk would kill the process.
         with open(path, "wb") as file:
             started = time.perf_counter()
@@ -161,7 +154,7 @@ class FeatureCache:
                     np.lib.format.write_array_header_1_0(file, header)
                 offset = file.tell()
                 file.write(np.ascontiguousarray(chunk).data)
-                if number == min(2, math.ceil(count / CHUNK) - 1):  # the first ones warm up
+                if number == min(2, math.ceil(count / CHUNK) - 1):  # the first chunks warm up
                     file.flush()
                     started = time.perf_counter()
                     self._read(path, offset, chunk)
@@ -178,11 +171,9 @@ class FeatureCache:
     def _evict(self, kept: Path) -> None:
         files = []
         for path in self._folder.glob("*.npy"):
-            try:
+            with suppress(FileNotFoundError):  # another process evicted it
                 status = path.stat()
-            except FileNotFoundError:
-                continue  # another process evicted it
-            files.append((status.st_mtime_ns, status.st_size, path))
+                files.append((status.st_mtime_ns, status.st_size, path))
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
             if total <= self._cache_bytes:
@@ -194,13 +185,9 @@ class FeatureCache:
     def _path(self, key: Key) -> Path:
         return self._folder / f"{hashlib.sha256(json.dumps(asdict(key)).encode()).hexdigest()[:32]}.npy"
 
-    @staticmethod
-    def _family(key: Key) -> Key:
-        return replace(key, moment=None)
-
 
 def stored(features: Tensor) -> Array:
-    """Features as they are written: images with channels last, bfloat16 as its bits."""
+    """Convert features for a file: feature maps with channels last, bfloat16 as its bits."""
     if features.ndim == 4:
         features = features.permute(0, 2, 3, 1)
     if features.dtype == torch.bfloat16:
@@ -210,7 +197,7 @@ def stored(features: Tensor) -> Array:
 
 
 def to_device(array: Array, device: torch.device) -> Tensor:
-    """An array in memory as a tensor; a GPU goes on working while it is copied."""
+    """Copy an array in memory to a device; a GPU continues to work meanwhile."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":
         tensor = tensor.pin_memory()
@@ -218,7 +205,7 @@ def to_device(array: Array, device: torch.device) -> Tensor:
 
 
 def loaded(array: Array, device: torch.device) -> Tensor:
-    """The inverse of `stored`, for an array in memory."""
+    """Convert back what `stored` returned, now an array in memory."""
     features = to_device(array, device)
     if features.dtype == torch.uint16:
         features = features.view(torch.bfloat16)

@@ -1,45 +1,32 @@
-"""The fine-tuning loop. It knows nothing of Ray: `finetune` yields one epoch's row at a time, and whoever asks for no
-more rows stops the trial."""
+"""The fine-tuning loop, without Ray: `finetune` yields one epoch's row at a time; a caller that asks for no more rows
+stops the trial."""
 
 import math
+import re
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from tuning.record.journal import best_epoch
 from tuning.settings.config import DEPTH_ALL, TrialConfig
+from tuning.settings.words import count
 from tuning.training import backbones
 from tuning.training.augment import SHUFFLE, epoch_table
-from tuning.training.averaging import Averaged
-from tuning.training.dataset import Data, preparer, train_eval_set
+from tuning.training.dataset import Data, train_eval_set
 from tuning.training.features import FeatureCache
-from tuning.training.frozen import Frozen, Inputs, Prepare, mixed_precision
+from tuning.training.frozen import Frozen
 from tuning.training.models import Models
 from tuning.training.probe import probed_head
 from tuning.training.scores import calibrated_loss, score
+from tuning.training.state import Averaged, Row, State, restore, snapshot
 
 MOMENTUM = 0.9
-EVALUATION_BATCH = 64
-EVALUATION_VECTORS = 4096  # a batch where the classifier alone is trained
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class State:
-    """All that a trial needs to go on from the end of an epoch; every tensor is a copy on the CPU."""
-
-    history: list[Row]
-    tensors: dict[str, Tensor]  # model/<name>, best/<name>, averaged/<name>, optimizer/<parameter>/<key>, and
-    # validation/logits: of the best epoch, float32 [validation images, classes]
 
 
 def finetune(
@@ -62,19 +49,19 @@ def finetune(
         config: what to train, and how.
         data: decoded images.
         device: where to train; on CUDA with mixed precision.
-        weights: the backbone's weight file; null draws random ones.
+        weights: the backbone's weight file; None: random weights.
         metric: chooses the best epoch.
-        patience: epochs without a better one after which the trial has converged; null: never.
+        patience: epochs without improvement after which the trial has converged; None: no limit.
         divergence_factor: see `divergence`; infinite: only a loss that is not finite ends the trial.
-        early_loss_epochs: after which `early_loss` is measured: the validation loss of weights averaged over about an
-            epoch, calibrated. It ranks unfinished trials better than the loss itself, but where the classifier alone
-            is trained: there it is the loss itself; see benchmarks/README.md.
-        state: where to go on from.
-        features: keeps the outputs of frozen layers for this trial and others; null: they are computed in each epoch.
-        models: keeps the model for the next trial. A trial that uses it ends the one before.
+        early_loss_epochs: epochs after which `early_loss` is measured: the calibrated validation loss of weights
+            averaged over about an epoch, which ranks unfinished trials better than `val_loss` (benchmarks/README.md);
+            if the classifier alone is trained, it is `val_loss`.
+        state: to resume from.
+        features: caches the outputs of frozen layers for this trial and others; None: each epoch computes them.
+        models: keeps the model for the next trial, which ends this one.
 
     Yields:
-        The epoch's row, and a function that takes a snapshot of the state after it. A row whose `ends` is not null is
+        The epoch's row, and a function that takes a snapshot of the state after it. A row whose `ends` is not None is
         the last.
 
     Raises:
@@ -83,38 +70,26 @@ def finetune(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
-    # The model: frozen below the cut, and the optimizer over what is above it.
+    # The model: frozen below the cut, and the optimizer over the parameters above it.
     models = models or Models()
-    network = models.get(
-        config.backbone,
-        classes=len(data.classes),
-        image_size=config.image_size,
-        seed=config.seed,
-        weights=weights,
-        device=device,
-    )
-    model, stages = network.model, network.stages
+    shape = {"classes": len(data.classes), "image_size": config.image_size}
+    network = models.get(config.backbone, **shape, seed=config.seed, weights=weights, device=device)
+    model, stages, autocast = network.model, network.stages, network.autocast
     depth = backbones.resolved_depth(stages, config.unfreeze_depth)
     changed = network.begin(depth, batch_norm=config.batch_norm, head_dropout=config.head_dropout)
-    groups = backbones.parameter_groups(
-        model,
-        stages,
-        depth,
-        learning_rate=config.learning_rate,
-        stage_lr_decay=config.stage_lr_decay,
-        weight_decay=config.weight_decay,
-    )
+    frozen = Frozen(network, depth, data.images, features)
+    rates = {name: getattr(config, name) for name in ("learning_rate", "stage_lr_decay", "weight_decay")}
+    groups = backbones.parameter_groups(model, stages, depth, **rates)
     optimizer: torch.optim.Optimizer  # fused: a step of EfficientNet-lite0's tensors takes a CPU 3.6 ms instead of 13.6
     if config.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, momentum=MOMENTUM, nesterov=True, fused=True)
     else:
         optimizer = torch.optim.AdamW(groups, fused=True)
     peak_rates = [group["lr"] for group in optimizer.param_groups]
-    autocast = mixed_precision(device)
     scaled = device.type == "cuda" and autocast.fast_dtype == torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=scaled)
 
-    # The batches: an incomplete last one is dropped; with too few images the batch is the whole set.
+    # The batches: an incomplete last one is dropped; if there are too few images, the batch is the whole set.
     labels = torch.from_numpy(data.labels)
     batch_size = min(config.batch_size, len(data.train))
     steps = len(data.train) // batch_size
@@ -125,19 +100,9 @@ def finetune(
         inverse = 1 / np.maximum(frequencies, 1 / len(data.train)) / len(data.classes)
         class_weights = torch.tensor(inverse, dtype=torch.float32, device=device)
     train_eval = train_eval_set(data)
-    frozen = Frozen(
-        network,
-        depth,
-        preparer(data.images, config.backbone, device),
-        autocast,
-        device,
-        features,
-        backbone=config.backbone,
-        weights=f"random {config.seed}" if weights is None else str(weights),
-    )
 
     def backward(batch: Tensor, targets: Tensor, micro_batch: int) -> Tensor:
-        """The batch's mean loss; its gradients are accumulated over parts of `micro_batch` images."""
+        """Return the batch's mean loss; gradients are accumulated over parts of `micro_batch` images."""
         weight = len(targets) if class_weights is None else class_weights[targets].sum()
         total = torch.zeros((), device=device)
         for inputs, wanted in zip(torch.split(batch, micro_batch), torch.split(targets, micro_batch), strict=True):
@@ -152,26 +117,26 @@ def finetune(
             total += loss.detach()
         return total
 
-    # Where to begin, or to go on from.
+    # The start, or the state to resume from.
     if config.head_init == "probe" and depth and state is None:
-        weight, bias = probed_head(network, config, data, device=device, weights=weights, features=features)[:2]
+        weight, bias = probed_head(network, data, features)[:2]
         classifier = model.get_submodule(backbones.classifier_name(model))[1]  # type: ignore[index]
         with torch.no_grad():
             classifier.weight.copy_(weight.view_as(classifier.weight))
             classifier.bias.copy_(bias)
     averaged = Averaged(model, changed, steps) if early_loss_epochs and depth else None  # until the last of them
     history: list[Row] = []
-    best: dict[str, Tensor] = {}  # the best epoch's snapshot: weights, and logits of validation
+    best: dict[str, Tensor] = {}  # the best epoch's part of a snapshot: weights and validation logits
     if state is not None:
         history = list(state.history)
-        best, mean = _restore(state, model, optimizer, scaler)
+        best, mean = restore(state, model, optimizer, scaler)
         if averaged is not None and len(history) < max(early_loss_epochs):
             averaged.restore(mean, len(history) * steps)
     micro_batch = history[-1]["micro_batch"] if history else batch_size
-    latency_ms = network.latency_ms(autocast)
+    latency_ms = network.latency_ms()
 
     for epoch in range(len(history) + 1, config.epochs + 1):
-        # Train. Shuffling, views and dropout depend on (seed, epoch) alone, not on what came before.
+        # Train. Shuffling, augmentation and dropout depend on (seed, epoch) alone.
         started, data_before, prefix_before = time.perf_counter(), frozen.data_seconds, frozen.prefix_seconds
         backbones.train_mode(model)
         table = epoch_table(config.seed, epoch, len(data.train))
@@ -200,31 +165,30 @@ def finetune(
             scaler.update()
             if averaged is not None and epoch <= max(early_loss_epochs):
                 averaged.update()
-            if step % 16 == 15 and not math.isfinite(float(total)):  # each look waits for the GPU
+            if step % 16 == 15 and not math.isfinite(float(total)):  # each check waits for the GPU
                 break
         train_loss = float(total) / steps
         data_seconds, prefix_seconds = frozen.data_seconds - data_before, frozen.prefix_seconds - prefix_before
         train_seconds = time.perf_counter() - started - data_seconds - prefix_seconds
 
-        # Evaluate, unless the loss is lost already.
+        # Evaluate, unless the training loss is not finite.
         model.eval()
         measured: Row = dict.fromkeys(
             ("val_loss", "val_accuracy", "val_balanced_accuracy", "val_auroc", "train_eval_loss", "early_loss")
         )
         if math.isfinite(train_loss):
-            val_logits = logits_of(frozen, data.val, autocast)
+            val_logits = frozen.logits(data.val)
             found = score(val_logits, data.labels[data.val])
             measured |= {f"val_{name}": value for name, value in found.items()}
-            train_eval_logits = logits_of(frozen, train_eval, autocast)
-            measured["train_eval_loss"] = score(train_eval_logits, data.labels[train_eval])["loss"]
+            measured["train_eval_loss"] = score(frozen.logits(train_eval), data.labels[train_eval])["loss"]
             if averaged is not None and epoch in early_loss_epochs:
                 with averaged.in_place():
-                    early_logits = logits_of(frozen, data.val, autocast)
+                    early_logits = frozen.logits(data.val)
                 measured["early_loss"] = calibrated_loss(early_logits, data.labels[data.val])
             elif epoch in early_loss_epochs:
                 measured["early_loss"] = measured["val_loss"]
 
-        # The row, and whether the trial ends with it.
+        # Report the row, and whether the trial ends with it.
         row: Row = {
             "epoch": epoch,
             "train_loss": _finite(train_loss),
@@ -260,25 +224,24 @@ def finetune(
             best = {f"best/{name}": tensors[name].detach().cpu().clone() for name in changed}
             best["validation/logits"] = torch.from_numpy(val_logits)
         mean = {} if averaged is None or epoch >= max(early_loss_epochs) else averaged.mean
-        yield row, partial(_snapshot, model, changed, best, mean, optimizer, scaler, history)
+        yield row, partial(snapshot, model, changed, best, mean, optimizer, scaler, history)
         if row["ends"] is not None:
             return
 
 
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
 def out_of_memory(error: Exception) -> bool:
-    """Whether an error says that the device, or the machine, has no memory left."""
-    said = (
-        "DefaultCPUAllocator",
-        "Cannot allocate memory",  # of the system: a file can't be mapped
-        "CUDA error: out of memory",
-        "CUBLAS_STATUS_ALLOC_FAILED",
-        "CUDNN_STATUS_ALLOC_FAILED",
-    )
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in said)
+    """Return whether the error means that the device, or the machine, is out of memory."""
+    # "Cannot allocate memory" is the system's message if a file can't be mapped.
+    messages = "DefaultCPUAllocator|Cannot allocate memory|CUDA error: out of memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED"
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or re.search(messages, str(error)) is not None
 
 
 def learning_rate_factor(config: TrialConfig, epochs: float) -> float:
-    """The share of the peak learning rate after so many epochs (fractions count): linear warm-up, then the schedule."""
+    """Return the factor of the peak learning rate after `epochs` (fractions count): linear warm-up, then schedule."""
     if epochs < config.warmup_epochs:
         return (epochs + 1e-3) / (config.warmup_epochs + 1e-3)
     if config.schedule == "constant":
@@ -288,135 +251,46 @@ def learning_rate_factor(config: TrialConfig, epochs: float) -> float:
 
 
 def ending(
-    history: list[Row],
-    *,
-    epochs: int,
-    metric: str,
-    patience: int | None,
-    class_entropy: float,
-    divergence_factor: float,
+    rows: list[Row], *, epochs: int, metric: str, patience: int | None, class_entropy: float, divergence_factor: float
 ) -> tuple[str | None, str | None]:
-    """How and why a trial ends with the last row of its history; nulls where it goes on. Arguments as in `finetune`."""
-    epoch, best_row = len(history), best_epoch(history, metric)
-    losses = [row["val_loss"] for row in history]
-    reason = divergence(history[-1]["train_loss"], losses, class_entropy=class_entropy, factor=divergence_factor)
+    """Return how and why a trial ends with the last of its rows, or Nones. Arguments as in `finetune`."""
+    epoch, best_row = len(rows), best_epoch(rows, metric)
+    losses = [row["val_loss"] for row in rows]
+    reason = divergence(rows[-1]["train_loss"], losses, class_entropy=class_entropy, factor=divergence_factor)
     if reason is not None:
         return "diverged", reason
     if epoch == epochs:
-        return "completed", f"all {epoch} epochs"
+        return "completed", f"all {count(epochs, 'epoch')}"
     if patience is not None and best_row is not None and epoch - best_row["epoch"] >= patience:
-        return "converged", f"no epoch better than {best_row['epoch']} for {patience} epoch{'s' * (patience > 1)}"
+        return "converged", f"no improvement on epoch {best_row['epoch']} for {count(patience, 'epoch')}"
     return None, None
 
 
 def divergence(
     train_loss: float | None, val_losses: list[float | None], *, class_entropy: float, factor: float
 ) -> str | None:
-    """Why a trial has diverged, with the numbers, or null.
+    """Return why a trial has diverged, with the numbers, or None.
 
-    A loss that is not finite (null here) counts at once. A validation loss over `factor` times the entropy of the class
-    frequencies (nats), or over `factor` times the trial's best so far (floored at a tenth of that entropy), counts when
-    it happens in two epochs running: batch norm's statistics lag at first.
+    A loss that is not finite (None here) counts at once. A validation loss over `factor` times the entropy of the class
+    frequencies, or over `factor` times the trial's best so far (at least a tenth of that entropy), counts in two
+    consecutive epochs: batch norm's statistics lag at first.
 
     Args:
         train_loss: of the last epoch.
         val_losses: of every epoch so far.
-        class_entropy: what predicting the class frequencies would cost.
+        class_entropy: the loss (nats) of predicting the class frequencies.
         factor: infinite: only a loss that is not finite counts.
     """
     if train_loss is None:
         return f"the training loss was not finite in epoch {len(val_losses)}"
-    if val_losses[-1] is None:
+    before, loss = [None, *val_losses][-2:]
+    if loss is None:
         return f"the validation loss was not finite in epoch {len(val_losses)}"
-    if len(val_losses) < 2 or math.isinf(factor):
+    if before is None or math.isinf(factor):
         return None
-    last = [loss for loss in val_losses[-2:] if loss is not None]
-    best = min(loss for loss in val_losses if loss is not None)
-    for limit, what in (
-        (class_entropy, "the class entropy"),
-        (max(best, class_entropy / 10), "its own best"),
-    ):
-        if len(last) == 2 and min(last) > factor * limit:
-            return (
-                f"val_loss {last[0]:.4g} and {last[1]:.4g} in two epochs running, over {factor:g} x {limit:.4g}, {what}"
-            )
+    best = min(value for value in val_losses if value is not None)
+    for limit, name in ((class_entropy, "the class entropy"), (max(best, class_entropy / 10), "its own best")):
+        if min(before, loss) > factor * limit:
+            losses = f"val_loss {before:.4g} and {loss:.4g} in two consecutive epochs"
+            return f"{losses}, over {factor:g} x {limit:.4g}, {name}"
     return None
-
-
-@torch.no_grad()
-def predict(
-    forward: Callable[[Tensor], Tensor], batches: Iterable[Tensor], autocast: torch.autocast
-) -> NDArray[np.float32]:
-    """Logits [n, classes], on the CPU; `forward` is a model in eval mode, or its trained part."""
-    logits = []
-    for batch in batches:
-        with autocast:
-            logits.append(forward(batch).float().cpu())
-    return torch.cat(logits).numpy()
-
-
-def predict_images(network: nn.Module, prepare: Prepare, indices: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Logits [n, classes] of a whole network for images as they are; the network is put in eval mode."""
-    network.eval()
-    batches = Inputs(lambda part: prepare(part, None, "none")).batches(indices, EVALUATION_BATCH)
-    return predict(network, batches, torch.autocast("cpu", enabled=False))
-
-
-def logits_of(frozen: Frozen, indices: NDArray[np.int64], autocast: torch.autocast) -> NDArray[np.float32]:
-    """Logits [n, classes] of a set of images as they are."""
-    size = EVALUATION_VECTORS if frozen.head_only else EVALUATION_BATCH
-    return predict(frozen.trained, frozen.inputs(indices).batches(np.arange(len(indices)), size), autocast)
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
-def _snapshot(
-    model: nn.Module,
-    changed: list[str],
-    best: dict[str, Tensor],
-    mean: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    history: list[Row],
-) -> State:
-    tensors = model.state_dict()
-    saved = {f"model/{name}": tensors[name] for name in changed}
-    saved |= best
-    saved |= {f"averaged/{name}": tensor for name, tensor in mean.items()}
-    for index, values in optimizer.state_dict()["state"].items():
-        saved |= {f"optimizer/{index}/{key}": value for key, value in values.items() if isinstance(value, Tensor)}
-    if scaler.is_enabled():
-        saved |= {f"scaler/{name}": torch.tensor(scaler.state_dict()[name]) for name in ("scale", "_growth_tracker")}
-    return State(
-        list(history),
-        {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in saved.items()},
-    )
-
-
-def _restore(
-    state: State, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Put a snapshot back; returns the best epoch's part of it and the averaged weights."""
-    best: dict[str, Tensor] = {}
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "averaged": {}, "optimizer": {}, "scaler": {}}
-    for name, tensor in state.tensors.items():
-        part, _, rest = name.partition("/")
-        if part in ("best", "validation"):
-            best[name] = tensor
-        else:
-            parts[part][rest] = tensor
-    model.load_state_dict(parts["model"], strict=False)
-    slots: dict[int, dict[str, Tensor]] = {}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for name, tensor in parts["optimizer"].items():
-        index, _, key = name.partition("/")
-        parameter = parameters[int(index)]
-        if tensor.shape == parameter.shape:  # fused optimizers take it to be laid out in memory as the parameter is
-            tensor = torch.empty_like(parameter, device="cpu").copy_(tensor)
-        slots.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
-    if scaler.is_enabled():
-        scaler.load_state_dict(scaler.state_dict() | {name: value.item() for name, value in parts["scaler"].items()})
-    return best, parts["averaged"]

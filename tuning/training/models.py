@@ -1,4 +1,4 @@
-"""Models that an actor keeps from trial to trial: built once, put back as they were, and cut once at each depth."""
+"""Models that an actor keeps from trial to trial: built once, reset for each trial, cut once at each depth."""
 
 import ctypes
 import math
@@ -13,16 +13,16 @@ from tuning.training import backbones
 from tuning.training.depthwise import speed_up
 from tuning.training.prefix import Cut, split
 
-KEPT_MODELS = 3  # of one actor; the least recently used goes first
-PASSES, PASSES_SECONDS = 3, 0.03  # timed for a latency: so many at least in all, and so long at each call
+KEPT_MODELS = 3  # of one actor; the least recently used is dropped first
+PASSES, PASSES_SECONDS = 3, 0.03  # a latency is timed over at least 3 passes in all, and 0.03 s in each call
 
 
 def keep_memory() -> None:
     """Let this process keep the memory that it frees, for its next tensors.
 
-    glibc gives large blocks back to the system at once, and each new tensor's pages are then made and zeroed anew: on a
-    CPU with one thread frozen layers of EfficientNet-lite1 at 128 px took 5.8 ms an image instead of 2.7, training the
-    whole network 19.5 instead of 16.7. Where the C library has no `mallopt`, nothing is changed.
+    glibc returns large blocks to the system at once, and each new tensor's pages are then created and zeroed again: on
+    one CPU thread the frozen layers of EfficientNet-lite1 at 128 px took 5.8 ms an image instead of 2.7, training the
+    whole network 19.5 instead of 16.7. If the C library has no `mallopt`, nothing changes.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -32,28 +32,36 @@ def keep_memory() -> None:
         mallopt(m_top_pad, 2**26)
 
 
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """Return the autocast for models: on CUDA bfloat16 if the GPU has it, else float16; on the CPU none."""
+    cuda = device.type == "cuda"
+    half = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.autocast(device.type, dtype=half, enabled=cuda)
+
+
 @dataclass
 class Network:
     """A model on its device, its stages and its cuts."""
 
     model: nn.Module
     stages: list[list[str]]
+    backbone: str
     image_size: int
-    _initial: dict[str, Tensor] = field(default_factory=dict)  # what the last trial may have changed, as it was before
+    weights: str  # file, or the seed of random ones
+    device: torch.device
+    autocast: torch.autocast  # under which the model runs
+    _initial: dict[str, Tensor] = field(default_factory=dict)  # tensors that the last trial may have changed
     _cuts: dict[int, Cut | None] = field(default_factory=dict)
     _latency_ms: float = math.inf
-    _passes: int = 0  # that it is the least of
+    _passes: int = 0  # timed so far
 
     def begin(self, depth: int, *, batch_norm: str, head_dropout: float) -> list[str]:
-        """Make the model ready for a trial, as if it were newly built.
+        """Reset the model for a trial, as if it were newly built.
 
-        Args:
-            depth: stages unfrozen, counted from the head.
-            batch_norm: as for `backbones.unfreeze`.
-            head_dropout: probability that an input of the classifier is dropped in training.
+        Arguments as in `backbones.unfreeze` and `backbones.build`.
 
         Returns:
-            Names of the tensors that the trial changes: trained parameters, and buffers.
+            Names of the tensors that the trial changes: trained parameters and buffers.
         """
         tensors = self.model.state_dict()
         for name, tensor in self._initial.items():
@@ -67,25 +75,24 @@ class Network:
         return changed
 
     def cut(self, depth: int) -> Cut | None:
-        """The cut below the last `depth` stages; null where nothing is frozen or the model can't be cut."""
+        """Return the cut below the last `depth` stages; None if nothing is frozen or the model can't be cut."""
         if depth not in self._cuts:
             self._cuts[depth] = split(self.model, self.stages, depth, self.image_size)
         return self._cuts[depth]
 
-    def latency_ms(self, autocast: torch.autocast) -> float:
-        """Milliseconds that the whole model takes for one image: the least of the passes timed so far.
+    def latency_ms(self) -> float:
+        """Return the milliseconds that the whole model takes for one image: the least of all passes timed so far.
 
-        Each call times a few more. On one CPU thread its own time counts: beside other jobs the clock on the wall said
-        that EfficientNet-lite1 takes six times as long as lite0.
+        Each call times a few more. On one CPU thread the thread's own time counts: by the wall clock, beside other
+        jobs, EfficientNet-lite1 seemed to take six times as long as lite0.
         """
         image, begun = backbones.zero_images(self.model, 1, self.image_size), time.perf_counter()
-        alone = image.device.type == "cpu" and torch.get_num_threads() == 1
-        clock = time.thread_time if alone else time.perf_counter
+        clock = time.thread_time if self.device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
         with backbones.evaluating(self.model):
             while self._passes < PASSES or time.perf_counter() - begun < PASSES_SECONDS:
                 started = clock()
-                with autocast:
-                    self.model(image).cpu()  # which waits for the GPU
+                with self.autocast:
+                    self.model(image).cpu()  # waits for the GPU
                 self._latency_ms = min(self._latency_ms, 1000 * (clock() - started))
                 self._passes += 1
         return self._latency_ms
@@ -100,7 +107,7 @@ class Models:
     def get(
         self, backbone: str, *, classes: int, image_size: int, seed: int, weights: Path | None, device: torch.device
     ) -> Network:
-        """The network of `backbones.build`'s arguments, in the state that its last trial left; see `Network.begin`.
+        """Return a network in the state that its last trial left (see `Network.begin`); build it the first time.
 
         Raises:
             InputError: as `backbones.build` and `backbones.stages` do.
@@ -115,14 +122,16 @@ class Models:
             ).to(device)
             if device.type == "cpu":
                 speed_up(model)
-            network = Network(model, backbones.stages(model, image_size), image_size)
+            stages = backbones.stages(model, image_size)
+            name = f"random {seed}" if weights is None else str(weights)
+            network = Network(model, stages, backbone, image_size, name, device, mixed_precision(device))
         self._networks[key] = network
         return network
 
     def keep_only(self, network: Network) -> None:
-        """Forget all others, for their memory."""
+        """Drop all others to free memory."""
         self._networks = {key: other for key, other in self._networks.items() if other is network}
 
     def clear(self) -> None:
-        """Forget all networks; whoever holds one can go on using it."""
+        """Drop all networks; a trial that holds one can still use it."""
         self._networks.clear()

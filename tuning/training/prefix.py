@@ -1,6 +1,6 @@
-"""Cut a model into its frozen prefix, whose outputs can be kept, and its trained suffix."""
+"""Cut a model into its frozen prefix, whose outputs can be cached, and its trained suffix."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,18 +9,16 @@ from torch import Tensor, nn
 
 from tuning.training.backbones import classifier_name, evaluating, resolved_depth, trained_names, zero_images
 
+Calls = list[tuple[nn.Module, tuple[int, ...] | None]]  # modules and the shapes of their outputs
+
 
 class _CutReached(Exception):
-    """Carries a forward pass's value out of it at the cut."""
-
-    def __init__(self, features: Any):
-        super().__init__()
-        self.features = features
+    """Ends a forward pass at the cut; its argument is the features there."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A model in two parts, which run modules in the modes they are in: `suffix(prefix(images))` is `model(images)`."""
+    """A model in two parts, each run in its modules' current modes: `suffix(prefix(images))` equals `model(images)`."""
 
     prefix: Callable[[Tensor], Tensor]  # images [n, 3, side, side] to features [n, ...], without gradients
     suffix: Callable[[Tensor], Tensor]  # features to logits [n, classes]
@@ -32,18 +30,13 @@ def split(model: nn.Module, stage_names: Sequence[Sequence[str]], depth: int, im
 
     The cut is the input of the first module, in order of execution, whose parameters all lie above the frozen part;
     at depth 0 it is the classifier's. The suffix is the model's own forward pass, in which the modules below the cut
-    answer with empty placeholders of the right shape. It is tried on random images before it is returned.
+    return empty placeholders of the right shape. It is checked on random images before it is returned.
 
-    Features of a cut nearer to the head come from those of one further away: `nearer.stop(lambda: further.suffix(x))`.
-
-    Args:
-        model: from `build`, on its device.
-        stage_names: from `stages`.
-        depth: stages counted from the head; 5 is all.
-        image_size: side in pixels.
+    The features of a cut can be computed from those of a cut further from the head:
+    `nearer.stop(lambda: further.suffix(features))`.
 
     Returns:
-        The cut; None where nothing is frozen, or the model can't be cut.
+        The cut; None if nothing is frozen or the model can't be cut.
     """
     if resolved_depth(stage_names, depth) == len(stage_names):
         return None
@@ -55,8 +48,12 @@ def split(model: nn.Module, stage_names: Sequence[Sequence[str]], depth: int, im
         return None
     if depth and any(shape is None or shape[0] % 2 for _, shape in calls):
         return None
-    # A trained parameter that is used below the cut, a register token for one, would get no gradient.
-    if above - {parameter for module in _after(model, cut, calls) for parameter in module.parameters()}:
+    # A trained parameter that is used below the cut, a register token for example, would get no gradient.
+    below = {inner for module, _ in calls for inner in module.modules()}
+    for module in model.modules():
+        if module not in below and (module is cut or cut not in set(module.modules())):
+            above -= set(module.parameters())
+    if above:
         return None
     channels_last = features.ndim == 4 and not features.is_contiguous()
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -70,17 +67,17 @@ def split(model: nn.Module, stage_names: Sequence[Sequence[str]], depth: int, im
             with torch.no_grad():
                 forward()
         except _CutReached as reached:
-            return reached.features  # type: ignore[no-any-return]
+            return reached.args[0]  # type: ignore[no-any-return]
         finally:
             hook.remove()
-        raise RuntimeError("the forward pass did not come to the cut")
+        raise RuntimeError("the forward pass did not reach the cut")
 
     def prefix(images: Tensor) -> Tensor:
-        # Standardized convolutions (NFNet) keep the layout that they are given, and it decides the rounding.
+        # Standardized convolutions (NFNet) keep the layout of their input, and the layout decides the rounding.
         return stop(lambda: model(images.contiguous(memory_format=torch.channels_last)))
 
     def suffix(features: Tensor) -> Tensor:
-        # Cached features may come back in another memory layout, in which kernels round otherwise.
+        # Cached features may return in another memory layout, in which kernels round differently.
         features = features.contiguous(memory_format=layout)
         remaining = iter(calls)
 
@@ -100,7 +97,7 @@ def split(model: nn.Module, stage_names: Sequence[Sequence[str]], depth: int, im
         def enter(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             return features, *inputs[1:]
 
-        hook = cut.register_forward_pre_hook(enter, prepend=True)  # before a `stop` that was set on the same module
+        hook = cut.register_forward_pre_hook(enter, prepend=True)  # before a `stop` on the same module
         skipped = {module for module, _ in calls}
         for module in skipped:
             module.forward = skip(module)
@@ -115,16 +112,13 @@ def split(model: nn.Module, stage_names: Sequence[Sequence[str]], depth: int, im
     return whole if _equal(model, whole, image_size) else None
 
 
-Calls = list[tuple[nn.Module, tuple[int, ...] | None]]
-
-
 def _trace(
     model: nn.Module, images: Tensor, target: nn.Module | None, above: set[nn.Parameter]
 ) -> tuple[nn.Module | None, Calls, Any]:
     """Run to the cut: `target`, or the first module whose parameters are all in `above`.
 
     Returns:
-        The module at the cut, the outermost calls that ended before it with their outputs' shapes, and its input.
+        The module at the cut, the outermost calls that ended before it, and its input.
     """
     calls: Calls = []
     started: list[int] = []  # for each running module, the number of calls when it began
@@ -141,39 +135,27 @@ def _trace(
         del calls[started.pop() :]
         calls.append((module, tuple(output.shape) if isinstance(output, Tensor) else None))
 
-    hooks = [hook for module in model.modules() for hook in _both_hooks(module, before, after)]
+    hooks = [module.register_forward_pre_hook(before) for module in model.modules()]
+    hooks += [module.register_forward_hook(after) for module in model.modules()]
     features = None
     try:
         with evaluating(model):
             model(images)
     except _CutReached as reached:
-        features = reached.features
+        features = reached.args[0]
     finally:
         for hook in hooks:
             hook.remove()
     return (cut[0] if cut else None), calls, features
 
 
-def _both_hooks(module: nn.Module, before: Any, after: Any) -> Iterator[Any]:
-    yield module.register_forward_pre_hook(before)
-    yield module.register_forward_hook(after)
-
-
-def _after(model: nn.Module, cut: nn.Module, calls: Calls) -> Iterator[nn.Module]:
-    """Modules that run at or after the cut: neither skipped nor holding the cut."""
-    skipped = {inner for module, _ in calls for inner in module.modules()}
-    for module in model.modules():
-        if module not in skipped and all(inner is not cut or module is cut for inner in module.modules()):
-            yield module
-
-
 def _equal(model: nn.Module, cut: Cut, image_size: int) -> bool:
-    """Whether prefix and suffix give the model's logits on random images in eval mode, on the CPU to the bit."""
+    """Check that prefix and suffix give the model's logits on random images in eval mode, on the CPU to the bit."""
     device = next(model.parameters()).device
     images = torch.rand(3, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(device)
     images = images.contiguous(memory_format=torch.channels_last)
     with evaluating(model):
         parts, whole = cut.suffix(cut.prefix(images)), model(images)
-    # CUDA may pick another kernel for the same convolution.
+    # CUDA may choose another kernel for the same convolution.
     tolerance = 0.0 if device.type == "cpu" else 1e-3
     return parts.shape == whole.shape and bool((parts - whole).abs().max() <= tolerance * whole.abs().max())

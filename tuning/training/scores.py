@@ -1,16 +1,45 @@
-"""What is measured of predictions."""
+"""Predictions, and what is measured of them."""
 
 import math
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize
+from torch import Tensor, nn
 from torch.nn import functional
+
+from tuning.training.dataset import Indices, Prepare
+
+EVALUATION_BATCH = 64
+
+
+@torch.no_grad()
+def predict(
+    forward: Callable[[Tensor], Tensor], batches: Iterable[Tensor], autocast: torch.autocast
+) -> NDArray[np.float32]:
+    """Return logits [n, classes], on the CPU; `forward` is a model in eval mode, or its trained part."""
+    logits = []
+    for batch in batches:
+        with autocast:
+            logits.append(forward(batch).float().cpu())
+    return torch.cat(logits).numpy()
+
+
+def predict_images(network: nn.Module, prepare: Prepare, indices: Indices) -> NDArray[np.float32]:
+    """Return logits [n, classes] of a whole network for unaugmented images; the network is put in eval mode."""
+    network.eval()
+    starts = range(0, len(indices), EVALUATION_BATCH)
+    batches = (prepare(indices[first : first + EVALUATION_BATCH], None, "none") for first in starts)
+    return predict(network, batches, torch.autocast("cpu", enabled=False))
 
 
 def score(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> dict[str, float | None]:
-    """Cross-entropy (nats), accuracy, balanced accuracy and AUROC from logits [n, classes] and class indices [n]."""
+    """Return cross-entropy (nats), accuracy, balanced accuracy and AUROC of logits [n, classes], given classes [n].
+
+    All are None if the loss is not finite; AUROC is None unless all classes are there.
+    """
     tensor = torch.from_numpy(logits)
     loss = float(functional.cross_entropy(tensor, torch.from_numpy(targets)))
     if not math.isfinite(loss):
@@ -29,7 +58,7 @@ def score(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> dict[str, 
 
 
 def auroc(positive: NDArray[np.bool_], values: NDArray[np.float64]) -> float:
-    """The chance that a positive has a higher value than a negative, ties counting half (the Mann-Whitney statistic).
+    """Return the probability that a positive has a higher value than a negative, ties counting half (Mann-Whitney).
 
     scikit-learn's takes half a second to load and milliseconds a call, more than an epoch of a head-only trial.
     """
@@ -41,11 +70,10 @@ def auroc(positive: NDArray[np.bool_], values: NDArray[np.float64]) -> float:
 
 
 def calibrated_loss(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> float | None:
-    """Cross-entropy (nats) left when logits [n, classes] are scaled and shifted by class as serves them best.
+    """Return the cross-entropy (nats) after the best calibration: one scale for all logits, one shift for each class.
 
-    Early in fine-tuning, batch norm's lagging statistics put logits out of scale; what they tell apart is seen sooner
-    than their plain cross-entropy shows. One image's worth of label smoothing keeps it from 0. Null where a logit is
-    not finite.
+    Early in fine-tuning, batch norm's lagging statistics put logits [n, classes] out of scale: this loss shows sooner
+    than plain cross-entropy how well they separate the classes. None if a logit is not finite.
     """
     if not np.isfinite(logits).all():
         return None
@@ -53,7 +81,7 @@ def calibrated_loss(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> 
     scale = float(np.abs(centred - centred.mean(axis=1, keepdims=True)).max()) or 1.0
     inputs = torch.from_numpy(centred) / scale
     wanted = torch.from_numpy(targets)
-    smoothing = 1 / (len(targets) + 2)  # else classes that are told apart without a fault would have no best scale
+    smoothing = 1 / (len(targets) + 2)  # of one image's worth: perfectly separated classes have no best scale otherwise
 
     def loss(parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         tensor = torch.from_numpy(parameters).requires_grad_()
