@@ -66,7 +66,7 @@ def flags_of(text):
 
 @cache
 def names_in(path):
-    """Functions, classes, methods and constants of a Python file."""
+    """Functions, classes, methods, constants and imported names of a Python file."""
     found = set()
     for node in ast.parse((ROOT / path).read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -74,6 +74,8 @@ def names_in(path):
                 node.name,
                 *(f"{node.name}.{each.name}" for each in node.body if isinstance(each, ast.FunctionDef)),
             }
+        elif isinstance(node, ast.ImportFrom):
+            found |= {each.asname or each.name for each in node.names}
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             found |= {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
     return found
@@ -151,6 +153,17 @@ def test_every_path_function_and_test_exists(page):
         assert (ROOT / path).exists(), path
     for path, name in re.findall(r"`([\w/]+\.py)::?([\w.]+)`", PAGES[page]):
         assert (ROOT / path).is_file() and name in names_in(path), f"{path}:{name}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_import_in_a_block_of_python_exists(page):
+    for language, block in FENCE.findall(PAGES[page]):
+        for node in ast.walk(ast.parse(block)) if language == "python" else ():
+            if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "tuning":
+                module = ROOT.joinpath(*node.module.split("."))
+                for alias in node.names:
+                    inside = (module / alias.name).with_suffix(".py")
+                    assert inside.exists() or alias.name in names_in(module.with_suffix(".py")), alias.name
 
 
 @pytest.mark.parametrize("room", ROOMS)
