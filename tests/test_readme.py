@@ -24,6 +24,7 @@ PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
     for path in sorted([*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).glob("*.md"))])
 }
+FINDINGS = {f"findings/{path.name}": path.read_text() for path in sorted((ROOT / "findings").glob("*.sh"))}
 SETTINGS_PAGE = ROOT / "docs" / "settings.md"
 ROOMS = sorted(path.parent.name for path in (ROOT / "tuning").glob("*/__init__.py"))
 COMMANDS = {"run_search": run_search, "audit": audit, "train_final": train_final, "report": report}
@@ -147,11 +148,12 @@ def test_every_link_leads_somewhere(page):
             assert anchor in anchors(str(target.resolve().relative_to(ROOT))), link
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])
+@pytest.mark.parametrize("page", [*(page for page in PAGES if page != "CHANGELOG.md"), *FINDINGS])
 def test_every_path_function_and_test_exists(page):
-    for path in re.findall(r"\b((?:tuning|tests|benchmarks|search_spaces)/[\w/]+\.[a-z]+)\b", PAGES[page]):
+    content = (PAGES | FINDINGS)[page]
+    for path in re.findall(r"\b((?:tuning|tests|benchmarks|search_spaces)/[\w/]+\.[a-z]+)\b", content):
         assert (ROOT / path).exists(), path
-    for path, name in re.findall(r"`([\w/]+\.py)::?([\w.]+)`", PAGES[page]):
+    for path, name in re.findall(r"`([\w/]+\.py)::?([\w.]+)`", content):
         assert (ROOT / path).is_file() and name in names_in(path), f"{path}:{name}"
 
 
@@ -164,6 +166,14 @@ def test_every_import_in_a_block_of_python_exists(page):
                 for alias in node.names:
                     inside = (module / alias.name).with_suffix(".py")
                     assert inside.exists() or alias.name in names_in(module.with_suffix(".py")), alias.name
+
+
+@pytest.mark.parametrize("finding", FINDINGS)
+def test_every_finding_is_listed_and_has_its_head(finding):
+    assert f"({Path(finding).name})" in PAGES["findings/README.md"]
+    head = FINDINGS[finding].partition("\nset -euo pipefail\n")[0]
+    parts = re.findall(r"^# (\w+):", head, re.MULTILINE)
+    assert parts == ["Library", "Expected", "Happens", "Seen", "Matters", "Guard"]
 
 
 @pytest.mark.parametrize("room", ROOMS)
