@@ -83,7 +83,7 @@ def test_train_test_predict(best, folder, tmp_path):
     assert right.mean() == tested["accuracy"]
     card = (model / "README.md").read_text()
     assert f"| accuracy | {tested['accuracy']:.3f} |" in card.replace("| 1 |", "| 1.000 |") and "Not a medical" in card
-    with pytest.raises(InputError, match="the test set is read once"):
+    with pytest.raises(InputError, match="the test set is to be read once"):
         run(Flags(str(best)))
 
 
@@ -186,7 +186,7 @@ def test_generated_images_are_drawn_anew_where_they_are_not(tmp_path, cache):
     document = yaml.safe_load((best / "best.yaml").read_text())
     document["provenance"]["fingerprint"] = "other"
     (best / "best.yaml").write_text(yaml.safe_dump(document))
-    with pytest.raises(InputError, match=f"drawn here by --data {cache}/phantoms-{phantoms.VERSION}$"):
+    with pytest.raises(InputError, match=f"generated here by --data {cache}/phantoms-{phantoms.VERSION}$"):
         run(Flags(str(best)))
 
 
@@ -223,7 +223,7 @@ def test_training_on_both_without_finalists_goes_to_the_trials_own_epoch(searche
 
 
 def test_training_on_both_to_no_known_epoch_is_refused(best):
-    with pytest.raises(InputError, match="says of no epoch that it was best"):
+    with pytest.raises(InputError, match="names no best epoch"):
         run(Flags(str(best), set=(("final_data=train+val",),)))
 
 

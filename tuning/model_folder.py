@@ -1,20 +1,18 @@
 """Predict with a final model; see `tuning.model.folder`."""
 
-if __name__ == "__main__":  # this folder would come first on the path, and its modules would shadow others
-    import sys
-    from pathlib import Path
+import sys
+from pathlib import Path
 
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":  # the checkout comes first on the path, not this folder, whose modules would shadow others
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import csv
 import dataclasses
 import glob
 import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import tyro
@@ -29,51 +27,52 @@ from tuning.settings.config import FORMATS, InputError
 __all__ = ["load_model"]
 
 NOT_LOADED = ("model.onnx", "mistakes.html")
-AT_ONCE = 256  # images that predict decodes before it classifies them
+AT_ONCE = 256  # images that are decoded before they are classified
 
 
 @dataclasses.dataclass(frozen=True)
 class Predict:
-    """Classify images: a row each, with the class and every class's probability.
+    """Classify images: one row for each, with the predicted class and the probability of every class.
 
-    Images that can't be read are told and have no row; the exit code is then 2.
+    Images that can't be read are reported and have no row; the exit code is then 2.
 
     Example: python tuning/model_folder.py predict results/xray/model films/ "more/*.png" --out predictions.csv
     """
 
-    model: Annotated[str, tyro.conf.Positional]
-    """Model folder, or its URI."""
-    images: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Image files, folders of them, URIs of these, or globs in quotes (** for folders in folders)."""
-    out: str | None = None
-    """Where to write, .csv or .parquet. Default: CSV to the standard output."""
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """Folder or URI of a model, such as results/NAME/model."""
+    images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE ...", help_behavior_hint="")]
+    """Image files, folders of images, URIs of either, or globs in quotes (** matches nested folders)."""
+    out: Annotated[tyro.conf.DisallowNone[str | None], tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """Table to write, .csv or .parquet. Default: CSV on the standard output."""
 
 
 def main() -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     arguments = [_not_a_flag(word) for word in sys.argv[1:]]
     return exit_code(lambda: run(tyro.extras.subcommand_cli_from_dict({"predict": Predict}, args=arguments)))
 
 
 def _not_a_flag(word: str) -> str:
-    """A file whose name begins with a dash, as the shell's * gives it, in a way that is no flag."""
+    """Return a file whose name begins with a dash, as from the shell's *, in a form that is not a flag."""
     return f"./{word}" if word.startswith("-") and os.path.lexists(word) else word
 
 
 def run(flags: Predict) -> int:
-    """Classify the images and write the table; returns the exit code.
+    """Classify the images and write the table; return the exit code.
 
     Raises:
-        InputError: images that can't be read, once the others' rows are written; nothing can be classified or written.
+        InputError: there is no model, no image, or the table can't be written; or, once the other rows are written,
+            images that can't be read.
     """
     if flags.out is not None and Path(flags.out).suffix not in (".csv", ".parquet"):
         raise InputError(f"--out: must end in .csv or .parquet, got {flags.out}")
     try:
         files, faults = named_images(flags.images)
     except OSError as error:
-        raise InputError(f"predict: {error}; is the storage reached, and are its keys given?") from None
+        raise InputError(f"predict: {error}; is the storage reachable, and are its keys set?") from None
     if not files:
-        raise InputError(faults or ["predict: give at least one image file"])
+        raise InputError(faults or ["predict: give at least one image"])
     with borrowed(flags.model, without=NOT_LOADED) as folder:
         model = load_model(folder)
     known: list[str] = []
@@ -92,47 +91,45 @@ def run(flags: Predict) -> int:
 
 
 def named_images(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Image files that files, folders and globs stand for, in order, and what is wrong with the rest.
+    """Return the image files that files, folders, globs and URIs name, in order, and what is wrong with the others.
 
-    In folders, images are what has the suffix of one; hidden files and folders are left out.
+    In folders, files with the suffix of an image count; hidden files and folders do not.
     """
     files, faults = [], []
     for word in words:
         if is_uri(word):
-            there, found = [], _stored(word)
-            what = "neither an image nor a folder of images"
+            found = [word] if stored([word]) != [None] else [joined(word, name) for name in _images(files_below(word))]
+            what = "is neither an image nor a folder of images"
         else:
             there = [word] if os.path.lexists(word) else sorted(glob.glob(word, recursive=True))
             found = [
                 str(Path(file)) for place in there for file in (_below(place) if os.path.isdir(place) else [place])
             ]
-            what = "no images in this folder" if there else "no such file or folder, and no file matches it as a glob"
+            what = "has no images" if there else "no such file or folder, and as a glob it matches nothing"
         if not found:
-            faults.append(f"{word}: {what}; give image files, folders or globs")
+            faults.append(f"{word}: {what}; give image files, folders of images, or globs")
         files += found
     return list(dict.fromkeys(files)), faults
-
-
-def _stored(uri: str) -> list[str]:
-    if stored([uri]) != [None]:
-        return [uri]
-    images = [name for name in sorted(files_below(uri)) if os.path.splitext(name)[1].lower() in FORMATS]
-    return [joined(uri, name) for name in images if not any(part.startswith(".") for part in name.split("/"))]
 
 
 def _below(folder: str) -> list[str]:
     found = []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        images = [name for name in names if os.path.splitext(name)[1].lower() in FORMATS and not name.startswith(".")]
-        found += [os.path.join(place, name) for name in images]
+        found += [os.path.join(place, name) for name in _images(names)]
     return sorted(found)
+
+
+def _images(names: Iterable[str]) -> list[str]:
+    """Return, sorted, the names that have the suffix of an image and no hidden part."""
+    images = [name for name in sorted(names) if os.path.splitext(name)[1].lower() in FORMATS]
+    return [name for name in images if not any(part.startswith(".") for part in name.split("/"))]
 
 
 def _predict_readable(
     model: Model | Ensemble, files: Sequence[str]
 ) -> tuple[list[NDArray[np.float64] | None], list[str]]:
-    """Probabilities of each file, null where it can't be read, and why; halves are tried until the faulty are alone."""
+    """Return each file's probabilities, None if it can't be read, and the faults, found by trying halves."""
     try:
         return list(model.predict(files)), []
     except InputError as error:
@@ -145,32 +142,30 @@ def _predict_readable(
 def _write_table(
     out: str | None, files: Sequence[str], classes: Sequence[str], probabilities: NDArray[np.float64]
 ) -> None:
-    """Rows of path, predicted class and each class's probability, as CSV or Parquet."""
-    predicted = [classes[place] for place in probabilities.argmax(axis=1)]
-    heads = ["path", "predicted", *(f"probability_{name}" for name in classes)]
+    predicted = [classes[index] for index in probabilities.argmax(axis=1)]
+    header = ["path", "predicted", *(f"probability_{name}" for name in classes)]
     try:
         if out is not None and out.endswith(".parquet"):
             import pyarrow as pa
             import pyarrow.parquet as pq
 
-            named = [os.fsencode(file).decode("utf-8", "replace") for file in files]  # Parquet holds Unicode alone
+            named = [os.fsencode(file).decode("utf-8", "replace") for file in files]  # Parquet holds only Unicode
             columns = [pa.array(values, pa.string()) for values in (named, predicted)]
             columns += [pa.array(values) for values in probabilities.T]
-            pq.write_table(pa.Table.from_arrays(columns, names=heads), out)
+            pq.write_table(pa.Table.from_arrays(columns, names=header), out)
             return
         with ExitStack() as stack:
             if out is None:
                 sys.stdout.reconfigure(errors="surrogateescape", newline="")  # type: ignore[union-attr]
-                stream: Any = sys.stdout
+                writer = csv.writer(sys.stdout)
             else:
                 opened = open(out, "w", encoding="utf-8", errors="surrogateescape", newline="")
-                stream = stack.enter_context(opened)
-            writer = csv.writer(stream)
-            writer.writerow(heads)
+                writer = csv.writer(stack.enter_context(opened))
+            writer.writerow(header)
             for file, label, row in zip(files, predicted, probabilities, strict=True):
                 writer.writerow([file, label, *(f"{value:.6f}" for value in row)])
     except OSError as error:
-        raise InputError(f"{out}: can't be written ({error.strerror}); choose another place by --out") from None
+        raise InputError(f"{out}: can't be written ({error.strerror}); choose another file by --out") from None
 
 
 if __name__ == "__main__":

@@ -1,20 +1,18 @@
 """best.yaml -> final training -> the test set, once -> the model folder."""
 
-if __name__ == "__main__":  # this folder would come first on the path, and its modules would shadow others
-    import sys
-    from pathlib import Path
+import sys
+from pathlib import Path
 
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":  # the checkout comes first on the path, not this folder, whose modules would shadow others
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import dataclasses
 import json
 import os
 import shlex
 import statistics
-import sys
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -32,7 +30,7 @@ from tuning.record.journal import read_journal
 from tuning.record.mirror import borrowed
 from tuning.record.predictions import read_predictions, write_tested
 from tuning.record.storage import is_uri, joined
-from tuning.settings.command_line import BAD_INPUT, DONE, command_line, exit_code
+from tuning.settings.command_line import BAD_INPUT, DONE, Pairs, command_line, exit_code
 from tuning.settings.config import InputError, SearchPlan, TrialConfig, build, cache_folder, visible
 from tuning.settings.documents import check_parts, read_mapping
 
@@ -43,21 +41,21 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """Train the best configuration again, test it once, and write the model folder.
+    """Train the best configuration, evaluate it once on the test set, and write the model folder.
 
     Example: python tuning/train_final.py results/xray
     """
 
-    best: Annotated[str, tyro.conf.Positional]
-    """Folder of a run, or a best.yaml."""
-    data: str | None = None
-    """Other data than the search's: its splits are made anew."""
-    set: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
-    """Any setting of docs/settings.md: --set weights=FOLDER learning_rate=1e-4."""
+    best: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Folder or URI of a run, or a best.yaml."""
+    data: Annotated[tyro.conf.DisallowNone[str | None], tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
+    """Other data to train and test on, with splits of its own. Default: the data and splits of the search."""
+    set: Annotated[Pairs, tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
+    """Any setting of docs/settings.md, such as --set final_data=train+val learning_rate=1e-4."""
 
 
 def main() -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     return exit_code(lambda: _run_at(tyro.cli(Flags)))
 
 
@@ -65,7 +63,7 @@ def _run_at(flags: Flags) -> int:
     with borrowed(flags.best) as place:
         written = str(run(dataclasses.replace(flags, best=str(place))))
     if is_uri(flags.best):
-        if place.exists():  # it couldn't be sent, which has been told
+        if place.exists():  # the model couldn't be sent, which has been reported
             return BAD_INPUT
         written = joined(flags.best, "model")
     print(f"\nwritten: {written}\nNext:\n  python tuning/model_folder.py predict {shlex.quote(written)} IMAGE ...")
@@ -74,47 +72,43 @@ def _run_at(flags: Flags) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Best:
-    """What best.yaml and the command line say."""
+    """A best.yaml with the changes that the command line makes."""
 
     path: Path
     config: TrialConfig
     plan: SearchPlan
     provenance: dict[str, Any]
-    changed: bool  # whether the configuration or the data is another than the search's
+    changed: bool  # whether the configuration or the data differs from the search's
 
 
 def run(flags: Flags, *, onnx: bool = True) -> Path:
-    """Train, test and write `model/` beside best.yaml; returns its folder.
+    """Train, test and write `model/` beside best.yaml; return its folder.
 
     Args:
         flags: of the command line.
-        onnx: whether to write the ONNX file too, which takes the longest of all after training.
+        onnx: whether to write the ONNX file too, which takes longest after training.
 
     Raises:
-        InputError: anything the user gave is wrong.
+        InputError: wrong input.
     """
-    # What to train, on what.
+    # Read and check: the configuration, the run, the data.
     best = _read_best(Path(flags.best) / "best.yaml" if Path(flags.best).is_dir() else Path(flags.best), flags)
     config, plan, run_folder = best.config, best.plan, best.path.parent
     folder = run_folder / "model"
-    # Damage is told before hours of training.
+    # Damage is reported before hours of training.
     if (run_folder / READINGS).exists():
         read_journal(run_folder / READINGS)
-    if (run_folder / "trials.parquet").exists():
-        tables.read_table(run_folder / "trials.parquet")
-    audited = run_folder / "audit.parquet"
-    findings = tables.read_table(audited) if audited.exists() else None
+    trials, findings = _table(run_folder / "trials.parquet"), _table(run_folder / "audit.parquet")
     if folder.exists():
-        raise InputError(f"{folder} exists, and the test set is read once; move it away to train again")
+        raise InputError(f"{folder} exists, and the test set is to be read once; move it away to train again")
     if not os.access(run_folder, os.W_OK | os.X_OK, effective_ids=True):
-        raise InputError(f"{run_folder}: no permission to write there; copy best.yaml to a folder of yours")
-    recorded = run_folder / "samples.parquet"
-    table = tables.read_table(recorded) if flags.data is None and recorded.exists() else None
+        raise InputError(f"{run_folder}: no permission to write there; copy best.yaml to a folder of your own")
+    table = _table(run_folder / "samples.parquet") if flags.data is None else None
     last = _median_best_epoch(best) if plan.final_data == "train+val" else None
     configs = {"": config}
     if plan.ensemble:
         if table is None:
-            raise InputError(f"ensemble=true: needs the run's folder, with what the search left; {run_folder} is none")
+            raise InputError(f"ensemble=true: needs the folder of a run, with its tables; {run_folder} has none")
         from tuning.model.final import kept_trials
 
         predictions, known = kept_trials(run_folder, table)
@@ -124,14 +118,14 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     if audit is not None:
         findings = audit.to_pandas()
     if flags.data is None and found != best.provenance["fingerprint"]:
-        cure = "name the new data by --data"
+        cure = "give the new data by --data"
         if plan.data is None:
-            cure = f"train on what is drawn here by --data {Path(table['file'].iloc[0]).parents[1]}"
-        raise InputError(f"the data has changed since {best.path} was written; put it back, or {cure}")
+            cure = f"train on the images generated here by --data {Path(table['file'].iloc[0]).parents[1]}"
+        raise InputError(f"the data has changed since {best.path} was written; restore it, or {cure}")
     for line in told:
         print(visible(line))
 
-    import torch  # takes seconds to load, and timm more: bad input and --help are told before
+    import torch  # takes seconds to load, and timm more: wrong input is reported before
 
     from tuning.model.card import card
     from tuning.model.export import MODEL, export, interface
@@ -151,7 +145,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     if device.type == "cpu":
         keep_memory()
 
-    # Train, or put together what the search has trained.
+    # Train, or build an ensemble of trained models.
     if plan.ensemble:
         final = assemble(run_folder, predictions, configs, data, weights=weights, device=device)
     else:
@@ -164,15 +158,15 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
                 device=device,
                 metric=plan.metric,
                 features=FeatureCache(outputs, plan.cache_bytes, device, augmented=False),
-                on_epoch=lambda row: _tell_epoch(row, config.epochs, on_both=last is not None),
+                on_epoch=lambda row: _print_epoch(row, config.epochs, on_both=last is not None),
             )
 
     # Calibrate.
-    validated, fitted_on = _validated(best, final.validated, table)
+    validated, fitted_on = _validated(best, trials, final.validated, table)
     fitted = [fit_temperature(logits, some.labels[some.val]) for logits in validated]
     temperature = statistics.median(fitted) if fitted else 1.0
 
-    # Export: before the test set is read, since it takes a while and may be interrupted.
+    # Export before the test set is read, since this takes a while and may be interrupted.
     unfinished = Path(tempfile.mkdtemp(prefix=".model-", dir=run_folder))
     unfinished.chmod(0o755)
     shaping = {name: preprocessing(each, plan.fit, plan.drop_colour) for name, (_, each) in final.networks.items()}
@@ -190,7 +184,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
         logits = final.logits(data, "test", device)
         tested = score_test_set(logits, temperature, rows, some.classes)
 
-    # Write: weights and figures first, then what people look at.
+    # Write: weights and metrics first, then what people look at.
     metrics = final.metrics | {
         "verdict": best.provenance.get("verdict"),
         "temperature": {"value": temperature, "fitted_on": fitted_on},
@@ -223,7 +217,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     except OSError as error:
         raise InputError(f"{folder}: can't be written ({error.strerror}); the model is in {unfinished}") from None
     print_metrics(metrics)
-    try:  # the model is there, and its test set is read: what is only shown of it must not end this
+    try:  # the model is written and tested: a fault in what only shows it must not fail the command
         if logits is not None:
             _show(folder, best, final, data, rows, probabilities, temperature)
         whence = best.provenance | {"changed": best.changed, "final_settings": plan.model_dump()}
@@ -242,7 +236,7 @@ def _show(
     probabilities: NDArray[np.float64],
     temperature: float,
 ) -> None:
-    """Write what the model made of the test set: the table, the plots, the page of mistakes."""
+    """Write the plots and the page of mistakes on the test set."""
     from tuning.model.activation import class_maps
     from tuning.model.mistakes import SIDE, mistakes_page, picture, worst
     from tuning.show.plots import write_plots
@@ -263,6 +257,10 @@ def _show(
     (folder / "mistakes.html").write_text(page, encoding="utf-8", errors="replace")
 
 
+def _table(path: Path) -> pd.DataFrame | None:
+    return tables.read_table(path) if path.exists() else None
+
+
 def _read_best(path: Path, flags: Flags) -> Best:
     if not path.is_file():
         raise InputError(f"{path}: no such file; give the folder of a run that has a best.yaml")
@@ -276,46 +274,44 @@ def _read_best(path: Path, flags: Flags) -> Best:
     plan = build(SearchPlan, settings | given, str(path))
     reshaped = any(given.get(key, settings.get(key)) != settings.get(key) for key in ("fit", "drop_colour"))
     if plan.ensemble and (overrides or reshaped or flags.data is not None or plan.final_data != "train"):
-        raise InputError(
-            "ensemble=true: takes the weights that the search has trained, on its training images; leave it out, or "
-            "leave out --data, final_data, fit, drop_colour and parameters of trials"
-        )
+        cure = "leave it out, or leave out --data, final_data, fit, drop_colour and parameters of trials"
+        raise InputError(f"ensemble=true: uses the weights that the search has trained; {cure}")
     changed = flags.data is not None or reshaped or "weights" in given or bool(overrides.keys() - {"seed"})
     return Best(path, build(TrialConfig, document | overrides, str(path)), plan, provenance, changed)
 
 
 def _median_best_epoch(best: Best) -> int:
-    """The median best epoch of the finalists; without finalists the trial's own. At most all planned epochs."""
+    """Return the median best epoch of the finalists or, without finalists, of the trial; at most the planned epochs."""
     own = best.provenance.get("best_epoch")
     found: Any = best.provenance.get("best_epochs") or [own.get("epoch") if isinstance(own, dict) else None]
     if not isinstance(found, list) or not all(type(epoch) is int and epoch > 0 for epoch in found):
-        raise InputError(f"final_data=train+val: {best.path} says of no epoch that it was best; leave it out")
+        raise InputError(f"final_data=train+val: {best.path} names no best epoch; leave it out")
     return min(round(float(statistics.median(found))), best.config.epochs)
 
 
-def _validated(best: Best, logits: NDArray[Any] | None, samples: pd.DataFrame) -> tuple[list[NDArray[Any]], str | None]:
-    """Logits of validation by models that were not trained on it, and which models these are.
+def _validated(
+    best: Best, trials: pd.DataFrame | None, logits: NDArray[Any] | None, samples: pd.DataFrame
+) -> tuple[list[NDArray[Any]], str | None]:
+    """Return validation logits by models that were not trained on the validation set, and which models these are.
 
-    Where the final model was (its own `logits` are null), these are the search's runs of the same configuration.
+    If the final model was (its `logits` are None), these are the runs of the same configuration in the search.
     """
-    path = best.path.parent / "trials.parquet"
     if logits is not None:
         return [logits], "validation"
-    if best.changed or not path.exists():
+    if best.changed or trials is None:
         return [], None
-    trials = tables.read_table(path)
     columns = [name for name in trials.columns if name.startswith("config_")]
     mine = trials.loc[trials["trial_id"] == best.provenance.get("trial_id"), columns]
     alike = trials[trials["origin"] != "probe"].merge(mine, on=columns)
-    known = read_predictions(path.parent, alike, samples)
+    known = read_predictions(best.path.parent, alike, samples)
     named = f"validation, by {', '.join(known.trial_ids)} of the search" if known.trial_ids else None
     return [logarithms(each) for each in known.probabilities], named
 
 
-def _tell_epoch(row: dict[str, Any], epochs: int, *, on_both: bool) -> None:
+def _print_epoch(row: dict[str, Any], epochs: int, *, on_both: bool) -> None:
     names = ("train_loss", "train_eval_loss") + (() if on_both else ("val_loss", "val_accuracy"))
-    said = "  ".join(f"{name} {'not finite' if row[name] is None else f'{row[name]:.4f}'}" for name in names)
-    print(f"epoch {row['epoch']}/{epochs}  {said}", flush=True)
+    values = "  ".join(f"{name} {'not finite' if row[name] is None else f'{row[name]:.4f}'}" for name in names)
+    print(f"epoch {row['epoch']}/{epochs}  {values}", flush=True)
 
 
 if __name__ == "__main__":

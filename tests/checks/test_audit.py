@@ -321,9 +321,9 @@ def test_the_command_refuses_what_it_does_not_know(films, capsys, monkeypatch):
     data = manifest()
     for arguments, said in (
         ([str(folder / "nothing")], "no such folder or file"),
-        ([data, "--set", "learning_rate=0.1"], "--set learning_rate: has no bearing on an audit"),
+        ([data, "--set", "learning_rate=0.1"], "--set learning_rate: has no effect on an audit"),
         ([data, "--set", "on_leak=go"], "--set on_leak: must be 'stop', 'warn' or 'move'"),
-        ([data, "--out", str(folder / "00.png" / "x")], "can't be made"),
+        ([data, "--out", str(folder / "00.png" / "x")], "can't be created"),
     ):
         monkeypatch.setattr(sys, "argv", ["audit.py", *arguments])
         assert main() == 2

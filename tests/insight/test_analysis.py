@@ -196,7 +196,7 @@ def test_runs_of_one_name_are_told_apart_and_none_is_no_run(folders, tmp_path):
         analysis.load_trials()
     with pytest.raises(InputError, match="no such table"):
         analysis.load_trials(tmp_path)
-    with pytest.raises(InputError, match=r"no plan\.yaml there"):
+    with pytest.raises(InputError, match=r"has no plan\.yaml"):
         analysis.load_space(tmp_path)
 
 

@@ -179,7 +179,7 @@ def test_a_model_and_images_in_a_storage(named, bucket, tmp_path, monkeypatch, c
     code, said, told = predict(monkeypatch, capfd, there, one, "😷.png")
     assert (code, told) == (0, "") and said == here.replace("[1].png", one)
     code, said, told = predict(monkeypatch, capfd, there, f"{bucket}/films/", f"{bucket}/nowhere")
-    assert code == 2 and f"error: {bucket}/nowhere: neither an image nor a folder of images" in told
+    assert code == 2 and f"error: {bucket}/nowhere: is neither an image nor a folder of images" in told
     rows = list(csv.DictReader(io.StringIO(said, newline="")))
     assert sorted(row["path"] for row in rows) == sorted(f"{bucket}/films/{name}" for name in NAMES if "\n" not in name)
     code, _, told = predict(monkeypatch, capfd, f"{bucket}/xray/none", one)

@@ -155,14 +155,14 @@ def test_only_the_best_of_very_many_are_in_the_page(tmp_path, monkeypatch):
 
 
 def test_what_is_no_run_is_told(tmp_path):
-    with pytest.raises(InputError, match=r"no plan\.yaml there; give the folder of a run"):
+    with pytest.raises(InputError, match=r"has no plan\.yaml; give the folder of a run"):
         run_report(Flags((str(tmp_path),)))
-    with pytest.raises(InputError, match="which run"):
+    with pytest.raises(InputError, match="give the folder of a run"):
         run_report(Flags(()))
 
 
 def test_a_place_that_cannot_be_written_is_told(folder, tmp_path):
-    with pytest.raises(InputError, match="choose another place by --out"):
+    with pytest.raises(InputError, match="choose another file by --out"):
         run_report(Flags((str(folder),), out=str(tmp_path / "none" / "a.html")))
 
 
