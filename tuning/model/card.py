@@ -87,8 +87,7 @@ def card(
     Args:
         model: its folder, with `config.yaml`, `metrics.json` and perhaps plots.
         run: folder of the best.yaml and perhaps the tables of its run.
-        provenance: of the best.yaml; `changed` says whether another configuration or other data was trained, and
-            `final_settings` with which settings.
+        provenance: of the best.yaml, with `final_settings` and whether configuration or data were `changed` from it.
     """
     config = yaml.safe_load((model / "config.yaml").read_text(encoding="utf-8"))
     metrics = json.loads((model / "metrics.json").read_text(encoding="utf-8"))

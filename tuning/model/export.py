@@ -21,7 +21,6 @@ from tuning.training.dataset import Data
 CHECKED_IMAGES, CHECKED_DIFFERENCE = 64, 1e-4  # validation images; largest difference between probabilities
 BATCH = 16  # of the comparison: another size than the model was traced with
 MODEL = "model.onnx"
-CPU = torch.device("cpu")
 
 
 class Classifier(nn.Module):
@@ -59,7 +58,7 @@ def export(
     try:
         write_onnx(path, final, temperature, described)
         some = {size: dataclasses.replace(each, val=each.val[:CHECKED_IMAGES]) for size, each in data.items()}
-        wanted = tempered(final.logits(some, "val", CPU), temperature)
+        wanted = tempered(final.logits(some, "val", torch.device("cpu")), temperature)
         difference = float(np.abs(run_onnx(path, some) - wanted).max())
         if not difference <= CHECKED_DIFFERENCE:
             raise RuntimeError(f"its probabilities differ from PyTorch's by {difference:.2g}")
@@ -74,8 +73,7 @@ def export(
 def write_onnx(path: Path, final: Final, temperature: float, described: Mapping[str, Any]) -> None:
     """Write an ONNX file that gives `probabilities`, for any batch size.
 
-    Its input is `images`, float32 [batch, 3, side, side] in 0 to 1; an ensemble of several sizes has `images_<side>`
-    for each.
+    Its input is `images`, float32 [batch, 3, side, side] in 0 to 1, or one `images_<side>` for each of several sizes.
     """
     model = Classifier(final, temperature).cpu().eval()
     examples = tuple(torch.rand(2, 3, side, side) for side in model.sizes)

@@ -95,8 +95,8 @@ def save_model(
     with replacing(folder / WEIGHTS) as temporary:
         save_file({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}, temporary)
     document = {"config": config.model_dump(), "classes": list(classes), "temperature": temperature}
-    document |= {"weights_sha256": _digest(folder)}
-    _write_config(folder, document | {"preprocessing": preprocessing(config, fit, drop_colour), **described})
+    document |= {"weights_sha256": _digest(folder), "preprocessing": preprocessing(config, fit, drop_colour)}
+    _write_config(folder, document | described)
 
 
 def preprocessing(config: TrialConfig, fit: str, drop_colour: bool) -> dict[str, Any]:

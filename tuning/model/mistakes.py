@@ -80,7 +80,7 @@ def mistakes_page(
         sample = tested.iloc[row]
         images = [_image(pictures[place], f"{sample['label']}: {sample['path']}")]
         if maps is not None:
-            images.append(_image(overlaid(pictures[place], maps[place]), "the same with its class-activation map"))
+            images.append(_image(overlaid(pictures[place], maps[place]), "the same under its class-activation map"))
         kind = "pictures" if maps is not None else "pictures alone"
         figures.append(
             f'<figure><div class="{kind}">{"".join(images)}</div><figcaption>'
@@ -91,21 +91,18 @@ def mistakes_page(
     summary = f"{mistakes.total:,} of {count(len(tested), 'test image')} misclassified"
     most = f"; the {len(figures)} most confident mistakes are shown" if len(figures) < mistakes.total else ""
     head = f"<header><h1>{text(title)}: mistakes</h1><p>{text(summary + most)}.</p><p>{links}</p></header>"
+    shown = "<p>There are none.</p>"
     if figures:
         explained = note(MAPS if maps is not None else "Class-activation maps could not be computed for this model.")
         shown = f'{explained}<div class="mistakes">{"".join(figures)}</div>'
-    else:
-        shown = "<p>There are none.</p>"
     return still(f"{title}: mistakes", [head, section("mistakes", "Most confident mistakes first", shown)], CSS)
 
 
 def _probabilities(label: str, values: NDArray[np.float64], classes: Sequence[str]) -> str:
     """List the probabilities of the most probable classes and of the true one."""
     order = [int(place) for place in np.argsort(-values, kind="stable")]
-    shown = order[:PROBABILITIES]
-    shown += [place for place in order[PROBABILITIES:] if classes[place] == label]
     rows = []
-    for place in shown:
+    for place in order[:PROBABILITIES] + [place for place in order[PROBABILITIES:] if classes[place] == label]:
         kind = "true" if classes[place] == label else "predicted" if place == order[0] else ""
         name = text(classes[place])
         words = f"{name} ({kind})" if kind else name
