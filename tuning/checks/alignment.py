@@ -170,9 +170,8 @@ def glance(bands: NDArray[np.int8], a: Ints, b: Ints, warp: Floats) -> tuple[Flo
     shape, flat = (len(a), *pixels.shape), pixels.ravel()
     moved, valid = _sampled(bands, a, warp, _grid(SIDE)[:, flat], 0)
     fixed = bands.reshape(len(bands), SIDE**2)[b[:, None], flat].astype(np.float32)
-    moved, fixed = (
-        values.reshape(shape) - values.reshape(shape).mean(axis=2, keepdims=True) for values in (moved, fixed)
-    )
+    moved, fixed = (values.reshape(shape) for values in (moved, fixed))
+    moved, fixed = (values - values.mean(axis=2, keepdims=True) for values in (moved, fixed))
     spreads = [(values**2).mean(axis=2) for values in (moved, fixed)]
     correlation = (moved * fixed).mean(axis=2) / np.sqrt(spreads[0] * spreads[1] + 1e-6)
     telling = valid.reshape(shape).mean(axis=2) > 0.9
@@ -208,9 +207,8 @@ def agreement(pictures: Bytes, a: Ints, b: Ints, warp: Floats) -> tuple[Floats]:
     count = over(np.ones_like(moved)) + 1e-6
     mean_moved, mean_fixed = over(moved) / count, over(fixed) / count
     var_moved, var_fixed = over(moved**2) / count - mean_moved**2, over(fixed**2) / count - mean_fixed**2
-    correlation = (over(moved * fixed) / count - mean_moved * mean_fixed) / np.sqrt(
-        (var_moved + 1e-6) * (var_fixed + 1e-6)
-    )
+    spread = np.sqrt((var_moved + 1e-6) * (var_fixed + 1e-6))
+    correlation = (over(moved * fixed) / count - mean_moved * mean_fixed) / spread
     telling = count > 0.5
     for var in (var_moved, var_fixed):
         telling &= var > FLAT**2

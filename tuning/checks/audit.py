@@ -65,8 +65,6 @@ def load_checked(
 
 
 class Decoded(NamedTuple):
-    """Samples with their decoded images."""
-
     samples: pd.DataFrame
     folders: dict[int, Path]
     hashes: list[str]
@@ -162,9 +160,7 @@ def audited(plan: SearchPlan, decoded: Decoded) -> tuple[list[Finding], pd.DataF
         moved = table.assign(split=pd.Series(after, dtype=object))
         if emptied := _emptied(table, moved):
             cure = "move groups by hand, or remove the split column for random splits by group"
-            raise InputError(
-                f"on_leak=move: moving groups and copies together would leave no image of {emptied}; {cure}"
-            )
+            raise InputError(f"on_leak=move: the moves would leave no image of {emptied}; {cure}")
     messages = findings.summary(found, int((moved["split"] != table["split"]).sum()))
     if identical and table.attrs["random_splits"]:
         names = ", ".join(table.attrs["random_splits"])

@@ -101,8 +101,8 @@ def bars_of(shown: Pixels, facts: pd.DataFrame) -> Ints:
     side = shown.shape[1]
     longer, shorter = (facts[["width", "height"]].agg(which, axis=1).to_numpy() for which in ("max", "min"))
     bars = (side - np.round(shorter * side / longer).clip(1).astype(np.int64)) // 2
-    lying = np.array([not image[:bar].any() for image, bar in zip(shown, bars, strict=True)])  # EXIF may have turned it
-    found: Ints = np.where(lying[:, None], [1, 0], [0, 1]) * bars[:, None]
+    wide = np.array([not image[:bar].any() for image, bar in zip(shown, bars, strict=True)])  # EXIF may have turned it
+    found: Ints = np.where(wide[:, None], [1, 0], [0, 1]) * bars[:, None]
     return found
 
 
@@ -167,9 +167,8 @@ def _neighbours(
     wanted = min(NEIGHBOURS, n - 1)
     found = np.argpartition(best, n - wanted, axis=1)[:, n - wanted :]
     starts = [_turned(crops[:, high, wide], turn).reshape(len(chosen), -1) for high, wide, turn in STARTS]
-    scores = np.stack(starts, axis=1) @ spectra[found].reshape(*found.shape, -1).transpose(
-        0, 2, 1
-    )  # [chosen, starts, neighbours]
+    near = spectra[found].reshape(*found.shape, -1)
+    scores = np.stack(starts, axis=1) @ near.transpose(0, 2, 1)  # [chosen, starts, neighbours]
     return found, scores.argmax(axis=1), scores.max(axis=1)
 
 

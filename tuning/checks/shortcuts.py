@@ -93,17 +93,13 @@ def folds(labels: Sequence[str], units: Ints) -> Folds | None:
 def _shuffled(true: Ints, units: Ints) -> Ints:
     """The labels laid out unit after unit, with the units in another order each time."""
     order = np.argsort(units, kind="stable")
-    ends = np.flatnonzero(np.diff(units[order])) + 1
-    blocks = np.split(true[order], ends)
+    blocks = np.split(true[order], np.flatnonzero(np.diff(units[order])) + 1)
     rng = np.random.default_rng(0)
     labels = np.empty((1 + SHUFFLES, len(true)), dtype=np.int64)
     labels[0] = true
     for row in labels[1:]:
         row[order] = np.concatenate([blocks[index] for index in rng.permutation(len(blocks))])
     return labels
-
-
-# --- Tables: one fact, one class against the rest --------------------------------------------------------------------
 
 
 def best_table(finding: str, facts: Mapping[str, Sequence[str] | Reals], folds: Folds) -> Shortcut:
@@ -170,9 +166,6 @@ def _words(name: str, parts: list[str] | Reals, called: NDArray[np.bool_]) -> st
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-
-
-# --- Linear probes ---------------------------------------------------------------------------------------------------
 
 
 def linear_probe(finding: str, name: str, features: Floats, folds: Folds) -> Shortcut:

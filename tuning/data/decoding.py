@@ -45,14 +45,8 @@ SIGNATURES = [  # format, and the offset and bytes that identify it
     ("gzip", 0, b"\x1f\x8b"),
 ]
 # The classes are called directly, since `Image.open` warns about large and multi-picture images.
-READERS: dict[str, Callable[[BinaryIO], ImageFile]] = {
-    "JPEG": JpegImageFile,
-    "PNG": PngImageFile,
-    "GIF": GifImageFile,
-    "BMP": BmpImageFile,
-    "TIFF": TiffImageFile,
-    "WEBP": WebPImageFile,
-}
+READERS: dict[str, Callable[[BinaryIO], ImageFile]] = {"JPEG": JpegImageFile, "PNG": PngImageFile, "GIF": GifImageFile}
+READERS |= {"BMP": BmpImageFile, "TIFF": TiffImageFile, "WEBP": WebPImageFile}
 TURNS = {  # what turns an image of an EXIF orientation upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -97,7 +91,7 @@ class Shown(NamedTuple):
 
 
 def decode(file: str, image_size: int, *, fit: str = "squash", drop_colour: bool = False) -> tuple[Pixels, Facts]:
-    """Return an image as a viewer shows it, made square, and its facts.
+    """Return an image as a viewer shows it, made square, uint8 [side, side] or [side, side, 3], and its facts.
 
     EXIF orientation is applied and transparency becomes black. A coloured image whose channels are equal, apart from
     rounding, becomes grey. Colour profiles are not applied.
@@ -107,9 +101,6 @@ def decode(file: str, image_size: int, *, fit: str = "squash", drop_colour: bool
         image_size: side, in pixels.
         fit: `squash` to a square, `crop` to the centre square, or `letterbox` with black bars.
         drop_colour: makes every image grey.
-
-    Returns:
-        uint8, [side, side] if grey, else [side, side, 3]; and the facts.
 
     Raises:
         InputError: the file can't be read or its format isn't supported; the message doesn't name the file.

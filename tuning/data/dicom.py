@@ -51,7 +51,7 @@ def show(dataset: "Dataset") -> tuple[Image.Image, list[str]]:
 
     Grey values go through the modality transformation and the first VOI LUT or window; MONOCHROME1 is inverted.
 
-    Source: DICOM PS3.3, C.7.6.3 and C.11.
+    Source: DICOM PS3.3, C.7.6.3 and C.11; of windows, C.11.2.1.2 and C.11.2.1.3.
     """
     from pydicom.pixels import apply_color_lut, pixel_array
 
@@ -75,10 +75,7 @@ def show(dataset: "Dataset") -> tuple[Image.Image, list[str]]:
 
 
 def _brightness(dataset: "Dataset", stored: Any, pixels: Any) -> tuple[Any, list[str]]:
-    """Brightness of each stored value of `pixels`, from 0 to 1 and beyond, and notes for the user.
-
-    Source: DICOM PS3.3, C.11.2.1.2 and C.11.2.1.3, of windows.
-    """
+    """Brightness of each stored value of `pixels`, from 0 to 1 and beyond, and notes for the user."""
     from pydicom.pixels import apply_modality_lut, apply_voi
     from scipy.special import expit
 

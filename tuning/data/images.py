@@ -167,7 +167,7 @@ def decode_all(
     unreadable: dict[int, str] = {}
     try:
         decoded = map(partial(_decode_or_reason, image_size=image_size, fit=fit, drop_colour=drop_colour), files)
-        pixels = _readable_ones(decoded, facts, unreadable)
+        pixels = _pixels_of(decoded, facts, unreadable)
         _write_array(unfinished / "images.npy", (len(files), image_size, image_size), pixels)
         if unreadable:
             return target, unreadable
@@ -208,9 +208,7 @@ def _decode_or_reason(file: str, image_size: int, fit: str, drop_colour: bool) -
         return str(error)
 
 
-def _readable_ones(
-    decoded: Iterable[Decoded | str], facts: list[Facts], unreadable: dict[int, str]
-) -> Iterator[Pixels]:
+def _pixels_of(decoded: Iterable[Decoded | str], facts: list[Facts], unreadable: dict[int, str]) -> Iterator[Pixels]:
     """Pixels of the images that could be decoded; fills in their facts, and the reasons of the others by index."""
     for index, result in enumerate(decoded):
         if isinstance(result, str):

@@ -22,7 +22,7 @@ from tuning.settings.words import count, examples
 IMAGE_SUFFIXES = tuple(FORMATS)
 SPLIT_WORDS = {"train": "train", "training": "train"}
 SPLIT_WORDS |= {"val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test"}
-KINDS = "give a folder of class folders, or a CSV or Parquet manifest"
+WANTED = "give a folder of class folders, or a CSV or Parquet manifest"
 
 
 class Sample(NamedTuple):
@@ -91,9 +91,7 @@ def load_samples(
         uris = [sample.file for sample in samples if storage.is_uri(sample.file)]
         known = dict(zip(uris, storage.stored(uris), strict=True))
     except OSError as error:
-        raise InputError(
-            f"{data}: can't be read ({error}); can the storage be reached, and are its keys set?"
-        ) from None
+        raise InputError(f"{data}: can't be read ({error}); is the storage up, and are its keys set?") from None
     missing = [
         path for path, file, *_ in samples if (known[file] is None if file in known else not os.path.isfile(file))
     ]
@@ -143,7 +141,7 @@ def _read_local(root: str, columns: tuple[str, str, str, str], faults: list[str]
         return _read_folder(root, entries_of, faults)
     if os.path.exists(root):
         return _read_manifest(root, columns, faults)
-    faults.append(f"{root}: no such folder or file; {KINDS}")
+    faults.append(f"{root}: no such folder or file; {WANTED}")
     return []
 
 
@@ -153,7 +151,7 @@ def _read_stored(root: str, columns: tuple[str, str, str, str], faults: list[str
         return _read_manifest(root, columns, faults)
     files = storage.files_below(root)
     if not files:
-        faults.append(f"{root}: nothing is there; {KINDS}")
+        faults.append(f"{root}: nothing is there; {WANTED}")
         return []
     below: dict[str, dict[str, Entry]] = defaultdict(dict)
     for name in files:
@@ -169,7 +167,8 @@ def _read_stored(root: str, columns: tuple[str, str, str, str], faults: list[str
 
 def _read_folder(root: str, entries_of: Lister, faults: list[str]) -> list[Sample]:
     """Samples of a folder of class folders, with or without split folders."""
-    names = [entry.name for entry in entries_of(root) if entry.is_folder]
+    inside = entries_of(root)
+    names = [entry.name for entry in inside if entry.is_folder]
     split_of = {name: SPLIT_WORDS[name.lower()] for name in names if name.lower() in SPLIT_WORDS}
     if len(set(split_of.values())) < len(split_of):
         faults.append(f"{root}: two of the folders {', '.join(split_of)} mean the same split; keep one of each")
@@ -183,9 +182,9 @@ def _read_folder(root: str, entries_of: Lister, faults: list[str]) -> list[Sampl
     for part in [*split_of] or [""]:
         split = split_of.get(part)
         folder = storage.joined(root, part) if part else root
-        entries = entries_of(folder)
+        entries = entries_of(folder) if part else inside
         class_folders = [entry for entry in entries if entry.is_folder]
-        loose = [entry.name for entry in entries if not entry.is_folder and _is_image(entry.name)]
+        loose = [entry.name for entry in entries if not entry.is_folder and entry.name.lower().endswith(IMAGE_SUFFIXES)]
         if loose:
             faults.append(
                 f"{folder}: {count(len(loose), 'image')} outside the class folders ({examples(loose)}); put each into "
@@ -196,7 +195,7 @@ def _read_folder(root: str, entries_of: Lister, faults: list[str]) -> list[Sampl
         for entry in class_folders:
             classes[split].add(entry.name)
             files = _list_files(entry.path, entries_of, set())
-            images = [file for file in files if _is_image(file)]
+            images = [file for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
             if not images:
                 suffixes = sorted({os.path.splitext(file)[1] or "none" for file in files})
                 others = f"{count(len(files), 'file')} with other suffixes: {examples(suffixes)}"
@@ -226,10 +225,6 @@ def _list_files(folder: str, entries_of: Lister, seen: set[str]) -> list[str]:
     for entry in entries_of(folder):
         files += _list_files(entry.path, entries_of, seen) if entry.is_folder else [entry.path]
     return files
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 # --- Manifests -------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from tuning.settings.config import InputError
 from tuning.settings.words import count, examples
 
 SPLITS = ("test", "val", "train")  # in a tie the first keeps a unit, so that the test set never shrinks by one
-REDRAWS = 20  # tries to find a random split with every class in training and validation
+TRIES = 20  # random splits that are tried until training and validation have every class
 
 
 def random_splits(
@@ -42,13 +42,13 @@ def resplit(samples: pd.DataFrame, seed: int) -> pd.DataFrame:
     """Return the samples with another random split into training and validation, in the same shares; test stays.
 
     Units of the audit stay whole: groups with all copies of their images, by the column `unit`. A split that leaves
-    training or validation without a class is replaced by another; after 20 of them the samples are returned unchanged.
+    training or validation without a class is replaced by another; after `TRIES` the samples are returned unchanged.
     """
     pool = samples["split"] != "test"
     val_fraction = float((samples["split"] == "val").sum() / pool.sum())
     fractions = {"train": 1 - val_fraction, "val": val_fraction}
     units = [f"unit {unit}" for unit in samples["unit"]]
-    for attempt in range(REDRAWS):
+    for attempt in range(TRIES):
         with suppress(InputError):
             return _split(samples, pool, units, fractions, salt=f"{seed} {attempt} ")
     return samples
@@ -57,17 +57,11 @@ def resplit(samples: pd.DataFrame, seed: int) -> pd.DataFrame:
 def _split(
     samples: pd.DataFrame, pool: pd.Series, units: Sequence[str], fractions: Mapping[str, float], salt: str = ""
 ) -> pd.DataFrame:
-    """Put each unit of the pool into the split that most needs its classes.
+    """Put each unit of the pool into the split that most needs its classes, by the splits' fractions of the images.
 
     Units are taken in the order of the sha256 of `salt` and their names, so that neither the order of the rows nor the
     machine matters. For units of one image this is largest-remainder apportionment: each split's count of a class is
-    within one image of its share.
-
-    Args:
-        fractions: share of each split; they sum to 1.
-
-    Raises:
-        InputError: a class has no image in train or val.
+    within one image of its share. An InputError names classes without an image in train or val.
     """
     chosen = [unit for unit, inside in zip(units, pool, strict=True) if inside]
     classes: dict[str, Counter[str]] = defaultdict(Counter)
