@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from tuning.checks import audit
 from tuning.data import images, samples
 from tuning.data.phantoms import CLASSES, draw_phantom
-from tuning.data.splits import units
+from tuning.data.splits import number_units
 from tuning.settings.config import SearchPlan, cache_folder
 
 SIDE = 96  # of generated radiographs, in pixels
@@ -126,8 +126,8 @@ def report(found: pd.DataFrame, planted: pd.DataFrame, n_originals: int) -> None
     pairs = found[found["finding"].isin(["exact_duplicate", "near_duplicate"])][["path_a", "path_b"]]
     paths = sorted({*planted["copy"], *planted["original"], *pairs["path_a"], *pairs["path_b"]})
     number = {path: index for index, path in enumerate(paths)}
-    # A copy of two equal images is told as one of the first.
-    unit = units([None] * len(paths), pairs.map(number.__getitem__).to_numpy(np.int64))
+    # A copy of two identical images is listed as one of the first.
+    unit = number_units([None] * len(paths), pairs.map(number.__getitem__).to_numpy(np.int64))
     hits = unit[planted["original"].map(number)] == unit[planted["copy"].map(number)]
     for kind, hit in pd.Series(hits).groupby(planted["kind"].to_numpy(), sort=False):
         print(f"{kind:<25} {hit.sum()} of {len(hit)}")
@@ -159,11 +159,11 @@ def main() -> None:
         images.decode_all(files, hashes, flags.image_size, **limits, map=images.parallel_map)
         print(f"{len(files)} images, {n_originals} of them originals, at {flags.image_size} px")
         print(f"decoding                  {time.perf_counter() - started:.1f} s")
-        for told in ("audit beyond decoding", "a second time"):
+        for step in ("audit beyond decoding", "a second time"):
             started, cpu_started = time.perf_counter(), time.process_time()
             checked = audit.load_checked(plan, [flags.image_size])
             cpu_s = time.process_time() - cpu_started
-            print(f"{told:<25} {time.perf_counter() - started:.1f} s, {cpu_s:.1f} s of all cores")
+            print(f"{step:<25} {time.perf_counter() - started:.1f} s, {cpu_s:.1f} s of all cores")
         assert checked.audit is not None
         report(checked.audit.to_pandas(), planted, n_originals)
 

@@ -117,16 +117,18 @@ def test_identical_images_in_different_splits_stop_the_search(films):
     data = manifest(("bytes.png", "a", "test"), ("pixels.png", "a", "train"))
     with pytest.raises(InputError) as caught:
         check(data)
-    [told] = caught.value.faults
-    assert told.startswith("2 pairs of identical images, 2 of them in different splits, such as 00.png and bytes.png; ")
-    assert "--set on_leak=move" in told and "on_leak=warn" in told
+    [fault] = caught.value.faults
+    assert fault.startswith(
+        "2 pairs of identical images, 2 of them in different splits, such as 00.png and bytes.png; "
+    )
+    assert "--set on_leak=move" in fault and "on_leak=warn" in fault
     _, found = check(data, on_leak="warn")
     assert found["finding"].tolist() == ["exact_duplicate"] * 2
     assert found["detail"].str.split("; ").str[0].tolist() == ["the same bytes", "the same pixels in other bytes"]
 
 
 @pytest.fixture
-def equals(films):
+def copied(films):
     """Rows of the films, of eight of them copies, and of one more the same pixels, and a function that writes rows."""
     folder, _ = films
     rows = [(f"{number:02d}.png", "ab"[number % 2], f"own{number}") for number in range(24)]
@@ -137,14 +139,14 @@ def equals(films):
     rows.append(("pixels.png", "a", "own10"))  # the patient of 10.png
 
     def write(rows, header="path,label,group"):
-        (folder / "equals.csv").write_text("\n".join([header, *(",".join(row) for row in rows)]))
-        return str(folder / "equals.csv")
+        (folder / "copied.csv").write_text("\n".join([header, *(",".join(row) for row in rows)]))
+        return str(folder / "copied.csv")
 
     return rows, write
 
 
-def test_random_splits_keep_identical_images_together(equals):
-    rows, write = equals
+def test_random_splits_keep_identical_images_together(copied):
+    rows, write = copied
     checked, found = check(write(rows))
     split = checked.samples.set_index("path")["split"]
     assert all(split[f"copy{number}.png"] == split[f"{number:02d}.png"] for number in range(8))
@@ -155,13 +157,13 @@ def test_random_splits_keep_identical_images_together(equals):
     for label, total in checked.samples["label"].value_counts().items():
         shares = {"train": 0.6, "val": 0.2, "test": 0.2}
         assert all(abs(counts[label, name] - share * total) <= 4 for name, share in shares.items())
-    again, _ = check(write(rows[::-1]), on_leak="warn")  # whatever is said of leaks, and in any order
+    again, _ = check(write(rows[::-1]), on_leak="warn")  # whatever `on_leak` is, and in any order
     assert again.samples.equals(checked.samples) and again.fingerprint == checked.fingerprint
     assert again.samples.attrs["random_splits"] == ["train", "val", "test"]
 
 
-def test_identical_images_in_given_splits_stop_the_search_though_validation_is_random(equals):
-    rows, write = equals
+def test_identical_images_in_given_splits_stop_the_search_though_validation_is_random(copied):
+    rows, write = copied
     given = [(*row, "test" if number in (20, 21) else "train") for number, row in enumerate(rows)]
     checked, _ = check(write(given, "path,label,group,split"))
     split = checked.samples.set_index("path")["split"]
@@ -174,8 +176,8 @@ def test_identical_images_in_given_splits_stop_the_search_though_validation_is_r
         check(write(given, "path,label,group,split"))
 
 
-def test_a_class_of_identical_images_cannot_be_split(equals):
-    rows, write = equals
+def test_a_class_of_identical_images_cannot_be_split(copied):
+    rows, write = copied
     few = [row for row in rows if row[1] == "b"] + [rows[0], rows[24], rows[32]]
     with pytest.raises(
         InputError, match="with identical images in the same split: too few images for random splits: 'a'"
@@ -187,8 +189,8 @@ def test_a_skipped_search_for_shortcuts_is_reported(films):
     _, manifest = films
     everyone = {number: "one" for number in range(0, 24, 2)}  # all of class a are of one patient
     checked, _ = check(manifest(group=everyone), on_leak="warn")
-    [told] = [line for line in checked.messages if "shortcuts" in line]
-    assert told.startswith("  shortcuts were not searched for in 2 of 2 classes, such as a: two or more")
+    [message] = [line for line in checked.messages if "shortcuts" in line]
+    assert message.startswith("  shortcuts were not searched for in 2 of 2 classes, such as a: two or more")
 
 
 def test_near_duplicates_and_labels_in_conflict_warn(films):
@@ -261,13 +263,13 @@ def test_pairs_are_cached_beside_the_decoded_images(films):
 
 @examples(10)
 @given(st.lists(st.sampled_from("pqrst"), min_size=24, max_size=24))
-def test_a_search_that_moves_has_no_group_in_two_splits(folder, drawn):
+def test_a_search_that_moves_has_no_group_in_two_splits(folder, groups):
     rows = [f"{kind}/{number:03d}.png,{kind}" for number in range(12) for kind in ("dark", "light")]
     splits = [split for split in ("train", "val", "test") for _ in range(8)]
-    lines = [",".join(row) for row in zip(rows, splits, drawn, strict=True)]
-    (folder / "drawn.csv").write_text("\n".join(["path,label,split,group", *lines]))
+    lines = [",".join(row) for row in zip(rows, splits, groups, strict=True)]
+    (folder / "groups.csv").write_text("\n".join(["path,label,split,group", *lines]))
     try:
-        checked, _ = check(str(folder / "drawn.csv"), on_leak="move")
+        checked, _ = check(str(folder / "groups.csv"), on_leak="move")
     except InputError as error:
         assert "would leave no image of" in error.faults[0]
         return
@@ -284,9 +286,9 @@ def test_the_command_prints_writes_and_exits(films, capsys):
     data = manifest(("again.png", "b", "test"))
     out = folder / "new"
     assert run(Flags(data, out=str(out))) == 2
-    said = capsys.readouterr().out
-    assert "a: 4 test, 4 train, 4 val" in said and "audit: 2 reasons to stop, 1 warning (3 findings in" in said
-    assert "00.png" in said and said.endswith(f"written: {out}/audit.parquet\n")
+    printed = capsys.readouterr().out
+    assert "a: 4 test, 4 train, 4 val" in printed and "audit: 2 reasons to stop, 1 warning (3 findings in" in printed
+    assert "00.png" in printed and printed.endswith(f"written: {out}/audit.parquet\n")
     found = read_table(out / "audit.parquet")
     assert found.columns.tolist() == AUDIT.names
     assert found["finding"].tolist() == ["unreadable", "exact_duplicate", "label_conflict"]
@@ -305,21 +307,25 @@ def test_names_of_any_kind_are_text_on_the_screen(films, capsys, monkeypatch):
     data = manifest((odd, odd, "train"), ("./23.png", odd, "val"), ("./22.png", odd, "test"))
     monkeypatch.setattr("sys.argv", ["audit.py", data, "--out", str(folder), "--set", "on_leak=warn"])
     assert main() == 2
-    told = capsys.readouterr().err
+    errors = capsys.readouterr().err
     shown = "[red]a[red]\\n\\x1b[31m 'b' \"c\" 🫁"
-    assert told.count("\n") == 1 and "paths listed more than once (22.png, 23.png)" in told
+    assert errors.count("\n") == 1 and "paths listed more than once (22.png, 23.png)" in errors
     for number in (24, 25):
         picture(number).save(folder / f"{number}.png")
     data = manifest((odd, odd, "train"), ("24.png", odd, "val"), ("25.png", odd, "test"))
     assert run(Flags(data, out=str(folder), set=(("on_leak=warn",),))) == 0
-    said = capsys.readouterr().out
-    assert f"{shown}: 1 test, 1 train, 1 val" in said and f"such as 00.png and {shown}" in said and "\x1b" not in said
+    printed = capsys.readouterr().out
+    assert (
+        f"{shown}: 1 test, 1 train, 1 val" in printed
+        and f"such as 00.png and {shown}" in printed
+        and "\x1b" not in printed
+    )
 
 
 def test_the_command_refuses_what_it_does_not_know(films, capsys, monkeypatch):
     folder, manifest = films
     data = manifest()
-    for arguments, said in (
+    for arguments, message in (
         ([str(folder / "nothing")], "no such folder or file"),
         ([data, "--set", "learning_rate=0.1"], "--set learning_rate: has no effect on an audit"),
         ([data, "--set", "on_leak=go"], "--set on_leak: must be 'stop', 'warn' or 'move'"),
@@ -327,7 +333,7 @@ def test_the_command_refuses_what_it_does_not_know(films, capsys, monkeypatch):
     ):
         monkeypatch.setattr(sys, "argv", ["audit.py", *arguments])
         assert main() == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 def test_many_images_are_not_compared_pair_by_pair(films, monkeypatch):

@@ -210,7 +210,7 @@ def test_what_cannot_be_shown_is_reported(tmp_path, monkeypatch):
     assert "without an image (Basic Text SR Storage)" in reason(str(tmp_path / "report.dcm"))
 
     if not get_decoder(JPEGLosslessSV1).is_available:
-        said = reason(write(tmp_path / "lossless.dcm", RAMP, syntax=JPEGLosslessSV1, compressed=b"\xff\xd8"))
-        assert "compressed as JPEG Lossless" in said and "pip install python-gdcm" in said
+        message = reason(write(tmp_path / "lossless.dcm", RAMP, syntax=JPEGLosslessSV1, compressed=b"\xff\xd8"))
+        assert "compressed as JPEG Lossless" in message and "pip install python-gdcm" in message
     monkeypatch.setitem(sys.modules, "pydicom", None)
     assert "is a DICOM file, which needs pydicom; pip install pydicom python-gdcm" in reason(whole)

@@ -57,12 +57,12 @@ def test_cache_folder_follows_the_environment(monkeypatch):
     assert cache_folder() == Path.home() / ".cache" / "finetune-search"
 
 
-def test_hashes_are_remembered_until_a_file_changes(tmp_path):
+def test_hashes_are_cached_until_a_file_changes(tmp_path):
     files = draw_set(tmp_path / "set", 4)
     cache = tmp_path / "cache"
     assert content_hashes([*files, files[0]], cache) == hash_all([*files, files[0]])
 
-    # The same size and time: what was remembered is given, since the file is not read.
+    # The same size and time: the cached hash is returned, since the file is not read.
     status = os.stat(files[1])
     old, content = hash_all(files), Path(files[1]).read_bytes()
     Path(files[1]).write_bytes(content[::-1])

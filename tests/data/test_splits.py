@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuning.data.splits import SPLITS, in_one_split, units
+from tuning.data.splits import SPLITS, in_one_split, number_units
 
 N = 12
 groups = st.lists(st.none() | st.sampled_from("abcde"), min_size=N, max_size=N)
@@ -21,7 +21,7 @@ def in_several_splits(splits, unit):
 
 @given(groups, pairs)
 def test_units_are_what_is_linked(members, links):
-    unit = units(members, links)
+    unit = number_units(members, links)
     reach = [{index} for index in range(N)]
     links = links + [(i, j) for i in range(N) for j in range(N) if members[i] is not None and members[i] == members[j]]
     for _ in range(N):
@@ -32,7 +32,7 @@ def test_units_are_what_is_linked(members, links):
 
 @given(groups, pairs, splits, st.permutations(range(N)))
 def test_no_unit_is_in_two_splits_afterwards_and_the_order_does_not_matter(members, links, before, order):
-    unit = units(members, links)
+    unit = number_units(members, links)
     after = in_one_split(before, unit)
     assert not any(in_several_splits(after, unit))
     assert all(a == b for a, b, apart in zip(before, after, in_several_splits(before, unit), strict=True) if not apart)
@@ -45,6 +45,6 @@ def test_no_unit_is_in_two_splits_afterwards_and_the_order_does_not_matter(membe
 
 
 def test_in_a_tie_the_test_set_keeps_its_images():
-    unit = units(["a", "a", "b", "b", "c", "c", "c", None], [])
+    unit = number_units(["a", "a", "b", "b", "c", "c", "c", None], [])
     before = ["train", "test", "train", "val", "train", "train", "test", "val"]
     assert in_one_split(before, unit) == ["test", "test", "val", "val", "train", "train", "train", "val"]

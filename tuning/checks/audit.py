@@ -143,7 +143,7 @@ def audited(plan: SearchPlan, decoded: Decoded) -> tuple[list[Finding], pd.DataF
     table = _with_identical_together(decoded.samples, identical, plan)
     near = _near(folder, identical, facts, plan.fit)
     copies = zip(near.a[near.copies], near.b[near.copies], strict=True)
-    unit = splits.units(table["group"], [*identical, *copies])
+    unit = splits.number_units(table["group"], [*identical, *copies])
     labels = table["label"].tolist()
     chosen = shortcuts.sampled(labels, unit)
     pictures = shrunk(shown, chosen, shortcuts.SIDE).astype(np.float32)
@@ -181,7 +181,7 @@ def _with_identical_together(table: pd.DataFrame, identical: list[tuple[int, int
     """
     if not (identical and table.attrs["random_splits"]):
         return table
-    unit = splits.units(table["group"], identical)
+    unit = splits.number_units(table["group"], identical)
     names = table["group"].where(table["group"].notna(), table["path"]).groupby(unit).transform("first")
     fractions = {"val_fraction": plan.val_fraction, "test_fraction": plan.test_fraction}
     try:

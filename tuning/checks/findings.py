@@ -148,7 +148,7 @@ def with_moves(found: Iterable[Finding], samples: pd.DataFrame, splits: Sequence
     Args:
         samples: with the splits before.
         splits: of the same rows, after.
-        unit: of each row, numbered; see `splits.units`.
+        unit: of each row, numbered; see `splits.number_units`.
     """
     unit_of = dict(zip(samples["path"], unit.tolist(), strict=True))
     moved: dict[int, list[str]] = defaultdict(list)

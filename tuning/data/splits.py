@@ -100,7 +100,7 @@ def _split(
     return samples.assign(split=splits)
 
 
-def units(groups: Sequence[str | None] | pd.Series, pairs: Iterable[Sequence[int]]) -> NDArray[np.int64]:
+def number_units(groups: Sequence[str | None] | pd.Series, pairs: Iterable[Sequence[int]]) -> NDArray[np.int64]:
     """Number the units: images of one group, copies of each other, and all that are linked through these.
 
     Args:
