@@ -219,5 +219,5 @@ def test_a_node_that_does_not_reach_the_storage_is_found_before_the_first_trial(
     finally:
         cluster.shutdown()
     [told] = [line for line in (here / "log.txt").read_text().splitlines() if line.startswith("error: ")]
-    assert f"({node.node_id[:8]}): " in told and told.endswith("that all nodes reach, and each node the keys")
+    assert f"({node.node_id[:8]}): " in told and told.endswith("that all nodes reach, and each node its keys")
     assert not storage.files_below(f"{bucket}/runs")
