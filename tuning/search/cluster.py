@@ -56,9 +56,7 @@ class Slots:
 
 @contextmanager
 def ray_running(plan: SearchPlan) -> Iterator[Callable[[], list[Node]]]:
-    """Start Ray in the background, on this machine or in the cluster at RAY_ADDRESS.
-
-    Workers import this package from any working folder.
+    """Start Ray in the background, on this machine or in the cluster at RAY_ADDRESS; workers can import this package.
 
     Yields:
         A function that waits for Ray and returns its nodes.
@@ -98,8 +96,7 @@ def _start(plan: SearchPlan) -> list[Node]:
         if str(package.parent) not in site.getsitepackages():
             paths = [str(package.parent), os.environ.get("PYTHONPATH", "")]
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    for name, value in environment.items():
-        os.environ.setdefault(name, value)
+    os.environ.update(environment | os.environ)  # the user's values count
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a dead worker's traceback is in the table
     ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", **options)
     resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -138,10 +135,8 @@ def on_each_node(check: Callable[[str], str | None]) -> dict[str, str]:
     for node, answer in pending.items():
         try:
             complaints[node] = ray.get(answer)
-        except RayTaskError:
-            raise
-        except RayError:
-            if not _died(node):
+        except RayError as error:
+            if isinstance(error, RayTaskError) or not _died(node):
                 raise
     return {node: complaint for node, complaint in complaints.items() if complaint is not None}
 
@@ -222,8 +217,7 @@ def small_shared_memory(folder: str = "/dev/shm", least_mb: float = LEAST_SHARED
     """Return a warning if this node's shared memory is small, as it is by default in a container."""
     if not os.path.isdir(folder):  # macOS has none, and Ray needs none there
         return None
-    status = os.statvfs(folder)
-    size = status.f_blocks * status.f_frsize / 2**20
+    size = shutil.disk_usage(folder).total / 2**20
     if size >= least_mb:
         return None
     return f"{folder} has only {size:.0f} MiB, so Ray uses slower disk space; start containers with --shm-size 8g"
@@ -233,9 +227,8 @@ def slots(plan: SearchPlan, nodes: Sequence[Node], *, grows: bool = False) -> Sl
     """Choose the resources of a trial and the number of slots: by default one per GPU, else one per core.
 
     Args:
-        plan: the settings.
         nodes: the nodes so far; a trial runs on one of them.
-        grows: whether nodes may join, so that `concurrent` may be larger than what fits now.
+        grows: whether nodes may join, so that `plan.concurrent` may be larger than what fits now.
 
     Raises:
         InputError: no node has what a trial is to be given, or more than one GPU is given in part.
@@ -274,11 +267,9 @@ def slots(plan: SearchPlan, nodes: Sequence[Node], *, grows: bool = False) -> Sl
 def gpu_share(config: Mapping[str, Any], measured: Iterable[tuple[Mapping[str, Any], float, float]]) -> float:
     """Return the share of a GPU that a trial needs: the smallest of `SHARES` that held a trial at least as heavy.
 
-    That is a trial of the same backbone and image size with at least as many unfrozen stages and images per step. If
-    none was measured, the share is 1.
+    That is one of the same backbone and image size with as many unfrozen stages and images per step; 1 without one.
 
     Args:
-        config: the trial's configuration.
         measured: of other trials that trained whole batches: configuration, peak memory and their GPU's memory, in MiB.
             The smallest GPU counts: wherever the trial will run, there is no less.
     """

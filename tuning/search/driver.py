@@ -78,9 +78,8 @@ class Search:
         self.plan, self.space, self.run_folder, self.resources = plan, space, run, resources
         self.show, self.mirror = show, mirror
         self._redraw, self._report, self._trainable = redraw, report, trainable
-        path = run / "journal.jsonl"
-        self.journal = Journal(path, clock)
-        self.record = read_record(path)
+        self.journal = Journal(run / "journal.jsonl", clock)
+        self.record = read_record(run / "journal.jsonl")
         self.started_wall_s = self.journal.wall_s
         self._live = None
         if plan.optuna_storage is not None:
@@ -124,11 +123,10 @@ class Search:
 
     def _rebuild(self) -> list[Trial]:
         """Rebuild rungs and study as of the journal's end; return the trials to resume."""
-        decisions = [decision for trial in self.record.trials.values() for decision in trial.decisions]
-        for row in sorted(decisions, key=lambda row: int(row["seq"])):
-            self.rungs.enter(row["trial_id"], row["rung"], row["stratum"], as_loss(self.plan, row["value"]))
         unfinished = []
         for trial in self.record.trials.values():
+            for row in trial.decisions:
+                self.rungs.enter(trial.trial_id, row["rung"], row["stratum"], as_loss(self.plan, row["value"]))
             if not trial.ended:  # a journalled stop or end is final even if the crash came before `ended`
                 if trial.rows and trial.rows[-1]["ends"] is not None:
                     self._write_end(trial, trial.rows[-1]["ends"], trial.rows[-1]["reason"])
@@ -188,8 +186,8 @@ class Search:
         return trials[asked["trial_id"]]
 
     def _gpu_share(self, trial: Trial) -> float:
-        others = self.record.trials.values()
-        last = [(other.config, other.rows[-1]) for other in others if other.rows]  # all rows would take seconds
+        # Only the last rows: to look at all takes seconds.
+        last = [(other.config, other.rows[-1]) for other in self.record.trials.values() if other.rows]
         measured = [
             (config, row["peak_memory_mb"], row["gpu_memory_mb"])
             for config, row in last

@@ -11,6 +11,7 @@ from tuning.settings.config import PARAMETERS, SearchPlan
 
 LEAST_RUNS = 3  # of each configuration
 CONFIG = [f"config_{name}" for name in PARAMETERS]
+Run = tuple[str, int]  # the trial that is retrained, and the seed
 
 
 def candidates(trials: pd.DataFrame, metric: str) -> list[str]:
@@ -24,21 +25,15 @@ def candidates(trials: pd.DataFrame, metric: str) -> list[str]:
 
 
 def runs_to_make(
-    trial_ids: Sequence[str],
-    finalists: int,
-    seeds: Sequence[int],
-    *,
-    asked: set[tuple[str, int]],
-    epochs: int,
-    cap: float,
-) -> list[tuple[str, int]]:
+    trial_ids: Sequence[str], finalists: int, seeds: Sequence[int], *, asked: set[Run], epochs: int, cap: float
+) -> list[Run]:
     """Return the runs of the default and the finalists that fit into a cap on epochs, seed by seed.
 
     If they don't all fit, there are fewer finalists, at least 1, then fewer seeds, at least 3, then no runs.
 
     Args:
         trial_ids: from `candidates`; of them the default and the first `finalists` are retrained.
-        asked: trial and seed of earlier runs, which are not made again; those of other trials count towards the cap.
+        asked: earlier runs, which are not made again; those of other trials count towards the cap.
         epochs: of one run.
         cap: epochs of all runs together.
     """
@@ -57,20 +52,12 @@ def most_epochs(plan: SearchPlan, searched_epochs: int) -> int:
     return searched_epochs // 4 if plan.finalist_epochs is None else plan.finalist_epochs
 
 
-def runs_left(
-    trials: pd.DataFrame, plan: SearchPlan, asked: set[tuple[str, int]], cap: float = math.inf
-) -> list[tuple[str, int]]:
+def runs_left(trials: pd.DataFrame, plan: SearchPlan, asked: set[Run], cap: float = math.inf) -> list[Run]:
     """Return the runs that a search's finalists still need, from `trials.parquet`; arguments as in `runs_to_make`."""
     if not (plan.finalists and plan.early_stopping):
         return []
-    return runs_to_make(
-        candidates(trials, plan.metric),
-        plan.finalists,
-        range(plan.seed + 1, plan.seed + 1 + plan.finalist_seeds),
-        asked=asked,
-        epochs=plan.epochs,
-        cap=cap,
-    )
+    trial_ids, seeds = candidates(trials, plan.metric), range(plan.seed + 1, plan.seed + 1 + plan.finalist_seeds)
+    return runs_to_make(trial_ids, plan.finalists, seeds, asked=asked, epochs=plan.epochs, cap=cap)
 
 
 def finalist_runs_left(record: Record, plan: SearchPlan) -> list[tuple[Trial, int]]:

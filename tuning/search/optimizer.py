@@ -34,13 +34,11 @@ class Optimizer:
     COMPLETE with their lowest `early_loss`, which is close to the loss they would have reached (without one, or if
     another metric is optimized, as PRUNED, which TPE ranks below all others, later stopped ones first); `diverged` and
     `out_of_memory` as PRUNED without a value, which TPE ranks last, so that it avoids their region; `failed` and
-    `interrupted` as FAIL, which it ignores. Probes are told like completed trials. A running trial that has passed a
-    rung is told as if stopped there: TPE's constant liar, which takes running trials for bad ones, would avoid the
-    region of the very trials that do best. Each ask uses a new sampler seeded by (seed, trial number), so a resumed
+    `interrupted` as FAIL, which it ignores. Probes are told like completed trials; trials of another run (`priors`,
+    from `read_priors`) with the value that has their rank among this run's values so far. A running trial that has
+    passed a rung is told as if stopped there: TPE's constant liar, which takes running trials for bad ones, would avoid
+    the region of the very trials that do best. Each ask uses a new sampler seeded by (seed, trial number), so a resumed
     search gets the same suggestions. Of many ended trials the sampler sees the best half and the newest half.
-
-    Another run's trials (`priors`, from `read_priors`) are told with the value that has their rank among this run's
-    values so far.
     """
 
     def __init__(self, space: Space, *, seed: int, metric: str, sampler: Sampler = "tpe", priors: Iterable[Prior] = ()):
@@ -160,8 +158,8 @@ class Optimizer:
             return TrialState.FAIL, None, {}
         if not stopped:
             return TrialState.PRUNED, None, {}
-        rows = [row for row in trial.rows if row[self._metric] is not None]
-        losses = {row["epoch"]: loss_like(self._metric, row[self._metric]) for row in rows}
+        known = [row for row in trial.rows if row[self._metric] is not None]
+        losses = {row["epoch"]: loss_like(self._metric, row[self._metric]) for row in known}
         return TrialState.PRUNED, next(reversed(losses.values()), None), losses
 
     def _lowest_early_loss(self, trial: Trial) -> float | None:
@@ -180,9 +178,8 @@ def frozen_trial(
     params = dict(params)
     fixed = optuna.trial.FixedTrial(params)
     suggest(space, fixed)
-    known = fixed.distributions
     return optuna.trial.create_trial(
-        state=state, value=value, params=params, distributions=known, intermediate_values=intermediate
+        state=state, value=value, params=params, distributions=fixed.distributions, intermediate_values=intermediate
     )
 
 
@@ -279,24 +276,21 @@ class LiveStudy:
         """Copy a journal event of this trial. If the storage fails, that ends the copy, not the search."""
         if self._failed:
             return
+        kind, trial_id = event["event"], trial.trial_id
         try:
-            self._show(event, trial, metric)
+            if kind == "asked":
+                self._study.enqueue_trial(trial.params, user_attrs={"trial_id": trial_id, "origin": trial.origin})
+                self._trials[trial_id] = self._study.ask()
+                suggest(self._space, self._trials[trial_id])
+            elif kind == "epoch" and event[metric] is not None:
+                self._trials[trial_id].report(loss_like(metric, event[metric]), event["epoch"])
+            elif kind == "ended" and event["status"] in FINAL:
+                status, running, best = event["status"], self._trials.pop(trial_id), best_epoch(trial.rows, metric)
+                running.set_user_attr("status", status)
+                if best is not None and status in ("completed", "converged"):
+                    self._study.tell(running, loss_like(metric, best[metric]))
+                else:
+                    self._study.tell(running, state=TrialState.FAIL if status == "failed" else TrialState.PRUNED)
         except Exception as error:  # any database's
             print(f"optuna_storage: {type(error).__name__}; the live study is no longer updated", file=sys.stderr)
             self._failed = True
-
-    def _show(self, event: Mapping[str, Any], trial: Trial, metric: str) -> None:
-        if event["event"] == "asked":
-            self._study.enqueue_trial(trial.params, user_attrs={"trial_id": trial.trial_id, "origin": trial.origin})
-            self._trials[trial.trial_id] = running = self._study.ask()
-            suggest(self._space, running)
-        elif event["event"] == "epoch" and event[metric] is not None:
-            self._trials[trial.trial_id].report(loss_like(metric, event[metric]), event["epoch"])
-        elif event["event"] == "ended" and event["status"] in FINAL:
-            running, best = self._trials.pop(trial.trial_id), best_epoch(trial.rows, metric)
-            running.set_user_attr("status", event["status"])
-            if best is not None and event["status"] in ("completed", "converged"):
-                self._study.tell(running, loss_like(metric, best[metric]))
-            else:
-                failed = event["status"] == "failed"
-                self._study.tell(running, state=TrialState.FAIL if failed else TrialState.PRUNED)

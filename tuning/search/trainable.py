@@ -7,8 +7,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +48,8 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
     actor away. Only `StorageLost` is raised: the trial is then scheduled again, as after its worker died.
     """
 
-    _rows: Iterator[tuple[Row, Callable[[], State]]] | None = None
-    _snapshot: Callable[[], State] | None = None  # of the last epoch's end
-    _replay: list[Row]
+    _rows: Iterator[tuple[Row, Callable[[], State]]] | None
+    _snapshot: Callable[[], State] | None  # of the last epoch
     _saved_at: float  # monotonic seconds
 
     @classmethod
@@ -65,7 +62,7 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
         self._device = torch.device(config["device"])
         if self._device.type == "cpu":
             keep_memory()
-        self._data: dict[int, Data] = {}
+        self._images: dict[int, Any] = {}  # by size; an array, or a tensor on the GPU
         self._models = Models()
         self._unsent: dict[str, bool] = {}  # files to send to the storage, and whether to delete them here afterwards
         folder = Path(config["features"]) / platform.node()  # nodes may share the disk of the cache
@@ -76,7 +73,6 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
         """Begin the next trial. The one before has ended, so only its best weights are saved."""
         if self._snapshot is not None:
             self._save(self._snapshot(), final=True)
-        self._forget()
         self._begin(new_config)
         return True
 
@@ -116,19 +112,19 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
             torch.cuda.empty_cache()  # another trial on the same GPU may need the memory
 
     def _begin(self, config: dict[str, Any]) -> None:
-        self._config = config
-        self._run = Path(config["run"])
+        self._forget()
+        self._config, self._run = config, Path(config["run"])
         self._away = config["storage"] is not None and ray.get_runtime_context().get_node_id() != config["home"]
         if self._away:  # the driver's folder is on another node
             self._run = copy_folder(f"{config['storage']} {config['run_id']}") / self._run.name
-        self._saved, self._saved_at = False, time.monotonic()
+        self._saved, self._saved_at = False, time.monotonic()  # whether the last epoch's checkpoint is on disk
         self._predicted: int | None = None  # the epoch whose validation probabilities are on disk
 
     def _start(self) -> Iterator[tuple[Row, Callable[[], State]]]:
         if self._config["storage"] is not None:  # the trial may have begun on a node that died
             self._fetch(self._checkpoint_names())
         state = load_state(self._run, self._config["trial_id"])
-        self._replay = list(state.history) if state else []
+        self._replay: list[Row] = list(state.history) if state else []
         trial = TrialConfig(**self._config["config"])
         data = self._load(trial)
         weights = self._config["weights"][trial.backbone]
@@ -141,27 +137,24 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
 
     def _fetch(self, names: list[str]) -> None:
         """Fetch files from the storage. On the driver's node, which has all that is needed, a failure is ignored."""
-        attempt = partial(fetch_files, self._run, self._config["storage"], names)
-        if self._away:
-            try:
-                patiently(attempt)
-            except OSError as error:
-                raise StorageLost(f"{self._config['storage']}: {error}") from error
-        else:
-            with suppress(OSError):
-                attempt()
+        storage = self._config["storage"]
+        try:
+            patiently(lambda: fetch_files(self._run, storage, names), None if self._away else 0.0)
+        except OSError as error:
+            if self._away:
+                raise StorageLost(f"{storage}: {error}") from error
 
     def _load(self, trial: TrialConfig) -> Data:
         if self._away:
             self._fetch(["samples.parquet"])
         samples = read_table(self._run / "samples.parquet")
-        if trial.image_size not in self._data:
-            images = open_images(images_here(Path(self._config["images"][str(trial.image_size)])))
-            self._data[trial.image_size] = join(samples, placed(images, self._device))
-        data = self._data[trial.image_size]
         if self._config["redraw"]:
             samples = resplit(samples, trial.seed)
-            data = join(samples, data.images)
+        size = trial.image_size
+        if size not in self._images:
+            images = open_images(images_here(Path(self._config["images"][str(size)])))
+            self._images[size] = placed(images, self._device)
+        data = join(samples, self._images[size])
         self._classes, self._validation = data.classes, samples[samples["split"] == "val"]
         return data
 

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -33,30 +32,24 @@ def fit(search: Any, trainable: type[tune.Trainable]) -> None:
     OutOfMemoryError._preempted = OutOfMemoryError._actor_init_failed = False
     TuneController._maybe_reuse_cached_actor = reuse
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(search.resources.count)  # before Ray 2.60 the default was 1
-    ray_folder = tempfile.mkdtemp(prefix="finetune-search-")
-    tuner = tune.Tuner(
-        trainable,
-        tune_config=tune.TuneConfig(
-            search_alg=_Searcher(search),
-            scheduler=_Scheduler(search),
-            num_samples=-1,
-            max_concurrent_trials=search.resources.count,
-            reuse_actors=True,
-            trial_dirname_creator=lambda trial: str(trial.trial_id),
-        ),
-        run_config=tune.RunConfig(
+    tune_config = tune.TuneConfig(
+        search_alg=_Searcher(search),
+        scheduler=_Scheduler(search),
+        num_samples=-1,
+        max_concurrent_trials=search.resources.count,
+        reuse_actors=True,
+        trial_dirname_creator=lambda trial: str(trial.trial_id),
+    )
+    with tempfile.TemporaryDirectory(prefix="finetune-search-", ignore_cleanup_errors=True) as ray_folder:
+        run_config = tune.RunConfig(
             name="ray",
             storage_path=ray_folder,
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=0),  # `Search.lost` retries
             checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             callbacks=[_Started(search)],
-        ),
-    )
-    try:
-        tuner.fit()
-    finally:
-        shutil.rmtree(ray_folder, ignore_errors=True)
+        )
+        tune.Tuner(trainable, tune_config=tune_config, run_config=run_config).fit()
 
 
 def starts(controller: Any, trial: Any) -> bool:
