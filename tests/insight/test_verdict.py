@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import SOAK
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -202,7 +203,10 @@ def test_no_finite_loss_leaves_nothing():
     assert (verdict.verdict, verdict.trial_id) == ("not enough runs", None)
 
 
-def verdicts(shifts, *, count=1000, runs=5):
+COMPARISONS = 1000 if SOAK else 300
+
+
+def verdicts(shifts, *, count=COMPARISONS, runs=5):
     """Verdicts where finalists differ from the default by `shifts` standard errors of the mean difference.
 
     Every run draws its training and validation images from the same pool, so differences are correlated between runs
@@ -223,9 +227,10 @@ def verdicts(shifts, *, count=1000, runs=5):
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_error_and_power_of_the_verdict_in_simulated_comparisons(capsys):
     nothing, two, four = (verdicts([shift]) for shift in (0, 2, 4))
-    both, one = verdicts([0, 0], count=500), verdicts([4, 0], count=500)
+    both, one = (verdicts(shifts, count=COMPARISONS // 2) for shifts in ([0, 0], [4, 0]))
     with capsys.disabled():
         print(f"\none finalist, a difference of 0, 2, 4 standard errors: {nothing} {two} {four}")
         print(f"two finalists, of 0 and 0, of 4 and 0: {both} {one}")
