@@ -67,7 +67,7 @@ def without_ray(flags):
     """What `run` does until Ray is needed, which takes five seconds to start and to end."""
     plan, space, folder = planned(flags)
     never = partial(pytest.fail, "it was not reported before Ray was needed")
-    return _search(plan, space, folder, None, never, resumed=flags.resume)
+    return _search(plan, space, folder, None, never, flags.resume)
 
 
 def faults(run=without_ray, **flags):
@@ -103,7 +103,7 @@ def manifest(folder, rows, header="path,label"):
         ({"gpus_per_trial": -1.0}, "--gpus-per-trial: must be greater than or equal to 0"),
         ({"cpus_per_trial": 0}, "--cpus-per-trial: must be greater than or equal to 1"),
         ({"concurrent": 0}, "--concurrent: must be greater than or equal to 1"),
-        ({"name": "../elsewhere"}, "--name: must have only letters"),
+        ({"name": "../elsewhere"}, "--name: must be letters"),
         ({"set": ["patiance=3"]}, "--set patiance: no such setting; did you mean patience?"),
         ({"set": ["finalist_seeds=1e20"]}, "--set finalist_seeds: must be"),
         ({"set": [f"finalist_seeds={10**20}"]}, "--set finalist_seeds: must be less than or equal to 1000"),

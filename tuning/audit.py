@@ -44,11 +44,7 @@ def main() -> int:
 
 
 def run(flags: Flags) -> int:
-    """Audit, print and write; return the exit code.
-
-    Raises:
-        InputError: wrong input.
-    """
+    """Audit, print and write; return the exit code. Wrong input raises InputError."""
     given, overrides = command_line({"data": flags.data}, flags.set)
     size = overrides.pop("image_size", IMAGE_SIZE)
     if overrides:

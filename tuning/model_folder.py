@@ -11,17 +11,19 @@ import dataclasses
 import glob
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
-from typing import Annotated
+from contextlib import nullcontext
+from typing import Annotated, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import tyro
 from numpy.typing import NDArray
 
 from tuning.model.folder import Ensemble, Model, load_model
 from tuning.record.mirror import borrowed
 from tuning.record.storage import files_below, is_uri, joined, stored
-from tuning.settings.command_line import DONE, exit_code
+from tuning.settings.command_line import exit_code
 from tuning.settings.config import FORMATS, InputError
 
 __all__ = ["load_model"]
@@ -58,8 +60,8 @@ def _not_a_flag(word: str) -> str:
     return f"./{word}" if word.startswith("-") and os.path.lexists(word) else word
 
 
-def run(flags: Predict) -> int:
-    """Classify the images and write the table; return the exit code.
+def run(flags: Predict) -> None:
+    """Classify the images and write the table.
 
     Raises:
         InputError: there is no model, no image, or the table can't be written; or, once the other rows are written,
@@ -87,7 +89,6 @@ def run(flags: Predict) -> int:
         _write_table(flags.out, known, model.classes, np.array(rows).reshape(len(rows), len(model.classes)))
     if faults:
         raise InputError(faults)
-    return DONE
 
 
 def named_images(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -146,21 +147,18 @@ def _write_table(
     header = ["path", "predicted", *(f"probability_{name}" for name in classes)]
     try:
         if out is not None and out.endswith(".parquet"):
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-
             named = [os.fsencode(file).decode("utf-8", "replace") for file in files]  # Parquet holds only Unicode
             columns = [pa.array(values, pa.string()) for values in (named, predicted)]
             columns += [pa.array(values) for values in probabilities.T]
             pq.write_table(pa.Table.from_arrays(columns, names=header), out)
             return
-        with ExitStack() as stack:
-            if out is None:
-                sys.stdout.reconfigure(errors="surrogateescape", newline="")  # type: ignore[union-attr]
-                writer = csv.writer(sys.stdout)
-            else:
-                opened = open(out, "w", encoding="utf-8", errors="surrogateescape", newline="")
-                writer = csv.writer(stack.enter_context(opened))
+        if out is None:
+            sys.stdout.reconfigure(errors="surrogateescape", newline="")  # type: ignore[union-attr]
+            opened: Any = nullcontext(sys.stdout)
+        else:
+            opened = open(out, "w", encoding="utf-8", errors="surrogateescape", newline="")
+        with opened as stream:
+            writer = csv.writer(stream)
             writer.writerow(header)
             for file, label, row in zip(files, predicted, probabilities, strict=True):
                 writer.writerow([file, label, *(f"{value:.6f}" for value in row)])

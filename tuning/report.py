@@ -14,7 +14,7 @@ import tyro
 
 from tuning.record.mirror import borrowed
 from tuning.record.storage import is_uri, joined
-from tuning.settings.command_line import DONE, exit_code
+from tuning.settings.command_line import exit_code
 from tuning.settings.config import InputError
 from tuning.show.report import compare, report, save
 from tuning.show.sections import read
@@ -35,12 +35,7 @@ class Flags:
 
 def main() -> int:
     """Run the command line; return the exit code."""
-
-    def command() -> int:
-        print(f"written: {run(tyro.cli(Flags))}")
-        return DONE
-
-    return exit_code(command)
+    return exit_code(lambda: print(f"written: {run(tyro.cli(Flags))}"))
 
 
 def run(flags: Flags) -> Path | str:

@@ -35,6 +35,8 @@ from tuning.settings.words import count
 from tuning.show.progress import Progress, console, plain
 from tuning.show.report import refresher, write_or_tell
 
+Nodes = Callable[[], list[tuple[int, float]]]  # waits for Ray; gives the cores and GPUs of each node
+
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
@@ -84,29 +86,17 @@ def run(flags: Flags) -> int:
     from tuning.search.cluster import ray_running
 
     with mirrored(folder, plan.storage) as mirror, ray_running(plan) as nodes:
-        return _search(plan, space, folder, mirror, nodes, resumed=flags.resume)
+        return _search(plan, space, folder, mirror, nodes, flags.resume)
 
 
 def planned(flags: Flags) -> tuple[SearchPlan, Space, Path]:
-    """Return the plan, the space and the run's folder that the flags ask for.
-
-    Raises:
-        InputError: wrong input.
-    """
+    """Return the plan, the space and the run's folder that the flags ask for; wrong input raises InputError."""
     named = dataclasses.asdict(flags) | {"early_stopping": None if flags.early_stopping else False}
     del named["resume"], named["set"]
     return (resumed_plan if flags.resume else new_plan)(*command_line(named, flags.set))
 
 
-def _search(
-    plan: SearchPlan,
-    space: Space,
-    folder: Path,
-    mirror: Mirror | None,
-    ray_nodes: Callable[[], list[tuple[int, float]]],
-    *,
-    resumed: bool,
-) -> int:
+def _search(plan: SearchPlan, space: Space, folder: Path, mirror: Mirror | None, nodes: Nodes, resumed: bool) -> int:
     from tuning.search.cluster import cluster_map, serve_images, slots, small_shared_memories, small_shared_memory
     from tuning.search.driver import Search
     from tuning.show.summary import summarize
@@ -118,10 +108,7 @@ def _search(
     journal = folder / "journal.jsonl"
     priors = [] if journal.exists() and journal.stat().st_size else _priors(plan, space)
     joining = "RAY_ADDRESS" in os.environ  # else Ray starts on this machine, while images are decoded
-    spread = False
-    if joining:
-        ray_nodes()
-        spread = _all_nodes_read(plan)
+    spread = joining and _all_nodes_read(plan, nodes)
     recorded = tables.read_table(folder / "samples.parquet") if resumed else None
     data = _data(plan, space, recorded, map=cluster_map if spread else parallel_map)
     if resumed and read_plan(folder)["provenance"]["fingerprint"] != data.fingerprint:
@@ -132,12 +119,12 @@ def _search(
         build(backbone, classes=2, image_size=size, head_dropout=0.0, seed=0, weights=file)
 
     # Search.
-    nodes = ray_nodes()
+    nodes()  # waits for Ray
     for warning in small_shared_memories() if joining else filter(None, [small_shared_memory()]):
         console.print(warning, markup=False)
     # Ray has replaced our handler by its own, which aborts the process 3 s after a SIGTERM.
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
-    resources = slots(plan, nodes, grows=joining)
+    resources = slots(plan, nodes(), grows=joining)
     if resumed:
         write_yaml(folder / "plan.yaml", read_plan(folder) | {"settings": plan.model_dump()})
     else:
@@ -195,7 +182,7 @@ def _search(
     return NO_FINITE_LOSS if analysis.top(trials, plan.metric) is None and not interrupted else DONE
 
 
-def _all_nodes_read(plan: SearchPlan) -> bool:
+def _all_nodes_read(plan: SearchPlan, nodes: Nodes) -> bool:
     """Return whether all nodes can read the data, so that each decodes a part; else this node decodes all.
 
     Raises:
@@ -203,6 +190,7 @@ def _all_nodes_read(plan: SearchPlan) -> bool:
     """
     from tuning.search.cluster import node_names, on_each_node
 
+    nodes()  # waits for Ray
     names = node_names()
     place = plan.storage if is_uri(plan.storage) else f"file://{os.path.abspath(plan.storage)}"
     try:
@@ -253,9 +241,8 @@ def _priors(plan: SearchPlan, space: Space) -> list[Any]:
 
     trials = tables.read_table(Path(plan.warm_start) / "trials.parquet")
     priors, outside = read_priors(trials, space, plan.metric, plan.warm_start_weight)
-    console.print(f"warm start: {count(len(priors), 'trial')} of {plain(plan.warm_start)}")
-    if outside:
-        console.print(f"  without {count(outside, 'trial')} outside this space")
+    without = f", without {outside} outside this space" if outside else ""
+    console.print(f"warm start: {count(len(priors), 'trial')} of {plain(plan.warm_start)}{without}")
     return priors
 
 

@@ -12,8 +12,7 @@ import os
 import shlex
 import statistics
 import tempfile
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -33,10 +32,6 @@ from tuning.record.storage import is_uri, joined
 from tuning.settings.command_line import BAD_INPUT, DONE, Pairs, command_line, exit_code
 from tuning.settings.config import InputError, SearchPlan, TrialConfig, build, cache_folder, visible
 from tuning.settings.documents import check_parts, read_mapping
-
-if TYPE_CHECKING:
-    from tuning.model.final import Final
-    from tuning.training.dataset import Data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,14 +77,11 @@ class Best:
 
 
 def run(flags: Flags, *, onnx: bool = True) -> Path:
-    """Train, test and write `model/` beside best.yaml; return its folder.
+    """Train, test and write `model/` beside best.yaml; return its folder. Wrong input raises InputError.
 
     Args:
         flags: of the command line.
-        onnx: whether to write the ONNX file too, which takes longest after training.
-
-    Raises:
-        InputError: wrong input.
+        onnx: whether to write the ONNX file, which takes longest after training.
     """
     # Read and check: the configuration, the run, the data.
     best = _read_best(Path(flags.best) / "best.yaml" if Path(flags.best).is_dir() else Path(flags.best), flags)
@@ -127,10 +119,13 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
 
     import torch  # takes seconds to load, and timm more: wrong input is reported before
 
+    from tuning.model.activation import class_maps
     from tuning.model.card import card
     from tuning.model.export import MODEL, export, interface
     from tuning.model.final import assemble, train
     from tuning.model.folder import preprocessing, save_ensemble, save_model
+    from tuning.model.mistakes import SIDE, mistakes_page, picture, worst
+    from tuning.show.plots import write_plots
     from tuning.training.dataset import join
     from tuning.training.features import FeatureCache
     from tuning.training.features import run_folder as outputs_folder
@@ -194,20 +189,12 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     }
     provenance = {"trained_from": best.path.name, "metric": plan.metric, "fingerprint": found, "epochs": config.epochs}
     described = {"provenance": provenance} | ({} if "error" in exported else {"onnx": interface(final)})
+    shaped: dict[str, Any] = {"fit": plan.fit, "drop_colour": plan.drop_colour}
     for name, (network, each) in final.networks.items():
-        save_model(
-            unfinished / name,
-            network,
-            each,
-            some.classes,
-            fit=plan.fit,
-            drop_colour=plan.drop_colour,
-            temperature=1.0 if plan.ensemble else temperature,
-            **({"provenance": provenance} if plan.ensemble else described),
-        )
+        own = {"provenance": provenance} if plan.ensemble else described | {"temperature": temperature}
+        save_model(unfinished / name, network, each, some.classes, **shaped, **own)
     if plan.ensemble:
-        described["preprocessing"] = {"fit": plan.fit, "drop_colour": plan.drop_colour}
-        save_ensemble(unfinished, final.shares, some.classes, temperature, **described)
+        save_ensemble(unfinished, final.shares, some.classes, temperature, **described, preprocessing=shaped)
     (unfinished / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     if logits is not None:
         probabilities = tempered(logits, temperature)
@@ -219,42 +206,23 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     print_metrics(metrics)
     try:  # the model is written and tested: a fault in what only shows it must not fail the command
         if logits is not None:
-            _show(folder, best, final, data, rows, probabilities, temperature)
+            targets = some.labels[some.test]
+            write_plots(folder, some.classes, targets, probabilities, temperature)
+            mistakes = worst(targets, probabilities)
+            indices = some.test[mistakes.rows]
+            pictures = [
+                picture(file, np.asarray(some.images[index]), **shaped)
+                for file, index in zip(rows["file"].iloc[mistakes.rows], indices, strict=True)
+            ]
+            maps = class_maps(final, data, indices, mistakes.predicted, SIDE) if len(indices) else None
+            title = str(best.provenance.get("run", "model"))
+            page = mistakes_page(title, mistakes, rows, probabilities, some.classes, pictures, maps)
+            (folder / "mistakes.html").write_text(page, encoding="utf-8", errors="replace")
         whence = best.provenance | {"changed": best.changed, "final_settings": plan.model_dump()}
         (folder / "README.md").write_text(card(folder, run_folder, whence, table, findings), encoding="utf-8")
     except Exception as error:
         print(f"plots, mistakes.html or README.md are missing ({type(error).__name__}: {error})", file=sys.stderr)
     return folder
-
-
-def _show(
-    folder: Path,
-    best: Best,
-    final: "Final",
-    data: "Mapping[int, Data]",
-    tested: pd.DataFrame,
-    probabilities: NDArray[np.float64],
-    temperature: float,
-) -> None:
-    """Write the plots and the page of mistakes on the test set."""
-    from tuning.model.activation import class_maps
-    from tuning.model.mistakes import SIDE, mistakes_page, picture, worst
-    from tuning.show.plots import write_plots
-
-    some = next(iter(data.values()))
-    targets = some.labels[some.test]
-    write_plots(folder, some.classes, targets, probabilities, temperature)
-    found = worst(targets, probabilities)
-    indices = some.test[found.rows]
-    plan = best.plan
-    pictures = [
-        picture(file, np.asarray(some.images[index]), fit=plan.fit, drop_colour=plan.drop_colour)
-        for file, index in zip(tested["file"].iloc[found.rows], indices, strict=True)
-    ]
-    maps = class_maps(final, data, indices, found.predicted, SIDE) if len(indices) else None
-    title = str(best.provenance.get("run", "model"))
-    page = mistakes_page(title, found, tested, probabilities, some.classes, pictures, maps)
-    (folder / "mistakes.html").write_text(page, encoding="utf-8", errors="replace")
 
 
 def _table(path: Path) -> pd.DataFrame | None:

@@ -112,7 +112,7 @@ def test_the_command_line_sorts_settings_from_parameters():
         ({"epochs": -1}, [], "--epochs: must be greater"),
         ({"gpus_per_trial": -0.5}, [], "--gpus-per-trial: must be greater"),
         ({"time_budget": "soon"}, [], "--time-budget: must be a duration such as"),
-        ({"name": "a/b"}, [], "--name: must have only letters, digits"),
+        ({"name": "a/b"}, [], "--name: must be letters, digits"),
         ({}, ["patience"], "--set patience: must be key=value"),
         ({}, ["patiance=3"], "--set patiance: no such setting; did you mean patience?"),
         ({}, ["patience=3", "patience=4"], "--set patience: is given twice"),

@@ -13,15 +13,7 @@ from tuning.settings.config import SearchPlan
 def write_best(
     folder: Path, plan: SearchPlan, trial: Trial, trials: pd.DataFrame, verdict: Verdict, fingerprint: str
 ) -> None:
-    """Write best.yaml into a run's folder.
-
-    Args:
-        folder, plan: of the run.
-        trial: that the verdict chose.
-        trials: `trials.parquet`.
-        verdict: with its reason.
-        fingerprint: of the data.
-    """
+    """Write best.yaml into a run's folder: the chosen trial's configuration, and how it came to be chosen."""
     runs = counted(trials[trials["finalist_of"] == trial.trial_id])
     provenance = {
         "run": plan.name,

@@ -30,11 +30,7 @@ PACKAGES = ("torch", "torchvision", "timm", "ray", "optuna", "numpy")  # whose v
 
 
 def new_plan(given: dict[str, Any], overrides: Mapping[str, Any]) -> tuple[SearchPlan, Space, Path]:
-    """Return the plan, the space and the folder of a new run.
-
-    Args:
-        given: settings from the command line; they override the space's, which override the defaults.
-        overrides: parameters of the space that `--set` holds at one value.
+    """Return the plan, the space and the folder of a new run; settings `given` override the space's and the defaults.
 
     Raises:
         InputError: a fault in the space or a setting, or a folder that exists or can't be created.
@@ -50,11 +46,7 @@ def new_plan(given: dict[str, Any], overrides: Mapping[str, Any]) -> tuple[Searc
 
 
 def check_new(folder: Path, plan: SearchPlan) -> None:
-    """Check that the folder of a new run doesn't exist and can be created.
-
-    Raises:
-        InputError: it exists or can't be created.
-    """
+    """Check that the folder of a new run doesn't exist and can be created; raise InputError if not."""
     place = joined(plan.storage, plan.name)
     try:
         exists = folder.exists() or (is_uri(plan.storage) and stored([joined(place, "plan.yaml")]) != [None])
@@ -72,14 +64,10 @@ def check_new(folder: Path, plan: SearchPlan) -> None:
 
 
 def resumed_plan(given: dict[str, Any], overrides: Mapping[str, Any]) -> tuple[SearchPlan, Space, Path]:
-    """Return the plan, the space and the folder of a run that is to be resumed.
-
-    Args:
-        given: settings from the command line; only those in `RESUME_MAY_CHANGE` can differ from the run's.
-        overrides: parameters of the space that `--set` holds at one value; they can't differ from the run's.
+    """Return the plan, the space and the folder of a run to resume; of `given`, `RESUME_MAY_CHANGE` may differ from it.
 
     Raises:
-        InputError: there is no such run, it is damaged or in use, or a setting differs.
+        InputError: there is no such run, it is damaged or in use, or another setting or parameter differs.
     """
     if "name" not in given:
         raise InputError("--resume: give the name of the run by --name")
@@ -137,15 +125,7 @@ def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
 def write_run(
     folder: Path, plan: SearchPlan, space: Space, samples: pd.DataFrame, audit: pa.Table, fingerprint: str
 ) -> None:
-    """Create the folder of a new run, with plan.yaml, samples.parquet and audit.parquet.
-
-    Args:
-        folder: to be created.
-        plan, space: of the run.
-        samples: table of `load_samples`, whose splits may have been changed since.
-        audit: findings in the data.
-        fingerprint: of the data.
-    """
+    """Create the folder of a new run, with plan.yaml, samples.parquet and audit.parquet."""
     unfinished = folder.with_name(f".{folder.name}")  # renamed when it is complete: half a run would block its name
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()

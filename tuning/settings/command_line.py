@@ -21,10 +21,10 @@ def flag(setting: str, metavar: str) -> Any:
     return tyro.conf.arg(metavar=metavar, help=help, help_behavior_hint=hint)
 
 
-def exit_code(command: Callable[[], int]) -> int:
-    """Return the exit code of a command; print wrong input and an interruption instead of raising."""
+def exit_code(command: Callable[[], int | None]) -> int:
+    """Run a command and return its exit code; wrong input and an interruption are printed, not raised."""
     try:
-        return command()
+        return command() or DONE
     except InputError as error:
         for fault in error.faults:
             print(f"error: {visible(fault)}", file=sys.stderr)
@@ -35,11 +35,7 @@ def exit_code(command: Callable[[], int]) -> int:
 
 
 def command_line(flags: Mapping[str, Any], pairs: Iterable[Iterable[str]]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Check a command line; return the settings of the search and the parameters of its trials that it gives.
-
-    Args:
-        flags: by field of `SearchPlan`; None if not given.
-        pairs: `key=value`, of every `--set`.
+    """Return the settings of the search and the parameters of its trials that flags and the pairs of `--set` give.
 
     Raises:
         InputError: each wrong value, unknown key, key given twice, and pair without `=`.

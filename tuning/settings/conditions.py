@@ -5,19 +5,14 @@ import graphlib
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 from pydantic import BaseModel
 
 from tuning.settings.config import DEPTH_ALL, TrialConfig, check_value
 from tuning.settings.words import LARGEST_INT, SCALARS, nearest, show
 
-NUMBERS = {
-    name: kind.__name__
-    for name, field in TrialConfig.model_fields.items()
-    for kind in (int, float)
-    if field.annotation is kind
-}
+NUMBERS = {name: kind.__name__ for name, kind in get_type_hints(TrialConfig).items() if kind in (int, float)}
 Value = str | int | float
 
 ORDER: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
@@ -53,11 +48,7 @@ Condition = Comparison | Junction
 
 
 def parse_condition(text: Any) -> Condition:
-    """Parse a condition such as `optimizer == sgd and unfreeze_depth > 1`.
-
-    Raises:
-        ValueError: the rule that the text breaks.
-    """
+    """Parse a condition such as `optimizer == sgd and unfreeze_depth > 1`; raise ValueError with the rule it breaks."""
     if not isinstance(text, str) or len(text) > LONGEST_CONDITION:
         raise ValueError(f"must be text of at most {LONGEST_CONDITION} characters: {CONDITION_RULE}")
     try:
@@ -134,12 +125,7 @@ def fits(
 ) -> bool:
     """Return whether a condition can be decided; append what prevents it to `faults`.
 
-    Args:
-        condition: None always fits.
-        known: names of the parameters that it may compare.
-        outside: returns the rule that keeps a value out of a parameter's range, or None.
-        place: where the condition is, for the messages.
-        faults: those found so far.
+    `known` parameters can be compared; `outside` returns the rule that keeps a value out of one's range, or None.
     """
     before = len(faults)
     for comparison in _comparisons(condition):

@@ -70,16 +70,8 @@ def visible(value: object) -> str:
     return str(value).translate(CONTROLS)
 
 
-def _depth(value: Any) -> Any:
-    return DEPTH_ALL if value == "all" else value
-
-
 def parse_duration(value: Any) -> Any:
-    """Return the seconds in `90s`, `45m`, `2h` or `1h30m`; a plain number is in seconds.
-
-    Raises:
-        ValueError: the text is not a duration.
-    """
+    """Return the seconds in `90s`, `45m`, `2h`, `1h30m` or a plain number; raise ValueError for other text."""
     if not isinstance(value, str):
         return value
     parts = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?", value.strip())
@@ -95,6 +87,9 @@ def _number_or_auto(value: Any, check: Callable[[Any], Any]) -> Any:
         raise ValueError("must be greater than or equal to 0, or `auto`") from None
 
 
+Depth = Annotated[int, BeforeValidator(lambda depth: DEPTH_ALL if depth == "all" else depth)]
+Seconds = Annotated[float, BeforeValidator(parse_duration)]
+Gpus = Annotated[Annotated[float, Field(ge=0)] | Literal["auto"] | None, WrapValidator(_number_or_auto)]
 # Fields are described by the docstrings below them.
 _MODEL = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -106,7 +101,7 @@ class TrialConfig(BaseModel):
 
     backbone: str
     """timm model name, such as `resnet18`."""
-    unfreeze_depth: Annotated[int, BeforeValidator(_depth)] = Field(0, ge=0, le=DEPTH_ALL)
+    unfreeze_depth: Depth = Field(0, ge=0, le=DEPTH_ALL)
     """Number of trained stages, counted from the head: 0 the classifier alone, 5 or `all` the whole network."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate of the classifier and the last stage, above 0."""
@@ -144,9 +139,6 @@ class TrialConfig(BaseModel):
 
 # What a search space may vary or fix: epochs and the seed belong to the whole search.
 PARAMETERS = tuple(name for name in TrialConfig.model_fields if name not in ("epochs", "seed"))
-
-Seconds = Annotated[float, BeforeValidator(parse_duration)]
-Gpus = Annotated[Annotated[float, Field(ge=0)] | Literal["auto"] | None, WrapValidator(_number_or_auto)]
 
 
 class SearchPlan(BaseModel):
@@ -278,17 +270,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def check_value(model: type[BaseModel], key: str, value: Any, *, text: bool = False) -> Any:
-    """Return a value for the field `key` of a model, if the field's rule accepts it.
-
-    Args:
-        model: `TrialConfig` or `SearchPlan`.
-        key: name of the field.
-        value: of the field's type, or `all` and the like.
-        text: whether `value` is a string to be parsed, as from the command line.
-
-    Raises:
-        ValueError: the rule that is broken.
-    """
+    """Return a field's value, parsed from `text` or as it is; raise ValueError with the rule that it breaks."""
     adapter = _adapter(model, key, text)
     try:
         return adapter.validate_strings(value) if text else adapter.validate_python(value)
@@ -303,21 +285,12 @@ def _adapter(model: type[BaseModel], key: str, text: bool) -> TypeAdapter[Any]:
     return TypeAdapter[Any](rule, config=ConfigDict(strict=not text, allow_inf_nan=False))
 
 
-# Parts of pydantic's messages, and what ours say instead.
-_PLAINER = (
-    (r"^(Input|String) should", "must"),
-    (r"a valid integer", "an integer"),
-    (r"a valid boolean", "true or false"),
-    (r"a valid (\w+)", r"a \1"),
-    (r"match pattern .*", "have only letters, digits, '.', '_' and '-', and begin with a letter or digit"),
-)
-
-
 def _rule(message: str, value: Any, *, text: bool = False) -> str:
     """Return pydantic's message in plainer words, with the value."""
     rule = message.removeprefix("Value error, ").partition(", unable to")[0]
-    for theirs, ours in _PLAINER:
-        rule = re.sub(theirs, ours, rule)
+    rule = re.sub("^(Input|String) should", "must", rule).replace("a valid integer", "an integer")
+    rule = rule.replace("a valid boolean", "true or false").replace("a valid", "a")
+    rule = re.sub("match pattern .*", "be letters, digits, '.', '_' and '-', with a letter or digit first", rule)
     number = None if text else as_number(value)
     if number and rule in ("must be a number", "must be an integer"):
         return f"{rule}, got the text {show(value)}; write {number}"
@@ -325,16 +298,7 @@ def _rule(message: str, value: Any, *, text: bool = False) -> str:
 
 
 def build(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
-    """Return a model with these values.
-
-    Args:
-        model: `TrialConfig` or `SearchPlan`.
-        values: by field.
-        where: their origin, for the messages.
-
-    Raises:
-        InputError: each unknown, missing or wrong field.
-    """
+    """Return a model with the values from `where`; raise InputError with each unknown, missing or wrong field."""
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:

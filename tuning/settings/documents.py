@@ -13,40 +13,38 @@ NEEDED = ("name", "data", "space", "trials", "epochs", "seed", "metric")  # sett
 MOST_NODES = 100_000  # of one file, counting those that aliases repeat
 
 
-def from_yaml(content: bytes, where: str) -> tuple[object, list[str]]:
+def read_yaml(path: Path, cure: str = "") -> tuple[object, list[str]]:
     """Return the content of a YAML file, and its duplicate keys as faults.
 
-    Args:
-        content: bytes of the file.
-        where: its path, for the messages.
-
     Raises:
-        InputError: it is not valid YAML.
+        InputError: it can't be read, for which `cure` ends the message, or is not valid YAML.
     """
     try:
-        text = content.decode("utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
         loader = _Loader(text)
         root = loader.get_single_node()
         if root is not None and _size(root, {}) > MOST_NODES:
-            raise InputError(
-                f"{where}: aliases (*name) give more than {MOST_NODES:,} values, or a cycle; write them out"
-            )
+            raise InputError(f"{path}: aliases (*name) give a cycle, or over {MOST_NODES:,} values; write them out")
         document = None if root is None else loader.construct_document(root)
     except UnicodeDecodeError as error:
-        raise InputError(f"{where}: byte {error.start + 1}: not UTF-8 text; save the file as UTF-8") from None
+        raise InputError(f"{path}: byte {error.start + 1}: not UTF-8 text; save the file as UTF-8") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         inside = "flow mapping" in str(error.context)
-        cure = "; inside braces, quote a value that has commas or brackets" if inside else ""
-        raise InputError(f"{where}: {place}not valid YAML: {error.problem or error.context}{cure}") from None
+        quoted = "; inside braces, quote a value that has commas or brackets" if inside else ""
+        raise InputError(f"{path}: {place}not valid YAML: {error.problem or error.context}{quoted}") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         column = error.position - text.rfind("\n", 0, error.position)
-        raise InputError(f"{where}: line {line}, column {column}: not valid YAML: {error.reason}; delete it") from None
+        raise InputError(f"{path}: line {line}, column {column}: not valid YAML: {error.reason}; delete it") from None
     except RecursionError:
-        raise InputError(f"{where}: nested too deeply; write it flatter") from None
-    return document, [f"{where}: {fault}" for fault in loader.repeated]
+        raise InputError(f"{path}: nested too deeply; write it flatter") from None
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror}){cure}") from None
+    except (ValueError, OverflowError) as error:  # a path with a null byte; "\\UFFFFFFFF", which PyYAML lets through
+        raise InputError(f"{path}: can't be read ({error}){cure}") from None
+    return document, [f"{path}: {fault}" for fault in loader.repeated]
 
 
 class _Loader(yaml.SafeLoader):
@@ -92,11 +90,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the file can't be read, or has other content.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: can't be read ({error.strerror})") from None
-    document, faults = from_yaml(content, str(path))
+    document, faults = read_yaml(path)
     if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
         faults.append(f"{path}: is damaged: must be a mapping with names as keys; restore it from a copy")
     if faults:
@@ -126,21 +120,13 @@ def read_plan(folder: Path) -> dict[str, Any]:
 
 
 def plan_in(document: dict[str, Any], path: Path) -> SearchPlan:
-    """Return those settings of a plan.yaml that this version has.
-
-    Raises:
-        InputError: each wrong value.
-    """
+    """Return those settings of a plan.yaml that this version has; raise InputError for each wrong value."""
     settings = document["settings"]
     return build(SearchPlan, {key: settings[key] for key in SearchPlan.model_fields if key in settings}, str(path))
 
 
 def check_parts(document: dict[str, Any], path: Path, parts: dict[str, type]) -> None:
-    """Check that a document has each of the keys, with a value of its type.
-
-    Raises:
-        InputError: each missing key, and value of another type.
-    """
+    """Check that a document has each of the keys with a value of its type; raise InputError if not."""
     words: dict[type, str] = {dict: "a mapping", list: "a list", str: "text"}
     faults = [
         f"{path}: is damaged: {key} must be {words[kind]}, got {show(document.get(key))}; restore it from a copy"

@@ -9,7 +9,7 @@ from typing import Any
 
 from tuning.settings.conditions import NUMBERS, Value, checked, fits, holds, parents, parents_first, parse_condition
 from tuning.settings.config import PARAMETERS, SETTINGS, InputError, SearchPlan, TrialConfig, without_secrets
-from tuning.settings.documents import from_yaml
+from tuning.settings.documents import read_yaml
 from tuning.settings.space import DEFAULTS, Parameter, Space, active
 from tuning.settings.words import as_number, nearest, show
 
@@ -27,34 +27,23 @@ def load(name_or_path: str) -> Space:
         InputError: no such name or file, or everything that is wrong in the file.
     """
     shipped = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
-    listed = f"the name of a shipped space ({', '.join(shipped)}) or the path of a YAML file"
+    cure = f"; give the name of a shipped space ({', '.join(shipped)}) or the path of a YAML file"
     if name_or_path in shipped:
         path = SHIPPED / f"{name_or_path}.yaml"
     elif name_or_path.endswith((".yaml", ".yml")) or "/" in name_or_path or "\\" in name_or_path:
         path = Path(name_or_path)
     else:
         close = nearest(name_or_path, shipped).rstrip("?")
-        raise InputError(f"--space {name_or_path}: no such space{close}; give {listed}")
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; give {listed}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: can't be read ({error}); give {listed}") from None
-    document, faults = from_yaml(content, str(path))
+        raise InputError(f"--space {name_or_path}: no such space{close}{cure}")
+    document, faults = read_yaml(path, cure)
     return parse(document, str(path), faults)
 
 
 def parse(document: object, where: str, faults: Sequence[str] = ()) -> Space:
-    """Check a search space that is given as nested dicts and lists.
-
-    Args:
-        document: the content of a YAML file.
-        where: its origin, for the messages.
-        faults: those already found while reading it.
+    """Check a search space given as nested dicts and lists; `where` is their origin, for the messages.
 
     Raises:
-        InputError: these faults and all others.
+        InputError: `faults`, which were found while reading it, and all others.
     """
     faults = list(faults)
     if not isinstance(document, dict) or not document:
@@ -181,11 +170,10 @@ def _parameter(name: str, spec: Any, place: str, faults: list[str]) -> Parameter
     before = len(faults)
     kind = spec["type"] if isinstance(spec.get("type"), str) else ""
     fitting = ["categorical", NUMBERS[name]] if name in NUMBERS else ["categorical"]
-    if "type" not in spec:
-        faults.append(f"{place}: has no type; add `type: {fitting[-1]}`")
-    elif kind not in fitting:
+    if kind not in fitting:
+        got = show(spec["type"]) if "type" in spec else "nothing"
         cure = nearest(kind, fitting) or f"; write `type: {fitting[-1]}`"
-        faults.append(f"{place}.type: must be {' or '.join(fitting)} for {name}, got {show(spec['type'])}{cure}")
+        faults.append(f"{place}.type: must be {' or '.join(fitting)} for {name}, got {got}{cure}")
     allowed = ("type", *TYPES.get(kind, ("choices", *RANGE_KEYS)), "when")
     for key in spec:
         if key not in allowed:
