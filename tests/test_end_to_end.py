@@ -208,7 +208,7 @@ def test_the_default_search_on_generated_radiographs(tmp_path):
     top = trials.loc[trials["val_loss"].idxmin()]
     best = yaml.safe_load((run / "best.yaml").read_text())
     assert best["provenance"]["trial_id"] == top["trial_id"]
-    for said in (top["trial_id"], "Overfitting", "Ending trials early saved", f"train_final.py results/{run.name}"):
+    for said in (top["trial_id"], "Overfitting", "Early stopping saved", f"train_final.py results/{run.name}"):
         assert said in done.stdout
     assert top["val_loss"] < 0.6  # predicting the class frequencies costs 1.10
 

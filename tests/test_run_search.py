@@ -312,7 +312,7 @@ def test_a_search_says_what_to_type_next_and_reports_meanwhile(
     assert "Report: results/once/report.html" in said
     assert any("running" in statuses for statuses in made) and "running" not in made[-1]
     assert " better than always predicting the class frequencies" in said and "expected calibration error" in said
-    assert "The gap by augmentation" in said and "best epoch to its last" in said
+    assert "Median gap by augmentation" in said and "best epoch to its last" in said
     files = {path.name for path in (tmp_path / "results" / "once").iterdir()}
     assert files >= {"plan.yaml", "best.yaml", "trials.parquet", "samples.parquet", "report.html", "audit.parquet"}
     assert "read, decoded, audited in" in said and "audit: " in said
@@ -320,7 +320,7 @@ def test_a_search_says_what_to_type_next_and_reports_meanwhile(
     assert "Verdict: not enough runs" in said
     (typed,) = (line for line in said.splitlines() if line.startswith("  python tuning/run_search.py"))
     command, _, why = typed.partition("        # ")
-    assert command.endswith("--resume --name once --set finalist_epochs=20") and why == "10 more runs for the verdict"
+    assert command.endswith("--resume --name once --set finalist_epochs=20") and why == "the verdict needs 10 more runs"
     assert run(tyro.cli(Flags, args=shlex.split(command)[2:])) == 0
     said = capsys.readouterr().out
     assert re.search("Verdict: (winner|nothing beats the default)", said) and "--resume" not in said

@@ -33,7 +33,7 @@ from tuning.settings.documents import read_plan
 from tuning.settings.space import Space, backbones, image_sizes
 from tuning.settings.words import count
 from tuning.show.progress import Progress, console, plain
-from tuning.show.report import refresher, write_or_tell
+from tuning.show.report import refresher, write_or_warn
 
 Nodes = Callable[[], list[tuple[int, float]]]  # waits for Ray; gives the cores and GPUs of each node
 
@@ -172,7 +172,7 @@ def _search(plan: SearchPlan, space: Space, folder: Path, mirror: Mirror | None,
         write_best(folder, plan, search.record.trials[verdict.trial_id], trials, verdict, data.fingerprint)
     place, since = joined(plan.storage, plan.name), search.started_wall_s
     summarize(folder, place, plan, verdict, judged, halted=search.halted, slots=concurrent, since=since)
-    if (report := write_or_tell(folder)) is not None:
+    if (report := write_or_warn(folder)) is not None:
         console.print(f"\nReport: {joined(place, report.name)}", markup=False)
     if not finished:
         console.print(f"\nInterrupted. To resume: {plan.resume_command}", markup=False)

@@ -78,7 +78,7 @@ def test_probes_and_finalists_are_no_trials_of_the_search():
     for trial in record.trials.values():
         tally.take(trial)
     lines = printed(block(tally, [finalist], 60.0))
-    assert "9 of 9 trials, 14 finalists' runs" in lines[-1] and tally.ended.total() == 9
+    assert "9 of 9 trials, 14 finalist runs" in lines[-1] and tally.ended.total() == 9
     assert any(line.startswith("running   f00014") and line.endswith("2/4") for line in lines)
     assert not any("f0" in line for line in lines if "val_loss" in line)
 

@@ -74,7 +74,7 @@ def test_what_a_verdict_still_needs_can_be_typed(folder, tmp_path):
     """Where the run is now, and only what the search itself doesn't make."""
     html = page(make_run(tmp_path / "short", finalists=False))
     typed = f"python tuning/run_search.py --resume --name short --storage {tmp_path} --set finalist_epochs=120"
-    assert f"15 more runs for the verdict: {typed}" in html
+    assert f"The verdict needs 15 more runs: {typed}" in html
     assert "finalist_epochs" not in page(folder)
     assert "finalist_epochs" not in page(make_run(tmp_path / "killed", killed=True))
     assert "finalist_epochs" not in page(make_run(tmp_path / "unjudged", trials=100, finalists=False))
@@ -88,7 +88,7 @@ def test_the_audit_is_shown_where_there_is_one(tmp_path):
     assert html.index('id="cost"') < html.index('id="audit"') < html.index('id="data"')
     assert html.count('<td class="short">a.png</td>') == AUDIT_ROWS + 1 and f"{AUDIT_ROWS} of 101" in html
     make_audit(folder, paths=("a.png", "b.png"), rows=0)
-    assert "Nothing was found" in page(folder)
+    assert "No findings" in page(folder)
 
 
 def test_a_killed_run_gives_what_there_is(tmp_path):
@@ -100,7 +100,7 @@ def test_a_run_killed_before_its_first_tables(tmp_path):
     folder = make_run(tmp_path / "run", trials=1)
     for name in ("trials", "epochs", "decisions"):
         (folder / f"{name}.parquet").unlink()
-    assert "No trial has begun" in page(folder)
+    assert "No trial has started" in page(folder)
     config = read(folder).document["space"]["start"][0]
     journal = Journal(folder / "journal.jsonl")
     journal.append("asked", trial_id="t00000", number=0, origin="start", params=config, config=config | FIXED)

@@ -207,7 +207,7 @@ def test_a_killed_run_and_one_without_trials(opened, tmp_path):
     assert "not finished: 22 of 24 trials" in find(browser, "header")[0].text
     assert "running" in column(browser, "status")
     browser = opened(report.write(make_run(tmp_path / "empty", trials=0)))
-    assert "No trial has begun" in find(browser, "main")[0].text
+    assert "No trial has started" in find(browser, "main")[0].text
 
 
 def test_a_comparison_is_drawn(opened, tmp_path):

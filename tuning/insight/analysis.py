@@ -23,11 +23,7 @@ AUGMENTATIONS = get_args(TrialConfig.model_fields["augmentation"].annotation)  #
 
 
 def load_trials(*runs: str | Path, everything: bool = False) -> pd.DataFrame:
-    """Read the trials of one run or several into one frame.
-
-    Args:
-        runs: run folders.
-        everything: include probes and finalist runs.
+    """Read the trials of run folders into one frame, with `everything` also probes and finalist runs.
 
     Returns:
         `run` (the folder's name, or its path if two names are equal), then the columns of `trials.parquet` in the
@@ -97,10 +93,7 @@ def top(trials: pd.DataFrame, metric: str) -> pd.Series | None:
 def pareto(trials: pd.DataFrame, cost: str = "seconds", metric: str = "val_loss") -> pd.DataFrame:
     """Return the rows of the Pareto front: trials that no other beats in both `cost` and `metric`, cheapest first.
 
-    Args:
-        trials: the table of trials.
-        cost: a column of which less is better: seconds, trained_parameters, parameters, latency_ms, ...
-        metric: the metric to compare by.
+    `cost` is a column of which less is better: seconds, trained_parameters, parameters, latency_ms, ...
     """
     rows = searched(trials[trials["val_loss"].notna() & trials[metric].notna() & trials[cost].notna()])
     order = rows[[cost]].assign(loss=loss_like(metric, rows[metric])).sort_values([cost, "loss"], kind="stable")
@@ -128,12 +121,8 @@ def best_so_far(trials: pd.DataFrame, epochs: pd.DataFrame, metric: str) -> pd.D
 def importance(trials: pd.DataFrame, space: Space, metric: str = "val_loss") -> pd.DataFrame:
     """Compute parameter importance by PED-ANOVA: how the best 10% of trials differ from all trials in each parameter.
 
-    Watanabe et al. 2023, https://arxiv.org/abs/2304.10255. Diverged trials count as the worst.
-
-    Args:
-        trials: trials of one run, or of several that searched the same space.
-        space: the search space, from `load_space`.
-        metric: the metric to compare by.
+    Watanabe et al. 2023, https://arxiv.org/abs/2304.10255. Diverged trials count as the worst. Trials of several runs
+    must have searched the same space.
 
     Returns:
         Columns parameter, importance (shares that add up to 1), the largest first; empty if fewer than 10 trials ended.
@@ -228,11 +217,7 @@ def ends(trials: pd.DataFrame) -> pd.DataFrame:
 
 
 def savings(trials: pd.DataFrame, epochs: int) -> pd.DataFrame:
-    """Return what early stopping saved, by status.
-
-    Args:
-        trials: the table of trials.
-        epochs: planned epochs of a trial.
+    """Return what early stopping saved of the planned `epochs` per trial, by status.
 
     Returns:
         Columns status, trials, epochs (run), epochs_saved, seconds_saved (at the trial's own seconds per epoch).
@@ -259,15 +244,8 @@ def time_spent(epochs: pd.DataFrame) -> dict[str, float]:
 def utilisation(epochs: pd.DataFrame, slots: int, since: float = 0.0) -> float | None:
     """Return the share of the slots' time that epochs took, from the first epoch to the start of the last trial.
 
-    Later, slots are idle because no trials are left to start.
-
-    Args:
-        epochs: the table of epochs.
-        slots: concurrent trials.
-        since: active seconds at the last start of the search: an earlier one may have had another number of slots.
-
-    Returns:
-        The share, or None if no trial started after the first epoch ended.
+    Later, slots are idle because no trials are left to start. None if no trial started after the first epoch ended.
+    `since` is the active time at the last start of the search: an earlier one may have had another number of slots.
     """
     mine = epochs[epochs["wall_s"] - epochs["seconds"] >= since]
     if mine.empty:
@@ -299,10 +277,6 @@ def class_entropy(samples: pd.DataFrame) -> float:
 def compare(trials: pd.DataFrame, metric: str = "val_loss") -> pd.DataFrame:
     """Return what each run spent and found, without probes and finalist runs.
 
-    Args:
-        trials: the trials, from `load_trials`.
-        metric: the metric to compare by.
-
     Returns:
         A row for each run: run, trials, early (how many of them stopped, converged or diverged), failed, epochs,
         seconds, gpu_seconds (summed over trials), and of the best trial trial_id, config_backbone, `metric`, gap.
@@ -316,10 +290,7 @@ def compare(trials: pd.DataFrame, metric: str = "val_loss") -> pd.DataFrame:
 
 
 def differences(plans: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """Return the settings and space parameters that are not the same in all runs.
-
-    Args:
-        plans: plans by the run's name, from `load_plan`.
+    """Return the settings and space parameters that are not the same in all `plans` (by the run's name).
 
     Returns:
         Columns part (settings or space), key, then one per run with the value as text; a dash if a run has none.

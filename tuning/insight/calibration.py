@@ -1,16 +1,19 @@
 """Expected calibration error and temperature scaling (Guo et al. 2017, https://arxiv.org/abs/1706.04599)."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_softmax, softmax
 
+Floats: TypeAlias = NDArray[np.float64]
+Ints: TypeAlias = NDArray[np.int64]
+
 BINS = 15
 TEMPERATURES = (0.05, 20.0)  # lowest and highest
 
 
-def calibration_error(probabilities: NDArray[np.float64], targets: NDArray[np.int64]) -> float:
+def calibration_error(probabilities: Floats, targets: Ints) -> float:
     """Return the expected calibration error of probabilities [n, classes], in 15 bins of equal width.
 
     It is the difference of confidence and accuracy per bin, averaged over images. With few images it is biased upwards.
@@ -21,7 +24,7 @@ def calibration_error(probabilities: NDArray[np.float64], targets: NDArray[np.in
     return float(np.abs(surplus).sum() / len(targets))
 
 
-def fit_temperature(logits: NDArray[Any], targets: NDArray[np.int64]) -> float:
+def fit_temperature(logits: NDArray[Any], targets: Ints) -> float:
     """Return the temperature within `TEMPERATURES` that minimises the cross-entropy of logits [n, classes].
 
     Logarithms of probabilities do as well. Label smoothing by about one image in total (Platt 1999) keeps the
@@ -39,13 +42,13 @@ def fit_temperature(logits: NDArray[Any], targets: NDArray[np.int64]) -> float:
     return float(np.exp(found.x))
 
 
-def tempered(logits: NDArray[Any], temperature: float) -> NDArray[np.float64]:
+def tempered(logits: NDArray[Any], temperature: float) -> Floats:
     """Return probabilities [n, classes] of logits, or of logarithms of probabilities, at a temperature."""
-    probabilities: NDArray[np.float64] = softmax(logits.astype(np.float64) / temperature, axis=1)
+    probabilities: Floats = softmax(logits.astype(np.float64) / temperature, axis=1)
     return probabilities
 
 
-def logarithms(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+def logarithms(probabilities: Floats) -> Floats:
     """Return natural logarithms, with 0 replaced by the smallest normal float."""
-    logs: NDArray[np.float64] = np.log(np.maximum(probabilities, np.finfo(np.float64).tiny))
+    logs: Floats = np.log(np.maximum(probabilities, np.finfo(np.float64).tiny))
     return logs

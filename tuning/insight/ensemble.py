@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tuning.insight.calibration import Floats, Ints
 from tuning.insight.intervals import mean_interval
 from tuning.record.predictions import Predictions
 
@@ -58,14 +59,11 @@ def named_shares(predictions: Predictions) -> dict[str, float]:
     return {predictions.trial_ids[index]: float(shares[index]) for index in order if shares[index]}
 
 
-def selected(true: NDArray[np.float64]) -> NDArray[np.float64]:
+def selected(true: Floats) -> Floats:
     """Return shares [trials] in the ensemble of lowest cross-entropy, by greedy forward selection with replacement.
 
     Each round adds the trial that lowers the loss most. Of the ensembles of all rounds the best is returned, of equally
-    good ones the smallest.
-
-    Args:
-        true: probability [trials, images] of the true class of each image.
+    good ones the smallest. `true` [trials, images] are the probabilities of each image's true class.
     """
     total, times = np.zeros(true.shape[1]), np.zeros(len(true))
     least, best = np.inf, times
@@ -79,7 +77,7 @@ def selected(true: NDArray[np.float64]) -> NDArray[np.float64]:
     return best
 
 
-def halves(targets: NDArray[np.int64], groups: Sequence[int] | NDArray[np.int64]) -> NDArray[np.bool_]:
+def halves(targets: Ints, groups: Sequence[int] | Ints) -> NDArray[np.bool_]:
     """Return whether each image [n] is in the first of two halves, stratified by class, with no group in both.
 
     Each group, in the order of a hash, goes to the half that has fewer images of its classes.

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
-from tuning.insight.calibration import calibration_error, logarithms
+from tuning.insight.calibration import Floats, Ints, calibration_error, logarithms
 
 DRAWS, SEED = 2000, 0  # of the bootstrap
 CHUNK = 100  # draws at once, to bound memory
@@ -14,10 +14,7 @@ TAIL = 0.025  # probability beyond each end of a 95% confidence interval
 
 
 def mean_interval(
-    values: NDArray[np.float64],
-    groups: NDArray[np.int64],
-    tail: float = TAIL,
-    strata: NDArray[np.int64] | None = None,
+    values: Floats, groups: Ints, tail: float = TAIL, strata: Ints | None = None
 ) -> tuple[float, float, float]:
     """Return the mean of values and the low and high end of its confidence interval.
 
@@ -49,12 +46,7 @@ def mean_interval(
     return mean, mean - reach, mean + reach
 
 
-def measure(
-    probabilities: NDArray[np.float64],
-    targets: NDArray[np.int64],
-    groups: NDArray[np.int64],
-    classes: tuple[str, ...],
-) -> dict[str, Any]:
+def measure(probabilities: Floats, targets: Ints, groups: Ints, classes: tuple[str, ...]) -> dict[str, Any]:
     """Compute the test metrics of `metrics.json`; `<name>_95` is the 95% confidence interval of `<name>`.
 
     Intervals are percentiles of 2,000 bootstrap samples of groups (Efron and Tibshirani 1993). If a metric is 0 or 1 in
@@ -100,9 +92,7 @@ def measure(
     }
 
 
-def _figures(
-    weights: NDArray[np.float64], probabilities: NDArray[np.float64], targets: NDArray[np.int64]
-) -> NDArray[np.float64]:
+def _figures(weights: Floats, probabilities: Floats, targets: Ints) -> Floats:
     """Return metrics [draws, 3 + 3 * classes] of images weighted by `weights` [draws, n]; NaN if undefined.
 
     Accuracy, balanced accuracy and AUROC, then sensitivity, specificity and AUROC of each class against the rest.
@@ -121,9 +111,7 @@ def _figures(
     return np.column_stack([accuracy, balanced, each[:, 2::3].mean(axis=1), each])
 
 
-def _auroc(
-    weights: NDArray[np.float64], positive: NDArray[np.bool_], values: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def _auroc(weights: Floats, positive: NDArray[np.bool_], values: Floats) -> Floats:
     """Return AUROC [draws] of images weighted by `weights` [draws, n]; ties count half."""
     order = np.argsort(values, kind="stable")
     starts = np.flatnonzero(np.diff(values[order], prepend=-np.inf))  # of equal values
@@ -131,13 +119,11 @@ def _auroc(
     positives = np.add.reduceat(ordered * positive[order], starts, axis=1)
     negatives = np.add.reduceat(ordered * ~positive[order], starts, axis=1)
     below = np.cumsum(negatives, axis=1) - negatives / 2
-    ratio: NDArray[np.float64] = (positives * below).sum(axis=1) / (positives.sum(axis=1) * negatives.sum(axis=1))
+    ratio: Floats = (positives * below).sum(axis=1) / (positives.sum(axis=1) * negatives.sum(axis=1))
     return ratio
 
 
-def _percentiles(
-    probabilities: NDArray[np.float64], targets: NDArray[np.int64], groups: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _percentiles(probabilities: Floats, targets: Ints, groups: Ints) -> tuple[Floats, Floats]:
     """Return the low and high ends of the bootstrap intervals, for each column of `_figures`."""
     rng = np.random.default_rng(SEED)
     count = int(groups.max()) + 1
@@ -152,7 +138,7 @@ def _percentiles(
     return low, high
 
 
-def _observations(targets: NDArray[np.int64], groups: NDArray[np.int64], classes: int) -> list[int]:
+def _observations(targets: Ints, groups: Ints, classes: int) -> list[int]:
     """Count the groups behind each column of `_figures`; for a metric of two kinds of images, of the rarer."""
     with_class = [len(np.unique(groups[targets == index])) for index in range(classes)]
     without = [len(np.unique(groups[targets != index])) for index in range(classes)]

@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
-from tuning.insight.calibration import calibration_error, logarithms
+from tuning.insight.calibration import Floats, Ints, calibration_error, logarithms
 from tuning.insight.ensemble import offer
 from tuning.insight.intervals import mean_interval
 from tuning.record.predictions import Predictions, read_predictions
@@ -27,14 +26,7 @@ class Remark(NamedTuple):
 
 
 def remarks(folder: Path, trials: pd.DataFrame, samples: pd.DataFrame, chosen: str | None) -> list[Remark]:
-    """Return the remarks on a run, without those that its predictions don't allow.
-
-    Args:
-        folder: the run's folder.
-        trials: trials of the search.
-        samples: the run's samples.
-        chosen: id of the trial whose calibration is reported.
-    """
+    """Return the remarks that a run's predictions allow; the calibration reported is that of the `chosen` trial."""
     predictions = read_predictions(folder, trials, samples)
     compared = with_baseline(trials, predictions)
     found = [] if compared is None else [_on_baseline(compared)]
@@ -42,9 +34,6 @@ def remarks(folder: Path, trials: pd.DataFrame, samples: pd.DataFrame, chosen: s
         found.append(_on_calibration(predictions, chosen))
     worthless = compared is not None and not compared.better
     return found + _on_ensemble(predictions, kept(folder, trials), worthless=worthless)
-
-
-# ---- the baseline -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -69,10 +58,6 @@ def with_baseline(trials: pd.DataFrame, predictions: Predictions) -> Comparison 
     The gain is measured image by image, with a confidence interval by class and group. The trial is the best of all
     epochs of all trials, so the error probability is divided by their number (Bonferroni). Classes with a single group
     in validation can't be judged: the interval is then that of telling the other classes apart.
-
-    Args:
-        trials: trials of the search.
-        predictions: of these trials.
     """
     if not predictions.trial_ids:
         return None
@@ -88,21 +73,11 @@ def with_baseline(trials: pd.DataFrame, predictions: Predictions) -> Comparison 
     return Comparison(predictions.trial_ids[0], float(losses.mean()), float((losses + gains).mean()), least, epochs)
 
 
-def _losses_and_gains(
-    probabilities: NDArray[np.float64], targets: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return each image's loss, and by how much the loss of the targets' own frequencies is higher.
-
-    Args:
-        probabilities: [n, classes] of these classes alone; scaled to add up to 1.
-        targets: class indices [n].
-    """
+def _losses_and_gains(probabilities: Floats, targets: Ints) -> tuple[Floats, Floats]:
+    """Return each image's loss, after scaling probabilities to a sum of 1, and how much higher the baseline's is."""
     losses = -logarithms(probabilities[np.arange(len(targets)), targets] / probabilities.sum(axis=1))
     shares = np.bincount(targets) / len(targets)
     return losses, -np.log(shares[targets]) - losses
-
-
-# ---- sentences --------------------------------------------------------------------------------------------------
 
 
 def _on_baseline(found: Comparison) -> Remark:

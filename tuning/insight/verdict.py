@@ -6,9 +6,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from tuning.insight.analysis import searched, top
+from tuning.insight.calibration import Floats
 from tuning.record.journal import FINAL, loss_like
 from tuning.record.tables import FINALISTS
 from tuning.search.finalists import LEAST_RUNS, candidates, most_epochs, runs_left
@@ -52,7 +52,7 @@ def val_over_train(samples: pd.DataFrame) -> float:
     return float(splits.get("val", 0) / max(splits.get("train", 0), 1))
 
 
-def corrected_t(differences: NDArray[np.float64], val_over_train: float) -> tuple[float, float]:
+def corrected_t(differences: Floats, val_over_train: float) -> tuple[float, float]:
     """Return the mean of paired differences and its standard error, for runs that split train and val at random.
 
     Such runs share images, so the variance of the mean is corrected to variance * (1/runs + val/train)
@@ -77,10 +77,7 @@ def judge(trials: pd.DataFrame, metric: str, *, val_over_train: float) -> tuple[
     A finalist beats the default if the one-sided paired t-test is significant after Holm's correction for the number
     of finalists. Those that do, and that the best of them doesn't beat in the same test, are tied with it.
 
-    Args:
-        trials: `trials.parquet`, with the runs of origin `finalist`.
-        metric: compared at each run's best epoch.
-        val_over_train: validation images per training image.
+    Runs are compared by `metric` at their best epoch.
 
     Returns:
         The rows of `finalists.parquet` (none if there are not enough runs), and the verdict.
@@ -177,7 +174,7 @@ def _decide(
         return Verdict("winner", winner, f"{winner} beats the default {default}: it {_difference(tied[0], metric)}")
     seconds = counted(trials).groupby("finalist_of")["seconds"].mean()
     cheapest = min(tied, key=lambda row: float(seconds[row["trial_id"]]))
-    listed = ", ".join(f"{row['trial_id']} ({seconds[row['trial_id']]:.0f} s per run)" for row in tied)
+    listed = " and ".join(f"{row['trial_id']} ({seconds[row['trial_id']]:.0f} s per run)" for row in tied)
     sentence = (
         f"{listed} beat the default {default} and are not significantly different from each other; the cheapest, "
         f"{cheapest['trial_id']}, is chosen: it {_difference(cheapest, metric)}"
@@ -198,21 +195,16 @@ def _difference(row: dict[str, Any], metric: str) -> str:
 
 def _table(rows: list[dict[str, Any]], trials: pd.DataFrame, metric: str, chosen: str | None) -> pd.DataFrame:
     """Return the rows of `finalists.parquet`, the default's first."""
-    found = []
-    for place, row in enumerate(rows):
-        trial_id = row["trial_id"]
-        runs = counted(trials[trials["finalist_of"] == trial_id])
-        values = runs[metric].dropna()
-        searched_value = trials.loc[trials["trial_id"] == trial_id, metric].iloc[0]
-        mean = values.mean() if len(values) else None
-        luck = None
-        if mean is not None and not pd.isna(searched_value):
-            luck = loss_like(metric, mean) - loss_like(metric, searched_value)
-        named = {name: row.get(name) for name in ("difference", "low", "high", "p_value")}
-        named = {name: value if value is not None and math.isfinite(value) else None for name, value in named.items()}
-        found.append(
-            {"trial_id": trial_id, "role": "finalist" if place else "default", "chosen": trial_id == chosen}
-            | {"runs": len(runs), "mean": mean, "sd": values.std() if len(values) > 1 else None}
-            | {"searched": searched_value, "luck": luck, **named, "seconds": runs["seconds"].mean()}
-        )
-    return pd.DataFrame(found, columns=FINALISTS.names)
+    runs = counted(trials).groupby("finalist_of")
+    table = pd.DataFrame(rows).set_index("trial_id").replace([math.inf, -math.inf], math.nan)
+    table = table.assign(
+        role=["default", *["finalist"] * (len(rows) - 1)],
+        chosen=table.index == chosen,
+        runs=runs.size(),
+        mean=runs[metric].agg(lambda values: values.dropna().mean()),
+        sd=runs[metric].agg(lambda values: values.dropna().std()),
+        searched=trials.set_index("trial_id")[metric],
+        seconds=runs["seconds"].agg(lambda values: values.mean()),
+    )
+    table["luck"] = loss_like(metric, table["mean"]) - loss_like(metric, table["searched"])
+    return table.reset_index()[FINALISTS.names]

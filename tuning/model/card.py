@@ -15,7 +15,8 @@ from tuning.insight import analysis
 from tuning.record import tables
 from tuning.settings.documents import read_plan
 from tuning.settings.words import count
-from tuning.show.page import duration, number, text
+from tuning.show.frames import duration, number
+from tuning.show.page import text
 from tuning.show.plots import CALIBRATION, CONFUSION, ROC
 
 CLASSES_SHOWN = 30  # with more classes only the totals are shown

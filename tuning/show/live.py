@@ -1,4 +1,4 @@
-"""The block that a terminal shows below a search's lines: best and running trials, ends, and how long it will take."""
+"""The live block on a terminal: best and running trials, counts of ended ones, and the estimated time left."""
 
 import math
 from collections import Counter
@@ -10,48 +10,52 @@ from rich.text import Text
 from tuning.record.journal import Trial, best_epoch, loss_like
 from tuning.search.finalists import most_epochs, runs_to_make
 from tuning.settings.config import DEPTH_ALL, SearchPlan
+from tuning.settings.words import count
 
 TOP = 3  # best trials shown
 MOST_LINES = 15
-LABEL, NAME = 10, 21  # columns of a line's label, and of a backbone at most
-CURVE = 24  # columns of a spark line, at most
+LABEL, NAME = 10, 21  # columns of a line's label; most columns of a backbone's name
+CURVE = 24  # most columns of a sparkline
 BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=*#"  # low to high
-LEAST_ENDED = 3  # trials from whose lengths the time left is told
-WARM_EPOCHS = 5  # of each slot, after which its use is told
+LEAST_ENDED = 3  # ended trials that the estimate of the time left needs
+WARM_EPOCHS = 5  # epochs per slot before utilisation is shown
 
 
 @dataclass
 class Tally:
-    """What a search's trials have come to. Each report costs as much as its trial has epochs, however many there are.
+    """Running totals of a search, updated in time proportional to a trial's epochs, however many trials there are.
 
-    Epochs and ends are those of searched trials and finalists' runs; a probe is neither.
+    Times are active seconds since the search began. `epochs` and `ended` don't count probes.
     """
 
     plan: SearchPlan
-    slots: int | None = None  # trials at once, if that number is fixed
-    started: float = 0.0  # when this start of the search began; as below, in active seconds since the search did
-    best: list[tuple[float, Trial]] = field(default_factory=list)  # of the searched, less being better
-    ended: Counter[str] = field(default_factory=Counter)  # searched trials by status
-    lengths: Counter[int] = field(default_factory=Counter)  # the same by epochs run
-    finalists: int = 0  # runs of theirs that ended
-    epochs: int = 0  # of this start, as are the next three
-    seconds: float = 0.0  # that they took, with those of probes
-    began: float = math.inf  # when the first epoch did
-    reported: float = 0.0  # when the last one ended
+    slots: int | None = None  # number of concurrent trials, if it is fixed
+    started: float = 0.0  # when the search was last started or resumed
+    best: list[tuple[float, Trial]] = field(default_factory=list)  # of the search, with their loss, the lowest first
+    ended: Counter[str] = field(default_factory=Counter)  # trials of the search by status
+    lengths: Counter[int] = field(default_factory=Counter)  # ended trials of the search by their number of epochs
+    finalists: int = 0  # finalist runs that ended
+    epochs: int = 0  # since `started`, as are the next three
+    seconds: float = 0.0  # summed over epochs, with those of probes
+    began: float = math.inf  # when the first epoch started
+    reported: float = 0.0  # when the last epoch ended
     _epochs: dict[str, int] = field(default_factory=dict)  # of trials that have not ended
 
     def take(self, trial: Trial) -> None:
-        """Take in what a trial has reported since it was last taken in."""
+        """Add what a trial has reported since the last call."""
         for row in trial.rows[self._epochs.get(trial.trial_id, 0) :]:  # voided epochs count once
-            if row["wall_s"] < self.started:  # with other slots, maybe, or on another machine
+            if row["wall_s"] < self.started:  # maybe with another number of slots, or on another machine
                 continue
             self.epochs += trial.origin != "probe"
             self.seconds += row["seconds"]
             self.began = min(self.began, row["wall_s"] - row["seconds"])
             self.reported = max(self.reported, row["wall_s"])
         self._epochs[trial.trial_id] = max(self._epochs.get(trial.trial_id, 0), len(trial.rows))
-        if trial.number is not None:
-            self._rank(trial)
+        top = None if trial.number is None else best_epoch(trial.rows, self.plan.metric)
+        if top is not None:
+            others = [entry for entry in self.best if entry[1] is not trial]
+            mine = loss_like(self.plan.metric, top[self.plan.metric]), trial
+            self.best = sorted([*others, mine], key=lambda entry: (entry[0], entry[1].trial_id))[:TOP]
         if trial.ended:
             del self._epochs[trial.trial_id]
             if trial.number is not None:
@@ -59,33 +63,27 @@ class Tally:
                 self.lengths[len(trial.rows)] += 1
             self.finalists += trial.origin == "finalist"
 
-    def _rank(self, trial: Trial) -> None:
-        row = best_epoch(trial.rows, self.plan.metric)
-        if row is not None:
-            others = [entry for entry in self.best if entry[1] is not trial]
-            mine = loss_like(self.plan.metric, row[self.plan.metric]), trial
-            self.best = sorted([*others, mine], key=lambda entry: (entry[0], entry[1].trial_id))[:TOP]
-
     def utilisation(self) -> float | None:
-        """The share of the slots' time that went into epochs; null until each has had a few."""
+        """Return the share of the slots' time spent on epochs; None until each slot has had a few."""
         if self.slots is None or self.epochs < WARM_EPOCHS * self.slots:
             return None
         return min(1.0, self.seconds / (self.slots * max(self.reported - self.began, 1e-9)))
 
     def seconds_left(self, running: Sequence[Trial], wall_s: float) -> float | None:
-        """Roughly how long the search will take from here; null until enough trials have ended to tell.
+        """Estimate the time left; None until enough trials have ended.
 
-        The epochs left, at the time that an epoch took so far, idle slots included. How long trials are is told from
-        those that ended and those that run (Kaplan & Meier 1958): of the latter it is known how far they got.
+        It is the expected number of epochs left times the time per epoch so far, idle slots included. The number of
+        epochs of a trial follows from the ended and the running trials, the latter as censored data.
         """
         if self.lengths.total() < LEAST_ENDED or not self.epochs:
             return None
         searched = [len(trial.rows) for trial in running if trial.number is not None]
         finalists = [len(trial.rows) for trial in running if trial.origin == "finalist"]
-        going = survival(self.lengths, searched, self.plan.epochs)
+        shares = survival(self.lengths, searched, self.plan.epochs)
         fresh = self.plan.trials - self.lengths.total() - len(searched)
-        left = fresh * sum(going) + sum(sum(going[done:]) / going[done] for done in searched if done < self.plan.epochs)
-        total = left + sum(length * count for length, count in self.lengths.items()) + sum(searched)
+        left = fresh * sum(shares)
+        left += sum(sum(shares[done:]) / shares[done] for done in searched if done < self.plan.epochs)
+        total = left + sum(length * number for length, number in self.lengths.items()) + sum(searched)
         left += max(0, self._finalist_epochs(int(total)) - self.finalists * self.plan.epochs - sum(finalists))
         seconds = left * (self.reported - self.began) / self.epochs - (wall_s - self.reported)
         if self.plan.time_budget is not None:
@@ -104,55 +102,40 @@ class Tally:
 
 
 def survival(ended: Mapping[int, int], running: Sequence[int], epochs: int) -> list[float]:
-    """The share of trials that go on after 0, 1, ... epochs, as far as it is known, by Kaplan and Meier.
+    """Estimate the share of trials that continue after 0, 1, ... epochs (Kaplan & Meier 1958).
 
-    Args:
-        ended: trials by the epochs that they ran.
-        running: epochs of each trial that runs.
-        epochs: of a trial that nothing ends early.
+    `ended` has the number of ended trials by their epochs, `running` the epochs so far of each running trial.
     """
     shares, share = [], 1.0
     for done in range(epochs):
-        there = sum(count for length, count in ended.items() if length >= done)
-        there += sum(length >= done for length in running)
-        share *= 1 - ended.get(done, 0) / there if there else 1.0
+        at_risk = sum(number for length, number in ended.items() if length >= done)
+        at_risk += sum(length >= done for length in running)
+        share *= 1 - ended.get(done, 0) / at_risk if at_risk else 1.0
         shares.append(share)
     return shares
-
-
-# ---- the block --------------------------------------------------------------------------------------------------
 
 
 def block(
     tally: Tally, running: Sequence[Trial], wall_s: float, *, width: int = 80, height: int = 24, unicode: bool = True
 ) -> Text:
-    """What is shown of a search: at most `MOST_LINES` lines, and half of the terminal's height.
-
-    Args:
-        tally: of its trials.
-        running: those that run.
-        wall_s: active seconds since the search began.
-        width: of the terminal, in columns.
-        height: of the terminal, in lines.
-        unicode: whether it can show more than ASCII.
-    """
-    room = min(MOST_LINES, height // 2)
+    """Return the block for a terminal of this width and height: at most `MOST_LINES` lines and half of the height."""
+    room, metric = min(MOST_LINES, height // 2), tally.plan.metric
     lines = [status_line(tally, running, wall_s)]
     if room >= TOP + 5:
-        best = _labelled("best", [_best_line(loss, trial, tally.plan.metric) for loss, trial in tally.best])
+        best = _labelled("best", [f"{_named(trial)}  {metric} {abs(loss):.4f}" for loss, trial in tally.best])
         shown = running if len(running) <= room - 3 - len(best) else running[: room - 4 - len(best)]
         runs = _running_lines(shown, tally.plan, width - LABEL - 1, BLOCKS if unicode else ASCII_BLOCKS)
         runs += [f"and {len(running) - len(shown)} more"] * (len(shown) < len(running))
-        ended = ", ".join(f"{count} {status}" for status, count in tally.ended.most_common())
+        ended = ", ".join(f"{number} {status}" for status, number in tally.ended.most_common())
         lines = ["", *best, *_labelled("running", runs), *_labelled("ended", [ended] * bool(ended)), *lines]
     return Text("\n".join(line[: width - 1] for line in lines), no_wrap=True, overflow="crop")
 
 
 def status_line(tally: Tally, running: Sequence[Trial], wall_s: float) -> str:
-    """How far a search is, how long it will take, and how busy it keeps its slots."""
-    parts = [f"{tally.ended.total()} of {tally.plan.trials} trials"]
+    """Return the progress, the estimated time left and the utilisation of the slots."""
+    parts = [f"{tally.ended.total()} of {count(tally.plan.trials, 'trial')}"]
     if tally.finalists or any(trial.origin == "finalist" for trial in running):
-        parts.append(f"{tally.finalists} finalists' runs")
+        parts.append(count(tally.finalists, "finalist run"))
     if (left := tally.seconds_left(running, wall_s)) is not None:
         parts.append(f"{about(left)} left")
     if (busy := tally.utilisation()) is not None:
@@ -164,12 +147,8 @@ def _labelled(label: str, lines: Sequence[str]) -> list[str]:
     return [f"{label if place == 0 else '':<{LABEL}}{line}" for place, line in enumerate(lines)]
 
 
-def _best_line(loss: float, trial: Trial, metric: str) -> str:
-    return f"{_named(trial)}  {metric} {abs(loss):.4f}"
-
-
 def _named(trial: Trial) -> str:
-    """A trial's id and what of its configuration fits, in columns."""
+    """Return a trial's id and the main parts of its configuration, in columns."""
     config = trial.config
     rate = "probe" if trial.origin == "probe" else f"lr {config['learning_rate']:.1e}"
     name = config["backbone"]
@@ -178,7 +157,7 @@ def _named(trial: Trial) -> str:
 
 
 def _running_lines(trials: Sequence[Trial], plan: SearchPlan, width: int, blocks: str) -> list[str]:
-    """A line for each trial that runs, with its validation loss by epoch; all curves have one scale."""
+    """Return a line for each running trial, with a sparkline of its validation loss."""
     curves = [[row["val_loss"] for row in list(trial.rows)] for trial in trials]
     counts = [f"{len(curve)}/{trial.config['epochs']}" for curve, trial in zip(curves, trials, strict=True)]
     counted = max(map(len, counts), default=0)
@@ -192,29 +171,27 @@ def _running_lines(trials: Sequence[Trial], plan: SearchPlan, width: int, blocks
 
 
 def spark_lines(curves: Sequence[Sequence[float | None]], columns: int, blocks: str) -> list[str]:
-    """Curves in characters of one logarithmic scale, thinned out to at most so many columns.
-
-    A missing value is a `x`.
-    """
+    """Draw curves in characters on one logarithmic scale, in at most `columns` columns; an x is a missing value."""
     logs = [[None if value is None else math.log(max(value, 1e-6)) for value in curve] for curve in curves]
-    there = [value for curve in logs for value in curve if value is not None]
-    low, high = min(there, default=0.0), max(there, default=0.0)
+    known = [value for curve in logs for value in curve if value is not None]
+    low, high = min(known, default=0.0), max(known, default=0.0)
     step = max(high - low, 1e-9) / (len(blocks) - 1)
     marks = [
         "".join("x" if value is None else blocks[round((value - low) / step)] for value in curve) for curve in logs
     ]
-    return ["".join(mark[place] for place in _thinned(len(mark), columns)) for mark in marks]
+    return [_thinned(mark, columns) for mark in marks]
 
 
-def _thinned(count: int, columns: int) -> list[int]:
-    """Indices, evenly spaced from the first to the last."""
-    if count <= columns:
-        return list(range(count))
-    return [round(place * (count - 1) / (columns - 1)) for place in range(columns)] if columns > 1 else []
+def _thinned(mark: str, columns: int) -> str:
+    """Keep evenly spaced characters, the first and the last among them."""
+    if len(mark) <= columns:
+        return mark
+    steps = columns - 1
+    return "".join(mark[round(place * (len(mark) - 1) / steps)] for place in range(columns)) if steps > 0 else ""
 
 
 def about(seconds: float) -> str:
-    """A duration as roughly as it is known."""
+    """Format an estimated duration."""
     minutes = seconds / 60
     if minutes < 1.5:
         return f"about {max(10, round(seconds, -1)):.0f} s"
@@ -224,10 +201,10 @@ def about(seconds: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Hours, minutes and seconds."""
+    """Format seconds as hh:mm:ss."""
     return f"{seconds // 3600:02.0f}:{seconds // 60 % 60:02.0f}:{seconds % 60 // 1:02.0f}"
 
 
 def depth(unfreeze_depth: int) -> str:
-    """How much is unfrozen, in a word or two."""
+    """Describe an unfreeze depth in a word or two."""
     return {0: "head", DEPTH_ALL: "all"}.get(unfreeze_depth, f"depth {unfreeze_depth}")

@@ -1,4 +1,4 @@
-"""What a search shows while it runs."""
+"""The lines and the live block that a search prints while it runs."""
 
 import sys
 import threading
@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pandas as pd
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
@@ -15,37 +14,38 @@ from rich.text import Text
 
 from tuning.record.journal import Trial, best_epoch
 from tuning.settings.config import SearchPlan, visible
+from tuning.settings.words import count
 from tuning.show.live import Tally, block, clock, depth, status_line
 
-HOPELESS = 0.95  # of the class entropy: a probe with a higher loss is warned of
-HEARTBEAT_SECONDS = 30.0  # between lines where the output is no terminal
+HOPELESS = 0.95  # share of the class entropy above which a probe's loss is reported with a warning
+HEARTBEAT_SECONDS = 30.0  # between status lines if the output is not a terminal
 REFRESH_PER_SECOND = 1
 console = Console(highlight=False, soft_wrap=True, emoji=False)
 
 
 class Progress:
-    """A line for each trial that ends, and what runs: on a terminal in a block below, else in a line now and then.
+    """Print a line for each ended trial; show running trials in a live block on a terminal, else in a line at times.
 
     Args:
-        plan: the settings.
-        class_entropy: what guessing the classes' shares costs.
-        slots: trials at once, if that number is fixed.
+        plan: settings of the search.
+        class_entropy: loss of always predicting the class frequencies.
+        slots: number of concurrent trials, if it is fixed.
     """
 
     def __init__(self, plan: SearchPlan, class_entropy: float, slots: int | None = None):
         self._plan, self._class_entropy = plan, class_entropy
         self._tally = Tally(plan, slots)
-        self._draws = sys.stdout.isatty() and console.is_interactive
-        self._said_at = time.monotonic()
-        self._lock = threading.Lock()  # the terminal is drawn in a thread of its own
+        self._live = sys.stdout.isatty() and console.is_interactive
+        self._printed_at = time.monotonic()
+        self._lock = threading.Lock()  # the block is refreshed in a thread of its own
 
     @contextmanager
     def watching(self, search: Any) -> Iterator[None]:
-        """Show a search while the block runs; a terminal gets its cursor back however that ends."""
+        """Show a search while the context lasts; the terminal's cursor is restored however it ends."""
         self._tally.started = search.started_wall_s
         for trial in search.record.trials.values():  # a resumed search has trials to begin with
             self._tally.take(trial)
-        if not self._draws:
+        if not self._live:
             yield
             return
         with Live(
@@ -67,64 +67,52 @@ class Progress:
             )
 
     def __call__(self, search: Any, trial: Trial) -> None:
-        """Take in a trial that has reported an epoch or ended."""
+        """Show a trial that has reported an epoch or ended."""
         with self._lock:
             self._tally.take(trial)
-        tell = {"probe": self._probe, "finalist": self._finalist}.get(trial.origin, self._searched)
         if trial.status != "running":
-            tell(search, trial)
-        elif not self._draws and time.monotonic() - self._said_at > HEARTBEAT_SECONDS:
-            self._heartbeat(search)
+            line = {"probe": self._probe, "finalist": self._finalist}.get(trial.origin, self._searched)(search, trial)
+        elif not self._live and time.monotonic() - self._printed_at > HEARTBEAT_SECONDS:
+            line = self._heartbeat(search)
+        else:
+            return
+        console.print(line)
+        self._printed_at = time.monotonic()
 
-    def _searched(self, search: Any, trial: Trial) -> None:
+    def _searched(self, search: Any, trial: Trial) -> str:
         planned = self._plan.trials
-        count = f"{clock(search.journal.wall_s)}  {self._tally.ended.total():>{len(str(planned))}}/{planned}"
+        number = f"{clock(search.journal.wall_s)}  {self._tally.ended.total():>{len(str(planned))}}/{planned}"
         best = "  [bold]best so far[/bold]" if self._tally.best and self._tally.best[0][1] is trial else ""
         ending = f"{trial.trial_id} {trial.status:<10} {self._plan.metric} {self._value(trial):<20}"
-        self._say(f"{count}  {ending}  {describe(trial.config)}{best}")
+        config = trial.config
+        described = f"{config['backbone']} {depth(config['unfreeze_depth'])} lr {config['learning_rate']:.1e}"
+        return f"{number}  {ending}  {described} aug {config['augmentation']}{best}"
 
-    def _heartbeat(self, search: Any) -> None:
+    def _heartbeat(self, search: Any) -> str:
         running = list(search.running.values())
         best = [f"best {self._plan.metric} {abs(loss):.4f} ({trial.trial_id})" for loss, trial in self._tally.best[:1]]
-        now = "running: " + ", ".join(f"{trial.trial_id} {len(trial.rows)} epochs" for trial in running)
-        self._say("; ".join([status_line(self._tally, running, search.journal.wall_s), *best, now]))
+        now = "running: " + ", ".join(f"{trial.trial_id} {count(len(trial.rows), 'epoch')}" for trial in running)
+        return "; ".join([status_line(self._tally, running, search.journal.wall_s), *best, now])
 
     def _value(self, trial: Trial) -> str:
         row = best_epoch(trial.rows, self._plan.metric)
         return "-" if row is None else f"{row[self._plan.metric]:.4f} at epoch {row['epoch']}/{len(trial.rows)}"
 
-    def _probe(self, search: Any, trial: Trial) -> None:
+    def _probe(self, search: Any, trial: Trial) -> str:
+        start = f"probe     {trial.config['backbone']}"
         if not trial.rows:
-            self._say(f"probe     {trial.config['backbone']} {trial.status}: {plain(trial.reason)}")
-            return
+            return f"{start} {trial.status}: {plain(trial.reason)}"
         row = trial.rows[-1]
         if row["val_loss"] is None:
-            self._say(f"probe     {trial.config['backbone']}: its loss is not finite")
-            return
+            return f"{start}: the loss is not finite"
         hopeless = row["val_loss"] > HOPELESS * self._class_entropy
-        warning = ": hardly better than guessing the classes' shares" if hopeless else ""
-        measured = f"val_loss {row['val_loss']:.4f}, accuracy {row['val_accuracy']:.2f}"
-        self._say(f"probe     {trial.config['backbone']} {measured}{warning}")
+        warning = ": hardly better than always predicting the class frequencies" if hopeless else ""
+        return f"{start} val_loss {row['val_loss']:.4f}, accuracy {row['val_accuracy']:.2f}{warning}"
 
-    def _finalist(self, search: Any, trial: Trial) -> None:
-        self._say(f"finalist  {trial.finalist_of} seed {trial.config['seed']} {self._plan.metric} {self._value(trial)}")
-
-    def _say(self, line: str) -> None:
-        console.print(line)
-        self._said_at = time.monotonic()
+    def _finalist(self, search: Any, trial: Trial) -> str:
+        return f"finalist  {trial.finalist_of} seed {trial.config['seed']} {self._plan.metric} {self._value(trial)}"
 
 
 def plain(value: object) -> str:
-    """What a user or a file has named, as text in what the console prints: one line, and no markup."""
+    """Escape a name that a user or a file has given for the console: one line, no markup."""
     return escape(visible(value))
-
-
-def describe(config: dict[str, Any]) -> str:
-    """A configuration in a few words."""
-    unfrozen = depth(config["unfreeze_depth"])
-    return f"{config['backbone']} {unfrozen} lr {config['learning_rate']:.1e} aug {config['augmentation']}"
-
-
-def number(value: float | None) -> str:
-    """Four digits, or a dash."""
-    return "-" if value is None or pd.isna(value) else f"{value:.4f}"

@@ -1,20 +1,18 @@
-// Draws the figures and the table of trials from the page's own JSON. Whatever a run holds is shown by textContent, or
-// through `plain` where Plotly would read it as markup.
+// Draws the figures from the page's own JSON; trials.js, which follows, shows the table of trials. Texts of a run are set by
+// textContent, or escaped by `plain` where Plotly would read them as markup.
 "use strict";
 
 const data = JSON.parse(document.getElementById("packed-data").textContent);
 const STATUSES = ["completed", "converged", "stopped", "diverged", "out_of_memory", "failed", "running", "interrupted"];
 const SYMBOLS = ["circle", "diamond", "square", "x", "triangle-up", "cross", "star", "triangle-down"];
-const PAGE = 50; // rows of the table
 const MEASURED = /second|_s$|_ms$|_mb$/; // seconds, images a second, milliseconds, megabytes
-const letters = new Intl.Collator("en"); // localeCompare is many times slower
-const POINTS = 15000; // of the learning curves; every second epoch, or third, where there are more
+const POINTS = 15000; // of the learning curves; with more, only every second or third epoch is drawn
 const trials = data.trials || {};
 const metric = data.metric;
 const all = (data.ids || []).map((_, index) => index);
 const place = new Map((data.ids || []).map((id, index) => [id, index]));
 const searched = all.filter((index) => !["probe", "finalist"].includes(trials.origin[index]));
-const configs = data.varied || []; // columns of what was not the same in all trials
+const configs = data.varied || []; // configuration columns that differ between trials
 
 const token = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 const plain = (value) => String(value).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
@@ -29,7 +27,7 @@ function shown(one) {
   return Math.abs(one) >= 1e-3 && Math.abs(one) < 1e4 ? one.toFixed(4) : one.toExponential(2);
 }
 
-// Configurations span decades, and are not read down a column digit by digit; of times nobody wants milliseconds.
+// Two or three digits of a configuration value or a time are enough.
 function cell(key, one) {
   if (MEASURED.test(key) && typeof one === "number") return one.toFixed(2);
   if (!key.startsWith("config_") || typeof one !== "number" || Number.isInteger(one)) return shown(one);
@@ -64,14 +62,14 @@ const loadPlotly = once(async () => {
 });
 const loadHistory = once(async () => JSON.parse(await unpack("packed-history")));
 
-// ---- figures: each returns traces, layout and height, or null where there is nothing to draw
+// ---- figures: each returns traces, layout and height, or null if there is nothing to draw
 
 function timeAxis(longest) {
   const [seconds, unit] = longest > 2 * 3600 ? [3600, "hours"] : longest > 120 ? [60, "minutes"] : [1, "seconds"];
-  return { scale: (one) => (one === null ? null : one / seconds), title: unit + " since the search began" };
+  return { scale: (one) => (one === null ? null : one / seconds), title: `search time (${unit})` };
 }
 
-// The range of an axis without its outliers, and how many those are: one diverged trial would flatten all others.
+// The range of an axis without its outliers, and their number: one diverged trial would flatten all others.
 function frame(values, lower = data.lower) {
   const sorted = finite(values).sort((a, b) => (lower ? a - b : b - a)); // the best first
   if (sorted.length < 8) return {};
@@ -84,9 +82,9 @@ function frame(values, lower = data.lower) {
   return { range: lower ? range : range.reverse(), outside };
 }
 
-function told(outside, where = data.lower ? "above" : "below") {
+function outsideNote(outside, where = data.lower ? "above" : "below") {
   if (!outside) return [];
-  const text = `${outside} ${where}: double click shows all`;
+  const text = `${outside} ${where}; double-click to show all`;
   const at = { xref: "paper", yref: "paper", x: 1, xanchor: "right", y: 1, yanchor: "top", showarrow: false };
   return [{ ...at, text, font: { size: 11, color: token("quiet") }, bgcolor: token("page") }];
 }
@@ -153,7 +151,7 @@ const figures = {
     const { range, outside } = frame(mine.map((index) => value(metric, index)));
     return {
       traces: [...traces, line("best so far", x, y, token("ink"), steps)],
-      layout: { xaxis: { title: { text: axis.title } }, yaxis: { title: { text: metric }, range }, annotations: told(outside) },
+      layout: { xaxis: { title: { text: axis.title } }, yaxis: { title: { text: metric }, range }, annotations: outsideNote(outside) },
     };
   },
 
@@ -181,10 +179,10 @@ const figures = {
     const chosen = rows[data.chosen];
     if (chosen) traces.push(line("chosen: " + data.chosen, chosen[epoch], chosen[loss], token("ink"), { line: { color: token("ink"), width: 3 } }));
     const { range, outside } = frame(seen);
-    const some = mine.length < searched.length ? ` (${mine.length} of ${searched.length} trials, the best among them)` : "";
+    const some = mine.length < searched.length ? ` (${mine.length} of ${searched.length} trials, including the best)` : "";
     return {
       traces,
-      layout: { xaxis: { title: { text: "epoch" + some } }, yaxis: { title: { text: metric }, range }, annotations: told(outside) },
+      layout: { xaxis: { title: { text: "epoch" + some } }, yaxis: { title: { text: metric }, range }, annotations: outsideNote(outside) },
     };
   },
 
@@ -204,7 +202,7 @@ const figures = {
     const traces = byBackbone(mine, (index) => value("config_learning_rate", index), (index) => value(metric, index));
     const { range, outside } = frame(mine.map((index) => value(metric, index)));
     const xaxis = { title: { text: "learning rate" }, type: "log", dtick: 1, tickformat: ".0e" };
-    return { traces, layout: { xaxis, yaxis: { title: { text: metric }, range }, annotations: told(outside) } };
+    return { traces, layout: { xaxis, yaxis: { title: { text: metric }, range }, annotations: outsideNote(outside) } };
   },
 
   depths() {
@@ -218,7 +216,7 @@ const figures = {
     const [low, high] = range || [Math.min(...finite(values)), Math.max(...finite(values))];
     const scale = [[0, token("raised")], [1, token("heat")]];
     const text = cells.map((cell) => cell.map((row) => at(row, (one) => (values[one] === null ? "no loss" : short(values[one])), "")));
-    const hover = cells.map((cell) => cell.map((row) => at(row, (one) => `${plain(backbone[one])}, depth ${depth[one]}<br>best ${ids[one] ?? "none"} of ${counts[one]} trials`, "never tried")));
+    const hover = cells.map((cell) => cell.map((row) => at(row, (one) => `${plain(backbone[one])}, depth ${depth[one]}<br>best ${ids[one] ?? "none"} of ${counts[one]} trials`, "not tried")));
     return {
       traces: [{
         type: "heatmap", x: ["head", "1", "2", "3", "4", "all"], y: names.map(plain), z: cells.map((cell) => cell.map((row) => at(row, (one) => values[one], null))),
@@ -237,11 +235,10 @@ const figures = {
     const losses = mine.map(y).sort((a, b) => a - b);
     const top = frame(losses, true).range?.[1] ?? 1.05 * losses[losses.length - 1];
     const outside = losses.filter((one) => one > top).length;
-    const diagonal = line("no gap", [0, top], [0, top], token("quiet"), { line: { color: token("quiet"), width: 1, dash: "dot" }, hoverinfo: "skip" });
-    const note = told(outside, "outside");
+    const diagonal = line("gap = 0", [0, top], [0, top], token("quiet"), { line: { color: token("quiet"), width: 1, dash: "dot" }, hoverinfo: "skip" });
     return {
       traces: [...byBackbone(mine, x, y), diagonal],
-      layout: { xaxis: { title: { text: "loss on training images" }, range: [0, top] }, yaxis: { title: { text: "val_loss" }, range: [0, top] }, annotations: note },
+      layout: { xaxis: { title: { text: "loss on training images, without augmentation" }, range: [0, top] }, yaxis: { title: { text: "val_loss" }, range: [0, top] }, annotations: outsideNote(outside, "outside") },
     };
   },
 
@@ -256,10 +253,10 @@ const figures = {
     return { traces, layout: { barmode: "stack", xaxis, yaxis: { title: { text: "trials" }, tickformat: ",d" } }, height: 300 };
   },
 
-  seconds: () => costs("seconds", "seconds"),
+  seconds: () => costs("seconds", "training time (s)"),
   size: () => costs("trained_parameters", "trained parameters"),
   parameters: () => costs("parameters", "parameters of the model"),
-  latency: () => costs("latency_ms", "ms for one image"),
+  latency: () => costs("latency_ms", "latency for one image (ms)"),
 
   finalists() {
     const { trial_id: ids, difference, low, high } = data.finalists;
@@ -278,7 +275,7 @@ const figures = {
   },
 
   "compared-time": () => comparedRuns("wall_s", timeAxis(Math.max(...data.runs.map((run) => run.end.wall_s)))),
-  "compared-epochs": () => comparedRuns("epochs", { scale: (one) => one, title: "epochs trained, of all trials" }),
+  "compared-epochs": () => comparedRuns("epochs", { scale: (one) => one, title: "epochs trained by all trials" }),
 };
 
 function costs(key, title) {
@@ -293,7 +290,7 @@ function costs(key, title) {
       points("trials", others, x, y, { color: token("interrupted"), opacity: 0.5, size: 7 }),
       line("Pareto front", front.map(x), front.map(y), token("completed"), joined),
     ],
-    layout: { xaxis: { title: { text: title }, type: "log", nticks: 6, exponentformat: "SI" }, yaxis: { title: { text: metric }, range }, annotations: told(outside) },
+    layout: { xaxis: { title: { text: title }, type: "log", nticks: 6, exponentformat: "SI" }, yaxis: { title: { text: metric }, range }, annotations: outsideNote(outside) },
   };
 }
 
@@ -318,7 +315,7 @@ const drawn = new Map();
 async function draw(place, make, width) {
   drawn.set(place, make);
   if (!window.DecompressionStream) {
-    place.textContent = "This browser is too old for the figures.";
+    place.textContent = "This browser is too old to draw the figures.";
     return;
   }
   await loadPlotly();
@@ -364,146 +361,9 @@ for (const button of document.querySelectorAll("[data-copy]")) {
     try {
       await navigator.clipboard.writeText(source.textContent);
     } catch {
-      document.execCommand("copy"); // where the page may not use the clipboard
+      document.execCommand("copy"); // if the page may not use the clipboard
     }
     button.textContent = "Copied";
     setTimeout(() => (button.textContent = "Copy"), 1500);
   });
 }
-
-// ---- the table of all trials
-
-const view = { key: null, descending: false, text: "", status: "", page: 0, open: new Set() };
-
-function tableOfTrials(home) {
-  const keys = ["trial_id", "status", metric, ...["val_accuracy", "gap"].filter((key) => key !== metric), "epochs", "seconds", ...configs, "origin", "reason"];
-  const names = { trial_id: "trial", config_learning_rate: "lr", config_unfreeze_depth: "unfrozen" };
-  const numeric = new Set(keys.filter((key) => finite(trials[key]).every((one) => typeof one === "number")));
-  const hay = all.map((index) => keys.map((key) => value(key, index) ?? "").join(" ").toLowerCase());
-
-  const search = element("input", { type: "search", placeholder: "Filter: words of any column", "aria-label": "Filter trials" });
-  const status = element("select", { "aria-label": "How trials ended" }, new Option("all statuses", ""));
-  for (const one of STATUSES.filter((name) => trials.status.includes(name))) status.append(new Option(words(one), one));
-  const count = element("span", { class: "count", role: "status" });
-  const heads = keys.map((key) => {
-    const button = element("button", { type: "button" }, names[key] || words(key));
-    const head = element("th", { scope: "col", "data-key": key, ...(numeric.has(key) ? { class: "number" } : {}) }, button);
-    button.addEventListener("click", () => {
-      view.descending = view.key === key && !view.descending;
-      Object.assign(view, { key, page: 0 });
-      show();
-    });
-    return head;
-  });
-  const body = element("tbody");
-  const scroll = element("div", { class: "scroll" }, element("table", { class: "trials" }, element("thead", {}, element("tr", {}, ...heads)), body));
-  const [back, next] = ["Previous", "Next"].map((name) => element("button", { type: "button" }, name));
-  const pages = element("div", { class: "controls pages" }, back, next);
-  home.append(element("div", { class: "controls" }, search, status, count), scroll, pages);
-  new ResizeObserver(() => scroll.style.setProperty("--visible", scroll.clientWidth + "px")).observe(scroll);
-
-  const turn = (change) => { Object.assign(view, change); show(); };
-  search.addEventListener("input", () => turn({ text: search.value, page: 0 }));
-  status.addEventListener("change", () => turn({ status: status.value, page: 0 }));
-  back.addEventListener("click", () => turn({ page: view.page - 1 }));
-  next.addEventListener("click", () => turn({ page: view.page + 1 }));
-
-  function chosen() {
-    const wanted = view.text.toLowerCase().split(/\s+/).filter(Boolean);
-    const found = all.filter((index) => wanted.every((word) => hay[index].includes(word)) && (!view.status || value("status", index) === view.status));
-    if (view.key === null) return found; // as they come: the best first
-    const way = view.descending ? -1 : 1;
-    return found.sort((a, b) => {
-      const [one, other] = [value(view.key, a), value(view.key, b)];
-      if (one === null || other === null) return (one === null) - (other === null); // missing ones last, either way
-      return way * (numeric.has(view.key) ? one - other : letters.compare(String(one), String(other)));
-    });
-  }
-
-  function show() {
-    const found = chosen();
-    const from = view.page * PAGE;
-    heads.forEach((head) => {
-      if (head.dataset.key === view.key) head.setAttribute("aria-sort", view.descending ? "descending" : "ascending");
-      else head.removeAttribute("aria-sort");
-    });
-    body.replaceChildren(...found.slice(from, from + PAGE).flatMap(rows));
-    const many = found.length > PAGE;
-    count.textContent = many ? `${from + 1}–${Math.min(from + PAGE, found.length)} of ${found.length.toLocaleString("en")}` : `${found.length} trials`;
-    pages.hidden = !many;
-    [back.disabled, next.disabled] = [view.page === 0, from + PAGE >= found.length];
-  }
-
-  function rows(index) {
-    const button = element("button", { type: "button", class: "id", "data-id": data.ids[index], "aria-expanded": String(view.open.has(index)) }, data.ids[index]);
-    const cells = keys.map((key) => {
-      const made = element("td", numeric.has(key) ? { class: "number" } : {});
-      if (key === "trial_id") made.append(button);
-      else if (key === "status") made.append(dot(value(key, index)), words(value(key, index)));
-      else made.textContent = cell(key, value(key, index));
-      if (key === "reason") { made.className = "reason"; made.title = value(key, index) ?? ""; }
-      return made;
-    });
-    const row = element("tr", { class: view.open.has(index) ? "trial open" : "trial" }, ...cells);
-    row.addEventListener("click", () => {
-      if (String(getSelection())) return; // someone selects text
-      view.open.has(index) ? view.open.delete(index) : view.open.add(index);
-      show();
-      body.querySelector(`[data-id="${data.ids[index]}"]`)?.focus({ preventScroll: true });
-    });
-    return view.open.has(index) ? [row, historyRow(index, keys.length)] : [row];
-  }
-
-  show();
-}
-
-function dot(status) {
-  const made = element("span", { class: "dot", "aria-hidden": "true" });
-  made.style.background = `var(--${status})`;
-  return made;
-}
-
-function historyRow(index, span) {
-  const inside = element("div", { class: "inside" });
-  fillHistory(inside, index);
-  return element("tr", { class: "history", "data-of": data.ids[index] }, element("td", { colspan: span }, inside));
-}
-
-async function fillHistory(inside, index) {
-  const id = data.ids[index];
-  inside.append(element("p", {}, `${words(value("status", index))}: ${value("reason", index) ?? "no reason yet"}`));
-  const facts = Object.keys(trials).filter((key) => !["trial_id", "status", "reason"].includes(key) && value(key, index) !== null);
-  inside.append(element("dl", {}, ...facts.map((key) => element("div", {}, element("dt", {}, words(key)), element("dd", {}, cell(key, value(key, index)))))));
-  const { epochs, decisions, errors } = await loadHistory();
-  if (errors[id]) inside.append(element("pre", { class: "error" }, errors[id]));
-  const rows = epochs.trials[id];
-  if (!rows) {
-    inside.append(element("p", { class: "note" }, "Its epochs are not in this page; see epochs.parquet."));
-    return;
-  }
-  const figure = element("div", { class: "figure" });
-  inside.append(figure, plainTable(epochs.columns, rows));
-  if (decisions.trials[id]) inside.append(element("p", {}, "How it was judged"), plainTable(decisions.columns, decisions.trials[id]));
-  if (inside.isConnected) await draw(figure, () => curvesOf(epochs.columns, rows));
-}
-
-function curvesOf(columns, rows) {
-  const wanted = [["val_loss", "completed"], ["train_eval_loss", "stopped"], ["train_loss", "interrupted"]];
-  if (metric !== "val_loss") wanted.unshift([metric, "converged"]);
-  const traces = wanted.filter(([key]) => columns.includes(key)).map(([key, colour]) => {
-    const more = { mode: "lines+markers", hovertemplate: `${key} %{y:.4f} at epoch %{x}<extra></extra>`, marker: { size: 5 } };
-    return line(key, rows[columns.indexOf("epoch")], rows[columns.indexOf(key)], token(colour), more);
-  });
-  return { traces, layout: { xaxis: { title: { text: "epoch" }, tickformat: "d" } }, height: 260 };
-}
-
-function plainTable(columns, rows) {
-  const kinds = rows.map((column) => (finite(column).every((one) => typeof one === "number") ? { class: "number" } : {}));
-  const heads = columns.map((name, place) => element("th", { scope: "col", ...kinds[place] }, words(name)));
-  const cells = (row) => rows.map((column, place) => element("td", kinds[place], cell(columns[place], column[row])));
-  const lines = rows[0].map((_, row) => element("tr", {}, ...cells(row)));
-  return element("div", { class: "scroll" }, element("table", {}, element("thead", {}, element("tr", {}, ...heads)), element("tbody", {}, ...lines)));
-}
-
-const home = document.getElementById("table");
-if (home) tableOfTrials(home);

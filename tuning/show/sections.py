@@ -1,4 +1,4 @@
-"""What a run's folder holds, and the sections of its report, from the tables alone."""
+"""Read a run's folder, and write the sections of its report from the tables alone."""
 
 import dataclasses
 import math
@@ -20,22 +20,19 @@ from tuning.settings.config import PARAMETERS, SearchPlan
 from tuning.settings.documents import plan_in
 from tuning.settings.space import Space
 from tuning.settings.space_file import parse
-from tuning.show.page import column, duration, figure, note, number, section, table, text
+from tuning.settings.words import count
+from tuning.show import frames
+from tuning.show.frames import duration, number
+from tuning.show.page import figure, note, section, table, text
 
-TRIALS_SHOWN = 3000  # rows of the table of trials; the best, if there are more
+TRIALS_SHOWN = 3000  # rows of the table of trials: the best
 AUDIT_ROWS = 100  # of each finding
-CLASSES_SHOWN = 30  # of more the table is folded away
-SAID = {
-    "winner": "A winner",
-    "tie": "A tie",
-    "nothing beats the default": "Nothing beats the default",
-    "not enough runs": "Not tested",
-}
+CLASSES_SHOWN = 30  # a longer table of classes is folded
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run's folder holds."""
+    """The content of a run's folder."""
 
     folder: Path
     settings: dict[str, Any]
@@ -53,16 +50,16 @@ class Run:
 
     @property
     def plan(self) -> SearchPlan:
-        """With the storage folder in which the run is found: it may have been moved."""
+        """The settings, with the storage folder in which the run is found: it may have been moved."""
         plan = plan_in(self.document, self.folder / "plan.yaml")
         return plan if is_uri(plan.storage) else plan.model_copy(update={"storage": str(self.folder.parent)})
 
 
 def read(folder: Path) -> Run:
-    """What there is of a run, also of one that was killed.
+    """Read a run, also one that was killed.
 
     Raises:
-        InputError: the folder is not that of a run.
+        InputError: the folder holds no run.
     """
     document = analysis.load_plan(folder)
     settings = document["settings"]
@@ -74,69 +71,74 @@ def read(folder: Path) -> Run:
         found |= {name: made[name].to_pandas() for name in made}
     audit = folder / "audit.parquet"
     space = parse(document["space"], str(folder / "plan.yaml"))
-    there = tables.read_table(audit) if audit.exists() else None
-    return Run(folder, settings, document, space, **found, audit=there)
+    return Run(folder, settings, document, space, **found, audit=tables.read_table(audit) if audit.exists() else None)
 
 
 def judged(run: Run) -> tuple[pd.DataFrame, finalists.Verdict]:
-    """The finalists' table and the verdict on what there is."""
+    """Return the table of finalists and the verdict so far."""
     return finalists.judge(run.trials, run.metric, val_over_train=finalists.val_over_train(run.samples))
 
 
 def same(run: Run) -> list[str]:
-    """Configuration columns that are the same in all trials."""
+    """Return the configuration columns that have the same value in all trials."""
     names = [f"config_{name}" for name in PARAMETERS]
     return [name for name in names if run.trials[name].nunique(dropna=False) <= 1]
 
 
-# ---- sections, from the top -------------------------------------------------------------------------------------
-
-
 def body(run: Run, compared: pd.DataFrame, verdict: finalists.Verdict, shares: pd.DataFrame) -> list[str]:
-    """All sections, from the verdict down.
-
-    Args:
-        run: what there is.
-        compared: the finalists' table.
-        verdict: on them.
-        shares: of `analysis.importance`.
-    """
+    """Return all sections in HTML, the verdict first; `compared` is the table of finalists, `shares` the importance."""
     parts = [_head(run), _verdict(run, verdict), _best(run, verdict)]
     if analysis.searched(run.trials).empty:
         return [*parts, _data(run)]
-    parts += [_progress(), _mattered(run, shares), _depths(), _gap(run), _ended(run), _costs(), _audit(run)]
+    parts += [_progress(), _importance(run, shares), _depths(), _gap(run), _ended(run), _costs(), _audit(run)]
     return [*parts, _finalists(run, compared), _errors(run), _data(run), _table(run)]
 
 
 def _head(run: Run) -> str:
-    """The run's name, and how far it is."""
     trials = analysis.searched(run.trials)
     ended = int(trials["status"].isin(FINAL).sum())
     planned, written = run.settings["trials"], time.strftime("%d %B %Y, %H:%M UTC", time.gmtime())
-    state = f"{planned} trials" if ended >= planned else f"not finished: {ended} of {planned} trials"
+    state = count(planned, "trial") if ended >= planned else f"not finished: {ended} of {count(planned, 'trial')}"
     data = run.settings["data"] or "generated chest radiographs"
-    words = f"{data} · space {run.settings['space']} · {state} of up to {run.settings['epochs']} epochs · {written}"
+    epochs = count(run.settings["epochs"], "epoch")
+    words = f"{data} · space {run.settings['space']} · {state} of up to {epochs} · {written}"
     return f"<header><h1>{text(run.settings['name'])}</h1><p>{text(words)}</p></header>"
 
 
 def _verdict(run: Run, verdict: finalists.Verdict) -> str:
-    first, sentence = verdict.sentence[:1], verdict.sentence + "."
-    if not re.match(r"t\d", sentence):  # a trial's name stays as it is
-        sentence = first.upper() + sentence[1:]
-    sentence = "No trial has begun." if analysis.searched(run.trials).empty else sentence
+    trials = analysis.searched(run.trials)
+    sentence = "No trial has started." if trials.empty else capitalized(verdict.sentence)
     runs = run.trials[run.trials["origin"] == "finalist"]
     left = int((~runs["status"].isin(FINAL)).sum())
-    state = f"So far, with {left} of the finalists' runs unfinished" if left else SAID[verdict.verdict]
+    state = f"Verdict so far, with {count(left, 'unfinished finalist run')}" if left else f"Verdict: {verdict.verdict}"
     label = f'<p class="verdict {"" if left else verdict.verdict.partition(" ")[0]}">{text(state)}</p>'
-    said = [
+    notes = [
         f'<p class="warning">{text(words)}</p>' if alarming else note(words)
-        for words, alarming in remarks(run.folder, analysis.searched(run.trials), run.samples, verdict.trial_id)
+        for words, alarming in remarks(run.folder, trials, run.samples, verdict.trial_id)
     ]
-    more = finalists.more_runs(run.trials, run.plan)
-    if more is not None:
-        said.insert(0, note(f"{more[0]} more runs for the verdict: {more[1]}"))
+    if (more := finalists.more_runs(run.trials, run.plan)) is not None:
+        notes.insert(0, note(f"The verdict needs {count(more[0], 'more run')}: {more[1]}"))
     sentence = f'<p class="sentence">{text(sentence)}</p>'
-    return f'<section id="verdict">{label}{sentence}{_facts(run)}{"".join(said)}</section>'
+    return f'<section id="verdict">{label}{sentence}{_facts(run, trials)}{"".join(notes)}</section>'
+
+
+def capitalized(sentence: str) -> str:
+    """Return a verdict's sentence with a capital letter, unless it begins with a trial's id, and a full stop."""
+    first = sentence[0] if re.match(r"t\d", sentence) else sentence[0].upper()
+    return f"{first}{sentence[1:]}."
+
+
+def _facts(run: Run, trials: pd.DataFrame) -> str:
+    top = analysis.top(run.trials, run.metric)
+    saved = analysis.savings(trials, run.settings["epochs"])
+    facts = {
+        f"best {run.metric} of the search": "-" if top is None else number(float(top[run.metric])),
+        "trials": number(len(trials)),
+        "search time": duration(float(run.epochs["wall_s"].max()) if len(run.epochs) else 0.0),
+        "saved by early stopping": duration(float(saved["seconds_saved"].sum())),
+    }
+    items = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in facts.items())
+    return f'<dl class="facts">{items}</dl>'
 
 
 def _best(run: Run, verdict: finalists.Verdict) -> str:
@@ -147,195 +149,161 @@ def _best(run: Run, verdict: finalists.Verdict) -> str:
     config |= {"epochs": run.settings["epochs"], "seed": run.settings["seed"]}
     words = "\n".join(map(text, yaml.safe_dump(config, sort_keys=False).splitlines()))
     button = '<button type="button" data-copy="config">Copy</button>'
+    storage = run.settings.get("storage", "")  # of a run in a storage, the folder is only a copy on this machine
+    place = joined(storage, run.settings["name"]) if is_uri(storage) else str(run.folder)
     return section(
         "best",
-        f"The best configuration: {verdict.trial_id}",
+        f"Best configuration: {verdict.trial_id}",
         f'<div class="copy">{button}<pre id="config">{words}</pre></div>',
-        note(f"Train it again and test it once: python tuning/train_final.py {_place(run)}"),
+        note(f"To retrain it and test it on the held-out test set: python tuning/train_final.py {place}"),
     )
-
-
-def _place(run: Run) -> str:
-    """What the user calls the run's folder: what lies in a storage has only a copy on this machine."""
-    storage = run.settings.get("storage", "")
-    return joined(storage, run.settings["name"]) if is_uri(storage) else str(run.folder)
 
 
 def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def _facts(run: Run) -> str:
-    trials, top = analysis.searched(run.trials), analysis.top(run.trials, run.metric)
-    saved = analysis.savings(trials, run.settings["epochs"])
-    wall = float(run.epochs["wall_s"].max()) if len(run.epochs) else 0.0
-    facts = {
-        f"best {run.metric} of the search": "-" if top is None else number(float(top[run.metric])),
-        "trials": number(len(trials)),
-        "time": duration(wall),
-        "saved by stopping early": duration(float(saved["seconds_saved"].sum())),
-    }
-    items = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in facts.items())
-    return f'<dl class="facts">{items}</dl>'
-
-
 def _progress() -> str:
     return section(
         "progress",
-        "How the search went",
-        figure("time", "loss against time, with the best so far"),
-        note("A point is a trial at its best epoch. The line is the best epoch of all so far."),
-        figure("curves", "learning curves by how trials ended"),
+        "Progress of the search",
+        figure("time", "metric against time, with the best so far"),
+        note("Each point is a trial at its best epoch; the line is the best epoch of all trials so far."),
+        figure("curves", "learning curves by status"),
+        note("Learning curves of the trials, coloured by how they ended."),
     )
 
 
-def _mattered(run: Run, shares: pd.DataFrame) -> str:
+def _importance(run: Run, shares: pd.DataFrame) -> str:
+    title, least = "Parameter importance", analysis.LEAST_RANKED
     if shares.empty:
-        least = analysis.LEAST_RANKED
-        return section(
-            "importance", "What mattered", note(f"Not told: fewer than {least} ended trials, or one parameter.")
-        )
-    count = int(analysis.searched(run.trials)["status"].isin(FINAL).sum())
-    few = "" if count >= 50 else f" With {count} trials that tenth is {math.ceil(count / 10)}: hardly more than a hint."
+        words = f"Not computed: importance needs at least {least} ended trials and two parameters."
+        return section("importance", title, note(words))
+    ended = int(analysis.searched(run.trials)["status"].isin(FINAL).sum())
+    best = count(math.ceil(ended / 10), "trial")
+    few = "" if ended >= 50 else f" Here the best 10% of {ended} trials is {best}, so take this as a hint only."
     return section(
         "importance",
-        "What mattered",
+        title,
         figure("importance", "importance of each parameter"),
         note(
-            "PED-ANOVA: how differently a parameter's values are spread among the best tenth of trials and among all. "
-            "It doesn't say which values are better, nor that a parameter without weight may be set to anything: "
-            "effects that only show together with another's are missed, and what hardly varied can't have mattered."
-            + few
+            "PED-ANOVA importance: how much the values of a parameter among the best 10% of trials differ from those "
+            "among all trials. It doesn't show which values are better. A parameter of low importance may still "
+            f"matter: interactions between parameters, and values that were hardly tried, don't show.{few}"
         ),
         figure("rates", "learning rate against the metric"),
-        note("Learning-rate slices: each trial, by backbone. A double click in the legend shows one backbone alone."),
+        note("Each point is a trial. Double-click a backbone in the legend to show it alone."),
     )
 
 
 def _depths() -> str:
+    words = "The best trial of each combination. head: only the classifier is trained; all: the whole network."
     return section(
         "depth",
         "Backbone and unfreeze depth",
         figure("depths", "the best trial of each backbone and depth"),
-        note(
-            "The best trial of each pair. Head: the classifier alone; all: the whole network. Pairs tried once say "
-            "little."
-        ),
+        note(f"{words} A combination that was tried once says little."),
     )
 
 
 def _gap(run: Run) -> str:
     trials = analysis.searched(run.trials)
-    heads = {"backbone": "backbone", "unfrozen": "unfrozen", "trials": "trials", "trial_id": "best"}
-    heads |= {"train_eval_loss": "training loss", "val_loss": "validation loss", "gap": "gap"}
-    medians = {name: name for name in ("unfrozen", "augmentation", "trials", "gap")}
-    rises = {"unfrozen": "unfrozen", "trials": "trials", "earlier": "best before the last epoch", "rise": "rise"}
+    rises = analysis.best_and_last(trials, run.epochs)
+    heads = {"trials": "trials", "earlier": "best epoch not the last", "rise": "median change of val_loss"}
     return section(
         "gap",
-        "The generalisation gap",
+        "Overfitting",
         figure("gap", "validation loss against training loss"),
-        note("Without augmentation, at the best epoch. Above the line a trial is worse on images it hasn't seen."),
-        table(_records(analysis.overfitting(trials, run.metric)), heads),
-        note("The gap by augmentation, and how much the validation loss rose from a trial's best epoch to its last:"),
-        table(_records(analysis.gaps(trials)), medians),
-        table(_records(analysis.best_and_last(trials, run.epochs)), rises),
-        note("Medians of the trials that ran two epochs or more."),
+        note(
+            "Each point is a trial at its best epoch; both losses are measured without augmentation. Its distance "
+            "above the line is the gap: val_loss minus the loss on training images."
+        ),
+        table(frames.overfitting(trials, run.metric), "Best trial by backbone and unfrozen layers"),
+        table(frames.gaps(trials), "Median gap by augmentation (number of trials)"),
+        table(rises[["unfrozen", *heads]].rename(columns=heads), "From a trial's best epoch to its last"),
+        note("The last two tables are of trials of at least 2 epochs."),
     )
 
 
 def _ended(run: Run) -> str:
     trials = analysis.searched(run.trials)
-    rows = analysis.savings(trials, run.settings["epochs"])
-    on_gpu = float(trials["gpu_seconds"].sum()) > 0
-    seconds = analysis.savings(trials.assign(seconds=trials["gpu_seconds"]), run.settings["epochs"]) if on_gpu else rows
-    kept, kind = duration(float(seconds["seconds_saved"].sum())), "GPU time" if on_gpu else "training"
-    heads = {"status": "ended", "trials": "trials", "epochs": "epochs", "epochs_saved": "epochs saved"}
-    words = f"Ending trials early saved {rows['epochs_saved'].sum():,.0f} epochs, about {kept} of {kind}."
+    rows = analysis.savings(trials, run.settings["epochs"]).round({"seconds_saved": 0})
+    heads = {"epochs_saved": "epochs saved", "seconds_saved": "seconds saved"}
     return section(
         "ends",
-        "Why and when trials ended",
-        figure("ends", "trials by the epoch that they ended after"),
-        f"<p>{text(words)}</p>",
-        table(_records(rows.round({"seconds_saved": 0})), heads | {"seconds_saved": "seconds saved"}),
-        note("Why each one ended stands in the table of all trials."),
+        "How and when trials ended",
+        figure("ends", "trials by status and number of epochs"),
+        f"<p>{text(frames.early_stopping(trials, run.settings['epochs']))}</p>",
+        table(rows.rename(columns=heads)),
+        note("The table of all trials gives the reason for each."),
     )
 
 
 def _costs() -> str:
     named = {"seconds": "seconds", "latency": "latency", "size": "trained parameters", "parameters": "parameters"}
-    figures = "".join(figure(name, f"loss against {words}") for name, words in named.items())
+    figures = "".join(figure(name, f"metric against {words}") for name, words in named.items())
     return section(
         "cost",
-        "Loss against cost",
+        "Performance against cost",
         f'<div class="pair">{figures}</div>',
         note(
-            "The line joins the trials that none beats in both: the Pareto front. A trial whose frozen "
-            "layers' outputs lay in the cache took fewer seconds. Latency is that of the whole model for one image."
+            "The line is the Pareto front: the trials that no other trial beats in both. Cached outputs of frozen "
+            "layers shorten the training time of a trial. Latency is that of the whole model for one image."
         ),
     )
 
 
 def _errors(run: Run) -> str:
-    rows = analysis.errors(run.trials)
-    heads = {"error": "error", "trials": "trials", "example": "for example"}
-    return section("errors", "Errors", table(_records(rows.head(20)), heads)) if len(rows) else ""
+    rows = analysis.errors(run.trials).head(20).rename(columns={"example": "for example"})
+    return section("errors", "Errors", table(rows)) if len(rows) else ""
 
 
 def _finalists(run: Run, compared: pd.DataFrame) -> str:
     if compared.empty:
         return ""
-    heads = {"trial_id": "trial", "role": "role", "runs": "runs", "mean": "mean", "sd": "sd", "luck": "luck"}
-    heads |= {"searched": "in the search", "difference": "better by", "low": "from", "high": "to", "p_value": "p"}
-    compared = compared.round({"seconds": 0})
-    chosen = compared["role"].where(~compared["chosen"].astype(bool), compared["role"] + ", chosen")
     return section(
         "finalists",
         "Finalists",
-        figure("finalists", "difference from the default with its interval"),
-        note(f"Trained again with the same seeds, {run.metric}. Right of the line is better than the default."),
-        table(_records(compared.assign(role=chosen)), heads | {"seconds": "s a run"}),
+        figure("finalists", "difference from the default with its confidence interval"),
+        table(frames.finalists(compared)),
+        note(
+            f"The default and the finalists, retrained with the same seeds and compared by {run.metric} in one-sided "
+            "paired t-tests; p-values and confidence intervals are corrected for the number of finalists (Holm). "
+            "Selection bias: how much worse the mean is than the value in the search."
+        ),
     )
 
 
 def _audit(run: Run) -> str:
     if run.audit is None or run.audit.empty:
-        return "" if run.audit is None else section("audit", "The audit", "<p>Nothing was found.</p>")
-    order = run.audit["severity"].map({"stop": 0, "warn": 1, "info": 2})
-    audit = run.audit.loc[order.sort_values(kind="stable").index].fillna({"path_a": "", "detail": ""})
+        return "" if run.audit is None else section("audit", "Data audit", "<p>No findings.</p>")
+    order = {"stop": 0, "warn": 1, "info": 2}
+    audit = run.audit.sort_values("severity", key=lambda severity: severity.map(order), kind="stable")
+    audit = audit.fillna({"path_a": "", "detail": ""})
     kinds = audit.groupby(["severity", "finding"], sort=False)
-    first = {name: (name, "first") for name in ("detail", "p_value")}
-    counts = kinds.agg(rows=("finding", "size"), path=("path_a", "first"), **first).reset_index()
-    heads = {"severity": "severity", "finding": "finding", "rows": "rows", "detail": "detail", "p_value": "p"}
-    parts = [table(_records(counts), heads | {"path": "for example"})]
+    first = {name: (name, "first") for name in ("detail", "p_value", "path_a")}
+    counts = kinds.agg(rows=("finding", "size"), **first).reset_index()
+    parts = [table(counts.rename(columns={"p_value": "p", "path_a": "for example"}))]
     for (_, finding), rows in kinds:
         if len(rows) == 1 and rows["path_b"].isna().all():
             continue  # all of it is in the table
         heads = {name: name.replace("_", " ") for name in rows if name != "finding" and rows[name].notna().any()}
-        told = table(_records(rows.head(AUDIT_ROWS)), heads)
-        told += note(f"{AUDIT_ROWS} of {len(rows):,}; audit.parquet has all.") if len(rows) > AUDIT_ROWS else ""
-        parts.append(f"<details><summary>{text(finding)} ({len(rows):,})</summary>{told}</details>")
-    return section("audit", "The audit", *parts)
+        shown = table(rows.head(AUDIT_ROWS)[[*heads]].rename(columns=heads))
+        shown += note(f"{AUDIT_ROWS} of {len(rows):,}; audit.parquet has all.") if len(rows) > AUDIT_ROWS else ""
+        parts.append(f"<details><summary>{text(finding)} ({len(rows):,})</summary>{shown}</details>")
+    return section("audit", "Data audit", *parts)
 
 
 def _data(run: Run) -> str:
-    counts = run.samples.groupby(["label", "split"]).size().unstack(fill_value=0).reset_index()
-    heads = {"label": "class"} | {name: name for name in ("train", "val", "test") if name in counts}
-    told = table(_records(counts), heads)
-    many = f"<details><summary>{len(counts):,} classes</summary>{told}</details>"
-    return section("data", "The data", told if len(counts) <= CLASSES_SHOWN else many)
+    images = run.samples.groupby(["label", "split"]).size().unstack(fill_value=0).reset_index()
+    splits = [name for name in ("train", "val", "test") if name in images]
+    shown = table(images[["label", *splits]].rename(columns={"label": "class"}))
+    folded = f"<details><summary>{len(images):,} classes</summary>{shown}</details>"
+    return section("data", "Images", shown if len(images) <= CLASSES_SHOWN else folded)
 
 
 def _table(run: Run) -> str:
     fixed = {name.removeprefix("config_"): _plain(run.trials[name].iloc[0]) for name in same(run)}
     words = ", ".join(f"{name} {value}" for name, value in fixed.items())
     many = f" The best {TRIALS_SHOWN:,} of {len(run.trials):,} are shown." if len(run.trials) > TRIALS_SHOWN else ""
-    return section("trials", "All trials", '<div id="table"></div>', note(f"The same in all: {words}.{many}"))
-
-
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows of plain Python values, null where missing."""
-    names = list(frame)
-    return [
-        dict(zip(map(str, names), row, strict=True))
-        for row in zip(*(column(frame[name], 6) for name in names), strict=True)
-    ]
+    return section("trials", "All trials", '<div id="table"></div>', note(f"The same in all trials: {words}.{many}"))
