@@ -59,7 +59,7 @@ class Flags:
     concurrent: Annotated[int | None, flag("concurrent", "N")] = None
     storage: Annotated[str | None, flag("storage", "FOLDER|URI")] = None
     resume: bool = False
-    """Resume the run that --name gives. Only --trials, --time-budget and the resource flags can be changed."""
+    """Resume the run that --name gives. Only trials, the time budget, resources and tracking can be changed."""
     early_stopping: bool = True
     """End trials early. --no-early-stopping leaves only non-finite losses, and no probes or finalists."""
     set: Annotated[Pairs, tyro.conf.arg(metavar="KEY=VALUE ...")] = ()

@@ -14,9 +14,10 @@ Pairs = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]  # of every --set
 
 
 def flag(setting: str, metavar: str) -> Any:
-    """Return the help of a setting's flag: its description, and the default that a search space may override."""
+    """Return the help of a setting's flag: its description, and its default, which a search space may override."""
     field = SearchPlan.model_fields[setting]
-    hint = f"(default: {field.default}, or the space's)" if setting in SETTINGS and field.default is not None else ""
+    default = f"{field.default}, or the space's" if setting in SETTINGS else field.default
+    hint = "" if field.is_required() or field.default is None else f"(default: {default})"
     help = " ".join((field.description or "").replace("`", "").split())
     return tyro.conf.arg(metavar=metavar, help=help, help_behavior_hint=hint)
 

@@ -149,7 +149,8 @@ class SearchPlan(BaseModel):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     """Name of the run and of its folder. Default: the space and the time."""
     data: str | None = None
-    """Class folders (train/val/test above them are optional), a manifest (.csv, .parquet), or the URI of one."""
+    """Folder of class folders (train/val/test above them are optional), CSV or Parquet manifest, or URI of one.
+    Default: generated chest radiographs."""
     space: str = "quick"
     """Search space: the name of a shipped one (quick, chest_xray), or a YAML file."""
     trials: int = Field(20, ge=1, le=100_000)
