@@ -152,7 +152,7 @@ def search_with_kills(place, name, cluster, arguments, kills, rng):
 def test_a_node_that_joins_is_given_trials(tmp_path, folder, cluster):
     cluster.remove_node(next(iter(cluster.worker_nodes)))
     (tmp_path / "space.yaml").write_text(yaml.safe_dump(SPACE | {"search": {"weights": "random"}}))
-    arguments = ["--space", "space.yaml", "--data", folder, "--name", "run", "--trials", "40", "--epochs", "20"]
+    arguments = ["--space", "space.yaml", "--data", folder, "--name", "run", "--trials", "24", "--epochs", "20"]
     driver = drive(tmp_path, cluster, *arguments, "--concurrent", "2", "--no-early-stopping")
     assert wait_for_an_epoch(tmp_path / "results" / "run" / "journal.jsonl", driver)
     cluster.add_node(num_cpus=1)
