@@ -21,7 +21,8 @@ example: setup
 	$(BIN)/python benchmarks/example.py --place build/example $(ARGS)
 
 # Two processes or more share the tests: slow ones first, those that share what is dear to make in the same process.
-PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+# Bytecode is kept even if the environment says not to: to read and rewrite the tests anew takes seconds.
+PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 test: setup
 	$(PYTEST) $(ARGS)

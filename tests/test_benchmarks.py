@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ONE_CORE
 from PIL import Image
+from shared import ONE_CORE
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

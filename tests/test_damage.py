@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import draw_folder, examples
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import make_audit, make_run
+from shared import draw_folder, examples
 
 from tuning.data.samples import load_samples
 from tuning.model.folder import load_model, save_model

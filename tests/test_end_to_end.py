@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ONE_CORE, SOAK
+from shared import ONE_CORE, SOAK
 
 from tuning.record.journal import FINAL, read_journal, read_record
 from tuning.record.tables import read_table

@@ -11,8 +11,8 @@ from contextlib import suppress
 import pandas as pd
 import pytest
 import yaml
-from conftest import ONE_CORE
 from ray.cluster_utils import Cluster
+from shared import ONE_CORE
 from test_end_to_end import SPACE, command, ended, outcome, stand_still
 
 from tuning.record import storage

@@ -17,8 +17,8 @@ import pandas as pd
 import pytest
 import tyro
 import yaml
-from conftest import ONE_CORE, draw_folder
 from PIL import Image
+from shared import ONE_CORE, draw_folder
 
 from tuning.checks.audit import load_checked
 from tuning.data.images import parallel_map, read_facts

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ONE_CORE, draw_folder
+from shared import ONE_CORE, draw_folder
 
 from tuning.settings.config import DEPTH_ALL, InputError
 from tuning.settings.space_file import load
@@ -171,9 +171,7 @@ def test_two_configurations_end_to_end_and_parts_are_not_made_again(tmp_path):
     command += ["--image-size", "32", "--data", str(data), "--out", "out", "--slots", "1"]
 
     def run(*more):
-        # Not what a Ray that tests share has set: the recipe is stock Ray Tune, whose result files are read.
-        stock = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "TUNE_"))}
-        options = {"cwd": tmp_path, "env": stock | ONE_CORE, "capture_output": True, "text": True}
+        options = {"cwd": tmp_path, "env": os.environ | ONE_CORE, "capture_output": True, "text": True}
         return subprocess.run([*command, *more], check=False, **options)
 
     done = run()

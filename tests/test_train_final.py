@@ -13,11 +13,11 @@ import pyarrow as pa
 import pytest
 import torch
 import yaml
-from conftest import draw_folder
 from PIL import Image
 from runs import given_by_ray
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from shared import draw_folder
 
 from tuning import train_final
 from tuning.checks.audit import load_checked

@@ -5,11 +5,11 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import draw_folder, examples
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
+from shared import draw_folder, examples
 
 from tuning.audit import Flags, main, run
 from tuning.checks.audit import load_checked

@@ -3,10 +3,10 @@
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
+from shared import examples
 
 from tuning.checks.shortcuts import (
     EASY,

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from shared import examples
 
 from tuning.data.decoding import decode
 from tuning.data.images import parallel_map

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from conftest import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from shared import examples
 
 from tuning.data.phantoms import CLASSES, draw_phantom, write_phantoms
 from tuning.settings.config import InputError

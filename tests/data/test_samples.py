@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import examples
 from hypothesis import given
 from hypothesis import strategies as st
+from shared import examples
 
 from tuning.data.samples import fingerprint, load_samples
 from tuning.data.splits import resplit

@@ -3,9 +3,9 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import SOAK
 from hypothesis import given
 from hypothesis import strategies as st
+from shared import SOAK
 
 from tuning.insight.verdict import corrected_t, holm, judge
 from tuning.record.tables import FINALISTS, TRIALS

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_data
+from shared import make_data
 from torch import nn
 
 from tuning.model.activation import class_map, class_maps

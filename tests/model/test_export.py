@@ -7,7 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import make_data
+from shared import make_data
 from torch import nn
 
 from tuning.insight.calibration import tempered

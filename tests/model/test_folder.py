@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import draw_folder
 from PIL import Image
+from shared import draw_folder
 
 from tuning.model.folder import load_model, save_ensemble, save_model
 from tuning.model_folder import main

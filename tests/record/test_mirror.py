@@ -8,8 +8,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from conftest import bring_back, removable, take_away
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+from shared import bring_back, removable, take_away
 
 from tuning.record import claim, mirror, storage, transfer
 from tuning.record.claim import segments_among

@@ -8,10 +8,10 @@ import time
 import numpy as np
 import optuna
 import pytest
-from conftest import shared_ray
 from optuna.trial import TrialState
 from ray.tune.error import TuneError
 from searches import FIXED, PARAMETERS, FreeTrial, make_run, workers
+from shared import shared_ray
 
 from tuning.record.journal import FINAL, read_journal
 from tuning.record.predictions import read_predictions

@@ -10,9 +10,9 @@ from contextlib import suppress
 
 import pytest
 import yaml
-from conftest import SOAK, shared_ray
 from ray.cluster_utils import Cluster
 from searches import FreeTrial, make_run, workers
+from shared import SOAK, shared_ray
 from test_end_to_end import SPACE, command
 
 from tuning.record.journal import FINAL, read_journal, read_record

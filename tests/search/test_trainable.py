@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import bring_back, removable, take_away
 from runs import given_by_ray
 from safetensors import safe_open
+from shared import bring_back, removable, take_away
 
 from tuning.checks.audit import load_checked
 from tuning.record import transfer

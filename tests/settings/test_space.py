@@ -6,9 +6,9 @@ from pathlib import Path
 import optuna
 import pytest
 import yaml
-from conftest import examples
 from hypothesis import given
 from hypothesis import strategies as st
+from shared import examples
 
 from tuning.settings.config import PARAMETERS, InputError, SearchPlan, TrialConfig, build
 from tuning.settings.space import DEFAULTS, Space, active, backbones, image_sizes, middle, suggest, trial_values

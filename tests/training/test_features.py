@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, losses, make_data, on_each_device
+from shared import CPU, losses, make_data, on_each_device
 
 from tuning.settings.config import InputError, TrialConfig
 from tuning.training import features

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, examples, losses, make_data, on_each_device
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from shared import CPU, examples, losses, make_data, on_each_device
 from sklearn import metrics
 from torch.nn import functional
 

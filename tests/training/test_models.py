@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from conftest import CPU, losses, make_data
+from shared import CPU, losses, make_data
 
 from tuning.settings.config import TrialConfig
 from tuning.training import models

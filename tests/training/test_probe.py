@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, make_data
+from shared import CPU, make_data
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional
 

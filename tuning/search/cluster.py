@@ -61,27 +61,34 @@ def ray_running(plan: SearchPlan) -> Iterator[Callable[[], list[Node]]]:
     Yields:
         A function that waits for Ray and returns its nodes.
     """
-    environment = dict(os.environ)
-    with ThreadPoolExecutor(1) as pool:  # the thread must outlive the search: Ray's processes end with it
-        starting = pool.submit(_start, plan)
+    # The thread must outlive the search: Ray's processes end with it.
+    with restored_environment(), ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(start_ray, plan)
         try:
             yield starting.result
         finally:
             starting.exception()  # wait: Ray can't be shut down while it starts
             ray.shutdown()
-            for name in os.environ.keys() - environment.keys():
-                del os.environ[name]
-            os.environ.update(environment)
 
 
-def _start(plan: SearchPlan) -> list[Node]:
+@contextmanager
+def restored_environment() -> Iterator[None]:
+    """Restore the environment's variables at the end."""
+    environment = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
+
+
+def start_ray(plan: SearchPlan) -> list[Node]:
+    """Start Ray, or connect to the cluster at RAY_ADDRESS, by variables that stay in the environment; return nodes."""
     options: dict[str, Any] = {}
     environment = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "RAY_AIR_NEW_OUTPUT": "0",  # only the old output respects verbose=0
-        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-        "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # Ray's own experiment state is never read
     }
     package = Path(__file__).parents[1]
     if "RAY_ADDRESS" in os.environ:
@@ -99,6 +106,11 @@ def _start(plan: SearchPlan) -> list[Node]:
     os.environ.update(environment | os.environ)  # the user's values count
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a dead worker's traceback is in the table
     ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", **options)
+    return ray_nodes()
+
+
+def ray_nodes() -> list[Node]:
+    """Return the nodes that are alive."""
     resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [(int(node.get("CPU", 0)), float(node.get("GPU", 0))) for node in resources]
 

@@ -16,6 +16,7 @@ from ray.tune.execution.tune_controller import TuneController
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from tuning.search.cluster import restored_environment
 from tuning.search.trainable import LAST_SENDING_SECONDS
 
 FINISHED = str(Searcher.FINISHED)  # what `Search.next_trial` returns at the end
@@ -31,7 +32,12 @@ def fit(search: Any, trainable: type[tune.Trainable]) -> None:
     OutOfMemoryError.__bases__ = (RayActorError,)
     OutOfMemoryError._preempted = OutOfMemoryError._actor_init_failed = False
     TuneController._maybe_reuse_cached_actor = reuse
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(search.resources.count)  # before Ray 2.60 the default was 1
+    settings = {
+        "RAY_AIR_NEW_OUTPUT": "0",  # only the old output respects verbose=0
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # Ray's own experiment state is never read
+        "TUNE_MAX_PENDING_TRIALS_PG": str(search.resources.count),  # before Ray 2.60 the default was 1
+    }
     tune_config = tune.TuneConfig(
         search_alg=_Searcher(search),
         scheduler=_Scheduler(search),
@@ -40,7 +46,9 @@ def fit(search: Any, trainable: type[tune.Trainable]) -> None:
         reuse_actors=True,
         trial_dirname_creator=lambda trial: str(trial.trial_id),
     )
-    with tempfile.TemporaryDirectory(prefix="finetune-search-", ignore_cleanup_errors=True) as ray_folder:
+    ray_files = tempfile.TemporaryDirectory(prefix="finetune-search-", ignore_cleanup_errors=True)
+    with restored_environment(), ray_files as ray_folder:
+        os.environ.update(settings | os.environ)  # the user's values count
         run_config = tune.RunConfig(
             name="ray",
             storage_path=ray_folder,
