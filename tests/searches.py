@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -77,10 +78,18 @@ class FreeTrial(tune.Trainable):
         return {"row": json.dumps(row | {"epoch": self._epoch, "ends": ends, "reason": ends})}
 
 
+class SlowTrial(FreeTrial):
+    """One that leaves the processor to others."""
+
+    def step(self):
+        time.sleep(0.1)
+        return super().step()
+
+
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers don't find the tests' modules
 
 
-ACTORS = (b"ray::FinetuneTrial", b"ray::FreeTrial", b"ray::ResourceTrainable")
+ACTORS = (b"ray::FinetuneTrial", b"ray::FreeTrial", b"ray::SlowTrial", b"ray::ResourceTrainable")
 
 
 def workers():

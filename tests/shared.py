@@ -1,5 +1,6 @@
 """What the tests share: a tiny labelled folder, one Ray, and the cache and working folder kept out of the user's."""
 
+import gc
 import inspect
 import os
 import re
@@ -54,6 +55,26 @@ Cluster._wait_for_node.__defaults__ = (600,)
 if "wait_for_processes" in inspect.signature(ray.shutdown).parameters:  # else what is left of them warns anywhere later
     ray.shutdown = partial(ray.shutdown, wait_for_processes=True)
 ONE_CORE = {"RAY_OVERRIDE_RESOURCES": '{"CPU": 1}'}  # for one trial at a time: Ray starts a worker on each core
+LARGER = (  # backbones of other families than the tiny ones
+    "resnet50",
+    "regnety_002",
+    "vgg16",
+    "densenet121",
+    "convnext_tiny",
+    "efficientnetv2_rw_t",
+    "tf_efficientnetv2_b0",
+    "vit_tiny_patch16_224",
+    "swin_tiny_patch4_window7_224",
+    "maxvit_rmlp_pico_rw_256",
+    "mobilenetv3_large_100",
+    "edgenext_xx_small",
+    "mobilevit_s",
+    "convnextv2_atto",
+    "nfnet_l0",
+    "mixer_s32_224",
+    "cait_xxs24_224",
+    "fastvit_t8",
+)
 CPU = torch.device("cpu")
 CUDA = pytest.param(
     torch.device("cuda"),
@@ -92,6 +113,11 @@ def on_shared_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 def one_thread() -> None:
     """Each test begins with one thread: `train_final.py` takes all cores, which other tests' processes need."""
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # else each of a trial's collections looks through all that was imported, which takes half a second
 
 
 def pytest_sessionfinish() -> None:

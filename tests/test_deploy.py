@@ -142,7 +142,7 @@ def slurm(tmp_path):
 
 @pytest.mark.slow
 def test_a_slurm_job_that_is_ended_goes_on_in_another(slurm, tmp_path, folder):
-    longer = {"trials": 3, "epochs": 60, "finalists": 0}  # the first trial is no loser, and runs for some seconds
+    longer = {"trials": 2, "epochs": 60, "finalists": 0}  # the first trial is no loser, and runs for some seconds
     (tmp_path / "space.yaml").write_text(yaml.safe_dump(SPACE | {"search": SPACE["search"] | longer}))
     run = tmp_path / "results" / "job"
     name = ["--storage", tmp_path / "results", "--name", "job"]

@@ -156,26 +156,27 @@ def test_with_two_slots_a_killed_driver_loses_and_repeats_nothing(workplace):
             assert (decided.verdict, decided.cutoff) == (event["verdict"], event["cutoff"])
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_sigterm_leave_a_run_that_goes_on(workplace, stop):
+def test_ctrl_c_and_sigterm_leave_a_run_that_goes_on(workplace):
     folder, arguments = workplace
     run = folder / "results" / "stopped"
     process = start(folder, *arguments, "--name", run.name)
-    stand_still_in_a_trial(run / "journal.jsonl", process, 8)
-    process.send_signal(stop)
-    process.send_signal(signal.SIGCONT)
-    assert process.wait(timeout=600) == 130
-    assert f"python tuning/run_search.py --resume --name {run.name}" in (folder / "log.txt").read_text()
-    trials = read_table(run / "trials.parquet")
-    assert "running" not in set(trials["status"]) and "interrupted" in set(trials["status"])
-    assert start(folder, "--resume", "--name", run.name).wait() == 0
+    for stop, events in ((signal.SIGINT, 8), (signal.SIGTERM, 40)):
+        stand_still_in_a_trial(run / "journal.jsonl", process, events)
+        process.send_signal(stop)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(timeout=600) == 130
+        assert f"python tuning/run_search.py --resume --name {run.name}" in (folder / "log.txt").read_text()
+        trials = read_table(run / "trials.parquet")
+        assert "running" not in set(trials["status"]) and "interrupted" in set(trials["status"])
+        process = start(folder, "--resume", "--name", run.name)
+    assert process.wait() == 0
     trials = read_table(run / "trials.parquet")
     assert len(trials) == 17 and trials["status"].isin(FINAL).all()
 
 
 def test_a_second_driver_is_refused(workplace):
     folder, arguments = workplace
-    process = start(folder, *arguments, "--name", "one")
+    process = start(folder, *arguments, "--name", "one", "--set", "trials=2", "finalists=0")
     try:
         assert wait_for_events(folder / "results" / "one" / "journal.jsonl", 2, process)
         stand_still(process)

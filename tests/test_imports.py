@@ -86,6 +86,7 @@ def test_a_package_says_its_purpose_and_nothing_more(room):
     assert ast.get_docstring(tree) and len(tree.body) == 1
 
 
+@pytest.mark.slow
 def test_tables_and_spaces_open_without_torch_or_ray():
     modules = ", ".join(f"tuning.{module}".removesuffix(".__init__") for module in TORCHLESS)
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"

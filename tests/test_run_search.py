@@ -405,6 +405,7 @@ def test_no_finite_loss_leaves_tables_and_no_best(space, tmp_path, folder, capsy
     assert "No trial had a finite loss" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["run_search.py", "audit.py", "train_final.py", "model_folder.py"])
 def test_help_shows_an_example_from_any_folder(tmp_path, command):
     arguments = ["predict", "--help"] if command == "model_folder.py" else ["--help"]

@@ -11,7 +11,7 @@ from contextlib import suppress
 import pytest
 import yaml
 from ray.cluster_utils import Cluster
-from searches import FreeTrial, make_run, workers
+from searches import FreeTrial, SlowTrial, make_run, workers
 from shared import SOAK, shared_ray
 from test_end_to_end import SPACE, command
 
@@ -79,12 +79,12 @@ def test_a_trial_whose_workers_ray_kills_for_memory_is_out_of_memory(tmp_path, f
     """The machine counts as full from the start, so Ray's memory monitor kills every worker when it looks."""
     monkeypatch.setenv("RAY_preload_python_modules", "")
     monkeypatch.setenv("RAY_memory_usage_threshold", "0.001")
-    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "30000")  # long enough for the trial to have begun
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "15000")  # long enough for the trial to have begun
     monkeypatch.setattr("tuning.search.driver.LOST_ACTOR_RETRIES", 0)
     with ray_running(SearchPlan(name="test")) as resources:
         resources()
         run = tmp_path / "run"
-        assert make_run(run, folder, trials=1, epochs=10_000, early_stopping=False)(trainable=FreeTrial).run()
+        assert make_run(run, folder, trials=1, epochs=10_000, early_stopping=False)(trainable=SlowTrial).run()
     (trial,) = read_table(run / "trials.parquet").to_dict("records")
     assert trial["status"] == "out_of_memory" and "low on memory" in trial["reason"]
 
@@ -151,7 +151,7 @@ def search_with_kills(place, name, cluster, arguments, kills, rng):
 
 def test_a_node_that_joins_is_given_trials(tmp_path, folder, cluster):
     cluster.remove_node(next(iter(cluster.worker_nodes)))
-    (tmp_path / "space.yaml").write_text(yaml.safe_dump(SPACE | {"search": {"weights": "random"}}))
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(SPACE | {"search": {"weights": "random", "finalists": 0}}))
     arguments = ["--space", "space.yaml", "--data", folder, "--name", "run", "--trials", "24", "--epochs", "20"]
     driver = drive(tmp_path, cluster, *arguments, "--concurrent", "2", "--no-early-stopping")
     assert wait_for_an_epoch(tmp_path / "results" / "run" / "journal.jsonl", driver)

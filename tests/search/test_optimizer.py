@@ -185,7 +185,7 @@ def test_a_region_that_diverges_is_avoided():
     assert sum(diverged[60:]) <= 18
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "gp", "random"])
+@pytest.mark.parametrize("sampler", ["tpe", pytest.param("gp", marks=pytest.mark.slow), "random"])
 def test_every_sampler_suggests_and_learns_or_does_not(sampler):
     bridge = Optimizer(SPACE, seed=0, metric="val_loss", sampler=sampler)
     rates = []

@@ -27,11 +27,19 @@ from tuning.settings.space_file import parse
 from tuning.training.scores import score
 
 
+@pytest.fixture(scope="module")
+def plan(folder):
+    return SearchPlan(name="run", data=str(folder), weights="random")
+
+
+@pytest.fixture(scope="module")
+def checked(plan):
+    return load_checked(plan, [32])
+
+
 @pytest.fixture
-def given(tmp_path, folder):
+def given(tmp_path, plan, checked):
     """A function that makes what Ray gives a trial."""
-    plan = SearchPlan(name="run", data=str(folder), weights="random")
-    checked = load_checked(plan, [32])
     run = tmp_path / "run"
     write_run(
         run,

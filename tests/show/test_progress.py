@@ -19,6 +19,7 @@ import pytest
 import yaml
 from rich.console import Console
 from runs import make_record
+from shared import ONE_CORE
 
 from tuning.record.journal import Journal, Row, Trial
 from tuning.settings.config import SearchPlan
@@ -130,14 +131,14 @@ def test_a_search_on_a_terminal_gives_it_back(tmp_path, folder, how):
     space = {
         "parameters": {"learning_rate": {"type": "float", "low": 1e-3, "high": 1e-2, "log": True}},
         "fixed": {"backbone": "test_resnet", "image_size": 32, "batch_size": 8},
-        "search": {"trials": 40 if how is None else 200, "epochs": 4, "weights": "random"},
+        "search": {"trials": 16 if how is None else 200, "epochs": 4, "weights": "random", "finalists": 0},
     }
     (tmp_path / "space.yaml").write_text(yaml.safe_dump(space))
     flags = ["--space", str(tmp_path / "space.yaml"), "--data", str(folder), "--name", "x"]
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     before = termios.tcgetattr(theirs)
-    environment = os.environ | {"TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
+    environment = os.environ | ONE_CORE | {"TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "tuning" / "run_search.py"), *flags],
         cwd=tmp_path,

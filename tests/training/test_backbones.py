@@ -5,6 +5,7 @@ import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from shared import LARGER
 
 from tuning.settings.config import InputError
 from tuning.training import backbones
@@ -12,27 +13,7 @@ from tuning.training.weights import find_weights
 
 TINY = ("test_resnet", "test_vit", "test_efficientnet")
 FIVE_STAGES = (*TINY, "resnet18", "tf_efficientnet_lite0", "mobilenetv4_conv_small")
-FIVE_STAGES_SLOW = (
-    "resnet50",
-    "regnety_002",
-    "vgg16",
-    "densenet121",
-    "convnext_tiny",
-    "efficientnetv2_rw_t",
-    "tf_efficientnetv2_b0",
-    "vit_tiny_patch16_224",
-    "swin_tiny_patch4_window7_224",
-    "maxvit_rmlp_pico_rw_256",
-    "mobilenetv3_large_100",
-    "edgenext_xx_small",
-    "mobilevit_s",
-    "coatnet_nano_rw_224",
-    "convnextv2_atto",
-    "nfnet_l0",
-    "mixer_s32_224",
-    "cait_xxs24_224",
-    "fastvit_t8",
-)
+FIVE_STAGES_SLOW = (*LARGER, "coatnet_nano_rw_224")
 
 
 def _build(backbone, image_size=64, classes=3, head_dropout=0.0, seed=0, weights=None):

@@ -77,6 +77,7 @@ def test_the_head_has_the_trials_dropout():
     assert not torch.equal(cut.suffix(features), cut.suffix(features))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
 def test_freed_memory_is_used_again():
     """Page faults of twenty tensors of 64 MiB: few once memory is kept, some 16,000 each before."""

@@ -3,6 +3,7 @@ import copy
 import pytest
 import timm
 import torch
+from shared import LARGER
 
 from tuning.training import backbones
 from tuning.training.prefix import split
@@ -43,27 +44,7 @@ def test_a_cut_at_each_depth(backbone):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "backbone",
-    [
-        "resnet18",
-        "resnet50",
-        "regnety_002",
-        "vgg16",
-        "densenet121",
-        "convnext_tiny",
-        "efficientnetv2_rw_t",
-        "tf_efficientnetv2_b0",
-        "vit_tiny_patch16_224",
-        "swin_tiny_patch4_window7_224",
-        "maxvit_rmlp_pico_rw_256",
-        "mobilenetv3_large_100",
-        "edgenext_xx_small",
-        "mobilevit_s",
-        "convnextv2_atto",
-        "nfnet_l0",
-        "mixer_s32_224",
-        "cait_xxs24_224",
-        "fastvit_t8",
-    ],
+    ["resnet18", *LARGER],
 )
 def test_cuts_of_larger_models(backbone):
     _check_cuts(backbone, (0, 3))

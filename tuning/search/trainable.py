@@ -67,6 +67,8 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
         self._unsent: dict[str, bool] = {}  # files to send to the storage, and whether to delete them here afterwards
         folder = Path(config["features"]) / platform.node()  # nodes may share the disk of the cache
         self._features = FeatureCache(folder, config["cache_bytes"], self._device)
+        gc.collect()
+        gc.freeze()  # what is imported stays: looking through it takes 0.3 s between two trials
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
