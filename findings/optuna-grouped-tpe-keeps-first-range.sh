@@ -12,7 +12,7 @@
 # Matters:  learning rates that suit one backbone don't suit another, so a range that depends on the backbone is an
 #           obvious wish, and the search would silently leave out the best rates.
 # Guard:    search spaces have numbers as bounds, and conditions only switch parameters on and off:
-#           `tests/settings/test_space.py::test_a_fault_names_place_rule_value_and_cure`,
+#           `tests/settings/test_space_file.py::test_a_fault_names_place_rule_value_and_cure`,
 #           `tests/settings/test_space.py::test_grouped_tpe_learns_from_a_conditional_space`.
 set -euo pipefail
 folder=$(mktemp -d)

@@ -12,7 +12,7 @@
 #     FloatDistribution(high=0.5, log=False, low=0.0, step=None).
 # Matters:  start points, and the trials of another run, come from files that people write and edit.
 # Guard:    start points are checked against the space when its file is read, and another run's trials outside the space
-#           are left out: `tests/settings/test_space.py::test_start_points_are_checked`,
+#           are left out: `tests/settings/test_space_file.py::test_start_points_are_checked`,
 #           `tests/search/test_optimizer.py::test_another_run_is_read_by_rank_thinned_and_held_to_the_space`.
 set -euo pipefail
 folder=$(mktemp -d)
