@@ -57,11 +57,11 @@ def run(flags: Flags) -> int:
     if not os.access(out, os.W_OK | os.X_OK, effective_ids=True):
         raise InputError(f"--out {out}: no permission to write there; choose another")
     plan = build(SearchPlan, {"name": "audit"} | given, "command line")
-    found, moved, told = audit.audited(plan, audit.decoded(plan, [size], None, parallel_map, skip=True))
+    found, moved, notes = audit.audited(plan, audit.decoded(plan, [size], None, parallel_map, skip=True))
     tables.write_tables({"audit": findings.table(found)}, out)
     for label, row in moved.groupby(["label", "split"]).size().unstack(fill_value=0).iterrows():
         print(f"{visible(label)}: " + ", ".join(f"{images} {split}" for split, images in row.items()))
-    print("\n".join(map(visible, told)))
+    print("\n".join(map(visible, notes)))
     print(f"written: {out / 'audit.parquet'}")
     return BAD_INPUT if any(row.severity == "stop" for row in found) else DONE
 

@@ -106,7 +106,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
         predictions, known = kept_trials(run_folder, table)
         configs = {trial_id: known[trial_id] for trial_id in named_shares(predictions)}
     sizes = sorted({each.image_size for each in configs.values()})
-    table, folders, found, audit, told = load_checked(plan, sizes, table=table)
+    table, folders, found, audit, notes = load_checked(plan, sizes, table=table)
     if audit is not None:
         findings = audit.to_pandas()
     if flags.data is None and found != best.provenance["fingerprint"]:
@@ -114,7 +114,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
         if plan.data is None:
             cure = f"train on the images generated here by --data {Path(table['file'].iloc[0]).parents[1]}"
         raise InputError(f"the data has changed since {best.path} was written; restore it, or {cure}")
-    for line in told:
+    for line in notes:
         print(visible(line))
 
     import torch  # takes seconds to load, and timm more: wrong input is reported before

@@ -221,7 +221,7 @@ class SearchPlan(BaseModel):
     skip_unreadable: bool = False
     """Whether unreadable images are left out. If false, they are listed and the search doesn't start."""
     on_leak: Literal["stop", "warn", "move"] = "stop"
-    """If equal images or a group are in several splits: `stop`, `warn`, or `move` them into one split."""
+    """If identical images or a group are in several splits: `stop`, `warn`, or `move` them into one split."""
     path_column: str = "path"
     """Manifest column of the image paths."""
     label_column: str = "label"
