@@ -63,6 +63,13 @@ def test_tensorboard_shows_each_epoch(tmp_path, record):
     assert "hparams" in accumulator.summary_metadata["_hparams_/session_start_info"].plugin_data.plugin_name
 
 
+def test_a_row_of_a_version_without_one_of_the_columns_is_tracked(record):
+    trial = next(iter(record.trials.values()))
+    row = {name: value for name, value in trial.rows[0].items() if name != "early_loss"}
+    logged = track.values(trial, row, "val_loss")
+    assert "early_loss" not in logged and logged["val_loss"] == row["val_loss"]
+
+
 def test_tensorboard_forgets_voided_epochs_and_continues_in_a_second_file(tmp_path, record):
     trial = record.trials["t00008"]
     tracker = TensorBoard(tmp_path, plan(), record.trials.values())

@@ -64,7 +64,7 @@ def tracking(search: Any, run_id: str) -> Iterator[None]:
 def values(trial: Trial, row: Mapping[str, Any], metric: str) -> dict[str, float]:
     """Return what is logged of an epoch: its columns in the table that have a value, and the best metric until then."""
     best = best_epoch((other for other in trial.rows if other["epoch"] <= row["epoch"]), metric)
-    logged = {name: float(row[name]) for name in COLUMNS if row[name] is not None}
+    logged = {name: float(row[name]) for name in COLUMNS if row.get(name) is not None}
     return logged if best is None else logged | {f"best_{metric}": float(best[metric])}
 
 

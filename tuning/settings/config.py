@@ -166,7 +166,7 @@ class SearchPlan(BaseModel):
     gpus_per_trial: Gpus = None
     """GPUs per trial: a fraction up to 1, a whole number, or `auto` (by measured memory). Default: 1, or 0 if none."""
     cpus_per_trial: int | None = Field(None, ge=1)
-    """CPU threads per trial. Default: 1, or the share of a GPU's cores."""
+    """CPU threads per trial. Default: 1, or on GPUs its share of the cores."""
     concurrent: int | None = Field(None, ge=1)
     """Maximum number of concurrent trials, on a cluster also for nodes that join later. Default: what fits."""
     storage: str = "results"
@@ -207,9 +207,9 @@ class SearchPlan(BaseModel):
     finalist_seeds: int = Field(5, ge=3, le=1000)
     """Number of seeds that each finalist and the default are retrained with; fewer if `finalist_epochs` is short."""
     finalist_epochs: int | None = Field(None, ge=0)
-    """Maximum number of epochs of all finalists together. Default: a quarter of the epochs of the search."""
+    """Maximum number of epochs of all retrained runs, also the default's. Default: a quarter of the search's epochs."""
     final_data: Literal["train", "train+val"] = "train"
-    """Training data of the final model: `train`, or `train+val` up to the median best epoch of the finalists."""
+    """Training data of the final model: `train`, or `train+val` up to the median best epoch of its retrained runs."""
     ensemble: bool = False
     """Whether the final model is an ensemble of kept trials, without any training."""
     weights: str = "auto"
@@ -227,9 +227,9 @@ class SearchPlan(BaseModel):
     label_column: str = "label"
     """Manifest column of the classes."""
     split_column: str = "split"
-    """Manifest column of the splits: train, val or test. The default column is optional."""
+    """Manifest column of the splits: train, val or test. Optional, unless another name is given."""
     group_column: str = "group"
-    """Manifest column of groups that stay in one split, such as patients. The default column is optional."""
+    """Manifest column of groups that stay in one split, such as patients. Optional, unless another name is given."""
     val_fraction: float = Field(0.2, gt=0, lt=1)
     """Fraction of the images (of the training images, if splits are given) for a missing validation split."""
     test_fraction: float = Field(0.2, ge=0, lt=1)
@@ -239,7 +239,7 @@ class SearchPlan(BaseModel):
     cache_bytes: int = Field(20_000_000_000, ge=0)
     """Maximum bytes per node of cached outputs of frozen layers, which are deleted after the search."""
     checkpoint_bytes: int = Field(20_000_000_000, ge=0)
-    """Maximum bytes of the weights of the five best trials. Those of the worst are deleted first."""
+    """Maximum bytes of all checkpoints. Beyond it the kept weights of the worst trials are deleted."""
 
     @field_serializer("optuna_storage", "data", "storage", "weights", "warm_start", when_used="unless-none")
     def _written(self, url: str) -> str:
