@@ -40,7 +40,7 @@ class Flags:
 
 def main() -> int:
     """Run the command line; return the exit code."""
-    return exit_code(lambda: run(tyro.cli(Flags)))
+    return exit_code(lambda: run(tyro.cli(Flags)), "nothing was written")
 
 
 def run(flags: Flags) -> int:
@@ -48,7 +48,7 @@ def run(flags: Flags) -> int:
     given, overrides = command_line({"data": flags.data}, flags.set)
     size = overrides.pop("image_size", IMAGE_SIZE)
     if overrides:
-        raise InputError(f"--set {', '.join(overrides)}: has no effect on an audit; leave it out")
+        raise InputError([f"--set {key}: has no effect on an audit; leave it out" for key in overrides])
     out = Path(flags.out)
     try:
         out.mkdir(parents=True, exist_ok=True)

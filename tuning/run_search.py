@@ -59,9 +59,10 @@ class Flags:
     concurrent: Annotated[int | None, flag("concurrent", "N")] = None
     storage: Annotated[str | None, flag("storage", "FOLDER|URI")] = None
     resume: bool = False
-    """Resume the run that --name gives. Only trials, the time budget, resources and tracking can be changed."""
+    """Resume the run that --name gives. Only trials, resources, finalist_epochs, the two time limits and tracking
+    can be changed."""
     early_stopping: bool = True
-    """End trials early. --no-early-stopping leaves only non-finite losses, and no probes or finalists."""
+    """End trials early. With --no-early-stopping only a non-finite loss ends one; there are no probes or finalists."""
     set: Annotated[Pairs, tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
     """Any setting of docs/settings.md, such as --set image_size=128 patience=3."""
 
@@ -196,7 +197,8 @@ def _all_nodes_read(plan: SearchPlan, nodes: Nodes) -> bool:
     try:
         isolated = isolated_nodes(place, names, on_each_node)
     except OSError as error:
-        raise InputError(f"--storage {plan.storage}: can't be written ({error}); are its keys set?") from None
+        cure = "is the storage reachable, and are its keys set?"
+        raise InputError(f"--storage {plan.storage}: can't be written ({error}); {cure}") from None
     alive = node_names()  # some may have died meanwhile
     if faults := [f"node {names.get(node, node)}: {why}" for node, why in isolated.items() if node in alive]:
         cure = "give --storage a folder or URI that all nodes reach, and each node its keys"
@@ -207,7 +209,8 @@ def _all_nodes_read(plan: SearchPlan, nodes: Nodes) -> bool:
     blind = on_each_node(lambda node: unreadable(data))
     if blind:
         found = plain(", ".join(names.get(node, node) for node in blind))
-        console.print(f"  {found} can't read it: images are decoded here and sent to all nodes")
+        shown = plain(without_secrets(data))
+        console.print(f"  {found} can't read {shown}: its images are decoded on this node, and sent there")
     return not blind
 
 
@@ -241,7 +244,7 @@ def _priors(plan: SearchPlan, space: Space) -> list[Any]:
 
     trials = tables.read_table(Path(plan.warm_start) / "trials.parquet")
     priors, outside = read_priors(trials, space, plan.metric, plan.warm_start_weight)
-    without = f", without {outside} outside this space" if outside else ""
+    without = f" ({outside} more are outside this space, and are left out)" if outside else ""
     console.print(f"warm start: {count(len(priors), 'trial')} of {plain(plan.warm_start)}{without}")
     return priors
 

@@ -51,7 +51,7 @@ class Flags:
 
 def main() -> int:
     """Run the command line; return the exit code."""
-    return exit_code(lambda: _run_at(tyro.cli(Flags)))
+    return exit_code(lambda: _run_at(tyro.cli(Flags)), "what is not in model/ was not written")
 
 
 def _run_at(flags: Flags) -> int:

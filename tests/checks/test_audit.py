@@ -309,7 +309,7 @@ def test_names_of_any_kind_are_text_on_the_screen(films, capsys, monkeypatch):
     assert main() == 2
     errors = capsys.readouterr().err
     shown = "[red]a[red]\\n\\x1b[31m 'b' \"c\" 🫁"
-    assert errors.count("\n") == 1 and "paths listed more than once (22.png, 23.png)" in errors
+    assert errors.count("\n") == 1 and "paths are listed more than once (22.png, 23.png)" in errors
     for number in (24, 25):
         picture(number).save(folder / f"{number}.png")
     data = manifest((odd, odd, "train"), ("24.png", odd, "val"), ("25.png", odd, "test"))

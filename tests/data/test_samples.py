@@ -98,14 +98,14 @@ def test_links_in_a_circle_end(tmp_path):
     ("paths", "words"),
     [
         ([], ["no class folders"]),
-        (["1.png", "2.JPG"], ["2 images outside the class folders (1.png, 2.JPG)", "folder of its class"]),
-        (["a/1.png", "b/1.png", "1.png"], ["1 image outside the class folders"]),
+        (["1.png", "2.JPG"], ["2 images are outside the class folders (1.png, 2.JPG)", "folder of its class"]),
+        (["a/1.png", "b/1.png", "1.png"], ["1 image is outside the class folders"]),
         (["a/1.png", "b/1.nii", "b/2.txt", "c/1.png"], ["/b: no images", "2 files with other suffixes: .nii, .txt"]),
         (["a/1.png", "b/.1.png", "c/1.png"], ["/b: no images in this class folder (no files)"]),
         (["a/1.png", "a/2.png"], ["only one class, 'a'"]),
         (["train/a/1.png", "train/b/1.png", "val/a/1.png", "val/c/1.png"], ["'c' not in train, 'b' not in val"]),
         (["val/a/1.png", "val/b/1.png"], ["has val but no train folder"]),
-        (["train/a/1.png", "train/b/1.png", "val/1.png"], ["val: 1 image outside"]),
+        (["train/a/1.png", "train/b/1.png", "val/1.png"], ["val: 1 image is outside"]),
         (["train/a/1.png", "train/b/1.png", "Training/a/1.png", "Training/b/1.png"], ["mean the same split"]),
         (["a/1.png", "b/1.png", "b/2.png", "b/3.png"], ["'a' (1 image in 1 group) has none for val"]),
     ],
@@ -125,8 +125,8 @@ def test_dangling_links_and_unlistable_names_are_reported(tmp_path):
         pytest.skip("the file system takes Unicode names only")
     found = faults(str(tmp_path))
     assert len(found) == 2
-    assert "1 file name not in UTF-8" in found[0]
-    assert "1 image file missing (a/3.png)" in found[1]
+    assert "1 file name is not in UTF-8" in found[0]
+    assert "1 image file is missing (a/3.png)" in found[1]
 
 
 def test_all_faults_come_at_once(tmp_path):
@@ -205,8 +205,8 @@ def test_faulty_rows_come_all_at_once(files, rows):
         "column 'label' has 1 empty cell (rows below the header: 1)",
         "column 'split' contains 'holdout'; a split is train, val or test",
         "column 'group' has 1 empty cell (rows below the header: 3)",
-        "1 image file missing (gone.png)",
-        "1 path listed more than once (04.png)",
+        "1 image file is missing (gone.png)",
+        "1 path is listed more than once (04.png)",
     ):
         assert words in found
     assert len(found.splitlines()) == 5
@@ -215,7 +215,7 @@ def test_faulty_rows_come_all_at_once(files, rows):
 def test_long_lists_are_cut_to_five(files):
     rows = [{"path": f"gone{number}.png", "label": "ab"[number % 2]} for number in range(9)]
     [found] = faults(write_csv(files / "gone.csv", rows))
-    assert "9 image files missing" in found and "gone4.png and 4 more" in found and "gone5" not in found
+    assert "9 image files are missing" in found and "gone4.png and 4 more" in found and "gone5" not in found
 
 
 def test_missing_columns_name_those_there_and_the_setting(files, rows):
@@ -231,7 +231,7 @@ def test_missing_columns_name_those_there_and_the_setting(files, rows):
     ("name", "content", "words"),
     [
         ("none.csv", None, "no such folder or file"),
-        ("set.xlsx", b"PK", "ends in .csv or .parquet, not in .xlsx"),
+        ("set.xlsx", b"PK", "must end in .csv or .parquet, not in .xlsx"),
         ("set", b"", "not in no suffix"),
         ("empty.csv", b"", "is empty"),
         ("header.csv", b"path,label\n", "has no rows"),

@@ -32,7 +32,7 @@ def make_judged(folder, sure):
 def test_a_trial_that_only_guesses_is_reported_on_the_page_too(tmp_path, sure, better):
     chosen, (baseline, calibration) = make_judged(tmp_path / "run", sure)
     assert baseline.alarming is not better
-    verb = f"is {'' if better else 'no '}better than always predicting the class frequencies: val_loss "
+    verb = f"is {'' if better else 'not significantly '}better than always predicting the class frequencies: val_loss "
     assert baseline.words.startswith(f"{chosen}, the best trial of the search, {verb}")
     assert calibration.words.startswith(f"Calibration of {chosen} on the validation set: mean confidence ")
     assert f"confidence {'9' if better else '5'}" in calibration.words and "calibration error" in calibration.words

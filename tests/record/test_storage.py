@@ -60,7 +60,7 @@ def test_a_manifest_in_a_storage_names_files_beside_it(suffix, bucket, tmp_path)
     manifest = tmp_path / f"manifest{suffix}"
     table.to_csv(manifest, index=False) if suffix == ".csv" else table.to_parquet(manifest)
     storage.write_bytes(f"{bucket}/films/manifest{suffix}", manifest.read_bytes())
-    with pytest.raises(InputError, match="16 image files missing"):
+    with pytest.raises(InputError, match="16 image files are missing"):
         load_samples(f"{bucket}/films/manifest{suffix}")
     for path in paths:
         storage.write_bytes(f"{bucket}/films/{path}", (folder / path).read_bytes())

@@ -139,9 +139,9 @@ def test_images_that_can_be_read_stay_where_they_are(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"gpus_per_trial": 1.0}, "this machine has 0 GPUs"),
+        ({"gpus_per_trial": 1.0}, "no GPU; use 0 to train on CPUs"),
         ({"gpus_per_trial": 1.5}, "only whole GPUs"),
-        ({"cpus_per_trial": 9}, "this machine has 2 cores"),
+        ({"cpus_per_trial": 9}, "the only node has 2 cores"),
     ],
 )
 def test_more_than_there_is_is_refused(settings, said):

@@ -88,6 +88,10 @@ def test_a_number_written_as_text_is_refused_with_the_cure():
     with pytest.raises(ValueError, match=r"must be a number, got the text '1e-4'; write 0.0001"):
         check_value(TrialConfig, "learning_rate", "1e-4")
     assert check_value(TrialConfig, "learning_rate", "1e-4", text=True) == 1e-4
+    with pytest.raises(ValueError, match=r"must be an integer, got the text '16'; write 16"):
+        check_value(TrialConfig, "batch_size", "16")
+    with pytest.raises(ValueError, match=r"must be an integer, got '1\.5'$"):  # 1.5 would be no cure
+        check_value(TrialConfig, "batch_size", "1.5")
 
 
 def test_all_faults_are_told_at_once():

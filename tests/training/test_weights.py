@@ -38,7 +38,7 @@ def test_missing_weights_are_all_reported_with_cures(nothing_cached):
         find_weights(["test_resnet", "tf_efficientnet_lite0", "gcvit_tiny"], "auto")
     (fault,) = caught.value.faults
     assert fault.split(" of ")[1].split(" can't ")[0] == "test_resnet, gcvit_tiny"
-    for cure in ("go online once", "test_resnet.safetensors", "weights=DIR", "--space quick", "=random"):
+    for cure in ("go online once", "test_resnet.safetensors", "weights=DIR", "tf_efficientnet_lite0", "=random"):
         assert cure in fault
 
 

@@ -24,7 +24,9 @@ from tuning.data import dicom
 from tuning.record.storage import is_uri, readable
 from tuning.settings.config import FORMATS, InputError
 
-DECODER_VERSION = 2  # raised with any change of the decoded pixels or facts, so that no older array is used
+DECODER_VERSION = (
+    2  # raised with any change of the decoded pixels or facts (not of the notes' words), so that no older array is used
+)
 MAX_PIXELS = 178_000_000  # of one image; Pillow's own limit for what it calls a decompression bomb
 # Channels that differ by at most this many levels are grey, apart from JPEG's rounding of chroma. Of 120 chest X-rays
 # stored in colour, at 64, 128 and 224 px, 86 have equal channels and 29 differ by 1 to 11 levels; the 5 that have

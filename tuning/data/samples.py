@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from tuning.data.splits import random_splits
 from tuning.record import storage
 from tuning.settings.config import FORMATS, InputError
-from tuning.settings.words import count, examples
+from tuning.settings.words import are, count, examples
 
 IMAGE_SUFFIXES = tuple(FORMATS)
 SPLIT_WORDS = {"train": "train", "training": "train"}
@@ -91,13 +91,13 @@ def load_samples(
         uris = [sample.file for sample in samples if storage.is_uri(sample.file)]
         known = dict(zip(uris, storage.stored(uris), strict=True))
     except OSError as error:
-        raise InputError(f"{data}: can't be read ({error}); is the storage up, and are its keys set?") from None
+        raise InputError(f"{data}: can't be read ({error}); is the storage reachable, and are its keys set?") from None
     missing = [
         path for path, file, *_ in samples if (known[file] is None if file in known else not os.path.isfile(file))
     ]
     if missing:
         faults.append(
-            f"{data}: {count(len(missing), 'image file')} missing ({examples(missing)}); restore or leave out each"
+            f"{data}: {are(len(missing), 'image file')} missing ({examples(missing)}); restore them or leave them out"
         )
     if faults:
         raise InputError(faults)
@@ -187,7 +187,7 @@ def _read_folder(root: str, entries_of: Lister, faults: list[str]) -> list[Sampl
         loose = [entry.name for entry in entries if not entry.is_folder and entry.name.lower().endswith(IMAGE_SUFFIXES)]
         if loose:
             faults.append(
-                f"{folder}: {count(len(loose), 'image')} outside the class folders ({examples(loose)}); put each into "
+                f"{folder}: {are(len(loose), 'image')} outside the class folders ({examples(loose)}); put each into "
                 "the folder of its class"
             )
         elif not class_folders:
@@ -211,7 +211,7 @@ def _read_folder(root: str, entries_of: Lister, faults: list[str]) -> list[Sampl
     # Neither Parquet nor a hash takes a name that is not Unicode.
     odd = [repr(path) for path, file, *_ in samples if file.encode("utf-8", "ignore") != os.fsencode(file)]
     if odd:
-        faults.append(f"{root}: {count(len(odd), 'file name')} not in UTF-8 ({examples(odd)}); rename each")
+        faults.append(f"{root}: {are(len(odd), 'file name')} not in UTF-8 ({examples(odd)}); rename each")
     return samples
 
 
@@ -234,7 +234,7 @@ def _read_manifest(file: str, columns: tuple[str, str, str, str], faults: list[s
     """Samples of a manifest whose columns of path, label, split and group are given."""
     suffix = os.path.splitext(file)[1].lower()
     if suffix not in (".csv", ".parquet"):
-        faults.append(f"{file}: a manifest ends in .csv or .parquet, not in {suffix or 'no suffix'}; convert it")
+        faults.append(f"{file}: a manifest must end in .csv or .parquet, not in {suffix or 'no suffix'}; convert it")
         return []
     try:
         there, table = _read_csv(file) if suffix == ".csv" else _read_parquet(file, columns)
@@ -349,7 +349,7 @@ def _manifest_faults(samples: list[Sample]) -> list[str]:
     faults: list[str] = []
     twice = [path for path, rows in Counter(sample.path for sample in samples).items() if rows > 1]
     if twice:
-        faults.append(f"{count(len(twice), 'path')} listed more than once ({examples(twice)}); keep one row of each")
+        faults.append(f"{are(len(twice), 'path')} listed more than once ({examples(twice)}); keep one row of each")
     classes: dict[str | None, set[str]] = defaultdict(set)
     for sample in samples:
         if sample.label is not None:

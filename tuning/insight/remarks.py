@@ -83,8 +83,8 @@ def _losses_and_gains(probabilities: Floats, targets: Ints) -> tuple[Floats, Flo
 def _on_baseline(found: Comparison) -> Remark:
     gain = f"a gain of at least {found.least_gain:.4f} with 95% confidence" if found.better else "no significant gain"
     return Remark(
-        f"{found.trial_id}, the best trial of the search, is {'' if found.better else 'no '}better than always "
-        f"predicting the class frequencies: val_loss {found.val_loss:.4f} against {found.baseline:.4f}, {gain} "
+        f"{found.trial_id}, the best trial of the search, is {'' if found.better else 'not significantly '}better than "
+        f"always predicting the class frequencies: val_loss {found.val_loss:.4f} against {found.baseline:.4f}, {gain} "
         f"after correction for selection bias (best of {count(found.epochs, 'epoch')}).",
         alarming=not found.better,
     )

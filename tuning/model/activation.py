@@ -26,8 +26,8 @@ def class_maps(
 ) -> NDArray[np.float32] | None:
     """Return maps [images, side, side], 0 to 1, for the class chosen for each image, averaged over an ensemble.
 
-    Return None if no network, on the CPU from now on, can be cut at a stage with more than one position. Any failure is
-    printed and gives None too, because the page of mistakes is useful without maps.
+    Return None if none of the networks, which are moved to the CPU, can be cut at a stage with more than one position.
+    Any failure is printed and gives None too, because the page of mistakes is useful without maps.
     """
     total, weight = np.zeros((len(indices), side, side), dtype=np.float32), 0.0
     try:

@@ -116,10 +116,14 @@ def plain(value: object) -> str:
 
 def _table(rows: list[list[Any]], heads: list[str]) -> str:
     """Return a table; columns of numbers are aligned right."""
-    right = [not any(isinstance(row[place], str) for row in rows) for place in range(len(heads))]
+    right = [all(_numeric(row[place]) for row in rows) for place in range(len(heads))]
     lines = [heads, ["---:" if to_right else "---" for to_right in right]]
     lines += [[plain(cell) if isinstance(cell, str) else number(cell, 3) for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _numeric(cell: Any) -> bool:
+    return not isinstance(cell, str) or re.fullmatch(r"-|-?[\d.,]+(e-?\d+)?", cell) is not None
 
 
 def _head(
@@ -168,7 +172,7 @@ def _test(model: Path, metrics: Mapping[str, Any]) -> str:
         return "## Test results\n\nThere were no test images, so its performance on new images is unknown."
     alone = tested["groups"] == tested["images"]
     groups, unit = ("", "image") if alone else (f" from {count(tested['groups'], 'group')}", "group")
-    times = "once" if reading["number"] == 1 else f"before: this is evaluation number {reading['number']}"
+    times = "once" if reading["number"] == 1 else f"{reading['number']} times, this is the last"
     overall = [[words, *_estimate(tested, name)] for name, words in OVERALL.items()]
     parts = [
         f"## Test results\n\n{count(tested['images'], 'image')}{groups}, evaluated {times}. "
@@ -241,7 +245,7 @@ def _search(run: Path, provenance: Mapping[str, Any]) -> str:
         statuses = analysis.searched(trials)["status"]
         ends = ", ".join(f"{times:,} {plain(status)}" for status, times in statuses.value_counts().items())
         spent = f"{count(int(trials['epochs'].sum()), 'epoch')}, {duration(float(trials['seconds'].sum()))} of training"
-        ran = f"{count(len(statuses), 'trial')} ({ends}) of up to {epochs}. With probes and finalists' runs: {spent}."
+        ran = f"{count(len(statuses), 'trial')} ({ends}) of up to {epochs}. With probes and finalist runs: {spent}."
     else:
         planned = f"{count(settings['trials'], 'trial')} of up to {epochs}"
         ran = f"Planned: {planned}. What was run is unknown: the run's tables are not beside its best.yaml."

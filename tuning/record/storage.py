@@ -21,7 +21,7 @@ from tuning.settings.config import InputError, without_secrets
 
 READERS = 32  # concurrent requests
 READ_TRIES = 3  # of an image
-LISTED = 20  # files asked for in one folder from which it is listed: it may hold many more
+LISTED = 20  # from so many files of a folder on, it is listed instead of asking for each: it may hold many more
 OBJECTS = fs.S3FileSystem | fs.GcsFileSystem
 ANONYMOUS = "gs://anonymous"  # tells pyarrow that a public bucket needs no keys
 Given = ParamSpec("Given")

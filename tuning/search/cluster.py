@@ -250,12 +250,13 @@ def slots(plan: SearchPlan, nodes: Sequence[Node], *, grows: bool = False) -> Sl
     usable = [(cpus, gpus) for cpus, gpus in nodes if gpus >= per_trial]
     most_cpus = max((cpus for cpus, _ in usable), default=0)
     packed = int(sum(gpus for _, gpus in nodes)) if asked == "auto" else 0
-    limit = "this machine has" if len(nodes) == 1 else "no node has more than"
+    limit = "the only node has" if len(nodes) == 1 else "no node has more than"
     flag, faults = f"--gpus-per-trial {per_trial:g}", []
     if per_trial > 1 and per_trial != int(per_trial):
         faults.append(f"{flag}: above 1 only whole GPUs are possible; use {int(per_trial)}")
     if per_trial > most_gpus:
-        faults.append(f"{flag}: {limit} {count(int(most_gpus), 'GPU')}; use at most that, or 0 to train on CPUs")
+        most = f"{limit} {most_gpus:g} GPU{'s' * (most_gpus != 1)}; use at most that, or"
+        faults.append(f"{flag}: {most if most_gpus else 'no GPU; use'} 0 to train on CPUs")
     elif plan.cpus_per_trial is not None and plan.cpus_per_trial > most_cpus:
         faults.append(f"--cpus-per-trial {plan.cpus_per_trial}: {limit} {count(most_cpus, 'core')}; use at most that")
     if faults:

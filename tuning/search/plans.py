@@ -51,7 +51,9 @@ def check_new(folder: Path, plan: SearchPlan) -> None:
     try:
         exists = folder.exists() or (is_uri(plan.storage) and stored([joined(place, "plan.yaml")]) != [None])
     except OSError as error:
-        raise InputError(f"--storage {plan.storage}: can't be read ({error}); are its keys set?") from None
+        raise InputError(
+            f"--storage {plan.storage}: can't be read ({error}); is the storage reachable, and are its keys set?"
+        ) from None
     if exists:
         raise InputError(f"--name {plan.name}: {place} exists; resume it by --resume, or choose another name")
     try:
@@ -84,13 +86,14 @@ def resumed_plan(given: dict[str, Any], overrides: Mapping[str, Any]) -> tuple[S
     if (folder / "journal.jsonl").exists():  # raises before Ray starts if another search writes this run
         Journal(folder / "journal.jsonl").close()
     document = read_plan(folder)
-    settings, space = document["settings"], parse(document["space"], str(path))
+    settings = document["settings"]
     anew = "start a new run under another --name"
     # Without one of those that can change, an older version did what its default does.
     missing = sorted(SearchPlan.model_fields.keys() - settings.keys() - set(RESUME_MAY_CHANGE))
     if missing:
         lacks = f"is of an older version (without {', '.join(missing)})"
         raise InputError(f"--resume: {path} {lacks}; resume it with the version that started it, or {anew}")
+    space = parse(document["space"], str(path))
     if settings["name"] != name:
         cure = f"rename the folder to {settings['name']}, and give that --name"
         raise InputError(f"--resume: {joined(place, 'plan.yaml')} is of the run {settings['name']!r}; {cure}")
@@ -103,7 +106,7 @@ def resumed_plan(given: dict[str, Any], overrides: Mapping[str, Any]) -> tuple[S
     if "space" in given and fix(load(given["space"]), overrides).document != document["space"]:
         differing.append(f"the space ({settings['space']!r} in this run, as it was then)")
     if differing:
-        raise InputError(f"--resume: can't change {', '.join(differing)}; resume without, or {anew}")
+        raise InputError(f"--resume: can't change {', '.join(differing)}; leave these out, or {anew}")
     changed = {key: value for key, value in _absolute(given).items() if key in RESUME_MAY_CHANGE}
     changed["storage"] = storage  # the run may have been moved
     return build(SearchPlan, settings | changed, str(path)), space, folder

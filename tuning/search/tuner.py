@@ -36,7 +36,6 @@ def fit(search: Any, trainable: type[tune.Trainable]) -> None:
         "RAY_AIR_NEW_OUTPUT": "0",  # only the old output respects verbose=0
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # Ray's own experiment state is never read
-        "TUNE_MAX_PENDING_TRIALS_PG": str(search.resources.count),  # before Ray 2.60 the default was 1
     }
     tune_config = tune.TuneConfig(
         search_alg=_Searcher(search),
@@ -49,6 +48,7 @@ def fit(search: Any, trainable: type[tune.Trainable]) -> None:
     ray_files = tempfile.TemporaryDirectory(prefix="finetune-search-", ignore_cleanup_errors=True)
     with restored_environment(), ray_files as ray_folder:
         os.environ.update(settings | os.environ)  # the user's values count
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(search.resources.count)  # before Ray 2.60 the default was 1
         run_config = tune.RunConfig(
             name="ray",
             storage_path=ray_folder,

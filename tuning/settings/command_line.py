@@ -22,8 +22,12 @@ def flag(setting: str, metavar: str) -> Any:
     return tyro.conf.arg(metavar=metavar, help=help, help_behavior_hint=hint)
 
 
-def exit_code(command: Callable[[], int | None]) -> int:
-    """Run a command and return its exit code; wrong input and an interruption are printed, not raised."""
+def exit_code(command: Callable[[], int | None], interrupted: str = "") -> int:
+    """Run a command and return its exit code; wrong input and an interruption are printed, not raised.
+
+    Args:
+        interrupted: what an interruption leaves, for its message.
+    """
     try:
         return command() or DONE
     except InputError as error:
@@ -31,7 +35,7 @@ def exit_code(command: Callable[[], int | None]) -> int:
             print(f"error: {visible(fault)}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("; ".join(filter(None, ("interrupted", interrupted))), file=sys.stderr)
         return INTERRUPTED
 
 

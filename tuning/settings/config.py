@@ -201,7 +201,7 @@ class SearchPlan(BaseModel):
     patience: int = Field(5, ge=1)
     """Number of epochs without improvement after which a trial ends as `converged`."""
     divergence_factor: float = Field(10.0, gt=1)
-    """A validation loss of this times the class entropy, or the trial's best, for two epochs ends it as `diverged`."""
+    """A trial ends as `diverged` if in two epochs its loss exceeds this times the class entropy, or its own best."""
     finalists: int = Field(2, ge=0)
     """Number of best trials that are retrained and compared with the default. 0: no verdict."""
     finalist_seeds: int = Field(5, ge=3, le=1000)
@@ -293,7 +293,7 @@ def _rule(message: str, value: Any, *, text: bool = False) -> str:
     rule = rule.replace("a valid boolean", "true or false").replace("a valid", "a")
     rule = re.sub("match pattern .*", "be letters, digits, '.', '_' and '-', with a letter or digit first", rule)
     number = None if text else as_number(value)
-    if number and rule in ("must be a number", "must be an integer"):
+    if number and (rule == "must be a number" or (rule == "must be an integer" and "." not in number)):
         return f"{rule}, got the text {show(value)}; write {number}"
     return f"{rule}, got {show(value)}"
 

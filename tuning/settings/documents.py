@@ -42,6 +42,8 @@ def read_yaml(path: Path, cure: str = "") -> tuple[object, list[str]]:
         raise InputError(f"{path}: nested too deeply; write it flatter") from None
     except OSError as error:
         raise InputError(f"{path}: can't be read ({error.strerror}){cure}") from None
+    except InputError:
+        raise
     except (ValueError, OverflowError) as error:  # a path with a null byte; "\\UFFFFFFFF", which PyYAML lets through
         raise InputError(f"{path}: can't be read ({error}){cure}") from None
     return document, [f"{path}: {fault}" for fault in loader.repeated]

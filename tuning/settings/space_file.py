@@ -33,8 +33,8 @@ def load(name_or_path: str) -> Space:
     elif name_or_path.endswith((".yaml", ".yml")) or "/" in name_or_path or "\\" in name_or_path:
         path = Path(name_or_path)
     else:
-        close = nearest(name_or_path, shipped).rstrip("?")
-        raise InputError(f"--space {name_or_path}: no such space{close}{cure}")
+        close = nearest(name_or_path, shipped)
+        raise InputError(f"--space {name_or_path}: no such space{close}{cure.replace('; g', ' G') if close else cure}")
     document, faults = read_yaml(path, cure)
     return parse(document, str(path), faults)
 

@@ -6,12 +6,18 @@ from collections.abc import Iterable
 from typing import Any
 
 SCALARS = (str, int, float, bool, type(None))
+EXAMPLES = 5  # that a message names
 LARGEST_INT = 2**53  # Optuna keeps numbers as floats, which are exact up to here
 
 
 def count(number: int, noun: str, plural: str | None = None) -> str:
     """Return a number with its noun: `1 epoch`, `2,000 epochs`, or with a `plural` of its own `3 classes`."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def are(number: int, noun: str) -> str:
+    """Return a number with its noun and verb: `1 image is`, `2 images are`."""
+    return f"{count(number, noun)} {'is' if number == 1 else 'are'}"
 
 
 def show(value: Any) -> str:
@@ -43,7 +49,7 @@ def as_number(text: Any) -> str | None:
     return repr(number) if "." in repr(number) else repr(number).replace("e", ".0e")
 
 
-def examples(values: Iterable[object], most: int = 5) -> str:
+def examples(values: Iterable[object]) -> str:
     """Return the first of several values, and how many more there are: `a, b, c, d, e and 4 more`."""
     shown = [str(value) for value in values]
-    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
+    return ", ".join(shown[:EXAMPLES]) + (f" and {len(shown) - EXAMPLES} more" if len(shown) > EXAMPLES else "")

@@ -124,7 +124,7 @@ def block(
     if room >= TOP + 5:
         best = _labelled("best", [f"{_named(trial)}  {metric} {abs(loss):.4f}" for loss, trial in tally.best])
         shown = running if len(running) <= room - 3 - len(best) else running[: room - 4 - len(best)]
-        runs = _running_lines(shown, tally.plan, width - LABEL - 1, BLOCKS if unicode else ASCII_BLOCKS)
+        runs = _running_lines(shown, width - LABEL - 1, BLOCKS if unicode else ASCII_BLOCKS)
         runs += [f"and {len(running) - len(shown)} more"] * (len(shown) < len(running))
         ended = ", ".join(f"{number} {status}" for status, number in tally.ended.most_common())
         lines = ["", *best, *_labelled("running", runs), *_labelled("ended", [ended] * bool(ended)), *lines]
@@ -156,7 +156,7 @@ def _named(trial: Trial) -> str:
     return f"{trial.trial_id:<7} {name:<{NAME}} {depth(config['unfreeze_depth']):<7} {rate:<10}"
 
 
-def _running_lines(trials: Sequence[Trial], plan: SearchPlan, width: int, blocks: str) -> list[str]:
+def _running_lines(trials: Sequence[Trial], width: int, blocks: str) -> list[str]:
     """Return a line for each running trial, with a sparkline of its validation loss."""
     curves = [[row["val_loss"] for row in list(trial.rows)] for trial in trials]
     counts = [f"{len(curve)}/{trial.config['epochs']}" for curve, trial in zip(curves, trials, strict=True)]

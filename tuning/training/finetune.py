@@ -58,7 +58,7 @@ def finetune(
             if the classifier alone is trained, it is `val_loss`.
         state: to resume from.
         features: caches the outputs of frozen layers for this trial and others; None: each epoch computes them.
-        models: keeps the model for the next trial, which ends this one.
+        models: keeps the model for the next trial; once that has begun, this generator can't be continued.
 
     Yields:
         The epoch's row, and a function that takes a snapshot of the state after it. A row whose `ends` is not None is

@@ -64,8 +64,8 @@ def find_weights(backbones: Sequence[str], weights: str) -> dict[str, Path | Non
         raise InputError(f"weights: {folder} holds no weights of {names}; add {file} (or {', '.join(others)})")
     raise InputError(
         f"weights: pretrained weights of {names} can't be found or downloaded; go online once so that timm caches "
-        f"them, give a folder of files like {file} (`--set weights=DIR`), or use untrained networks "
-        "(`--set weights=random`) or the bundled EfficientNet-lite backbones (`--space quick`)"
+        f"them (only PyTorch files, not .npz), give a folder of files like {file} (`--set weights=DIR`), use untrained "
+        f"networks (`--set weights=random`), or a backbone that needs no network ({', '.join(PACKAGES)})"
     )
 
 
