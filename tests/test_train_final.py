@@ -162,6 +162,7 @@ def searched(whole, tmp_path):
     return Path(shutil.copytree(whole, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_a_second_evaluation_on_the_test_set_is_marked(best, capsys):
     first = metrics_of(run(Flags(str(best), set=(("epochs=1",),))))
     assert "evaluation number" not in capsys.readouterr().out
@@ -190,6 +191,7 @@ def test_generated_images_are_drawn_anew_where_they_are_not(tmp_path, cache):
         run(Flags(str(best)))
 
 
+@pytest.mark.slow
 def test_other_data_in_another_shape_is_another_test_set(best, tmp_path):
     run(Flags(str(best), set=(("epochs=1",),)))
     (best / "model").rename(best / "before")
@@ -199,6 +201,7 @@ def test_other_data_in_another_shape_is_another_test_set(best, tmp_path):
     assert metrics_of(model)["test_reading"]["number"] == 1
 
 
+@pytest.mark.slow
 def test_training_on_validation_too(searched, capsys):
     model = run(Flags(str(searched), set=(("final_data=train+val",),)))
     metrics = metrics_of(model)
@@ -212,6 +215,7 @@ def test_training_on_validation_too(searched, capsys):
     assert metrics["temperature"]["value"] != 1 and metrics["test"]["accuracy"] > 0.9
 
 
+@pytest.mark.slow
 def test_training_on_both_without_finalists_goes_to_the_trials_own_epoch(searched):
     document = yaml.safe_load((searched / "best.yaml").read_text())
     del document["provenance"]["best_epochs"]
@@ -227,6 +231,7 @@ def test_training_on_both_to_no_known_epoch_is_refused(best):
         run(Flags(str(best), set=(("final_data=train+val",),)))
 
 
+@pytest.mark.slow
 def test_an_ensemble_of_kept_trials(searched, folder, capsys):
     model = run(Flags(str(searched), set=(("ensemble=true",),)))
     metrics = metrics_of(model)
@@ -265,6 +270,7 @@ def test_an_ensemble_that_cannot_be(best, values, said):
     assert not (best / "test_readings.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_kept_weights_that_are_not_of_the_best_epoch_are_left_out(searched):
     """As after a power cut between a trial's end and the writing of its last best weights."""
     journal = Journal(searched / "journal.jsonl")
@@ -278,6 +284,7 @@ def test_kept_weights_that_are_not_of_the_best_epoch_are_left_out(searched):
     assert metrics["ensemble"].keys() <= {"t00000", "f00000", "f00001"}
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_reproduce_the_trials_probabilities_are_refused(searched, tmp_path):
     path = searched / "checkpoints" / "t00000.best.safetensors"
     with safe_open(path, "pt") as file:
@@ -329,6 +336,7 @@ def test_without_test_images_the_rest_is_there(best, folder, tmp_path):
     assert "There were no test images" in (model / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_names_of_any_kind_are_text_everywhere(best, tmp_path):
     labels = ["<script>alert(1)</script>", "a, \"b\" 'c'\n😷"]
     names = ["a \"quoted\" 'name' {}.png", "😷 {}.png", "two\nlines {}.png", "<script>{}.png"]

@@ -82,6 +82,7 @@ class Branching(nn.Module):
         return images.mean((2, 3))[:, :2] if images.sum().item() > 3 else images.amax((2, 3))[:, :2]
 
 
+@pytest.mark.slow
 def test_a_failed_export_is_reported(tmp_path, capsys):
     final = final_of((Branching(), TrialConfig(backbone="test_resnet", image_size=32)))
     result = export(tmp_path / "model.onnx", final, {32: DATA[32]}, temperature=1.0, described={})

@@ -25,8 +25,13 @@ def predictions(classes, images, seed=0):
 
 @pytest.mark.parametrize(
     ("names", "images"),
-    [(["dark", "light"], 40), (ODD, 60), ([f"class number {n}: {ODD[n % 4]}" for n in range(30)], 90)],
-    ids=["two classes", "odd names", "thirty classes"],
+    [
+        pytest.param(["dark", "light"], 40, id="two classes"),
+        pytest.param(ODD, 60, id="odd names"),
+        pytest.param(
+            [f"class number {n}: {ODD[n % 4]}" for n in range(30)], 90, id="thirty classes", marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_plots_are_drawn(tmp_path, names, images):
     targets, probabilities = predictions(len(names), images)

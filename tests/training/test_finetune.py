@@ -292,7 +292,7 @@ def test_early_loss_is_measured_where_it_is_asked_for_and_changes_nothing(depth)
     assert all(row["early_loss"] is None for row, _ in plain)
 
 
-@pytest.mark.parametrize("after", [1, 2, 3])
+@pytest.mark.parametrize("after", [1, *(pytest.param(after, marks=pytest.mark.slow) for after in (2, 3))])
 def test_early_loss_is_the_same_from_any_checkpoint(after):
     plan = config(epochs=4)
     whole = train(plan, early_loss_epochs=[1, 2, 3])
