@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, settings
 from PIL import Image
 
 # Before Ray, which it tells to listen on the loopback.
-from tuning.search.cluster import ray_nodes, restored_environment, start_ray
+from tuning.search.cluster import TOKEN, ray_nodes, restored_environment, start_ray
 
 # isort: split
 import ray
@@ -51,6 +51,7 @@ def examples(count: int) -> Callable[..., Callable[..., None]]:
 
 
 os.environ["RAY_gcs_server_port_wait_time_s"] = "600"  # 30 s are few on a machine that stands still for a while
+os.environ["RAY_AUTH_TOKEN"] = TOKEN  # one for all: Ray reads it once in a process
 Cluster._wait_for_node.__defaults__ = (600,)
 if "wait_for_processes" in inspect.signature(ray.shutdown).parameters:  # else what is left of them warns anywhere later
     ray.shutdown = partial(ray.shutdown, wait_for_processes=True)

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -203,10 +204,33 @@ def check_report(folder, run):
     assert len(shown) >= 2 and set(shown) == begun
 
 
+STRACE = shutil.which("strace")
+TRACE = [STRACE, "-f", "--seccomp-bpf", "-qqq", "-e", "signal=none", "-e", "trace=connect,sendto,sendmsg,sendmmsg"]
+
+
 @pytest.mark.timeout(3600)
-def test_the_default_search_on_generated_radiographs(tmp_path):
-    """No flags, no network, another folder: a search, a final model, a prediction."""
-    done = subprocess.run(command("run_search.py"), cwd=tmp_path, capture_output=True, text=True, check=False)
+def test_the_default_search_on_generated_radiographs(tmp_path, monkeypatch):
+    """No flags, no network, another folder: a search, a final model, a prediction. Nothing is left below HOME but the
+    cache, and no name is looked up: the libraries' telemetry is off."""
+    home, trace = tmp_path / "home", tmp_path / "trace.txt"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    for name in (
+        "RAY_AUTH_TOKEN",
+        "FINETUNE_SEARCH_CACHE",
+        "XDG_CACHE_HOME",
+        "XDG_CONFIG_HOME",
+        "XDG_DATA_HOME",
+        "MPLCONFIGDIR",
+    ):
+        monkeypatch.delenv(name, raising=False)
+
+    def traced(name, *arguments):
+        words = command(name, *arguments)
+        words = [*TRACE, "-A", "-o", str(trace), *words] if STRACE else words
+        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    done = traced("run_search.py")
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "results").iterdir()
     trials = read_table(run / "trials.parquet")
@@ -222,22 +246,21 @@ def test_the_default_search_on_generated_radiographs(tmp_path):
     assert top["val_loss"] < 0.6  # predicting the class frequencies costs 1.10
 
     assert (run / "report.html").stat().st_size < 6_000_000
-    again = subprocess.run(command("report.py", f"results/{run.name}"), cwd=tmp_path, capture_output=True, check=True)
-    assert again.stdout.decode() == f"written: results/{run.name}/report.html\n" and not again.stderr
+    again = traced("report.py", f"results/{run.name}")
+    assert again.stdout == f"written: results/{run.name}/report.html\n" and not again.stderr
 
-    final = subprocess.run(
-        command("train_final.py", f"results/{run.name}"), cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    final = traced("train_final.py", f"results/{run.name}")
     assert final.returncode == 0, final.stderr
     metrics = json.loads((run / "model" / "metrics.json").read_text())
     assert metrics["test"]["images"] == 96 and metrics["test"]["accuracy"] > 0.65
     sample = read_table(run / "samples.parquet").iloc[0]
-    said = subprocess.run(
-        command("model_folder.py", "predict", run / "model", sample["file"]),
-        cwd=tmp_path,
-        capture_output=True,
-        check=True,
-    )
-    (row,) = csv.DictReader(said.stdout.decode().splitlines())
+    said = traced("model_folder.py", "predict", run / "model", sample["file"])
+    (row,) = csv.DictReader(said.stdout.splitlines())
     assert row["predicted"] in {"normal", "focal_opacity", "diffuse_opacity"}
+    assert traced("audit.py", Path(sample["file"]).parents[1]).returncode in (0, 2)
     assert not any(name.startswith(("ray", "__pycache__")) for name in os.listdir(tmp_path))
+    cache = home / ".cache" / "finetune-search"
+    assert not [path for path in home.rglob("*") if path.is_file() and cache not in path.parents]
+    if STRACE:
+        asked = [line for line in trace.read_text().splitlines() if "htons(53)" in line]
+        assert trace.stat().st_size and not asked, asked[:3]

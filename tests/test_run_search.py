@@ -36,7 +36,7 @@ from tuning.run_search import (
     run,
 )
 from tuning.search import driver as search
-from tuning.search.plans import check_new, write_run
+from tuning.search.plans import check_new, claimed, write_run
 from tuning.settings.config import RESUME_MAY_CHANGE, InputError, SearchPlan
 from tuning.settings.space_file import load
 from tuning.show import report
@@ -239,6 +239,19 @@ def test_a_run_once_made_is_not_touched(space, folder, tmp_path):
     assert {"fingerprint", "git_commit", "packages", "python"} <= recorded["provenance"].keys()
     run_folder.rename(run_folder.with_name("another"))
     assert "plan.yaml is of the run 'once'; rename the folder" in faults(resume=True, name="another")[0]
+
+
+def test_searches_that_start_in_the_same_second_have_names_of_their_own(space, folder):
+    plan, _, first = planned(Flags(space=space, data=str(folder)))
+    with claimed(first) as held, claimed(first) as again:
+        assert held and not again
+        assert "another search is starting under this name" in faults(run, space=space, name=plan.name)[0]
+    first.mkdir()
+    with claimed(first) as held:
+        assert not held
+    other, *_ = planned(Flags(space=space, data=str(folder)))
+    assert other.name != plan.name
+    assert [path.name for path in first.parent.iterdir()] == [plan.name]
 
 
 def test_a_run_of_a_version_without_a_setting_goes_on_where_the_default_is_what_it_did(space, folder, tmp_path):

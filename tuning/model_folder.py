@@ -162,8 +162,12 @@ def _write_table(
             writer.writerow(header)
             for file, label, row in zip(files, predicted, probabilities, strict=True):
                 writer.writerow([file, label, *(f"{value:.6f}" for value in row)])
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        raise InputError(f"{out}: can't be written ({error.strerror}); choose another file by --out") from None
+        raise InputError(
+            f"{out or 'standard output'}: can't be written ({error.strerror}); choose another file by --out"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Annotated, Any, Literal
 
 import pandas as pd
@@ -26,7 +27,7 @@ from tuning.record import tables
 from tuning.record.mirror import Mirror, mirrored
 from tuning.record.storage import is_uri, isolated_nodes, joined, unreadable
 from tuning.record.track import check_installed, tracking
-from tuning.search.plans import new_plan, resumed_plan, write_run, write_yaml
+from tuning.search.plans import claimed, new_plan, resumed_plan, write_run, write_yaml
 from tuning.settings.command_line import DONE, INTERRUPTED, NO_FINITE_LOSS, Pairs, command_line, exit_code, flag
 from tuning.settings.config import InputError, SearchPlan, without_secrets
 from tuning.settings.documents import read_plan
@@ -78,7 +79,17 @@ def run(flags: Flags) -> int:
     Raises:
         InputError: wrong input; no trial has started.
     """
-    plan, space, folder = planned(flags)
+    with ExitStack() as claims:
+        plan, space, folder = planned(flags)
+        while not flags.resume and not claims.enter_context(claimed(folder)):
+            if flags.name is not None:
+                raise InputError(f"--name {flags.name}: another search is starting under this name; choose another")
+            time.sleep(0.1)
+            plan, space, folder = planned(flags)  # named after a later second
+        return _started(plan, space, folder, flags.resume)
+
+
+def _started(plan: SearchPlan, space: Space, folder: Path, resumed: bool) -> int:
     check_installed(plan.track)
     trials, epochs = count(plan.trials, "trial"), count(plan.epochs, "epoch")
     console.print(f"[bold]{plan.name}[/bold]: {trials} of up to {epochs}, space {plain(plan.space)}")
@@ -87,7 +98,7 @@ def run(flags: Flags) -> int:
     from tuning.search.cluster import ray_running
 
     with mirrored(folder, plan.storage) as mirror, ray_running(plan) as nodes:
-        return _search(plan, space, folder, mirror, nodes, flags.resume)
+        return _search(plan, space, folder, mirror, nodes, resumed)
 
 
 def planned(flags: Flags) -> tuple[SearchPlan, Space, Path]:
@@ -100,12 +111,15 @@ def planned(flags: Flags) -> tuple[SearchPlan, Space, Path]:
 def _search(plan: SearchPlan, space: Space, folder: Path, mirror: Mirror | None, nodes: Nodes, resumed: bool) -> int:
     from tuning.search.cluster import cluster_map, serve_images, slots, small_shared_memories, small_shared_memory
     from tuning.search.driver import Search
+    from tuning.search.optimizer import check_study
     from tuning.show.summary import summarize
     from tuning.training.backbones import build
     from tuning.training.weights import find_weights
 
     # Load and check. Nothing is written until all of it has been checked.
     weights = find_weights(backbones(space), plan.weights)
+    if plan.optuna_storage is not None:
+        check_study(plan.optuna_storage, plan.name, read_plan(folder)["provenance"]["run_id"] if resumed else None)
     journal = folder / "journal.jsonl"
     priors = [] if journal.exists() and journal.stat().st_size else _priors(plan, space)
     joining = "RAY_ADDRESS" in os.environ  # else Ray starts on this machine, while images are decoded
@@ -149,7 +163,6 @@ def _search(plan: SearchPlan, space: Space, folder: Path, mirror: Mirror | None,
         resources=resources,
         show=show,
         priors=priors,
-        resumed=resumed,
         report=refresher(folder),
         redraw=provenance.get("val_drawn") is True,
         mirror=mirror,

@@ -197,19 +197,33 @@ def test_faulty_rows_come_all_at_once(files, rows):
     rows = [row | {"split": "train" if index < 12 else "val", "group": str(index)} for index, row in enumerate(rows)]
     rows[0]["label"] = " "
     rows[1]["split"] = "holdout"
-    rows[2]["group"] = ""
+    rows[2]["group"] = "NA"  # R's empty cell: not one patient of all images that have it
     rows[3]["path"] = "gone.png"
     rows[5]["path"] = rows[4]["path"]
     found = "\n".join(faults(write_csv(files / "rows.csv", rows)))
     for words in (
         "column 'label' has 1 empty cell (rows below the header: 1)",
         "column 'split' contains 'holdout'; a split is train, val or test",
-        "column 'group' has 1 empty cell (rows below the header: 3)",
+        "column 'group' has 1 empty cell or NA (rows below the header: 3)",
         "1 image file is missing (gone.png)",
         "1 path is listed more than once (04.png)",
     ):
         assert words in found
     assert len(found.splitlines()) == 5
+
+
+def test_a_number_of_two_spellings_is_one_patient_and_one_class(files, rows):
+    """As in tables that were put together from parts with and without gaps; a zero in front is no such spelling."""
+    endings = ["", ".0"]
+    rows = [
+        {"path": row["path"], "label": f"{index % 2}{endings[index > 9]}", "group": f"{index % 10}{endings[index > 9]}"}
+        for index, row in enumerate(rows)
+    ]
+    rows[0]["group"], rows[10]["group"] = "007", "07.0"
+    samples = load_samples(write_csv(files / "rows.csv", rows))
+    assert set(samples["label"]) == {"0", "1"}
+    assert set(samples["group"]) == {*map(str, range(1, 10)), "007", "07.0"}
+    assert (samples.groupby("group")["split"].nunique() == 1).all()
 
 
 def test_long_lists_are_cut_to_five(files):

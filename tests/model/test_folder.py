@@ -127,6 +127,21 @@ def named(tmp_path, network, monkeypatch):
     return tmp_path / "model"
 
 
+@pytest.mark.parametrize("copies", [1, 2000])
+def test_what_reads_the_rows_may_end_first(named, tmp_path, monkeypatch, capfd, copies):
+    """As `predict ... | head`, whether the rows wait in a buffer or not."""
+    for number in range(copies if copies > 1 else 0):
+        os.link("[1].png", f"{number}.png")
+    monkeypatch.setattr("tuning.model_folder._predict_readable", lambda model, files: ([np.ones(2)] * len(files), []))
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        monkeypatch.setattr("sys.argv", ["model_folder.py", "predict", str(named), "."])
+        assert main() == 0
+    assert capfd.readouterr().err == ""
+
+
 def test_names_come_through_csv_and_parquet(named, tmp_path, monkeypatch, capfd):
     code, said, told = predict(monkeypatch, capfd, named, *NAMES)
     assert (code, told) == (0, "")

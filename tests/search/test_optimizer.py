@@ -9,7 +9,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from tuning.record.journal import Trial
-from tuning.search.optimizer import LiveStudy, Optimizer, read_priors
+from tuning.search.optimizer import LiveStudy, Optimizer, check_study, read_priors
 from tuning.settings.config import InputError
 from tuning.settings.space_file import parse
 
@@ -270,7 +270,7 @@ def test_what_another_run_knows_guides_the_first_suggestions_and_is_outweighed()
 @pytest.mark.parametrize("url", ["sqlite:///{}/study.db", "{}/study.log"])
 def test_a_live_study_shows_every_trial(tmp_path, url):
     url = url.format(tmp_path)
-    live = LiveStudy(url, "run", SPACE, anew=False)
+    live = LiveStudy(url, "run", SPACE, "this run")
     for number, status in enumerate(["completed", "stopped", "failed", "running"]):
         params = {"unfreeze_depth": 0, "learning_rate": 1e-3}
         trial = ended(number, params, status, [0.5, 0.4])
@@ -285,10 +285,24 @@ def test_a_live_study_shows_every_trial(tmp_path, url):
     assert [trial.value for trial in shown[:2]] == [0.4, 0.4]
     assert shown[0].intermediate_values == {1: 0.5, 2: 0.4} and shown[0].params["learning_rate"] == 1e-3
     assert shown[3].user_attrs["trial_id"] == "t00003"
-    with pytest.raises(InputError, match="a study named run already exists"):
-        LiveStudy(url, "run", SPACE, anew=False)
-    LiveStudy(url, "run", SPACE, anew=True)
+    for run_id in (None, "another run"):
+        with pytest.raises(InputError, match="a study named run that this run didn't make"):
+            check_study(url, "run", run_id)
+    check_study(url, "run", "this run")
+    LiveStudy(url, "run", SPACE, "this run")
+    assert not optuna.load_study(study_name="run", storage=storage).trials
     with pytest.raises(InputError, match="optuna_storage"):
-        LiveStudy("nonsense://", "run", SPACE, anew=False)
+        check_study("nonsense://", "run", None)
     with pytest.raises(InputError, match=r"install the database driver \("):
-        LiveStudy("oracle://user@127.0.0.1/studies", "run", SPACE, anew=False)
+        check_study("oracle://user@127.0.0.1/studies", "run", None)
+
+
+@pytest.mark.parametrize("run_id", [None, "this run"])
+def test_a_study_of_the_users_own_is_not_replaced(tmp_path, run_id):
+    url = f"sqlite:///{tmp_path}/study.db"
+    optuna.create_study(study_name="run", storage=url).optimize(lambda trial: trial.suggest_float("x", 0, 1), 2)
+    with pytest.raises(InputError, match="no other study is replaced"):
+        check_study(url, "run", run_id)
+    with pytest.raises(InputError, match="no other study is replaced"):
+        LiveStudy(url, "run", SPACE, "this run")
+    assert len(optuna.load_study(study_name="run", storage=url).trials) == 2

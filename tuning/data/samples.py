@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import posixpath
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from io import TextIOWrapper
@@ -22,6 +23,7 @@ from tuning.settings.words import are, count, examples
 IMAGE_SUFFIXES = tuple(FORMATS)
 SPLIT_WORDS = {"train": "train", "training": "train"}
 SPLIT_WORDS |= {"val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test"}
+NO_GROUP = ("NA", "N/A", "<NA>", "NaN", "nan", "NULL", "null", "None")  # as R, pandas and databases write no value
 WANTED = "give a folder of class folders, or a CSV or Parquet manifest"
 
 
@@ -258,14 +260,17 @@ def _read_manifest(file: str, columns: tuple[str, str, str, str], faults: list[s
         if there.count(column) > 1:
             faults.append(f"{file}: has {there.count(column)} columns named {column!r}; rename the others")
         values = [_cell_text(value) for value in table.get(column, [])]
+        if setting in ("label_column", "group_column"):
+            values = _one_spelling(values)
+        if setting == "group_column":
+            values = [None if value in NO_GROUP else value for value in values]
         empty = [row for row, value in enumerate(values, start=1) if value is None]
         if empty:
             unique = " (a unique id for each image of an unknown group)" if setting == "group_column" else ""
             cure = "" if setting in ("path_column", "label_column") else f"{unique}, or remove the column"
-            faults.append(
-                f"{file}: column {column!r} has {count(len(empty), 'empty cell')} (rows below the header: "
-                f"{examples(empty)}); fill them{cure}"
-            )
+            what = count(len(empty), "empty cell") + (" or NA" if setting == "group_column" else "")
+            rows = f"rows below the header: {examples(empty)}"
+            faults.append(f"{file}: column {column!r} has {what} ({rows}); fill them{cure}")
         cells.append(values)
     if table and not any(table.values()):
         faults.append(f"{file}: has no rows; add one for each image")
@@ -330,6 +335,16 @@ def _cell_text(value: Any) -> str | None:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value).strip() or None
+
+
+def _one_spelling(values: list[str | None]) -> list[str | None]:
+    """Write a number that is there as 3 and as 3.0 as 3: pandas adds the .0 to whole numbers of a part with a gap."""
+    there = set(values)
+    matches = [re.fullmatch(r"(-?\d+)\.0+", value or "") for value in values]
+    return [
+        found[1] if found is not None and found[1] in there else value
+        for found, value in zip(matches, values, strict=True)
+    ]
 
 
 def _located(root: str, path: str) -> tuple[str, str]:

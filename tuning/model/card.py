@@ -41,6 +41,9 @@ model = load_model("MODEL")
 probabilities = model.predict(["film.png"])  # [images, classes], in the order of model.classes
 ```"""
 ONNX = """\
+import os
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the import, which would send events
 import numpy as np
 import onnxruntime
 from PIL import Image

@@ -5,7 +5,6 @@ import io
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
@@ -122,8 +121,10 @@ def picture(file: str, seen: NDArray[np.uint8], *, fit: str, drop_colour: bool) 
 
 def overlaid(pixels: NDArray[np.uint8], strength: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Lay a map [side, side] over an image [side, side, 3], more opaque where it is stronger."""
+    from matplotlib import colormaps  # after `show.plots`, which sets where matplotlib may write
+
     grey = pixels.mean(axis=2, keepdims=True) / 255
-    colour = matplotlib.colormaps["inferno"](0.25 + 0.7 * strength)[:, :, :3]
+    colour = colormaps["inferno"](0.25 + 0.7 * strength)[:, :, :3]
     opaque = 0.65 * strength[:, :, None]
     mixed: NDArray[np.uint8] = (255 * ((1 - opaque) * grey + opaque * colour)).round().astype(np.uint8)
     return mixed

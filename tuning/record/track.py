@@ -163,7 +163,6 @@ class MLflow:
     """
 
     def __init__(self, plan: SearchPlan, run_id: str, trials: Iterable[Trial]):
-        os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when MLflow is imported
         os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # else two lines for each trial
         for name, value in REQUEST.items():
             os.environ.setdefault(name, value)

@@ -4,6 +4,7 @@ import fcntl
 import logging
 import math
 import os
+import secrets
 import shutil
 import site
 import time
@@ -40,6 +41,7 @@ SHARD_BYTES = 256 * 2**20  # of decoded images, sent between nodes at once
 IMAGE_SERVER = "finetune-search-images"
 LEAST_SHARED_MB = 1024.0  # of /dev/shm; a container has 64 by default
 NOTICED_LOOKS = 60  # half a second apart, within which Ray notices that a node died
+TOKEN = secrets.token_hex(32)  # for the Ray on this machine, which would write one of its own below HOME
 Node = tuple[int, float]  # its cores and GPUs
 
 
@@ -94,6 +96,7 @@ def start_ray(plan: SearchPlan) -> list[Node]:
     if "RAY_ADDRESS" in os.environ:
         options["runtime_env"] = {"py_modules": [str(package)]}
     else:
+        environment["RAY_AUTH_TOKEN"] = TOKEN
         options["address"] = "local"  # else Ray joins the cluster last started on this machine
         cores = os.cpu_count() or 1
         if cores <= MOST_PRELOADING and 2 * min(plan.concurrent or cores, plan.trials) >= cores:

@@ -47,7 +47,6 @@ class Search:
         resources: what each trial is given.
         show: called with each trial that has reported or ended.
         priors: from `optimizer.read_priors`; a resumed search has them in its journal.
-        resumed: whether the run existed before.
         report: called after the tables have been written; limits its own share of the time.
         redraw: whether finalists get a new random split of training and validation: not if the user fixed the split.
         mirror: keeps the copy of a run whose storage is not on this machine.
@@ -67,7 +66,6 @@ class Search:
         resources: Slots,
         show: Callable[["Search", Trial], None],
         priors: Sequence[Prior] = (),
-        resumed: bool = False,
         report: Callable[[], object] = lambda: None,
         redraw: bool = False,
         mirror: Mirror | None = None,
@@ -83,7 +81,7 @@ class Search:
         self.started_wall_s = self.journal.wall_s
         self._live = None
         if plan.optuna_storage is not None:
-            self._live = LiveStudy(plan.optuna_storage, plan.name, space, anew=resumed or bool(self.record.trials))
+            self._live = LiveStudy(plan.optuna_storage, plan.name, space, run_id)
             self._live.restore(self.record.trials.values(), plan.metric)
         if priors and not (self.record.trials or self.record.priors):
             self._write("priors", priors=list(priors))

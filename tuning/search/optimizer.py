@@ -3,7 +3,8 @@
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -236,34 +237,35 @@ def _contains(space: Space, values: Mapping[str, Any], params: Mapping[str, Any]
 # ---- live study -------------------------------------------------------------------------------------------------
 
 
+def check_study(url: str, name: str, run_id: str | None) -> None:
+    """Check that a search may write a study in a storage; arguments as of `LiveStudy`, `run_id` None of a new run.
+
+    Raises:
+        InputError: the storage can't be opened, or has another study of this name.
+    """
+    with _opened(url) as storage:
+        _exists(storage, name, run_id)
+
+
 class LiveStudy:
     """A copy of the search in a storage that `optuna-dashboard` can open meanwhile; the search never reads it.
 
     Args:
         url: an SQLAlchemy URL (sqlite:///study.db, postgresql://...), or a journal file's path ending in .log.
-        anew: whether to replace an existing study of this name.
+        run_id: marks the study as this run's: no other may be replaced.
 
     Raises:
-        InputError: the storage can't be opened, or has a study of this name.
+        InputError: as `check_study`.
     """
 
-    def __init__(self, url: str, name: str, space: Space, *, anew: bool):
+    def __init__(self, url: str, name: str, space: Space, run_id: str):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space, self._trials, self._failed = space, dict[str, optuna.Trial](), False
-        try:
-            storage: str | BaseStorage = JournalStorage(JournalFileBackend(url)) if url.endswith(".log") else url
-            if anew and name in optuna.get_all_study_names(storage):
+        with _opened(url) as storage:
+            if _exists(storage, name, run_id):
                 optuna.delete_study(study_name=name, storage=storage)
             self._study = optuna.create_study(storage=storage, study_name=name, direction="minimize")
-        except optuna.exceptions.DuplicatedStudyError:
-            raise InputError(f"optuna_storage: a study named {name} already exists; choose another --name") from None
-        except ImportError as error:
-            package = getattr(error.__cause__, "name", None) or "see SQLAlchemy's manual"
-            raise InputError(f"optuna_storage: install the database driver ({package})") from error
-        except Exception as error:  # any database's; its message may contain a password
-            cure = "give sqlite:///FILE.db, postgresql://..., or a path ending in .log; passwords are not stored: to "
-            cure += "resume, give the URL again by --set, or keep the password in ~/.pgpass"
-            raise InputError(f"optuna_storage: can't be opened ({type(error).__name__}); {cure}") from error
+            self._study.set_user_attr("run_id", run_id)
 
     def restore(self, trials: Iterable[Trial], metric: str) -> None:
         """Copy the trials of earlier starts."""
@@ -294,3 +296,29 @@ class LiveStudy:
         except Exception as error:  # any database's
             print(f"optuna_storage: {type(error).__name__}; the live study is no longer updated", file=sys.stderr)
             self._failed = True
+
+
+@contextmanager
+def _opened(url: str) -> Iterator[str | BaseStorage]:
+    try:
+        yield JournalStorage(JournalFileBackend(url)) if url.endswith(".log") else url
+    except InputError:
+        raise
+    except ImportError as error:
+        package = getattr(error.__cause__, "name", None) or "see SQLAlchemy's manual"
+        raise InputError(f"optuna_storage: install the database driver ({package})") from error
+    except Exception as error:  # any database's; its message may contain a password
+        cure = "give sqlite:///FILE.db, postgresql://..., or a path ending in .log; passwords are not stored: to "
+        cure += "resume, give the URL again by --set, or keep the password in ~/.pgpass"
+        raise InputError(f"optuna_storage: can't be opened ({type(error).__name__}); {cure}") from error
+
+
+def _exists(storage: str | BaseStorage, name: str, run_id: str | None) -> bool:
+    """Return whether there is a study of this name, which is then empty or this run's; else raise InputError."""
+    if name not in optuna.get_all_study_names(storage):
+        return False
+    study = optuna.load_study(study_name=name, storage=storage)
+    if study.get_trials(deepcopy=False) and (run_id is None or study.user_attrs.get("run_id") != run_id):
+        cure = "give another storage, or a new run another --name; no other study is replaced"
+        raise InputError(f"optuna_storage: a study named {name} that this run didn't make is there; {cure}")
+    return True

@@ -1,5 +1,6 @@
 """The plan of a run, new or resumed, from a command line; and the folder of a new run."""
 
+import fcntl
 import os
 import platform
 import re
@@ -8,7 +9,8 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,11 +40,31 @@ def new_plan(given: dict[str, Any], overrides: Mapping[str, Any]) -> tuple[Searc
     name = given.get("space", "quick")
     space = load(name)
     stem = re.sub(r"[^A-Za-z0-9._-]", "-", Path(name).stem).lstrip("._-") or "run"
-    settings = {"name": f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"} | space.search | given
-    plan = build(SearchPlan, _absolute(settings), "command line")
-    folder = run_folder(plan.storage, plan.name)
+    while True:
+        settings = {"name": f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"} | space.search | given
+        plan = build(SearchPlan, _absolute(settings), "command line")
+        folder = run_folder(plan.storage, plan.name)
+        if "name" in given or not folder.exists():
+            break
+        time.sleep(0.1)  # another search without a name began in this second
     check_new(folder, plan)
     return plan, fix(space, overrides), folder
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Hold the name of a new run while it is made; yield False if another process holds it or has made the run."""
+    path = _claim(folder)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield not folder.exists()
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def check_new(folder: Path, plan: SearchPlan) -> None:
@@ -63,6 +85,10 @@ def check_new(folder: Path, plan: SearchPlan) -> None:
         raise InputError(f"--storage {plan.storage}: no permission to write there; choose another") from None
     except OSError as error:
         raise InputError(f"--storage {plan.storage}: can't be created ({error.strerror}); choose another") from None
+
+
+def _claim(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.claim")
 
 
 def resumed_plan(given: dict[str, Any], overrides: Mapping[str, Any]) -> tuple[SearchPlan, Space, Path]:
@@ -145,6 +171,7 @@ def write_run(
     document = {"settings": plan.model_dump(), "space": space.document, "provenance": provenance}
     write_yaml(unfinished / "plan.yaml", document)
     unfinished.rename(folder)
+    _claim(folder).unlink(missing_ok=True)
 
 
 def write_yaml(path: Path, document: dict[str, Any]) -> None:

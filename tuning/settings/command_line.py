@@ -1,5 +1,6 @@
 """Shared by all commands: settings from flags and `--set`, and the exit code."""
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -29,7 +30,12 @@ def exit_code(command: Callable[[], int | None], interrupted: str = "") -> int:
         interrupted: what an interruption leaves, for its message.
     """
     try:
-        return command() or DONE
+        code = command() or DONE
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # what read the output, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports it as it exits
+        return DONE
     except InputError as error:
         for fault in error.faults:
             print(f"error: {visible(fault)}", file=sys.stderr)

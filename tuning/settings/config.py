@@ -3,6 +3,8 @@
 import os
 import re
 import shlex
+import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -263,8 +265,30 @@ RESUME_MAY_CHANGE = (
 
 
 def cache_folder() -> Path:
-    """Return the folder that is kept between runs: $FINETUNE_SEARCH_CACHE, else ~/.cache/finetune-search."""
-    return Path(os.environ.get("FINETUNE_SEARCH_CACHE") or "~/.cache/finetune-search").expanduser().resolve()
+    """Return the folder that is kept between runs: $FINETUNE_SEARCH_CACHE, else ~/.cache/finetune-search.
+
+    If that can't be written, as for a container's arbitrary user, it is a folder of this user for temporary files.
+    """
+    if named := os.environ.get("FINETUNE_SEARCH_CACHE"):
+        return Path(named).expanduser().resolve()
+    try:
+        folder = Path("~/.cache/finetune-search").expanduser().resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    except (OSError, RuntimeError):  # no home at all
+        pass
+    folder = Path(tempfile.gettempdir()) / f"finetune-search-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise InputError(f"{folder} is another user's; name a folder for the cache by FINETUNE_SEARCH_CACHE")
+    _warn_once(f"~/.cache can't be written: the cache is {folder}; FINETUNE_SEARCH_CACHE names another folder")
+    return folder
+
+
+@cache
+def _warn_once(message: str) -> None:
+    print(message, file=sys.stderr)
 
 
 Model = TypeVar("Model", bound=BaseModel)

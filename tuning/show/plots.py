@@ -1,5 +1,7 @@
 """Plots of a model's test results: confusion matrix, ROC curves, reliability diagram."""
 
+import os
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -7,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from tuning.insight.calibration import BINS, Floats, Ints, calibration_error, logarithms, tempered
+from tuning.settings.config import cache_folder
+from tuning.settings.words import count
+
+if "matplotlib" not in sys.modules:  # it would write its list of fonts below HOME
+    os.environ.setdefault("MPLCONFIGDIR", str(cache_folder() / "matplotlib"))
+# isort: split
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-
-from tuning.insight.calibration import BINS, Floats, Ints, calibration_error, logarithms, tempered
-from tuning.settings.words import count
 
 CONFUSION, ROC, CALIBRATION = PLOTS = ("confusion.png", "roc.png", "calibration.png")
 LABEL = 22  # most characters of a class name
