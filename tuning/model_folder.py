@@ -20,11 +20,13 @@ import pyarrow.parquet as pq
 import tyro
 from numpy.typing import NDArray
 
+from tuning.data.decoding import is_image
 from tuning.model.folder import Ensemble, Model, load_model
 from tuning.record.mirror import borrowed
 from tuning.record.storage import files_below, is_uri, joined, stored
 from tuning.settings.command_line import exit_code
-from tuning.settings.config import FORMATS, InputError
+from tuning.settings.config import FORMATS, InputError, visible
+from tuning.settings.words import count
 
 __all__ = ["load_model"]
 
@@ -94,7 +96,8 @@ def run(flags: Predict) -> None:
 def named_images(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the image files that files, folders, globs and URIs name, in order, and what is wrong with the others.
 
-    In folders, files with the suffix of an image count; hidden files and folders do not.
+    In folders, files with the suffix or the first bytes of an image count (in a storage by the suffix alone); hidden
+    files and folders do not.
     """
     files, faults = [], []
     for word in words:
@@ -114,11 +117,18 @@ def named_images(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _below(folder: str) -> list[str]:
-    found = []
+    """Return the images below a folder, by suffix or first bytes; how many other files there are is printed."""
+    images, others = [], []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.join(place, name) for name in _images(names)]
-    return sorted(found)
+        shown = [os.path.join(place, name) for name in names if not name.startswith(".")]
+        named = {os.path.join(place, name) for name in _images(names)}
+        images += [file for file in shown if file in named or is_image(file)]
+        others += [file for file in shown if file not in named and not is_image(file)]
+    if others:
+        what = f"{count(len(others), 'file')} (no images), such as {visible(os.path.basename(min(others)))}"
+        print(f"{visible(folder)}: left out: {what}", file=sys.stderr)
+    return sorted(images)
 
 
 def _images(names: Iterable[str]) -> list[str]:

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from shared import examples
 
 from tuning.data.samples import fingerprint, load_samples
@@ -92,6 +93,36 @@ def test_links_in_a_circle_end(tmp_path):
     (tmp_path / "a" / "again").symlink_to(tmp_path / "a")
     (tmp_path / "c").symlink_to(tmp_path / "b")
     assert Counter(load_samples(str(tmp_path))["label"]) == {"a": 3, "b": 3, "c": 3}
+
+
+def test_images_have_any_suffix_and_what_is_left_out_is_said(tmp_path):
+    touch(tmp_path, *(f"{name}/images/{number}.jfif" for name in ("ill", "well") for number in range(8)))
+    touch(tmp_path, *(f"ill/images/{number}.IMA" for number in range(3)), "well/@eaDir/0.jpg/SYNOPHOTO_THUMB_M.jpg")
+    touch(tmp_path, *(f"{name}/masks/{number}.png" for name in ("ill", "well") for number in range(8)))
+    touch(tmp_path, "ill/x_mask.png", "ill/notes.txt", "well/y")
+    Image.new("L", (4, 4)).save(tmp_path / "well" / "IM0001", "PNG")
+    samples = load_samples(str(tmp_path))
+    assert Counter(samples["label"]) == {"ill": 11, "well": 9}
+    assert samples.attrs["left_out"] == [
+        "17 files (masks), such as 0.png",
+        "2 files (no images), such as notes.txt",
+        "1 file (thumbnails), such as SYNOPHOTO_THUMB_M.jpg",
+    ]
+
+
+def test_dev_beside_train_is_validation_and_other_folders_are_said(tmp_path):
+    parts = ("train", "dev", "test", "extra")
+    touch(tmp_path, *(f"{part}/{name}/{number}.png" for part in parts for name in "ab" for number in range(3)))
+    samples = load_samples(str(tmp_path))
+    assert Counter(samples["split"]) == {"train": 6, "val": 6, "test": 6} and not samples.attrs["random_splits"]
+    assert samples.attrs["left_out"] == ["1 folder beside dev, test, train: extra"]
+    touch(tmp_path / "classes", *(f"{name}/{number}.png" for name in ("dev", "ops") for number in range(8)))
+    assert set(load_samples(str(tmp_path / "classes"))["label"]) == {"dev", "ops"}
+
+
+def test_a_class_of_masks_is_one(tmp_path):
+    touch(tmp_path, *(f"{name}/{number}_mask.png" for name in "ab" for number in range(8)))
+    assert len(load_samples(str(tmp_path))) == 16
 
 
 @pytest.mark.parametrize(

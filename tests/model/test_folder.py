@@ -120,7 +120,7 @@ def named(tmp_path, network, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (len(NAMES), 32, 32), dtype=np.uint8)
     for name, values in zip(NAMES, pixels, strict=True):
         Image.fromarray(values).save(tmp_path / "films" / name)
-    for name in ("more/x.PNG", "more/.hidden/y.png", ".z.png"):
+    for name in ("more/x.PNG", "more/IM0001", "more/.hidden/y.png", ".z.png"):
         Image.fromarray(pixels[0]).save(tmp_path / "films" / name, "PNG")
     (tmp_path / "films" / "notes.txt").write_text("no image")
     monkeypatch.chdir(tmp_path / "films")
@@ -139,7 +139,7 @@ def test_what_reads_the_rows_may_end_first(named, tmp_path, monkeypatch, capfd, 
         monkeypatch.setattr(sys, "stdout", stdout)
         monkeypatch.setattr("sys.argv", ["model_folder.py", "predict", str(named), "."])
         assert main() == 0
-    assert capfd.readouterr().err == ""
+    assert "error" not in capfd.readouterr().err
 
 
 def test_names_come_through_csv_and_parquet(named, tmp_path, monkeypatch, capfd):
@@ -162,11 +162,11 @@ def test_folders_and_globs(named, tmp_path, monkeypatch, capfd):
         assert code == 0
         return [row["path"] for row in csv.DictReader(io.StringIO(said, newline=""))]
 
-    everything = sorted([*NAMES, "more/x.PNG"])
+    everything = sorted([*NAMES, "more/x.PNG", "more/IM0001"])
     assert sorted(paths(".")) == everything
     assert sorted(paths(tmp_path / "films")) == [str(tmp_path / "films" / name) for name in everything]
     assert sorted(paths("*.png")) == sorted(NAMES)
-    assert paths("more/*", "more") == ["more/x.PNG"] and paths("**/*.PNG") == ["more/x.PNG"]
+    assert paths("more/*", "more") == ["more/IM0001", "more/x.PNG"] and paths("**/*.PNG") == ["more/x.PNG"]
     assert paths("[1].png", "--", "-dash.png") == ["[1].png", "-dash.png"]
 
 
@@ -177,7 +177,8 @@ def test_unreadable_files_are_told_and_the_rest_is_written(named, tmp_path, monk
         monkeypatch, capfd, named, "broken0.png", ".", "nowhere.png", "no*match", "--out", "o.csv"
     )
     assert code == 2 and not said
-    assert len(pd.read_csv("o.csv")) == len(NAMES) + 1
+    assert ".: left out: 1 file (no images), such as notes.txt\n" in told
+    assert len(pd.read_csv("o.csv")) == len(NAMES) + 2
     for name in ("broken0.png", "broken1.png", "nowhere.png", "no*match"):
         assert told.count(f"error: {name}: ") == 1
 

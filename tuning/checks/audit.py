@@ -161,7 +161,8 @@ def audited(plan: SearchPlan, decoded: Decoded) -> tuple[list[Finding], pd.DataF
         if emptied := _emptied(table, moved):
             cure = "move groups by hand, or remove the split column for random splits by group"
             raise InputError(f"on_leak=move: the moves would leave no image of {emptied}; {cure}")
-    messages = findings.summary(found, int((moved["split"] != table["split"]).sum()))
+    messages = [f"left out: {words}" for words in decoded.samples.attrs.get("left_out", [])]
+    messages += findings.summary(found, int((moved["split"] != table["split"]).sum()))
     if identical and table.attrs["random_splits"]:
         names = ", ".join(table.attrs["random_splits"])
         messages.append(f"  {names} were split at random, with identical images in the same split")

@@ -129,6 +129,15 @@ def decode(file: str, image_size: int, *, fit: str = "squash", drop_colour: bool
     return pixels, Facts(shown.width, shown.height, shown.mode, kind, n_bytes, notes, digest.hexdigest())
 
 
+def is_image(file: str) -> bool:
+    """Return whether a file on this machine begins as an image of a format that can be read, whatever its suffix."""
+    try:
+        with open(file, "rb") as stream:
+            return bool(_kind(stream))
+    except (InputError, OSError):
+        return False
+
+
 def _kind(stream: BinaryIO) -> str:
     """The format, by the first bytes."""
     start = stream.read(132)

@@ -7,45 +7,22 @@ import os
 import posixpath
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from io import TextIOWrapper
-from typing import Any, BinaryIO, NamedTuple, TypeAlias
+from typing import Any, BinaryIO
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tuning.data.folders import SPLIT_WORDS, Entry, Sample, class_faults, read_folder
 from tuning.data.splits import random_splits
 from tuning.record import storage
-from tuning.settings.config import FORMATS, InputError
+from tuning.settings.config import InputError
 from tuning.settings.words import are, count, examples
 
-IMAGE_SUFFIXES = tuple(FORMATS)
-SPLIT_WORDS = {"train": "train", "training": "train"}
-SPLIT_WORDS |= {"val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test"}
 NO_GROUP = ("NA", "N/A", "<NA>", "NaN", "nan", "NULL", "null", "None")  # as R, pandas and databases write no value
 WANTED = "give a folder of class folders, or a CSV or Parquet manifest"
-
-
-class Sample(NamedTuple):
-    """One row of the table; what isn't known yet is None."""
-
-    path: str
-    file: str
-    label: str | None
-    split: str | None
-    group: str | None
-
-
-class Entry(NamedTuple):
-    """A file or folder inside a folder."""
-
-    name: str
-    path: str
-    is_folder: bool
-
-
-Lister: TypeAlias = Callable[[str], list[Entry]]  # the entries of a folder by name, without hidden ones
 
 
 def load_samples(
@@ -75,7 +52,8 @@ def load_samples(
     Returns:
         One row per image, sorted by path: `path` (relative to the root if it lies below, with slashes), `file`
         (absolute path or URI), `label`, `split` (train, val or test), `group` (None if no groups are given); Python
-        strings. `attrs["random_splits"]` names the splits made here: none, train and val, or all three.
+        strings. `attrs["random_splits"]` names the splits made here: none, train and val, or all three;
+        `attrs["left_out"]` says which files of folders were left out, a line for each kind.
 
     Raises:
         InputError: every fault found in the data.
@@ -88,8 +66,10 @@ def load_samples(
             f"val_fraction + test_fraction: must be below 1 to leave images for training, got {val_fraction} + "
             f"{test_fraction}; lower one of them"
         )
+    left_out: list[str] = []
     try:
-        samples = _read_stored(root, columns, faults) if storage.is_uri(root) else _read_local(root, columns, faults)
+        read = _read_stored if storage.is_uri(root) else _read_local
+        samples = read(root, columns, faults, left_out)
         uris = [sample.file for sample in samples if storage.is_uri(sample.file)]
         known = dict(zip(uris, storage.stored(uris), strict=True))
     except OSError as error:
@@ -108,7 +88,7 @@ def load_samples(
     given = {sample.split for sample in samples}
     table = pd.DataFrame(samples, columns=list(Sample._fields), dtype=object)
     splits = [] if "val" in given else ["train", "val"] if "train" in given else ["train", "val", "test"]
-    table.attrs["random_splits"] = splits
+    table.attrs |= {"random_splits": splits, "left_out": left_out}
     units = [sample.group or sample.path for sample in samples]
     try:
         return random_splits(table, units, val_fraction=val_fraction, test_fraction=test_fraction)
@@ -129,7 +109,7 @@ def fingerprint(samples: pd.DataFrame, hashes: Sequence[str]) -> str:
 # --- Folders ---------------------------------------------------------------------------------------------------------
 
 
-def _read_local(root: str, columns: tuple[str, str, str, str], faults: list[str]) -> list[Sample]:
+def _read_local(root: str, columns: tuple[str, str, str, str], faults: list[str], left_out: list[str]) -> list[Sample]:
     def entries_of(folder: str) -> list[Entry]:
         try:
             with os.scandir(folder) as entries:
@@ -140,14 +120,14 @@ def _read_local(root: str, columns: tuple[str, str, str, str], faults: list[str]
         return sorted(found)
 
     if os.path.isdir(root):
-        return _read_folder(root, entries_of, faults)
+        return read_folder(root, entries_of, faults, left_out)
     if os.path.exists(root):
         return _read_manifest(root, columns, faults)
     faults.append(f"{root}: no such folder or file; {WANTED}")
     return []
 
 
-def _read_stored(root: str, columns: tuple[str, str, str, str], faults: list[str]) -> list[Sample]:
+def _read_stored(root: str, columns: tuple[str, str, str, str], faults: list[str], left_out: list[str]) -> list[Sample]:
     """Samples of a folder or manifest in a storage; a folder is listed with all below it in one request."""
     if storage.stored([root]) != [None]:
         return _read_manifest(root, columns, faults)
@@ -162,71 +142,12 @@ def _read_stored(root: str, columns: tuple[str, str, str, str], faults: list[str
             below[folder][part] = Entry(part, storage.joined(folder, part), True)
             folder = storage.joined(folder, part)
         below[folder].setdefault(parts[-1], Entry(parts[-1], storage.joined(folder, parts[-1]), False))
-    return _read_folder(
-        root, lambda folder: sorted(entry for entry in below[folder].values() if entry.name[:1] != "."), faults
+    return read_folder(
+        root,
+        lambda folder: sorted(entry for entry in below[folder].values() if entry.name[:1] != "."),
+        faults,
+        left_out,
     )
-
-
-def _read_folder(root: str, entries_of: Lister, faults: list[str]) -> list[Sample]:
-    """Samples of a folder of class folders, with or without split folders."""
-    inside = entries_of(root)
-    names = [entry.name for entry in inside if entry.is_folder]
-    split_of = {name: SPLIT_WORDS[name.lower()] for name in names if name.lower() in SPLIT_WORDS}
-    if len(set(split_of.values())) < len(split_of):
-        faults.append(f"{root}: two of the folders {', '.join(split_of)} mean the same split; keep one of each")
-    if split_of and "train" not in split_of.values():
-        faults.append(
-            f"{root}: has {', '.join(split_of)} but no train folder; add one, or rename the folder if it is a class"
-        )
-
-    samples: list[Sample] = []
-    classes: dict[str | None, set[str]] = defaultdict(set)
-    for part in [*split_of] or [""]:
-        split = split_of.get(part)
-        folder = storage.joined(root, part) if part else root
-        entries = entries_of(folder) if part else inside
-        class_folders = [entry for entry in entries if entry.is_folder]
-        loose = [entry.name for entry in entries if not entry.is_folder and entry.name.lower().endswith(IMAGE_SUFFIXES)]
-        if loose:
-            faults.append(
-                f"{folder}: {are(len(loose), 'image')} outside the class folders ({examples(loose)}); put each into "
-                "the folder of its class"
-            )
-        elif not class_folders:
-            faults.append(f"{folder}: no class folders; put the images of each class into a folder named after it")
-        for entry in class_folders:
-            classes[split].add(entry.name)
-            files = _list_files(entry.path, entries_of, set())
-            images = [file for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
-            if not images:
-                suffixes = sorted({os.path.splitext(file)[1] or "none" for file in files})
-                others = f"{count(len(files), 'file')} with other suffixes: {examples(suffixes)}"
-                faults.append(
-                    f"{entry.path}: no images in this class folder ({others if files else 'no files'}); add some "
-                    f"({', '.join(IMAGE_SUFFIXES)}) or remove the folder"
-                )
-            for file in images:
-                path = file.removeprefix(root).lstrip(os.sep).replace(os.sep, "/")
-                samples.append(Sample(path, file, entry.name, split, None))
-    faults += [f"{root}: {fault}" for fault in _class_faults(classes)]
-
-    # Neither Parquet nor a hash takes a name that is not Unicode.
-    odd = [repr(path) for path, file, *_ in samples if file.encode("utf-8", "ignore") != os.fsencode(file)]
-    if odd:
-        faults.append(f"{root}: {are(len(odd), 'file name')} not in UTF-8 ({examples(odd)}); rename each")
-    return samples
-
-
-def _list_files(folder: str, entries_of: Lister, seen: set[str]) -> list[str]:
-    """All files below a folder; `seen` holds the real folders already listed, since links may form a cycle."""
-    real = os.path.realpath(folder)
-    if real in seen:
-        return []
-    seen.add(real)
-    files: list[str] = []
-    for entry in entries_of(folder):
-        files += _list_files(entry.path, entries_of, seen) if entry.is_folder else [entry.path]
-    return files
 
 
 # --- Manifests -------------------------------------------------------------------------------------------------------
@@ -374,15 +295,4 @@ def _manifest_faults(samples: list[Sample]) -> list[str]:
         faults.append(f"no image is in the split train, only in {', '.join(sorted(map(str, given)))}; assign some")
     if given and None in classes:
         del classes[None]  # rows whose split is empty or unknown, which is already a fault
-    return faults + _class_faults(classes)
-
-
-def _class_faults(classes: Mapping[str | None, set[str]]) -> list[str]:
-    """Faults of the classes of each split (all under None if no split is given)."""
-    names = sorted(set().union(*classes.values()))
-    if len(names) == 1:
-        return [f"there is only one class, {names[0]!r}; a classifier needs two or more"]
-    missing = [f"{name!r} not in {split}" for split in classes for name in names if name not in classes[split]]
-    if missing:
-        return [f"classes differ between splits ({examples(missing)}); give every split images of every class"]
-    return []
+    return faults + class_faults(classes)

@@ -27,6 +27,8 @@ DEPTH_ALL = 5  # stages from the head that make up a whole network; the word `al
 FORMATS = {  # of images, by the suffix of their files
     ".jpg": "JPEG",
     ".jpeg": "JPEG",
+    ".jfif": "JPEG",
+    ".jpe": "JPEG",
     ".png": "PNG",
     ".tif": "TIFF",
     ".tiff": "TIFF",
@@ -35,6 +37,7 @@ FORMATS = {  # of images, by the suffix of their files
     ".gif": "GIF",
     ".dcm": "DICOM",
     ".dicom": "DICOM",
+    ".ima": "DICOM",  # Siemens'
 }
 # user:password@ of a URL, up to the last @ before the path; and its query's secret parameters, signatures included.
 _PASSWORD = re.compile(r"(?<=://)([^\s:/?#@]*):[^\s@]*@(?:[^\s/?#@]*@)*")
