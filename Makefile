@@ -20,18 +20,20 @@ bench: setup
 example: setup
 	$(BIN)/python benchmarks/example.py --place build/example $(ARGS)
 
-# Two processes or more share the tests: slow ones first, those that share what is dear to make in the same process.
+# Several processes share the tests: slow ones first, those that share what is dear to make in the same process.
 # Bytecode is kept even if the environment says not to: to read and rewrite the tests anew takes seconds.
-PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --dist loadgroup --no-loadscope-reorder --maxprocesses 4
+# Slow tests also wait, for processes to start and end: one more process than cores uses that time.
+ONE_MORE = $$($(BIN)/python -c 'import os; print((os.cpu_count() or 1) + 1)')
 
 test: setup
-	$(PYTEST) $(ARGS)
+	$(PYTEST) --numprocesses $(ONE_MORE) $(ARGS)
 
 test-fast: setup
-	$(PYTEST) -m 'not slow' $(ARGS)
+	$(PYTEST) --numprocesses auto -m 'not slow' $(ARGS)
 
 test-soak: setup
-	$(PYTEST) -m soak --soak $(ARGS)
+	$(PYTEST) --numprocesses auto -m soak --soak $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

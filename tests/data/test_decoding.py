@@ -421,3 +421,17 @@ def test_damaged_files_give_pixels_or_a_value_error(tmp_path_factory, kind, chan
         assert str(error)
     else:
         assert pixels.dtype == np.uint8 and pixels.shape[:2] == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "note"),
+    [
+        (np.full((40, 40), 250), "is nearly white"),
+        (np.arange(1600).reshape(40, 40) % 10, "is nearly black"),
+        (np.arange(1600).reshape(40, 40) % 4 * 60, "has only 4 grey levels"),
+        (np.arange(1600).reshape(40, 40) % 256, None),
+    ],
+)
+def test_a_grey_picture_that_shows_little_is_noted(tmp_path, pixels, note):
+    Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "x.png")
+    assert decode(str(tmp_path / "x.png"), 40)[1].notes == note

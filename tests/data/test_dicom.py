@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pydicom import dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.pixels import get_decoder
@@ -16,6 +17,7 @@ from pydicom.uid import (
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
+    JPEG2000Lossless,
     JPEGBaseline8Bit,
     JPEGLosslessSV1,
     RLELossless,
@@ -214,3 +216,116 @@ def test_what_cannot_be_shown_is_reported(tmp_path, monkeypatch):
         assert "compressed as JPEG Lossless" in message and "pip install python-gdcm" in message
     monkeypatch.setitem(sys.modules, "pydicom", None)
     assert "is a DICOM file, which needs pydicom; pip install pydicom python-gdcm" in reason(whole)
+
+
+def item(**elements) -> Dataset:
+    dataset = Dataset()
+    for name, value in elements.items():
+        setattr(dataset, name, value)
+    return dataset
+
+
+VOI = {"FrameVOILUTSequence": [item(WindowCenter=40, WindowWidth=400)]}
+RESCALE = {"PixelValueTransformationSequence": [item(RescaleIntercept=-1024, RescaleSlope=1, RescaleType="HU")]}
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        {"SharedFunctionalGroupsSequence": [item(**VOI, **RESCALE)]},
+        {"SharedFunctionalGroupsSequence": [item(**RESCALE)], "PerFrameFunctionalGroupsSequence": [item(**VOI)]},
+        {
+            "SharedFunctionalGroupsSequence": [
+                item(FrameVOILUTSequence=[item(WindowCenter=0, WindowWidth=9)], **RESCALE)
+            ],
+            "PerFrameFunctionalGroupsSequence": [item(**VOI)],
+        },
+    ],
+)
+def test_an_enhanced_image_has_window_and_rescale_in_functional_groups(tmp_path, groups):
+    file = write(tmp_path / "x.dcm", RAMP, NumberOfFrames=1, **groups)
+    assert abs(shown(file) - window(RAMP.astype(float) - 1024, 40, 400)).max() <= 0.5
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, RLELossless, JPEG2000Lossless])
+def test_bits_above_the_stored_ones_are_no_brightness(tmp_path, syntax):
+    """Such as an overlay that was left there."""
+    dirty, stream = (RAMP | 0xA000).astype(np.uint16), io.BytesIO()
+    Image.fromarray(dirty).save(stream, "JPEG2000", irreversible=False, no_jp2=True)
+    compressed = stream.getvalue() if syntax == JPEG2000Lossless else None
+    options = {"WindowCenter": 2000, "WindowWidth": 4000}
+    file = write(tmp_path / "x.dcm", dirty, syntax=syntax, compressed=compressed, **options)
+    assert abs(shown(file) - window(RAMP.astype(float), 2000, 4000)).max() <= 0.5
+
+
+def test_signed_values_keep_their_sign_below_other_bits(tmp_path):
+    signed = RAMP.astype(np.int16) - 2048
+    dirty = (signed & 0x0FFF).astype(np.int16)  # 12 bits, with nothing of the sign above
+    file = write(tmp_path / "x.dcm", dirty, WindowCenter=0, WindowWidth=4000)
+    assert abs(shown(file) - window(signed.astype(float), 0, 4000)).max() <= 0.5
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int16])
+def test_values_may_lie_in_the_upper_bits(tmp_path, dtype):
+    values = RAMP.astype(dtype) - (2048 if dtype is np.int16 else 0)
+    file = write(tmp_path / "x.dcm", (values << 4).astype(dtype), HighBit=15, WindowCenter=0, WindowWidth=4000)
+    assert abs(shown(file) - window(values.astype(float), 0, 4000)).max() <= 0.5
+
+
+@pytest.mark.parametrize(("function", "width"), [("LINEAR", 0), ("LINEAR", 0.5), ("LINEAR_EXACT", 0), ("LINEAR", -3)])
+def test_a_window_without_width_is_none(tmp_path, function, width):
+    file = write(tmp_path / "x.dcm", RAMP, WindowCenter=0, WindowWidth=width, VOILUTFunction=function)
+    pixels, facts = decode(file, 32)
+    assert (pixels == np.rint(RAMP / RAMP.max() * 255)).all()
+    assert facts.notes == NO_WINDOW.replace("no window", f"a window of width {width:g}")
+
+
+def test_a_lookup_table_that_says_too_many_bits_is_shown_in_those_it_uses(tmp_path):
+    curve = np.round(4095 * np.linspace(0, 1, 4096) ** 0.5)
+    pixels, facts = decode(write(tmp_path / "x.dcm", RAMP, VOILUTSequence=lookup_table(curve, 16)), 32)
+    assert abs(pixels - curve[RAMP] / 4095 * 255).max() <= 0.5
+    assert facts.notes == "has a lookup table that says 16 bits and holds 12, in which it is shown"
+
+
+@pytest.mark.parametrize(("kind", "value"), [("SS", -2000), ("US", 63_536)])
+def test_padding_is_not_stretched_whichever_sign_it_is_stored_with(tmp_path, kind, value):
+    signed = RAMP.astype(np.int16) - 1024
+    signed[:, :5] = -2000
+    dataset = dcmread(write(tmp_path / "x.dcm", signed, bits=16))
+    dataset.add_new("PixelPaddingValue", kind, value)
+    dataset.save_as(tmp_path / "x.dcm")
+    rest = signed[:, 5:].astype(float)
+    wanted = (rest - rest.min()) / (rest.max() - rest.min()) * 255
+    assert abs(shown(str(tmp_path / "x.dcm"))[:, 5:] - wanted).max() <= 0.5
+
+
+def test_padding_may_be_a_range(tmp_path):
+    values = (RAMP // 4 + 2000).astype(np.uint16)
+    values[:, :3], values[:, 3:6] = 0, 20
+    file = write(tmp_path / "x.dcm", values, PixelPaddingValue=0, PixelPaddingRangeLimit=20)
+    rest = values[:, 6:].astype(float)
+    assert abs(shown(file)[:, 6:] - (rest - rest.min()) / (rest.max() - rest.min()) * 255).max() <= 0.5
+
+
+def test_a_polarity_that_contradicts_itself_is_noted(tmp_path):
+    options = {"WindowCenter": 2000, "WindowWidth": 4000}
+    plain = shown(write(tmp_path / "x.dcm", RAMP, PresentationLUTShape="IDENTITY", **options))
+    pixels, facts = decode(write(tmp_path / "y.dcm", RAMP, PresentationLUTShape="INVERSE", **options), 32)
+    assert (pixels == plain).all() and "has an inverse presentation LUT beside MONOCHROME2" in facts.notes
+
+
+def test_tables_of_a_big_endian_file(tmp_path):
+    byte, tables = (RAMP >> 4).astype(np.uint8), {}
+    levels = {"Red": np.arange(256), "Green": np.arange(256)[::-1], "Blue": np.full(256, 9)}
+    for name, values in levels.items():
+        tables[f"{name}PaletteColorLookupTableDescriptor"] = [256, 0, 16]
+        tables[f"{name}PaletteColorLookupTableData"] = (values * 256).astype(">u2").tobytes()
+    options = {"photometric": "PALETTE COLOR", "bits": 8, "syntax": ExplicitVRBigEndian}
+    assert (
+        shown(write(tmp_path / "p.dcm", byte, **options, **tables)) == np.dstack([byte, 255 - byte, 9 + 0 * byte])
+    ).all()
+    curve = np.round(65_535 * np.linspace(0, 1, 4096) ** 0.5)
+    voi = lookup_table(curve, 16)
+    voi[0].LUTData = curve.astype(">u2").tobytes()
+    file = write(tmp_path / "v.dcm", RAMP, syntax=ExplicitVRBigEndian, VOILUTSequence=voi)
+    assert abs(shown(file) - curve[RAMP] / 65_535 * 255).max() <= 0.5

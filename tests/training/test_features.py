@@ -71,7 +71,7 @@ def test_cached_derived_and_recomputed_outputs_and_losses_are_equal_to_the_bit(b
     network = models.get(backbone, classes=2, image_size=64, seed=0, weights=weights, device=CPU)
     table = torch.rand(len(data.train), 13, generator=torch.Generator().manual_seed(0))
     view = (data.train, table, "medium", (0, 1))
-    epochs = 1 if backbone == "vgg11" else 2  # its 130 million weights take seconds
+    epochs = 1 if backbone == "vgg11" else 2  # its 130 million weights take seconds a step
     for depth, further in ((0, 3), (2, 3)):
         folder = tmp_path / str(depth)
         folder.mkdir()

@@ -24,9 +24,8 @@ from tuning.data import dicom
 from tuning.record.storage import is_uri, readable
 from tuning.settings.config import FORMATS, InputError
 
-DECODER_VERSION = (
-    2  # raised with any change of the decoded pixels or facts (not of the notes' words), so that no older array is used
-)
+DECODER_VERSION = 3  # raised with any change of pixels or facts (not of the notes' words): no older array is used
+FEW_LEVELS = 16  # of a grey picture, for a note
 MAX_PIXELS = 178_000_000  # of one image; Pillow's own limit for what it calls a decompression bomb
 # Channels that differ by at most this many levels are grey, apart from JPEG's rounding of chroma. Of 120 chest X-rays
 # stored in colour, at 64, 128 and 224 px, 86 have equal channels and 29 differ by 1 to 11 levels; the 5 that have
@@ -59,6 +58,7 @@ TURNS = {  # what turns an image of an EXIF orientation upright
     8: Image.Transpose.ROTATE_90,
 }
 ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 274, 258, 262, 0  # tags, and a value of the last
+PLANES, SEPARATE = 284, 2  # a tag, and a value of it
 # What the libraries raise for broken files, as seen or by their source.
 BUILTIN_ERRORS = (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 DECODER_ERRORS = (*BUILTIN_ERRORS, SyntaxError, AssertionError, StructError, zlib.error, Image.DecompressionBombError)
@@ -123,7 +123,7 @@ def decode(file: str, image_size: int, *, fit: str = "squash", drop_colour: bool
         raise InputError(f"can't be decoded ({reason}); replace it or leave it out") from error
     suffix = os.path.splitext(file)[1].lower()
     misnamed = [f"is a {kind} file named {suffix}"] if FORMATS.get(suffix, kind) != kind else []
-    notes = "; ".join(misnamed + shown.notes) or None
+    notes = "; ".join(misnamed + shown.notes + _emptiness(pixels, shown)) or None
     digest = hashlib.sha256(f"{pixels.shape}".encode())
     digest.update(pixels.data)
     return pixels, Facts(shown.width, shown.height, shown.mode, kind, n_bytes, notes, digest.hexdigest())
@@ -160,6 +160,13 @@ def _show(stream: BinaryIO, kind: str, image_size: int, drop_colour: bool) -> Sh
     if mode in ("I", "F", "LAB"):
         cure = "convert it to 8 or 16 bits per pixel"
         raise InputError(f"is a {kind} of mode {mode}, whose values have no fixed black and white; {cure}")
+    if (
+        isinstance(image, TiffImageFile)
+        and image.tag_v2.get(PLANES) == SEPARATE
+        and 16 in image.tag_v2[BITS_PER_SAMPLE]
+    ):
+        cure = "convert it to PNG"
+        raise InputError(f"is a TIFF of 16-bit colours in separate planes, which Pillow reads wrongly; {cure}")
     notes = []
     if getattr(image, "is_animated", False):
         notes.append(dicom.FRAMES)
@@ -227,6 +234,18 @@ def _eight_bits(image: Image.Image, notes: list[str]) -> Image.Image:
     if grey.max() < NEARLY_BLACK:
         notes.append("is nearly black: its 16-bit values use less than 1/16 of their range")
     return Image.fromarray(grey)
+
+
+def _emptiness(pixels: Pixels, shown: Shown) -> list[str]:
+    """Notes of a grey picture on which little can be seen, whatever made it so."""
+    if pixels.ndim == 3 or shown.mode == "1":
+        return []
+    if pixels.min() > 255 - NEARLY_BLACK:
+        return ["is nearly white"]
+    if pixels.max() < NEARLY_BLACK:
+        return [] if any("nearly black" in note for note in shown.notes) else ["is nearly black"]
+    levels = np.unique(pixels).size
+    return [f"has only {levels} grey levels"] if levels < FEW_LEVELS else []
 
 
 @contextmanager

@@ -53,10 +53,14 @@ def show(dataset: "Dataset") -> tuple[Image.Image, list[str]]:
 
     Source: DICOM PS3.3, C.7.6.3 and C.11; of windows, C.11.2.1.2 and C.11.2.1.3.
     """
-    from pydicom.pixels import apply_color_lut, pixel_array
+    from pydicom.pixels import apply_color_lut
 
     notes = [FRAMES] if int(dataset.get("NumberOfFrames") or 1) > 1 else []
-    pixels = pixel_array(dataset, index=0)
+    if dataset.PhotometricInterpretation == "MONOCHROME2" and dataset.get("PresentationLUTShape") == "INVERSE":
+        notes.append("has an inverse presentation LUT beside MONOCHROME2: viewers differ, it is shown as it is stored")
+    _take_from_functional_groups(dataset)
+    _make_palette_little_endian(dataset)
+    pixels = _stored_bits(dataset)
     if mode(dataset) == "P":
         pixels = apply_color_lut(pixels, dataset)[..., :3]
     if pixels.ndim == 3:
@@ -74,6 +78,54 @@ def show(dataset: "Dataset") -> tuple[Image.Image, list[str]]:
     return Image.fromarray(table[pixels.astype(np.int32) - least]), notes + more
 
 
+def _take_from_functional_groups(dataset: "Dataset") -> None:
+    """Copy window and rescale of an enhanced image's first frame into the root, where classic images have them.
+
+    Source: DICOM PS3.3, C.7.6.16.2.9b and C.7.6.16.2.10b.
+    """
+    for groups in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+        for group in (dataset.get(groups) or [])[:1]:
+            for macro in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
+                for item in (group.get(macro) or [])[:1]:
+                    dataset.update({element.tag: element for element in item})
+
+
+def _make_palette_little_endian(dataset: "Dataset") -> None:
+    """Swap the bytes of a big-endian file's palette, which pydicom, unlike other tables, reads as little-endian."""
+    if dataset.file_meta.TransferSyntaxUID.is_little_endian:
+        return
+    for name in (f"{colour}PaletteColorLookupTableData" for colour in ("Red", "Green", "Blue")):
+        if isinstance(content := dataset.get(name), bytes):
+            dataset[name].value = np.frombuffer(content, ">u2").astype("<u2").tobytes()
+
+
+def _stored_bits(dataset: "Dataset") -> Any:
+    """Return the first frame's stored values: High Bit says where they lie, and other bits are none of them."""
+    from pydicom.pixels import pixel_array
+
+    stored, allocated = dataset.BitsStored, dataset.BitsAllocated
+    above = int(dataset.get("HighBit", stored - 1)) + 1 - stored  # unused bits below the values, in old modalities
+    if above <= 0 or stored + above > allocated or dataset.file_meta.TransferSyntaxUID.is_compressed:
+        above = 0
+    dataset.BitsStored = stored + above  # else pydicom takes the lower end
+    pixels = pixel_array(dataset, index=0)
+    dataset.BitsStored = stored
+    if stored == allocated or allocated not in (8, 16) or pixels.dtype.kind not in "iu":
+        return pixels
+    shift = 8 * pixels.itemsize - stored - above  # away with what is above, such as an overlay in a compressed image
+    return ((pixels << shift) >> shift) >> above
+
+
+def _padded(dataset: "Dataset", pixels: Any) -> Any:
+    """Return where pixels are padding, which some writers store as unsigned beside signed pixels, or as a range."""
+    bounds = [
+        np.array(int(dataset[name].value) & (256**pixels.itemsize - 1)).astype(f"u{pixels.itemsize}").view(pixels.dtype)
+        for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")
+        if dataset.get(name) is not None
+    ]
+    return (pixels >= min(bounds)) & (pixels <= max(bounds)) if bounds else np.zeros(pixels.shape, bool)
+
+
 def _brightness(dataset: "Dataset", stored: Any, pixels: Any) -> tuple[Any, list[str]]:
     """Brightness of each stored value of `pixels`, from 0 to 1 and beyond, and notes for the user."""
     from pydicom.pixels import apply_modality_lut, apply_voi
@@ -81,11 +133,18 @@ def _brightness(dataset: "Dataset", stored: Any, pixels: Any) -> tuple[Any, list
 
     values = apply_modality_lut(stored, dataset)
     if dataset.get("VOILUTSequence"):
-        bits = dataset.VOILUTSequence[0].LUTDescriptor[2]
-        return apply_voi(np.rint(values).astype(np.int64), dataset) / (2**bits - 1), []
-    if dataset.get("WindowCenter") is not None and dataset.get("WindowWidth") is not None:
-        centre, width = (float(np.ravel(dataset[name].value)[0]) for name in ("WindowCenter", "WindowWidth"))
-        function = str(dataset.get("VOILUTFunction") or "LINEAR")
+        entries, first, bits = dataset.VOILUTSequence[0].LUTDescriptor
+        levels = apply_voi(np.rint(values).astype(np.int64), dataset)
+        used = int(apply_voi(np.arange(entries or 65_536) + first, dataset).max()).bit_length()
+        if used > bits - 2:
+            return levels / (2**bits - 1), []
+        note = f"has a lookup table that says {bits} bits and holds {used}, in which it is shown"
+        return levels / (2 ** max(used, 1) - 1), [note]
+    known = dataset.get("WindowCenter") is not None and dataset.get("WindowWidth") is not None
+    function = str(dataset.get("VOILUTFunction") or "LINEAR")
+    width = float(np.ravel(dataset["WindowWidth"].value)[0]) if known else 0.0
+    if width >= 1 or (width > 0 and function != "LINEAR"):  # C.11.2.1.2; others are no window, as in dcmtk
+        centre = float(np.ravel(dataset["WindowCenter"].value)[0])
         if function == "LINEAR":
             centre, width = centre - 0.5, width - 1
         steps = (values - centre) / max(width, 1e-9)
@@ -94,8 +153,9 @@ def _brightness(dataset: "Dataset", stored: Any, pixels: Any) -> tuple[Any, list
         ends, notes = [0, 2**dataset.BitsStored - 1], []
     else:
         # Viewers differ here; most stretch what there is. Padding around the image is not part of it.
-        held = pixels[pixels != dataset["PixelPaddingValue"].value] if "PixelPaddingValue" in dataset else pixels
+        held = pixels[~_padded(dataset, pixels)]
         ends = [held.min(initial=pixels.max()), held.max(initial=pixels.min())]
-        notes = ["has no window, so it is shown from its smallest to its largest value"]
+        what = f"a window of width {width:g}" if known else "no window"
+        notes = [f"has {what}, so it is shown from its smallest to its largest value"]
     low, high = sorted(apply_modality_lut(np.array(ends, pixels.dtype), dataset).astype(float))
     return (values - low) / max(high - low, 1e-9), notes

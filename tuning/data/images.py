@@ -27,9 +27,9 @@ from tuning.settings.config import InputError
 DECODING = ".decoding-"  # prefix of a folder that is being written
 ABANDONED_S = 3600.0  # a folder that is being written is touched every TOUCH_IMAGES, which takes seconds
 TOUCH_IMAGES = 100
-FACTS = pa.schema(  # of facts.parquet: the fields of `Facts`, of which `notes` is called `told` there
+FACTS = pa.schema(  # of facts.parquet: the fields of `Facts`
     {"width": pa.int32(), "height": pa.int32(), "mode": pa.string(), "format": pa.string()}
-    | {"bytes": pa.int64(), "told": pa.string(), "pixels_sha256": pa.string()}
+    | {"bytes": pa.int64(), "notes": pa.string(), "pixels_sha256": pa.string()}
 )
 DISK_CURE = "free disk space or set FINETUNE_SEARCH_CACHE to a folder on a larger disk"
 
@@ -198,7 +198,7 @@ def open_images(folder: Path) -> Pixels:
 
 def read_facts(folder: Path) -> pd.DataFrame:
     """Return the facts of `decode_all`, one row per image in their order, with the fields of `Facts` as columns."""
-    return pq.read_table(folder / "facts.parquet").to_pandas().rename(columns={"told": "notes"})
+    return pq.read_table(folder / "facts.parquet").to_pandas()
 
 
 def _decode_or_reason(file: str, image_size: int, fit: str, drop_colour: bool) -> Decoded | str:
