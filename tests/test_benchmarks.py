@@ -19,6 +19,7 @@ def run(script, *arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 def test_decoding_is_compared_with_the_library(folder, tmp_path):
     for file in folder.glob("*/*.png"):
         (tmp_path / "jpegs" / file.parent.name).mkdir(parents=True, exist_ok=True)

@@ -198,8 +198,8 @@ def test_what_was_told_of_images_is_a_line_a_kind(tmp_path):
     folder = draw_folder(tmp_path / "images", count=20)
     for name in ("003", "004"):
         (folder / "dark" / f"{name}.png").rename(folder / "dark" / f"{name}.jpg")
-    frames = Image.new("L", (40, 40), 200)
-    frames.save(folder / "light" / "005.jpg", format="GIF", save_all=True, append_images=[Image.new("L", (40, 40))])
+    frames = Image.linear_gradient("L")
+    frames.save(folder / "light" / "005.jpg", format="GIF", save_all=True, append_images=[Image.new("L", (256, 256))])
     plan = SearchPlan(name="x", data=str(folder))
     table, folders, *_ = load_checked(plan, [32])
     assert notes(table, read_facts(folders[32])) == [

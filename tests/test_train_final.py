@@ -87,6 +87,7 @@ def test_train_test_predict(best, folder, tmp_path):
         run(Flags(str(best)))
 
 
+@pytest.mark.slow
 def test_settings_can_be_changed(best):
     model = run(Flags(str(best / "best.yaml"), set=(("epochs=1", "unfreeze_depth=0"),)))
     document = yaml.safe_load((model / "config.yaml").read_text())

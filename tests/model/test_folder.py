@@ -183,6 +183,7 @@ def test_unreadable_files_are_told_and_the_rest_is_written(named, tmp_path, monk
         assert told.count(f"error: {name}: ") == 1
 
 
+@pytest.mark.slow
 def test_a_model_and_images_in_a_storage(named, bucket, tmp_path, monkeypatch, capfd):
     """What train_final.py says to type next for a run in a storage."""
     for folder, place in ((named, f"{bucket}/xray/model"), (tmp_path / "films", f"{bucket}/films")):

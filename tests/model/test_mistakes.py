@@ -81,6 +81,7 @@ def test_without_mistakes_nothing_is_said_of_maps():
     assert "activation maps" not in words  # none were made, and none failed
 
 
+@pytest.mark.slow
 @given(st.lists(st.text(min_size=1), min_size=2, max_size=4, unique=True))
 def test_any_name_is_text(names):
     page, found = made(names, names, maps=False)

@@ -93,6 +93,7 @@ def _open(path: Path, answer) -> None:
         answer.put(str(error))
 
 
+@pytest.mark.slow
 def test_a_second_writer_is_refused(journal, tmp_path):
     context = multiprocessing.get_context("spawn")
     answer = context.Queue()

@@ -129,6 +129,7 @@ def history(client, run):
     return [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, "val_loss")]
 
 
+@pytest.mark.slow
 def test_mlflow_has_a_parent_and_a_child_for_each_trial(store, record):
     tracker = MLflow(plan(), "id", [])
     for trial in record.trials.values():

@@ -255,6 +255,7 @@ def test_finalists_on_a_given_split_differ_by_seed_alone(judged, tmp_path, folde
     assert (both[0][:4] == both[1][:4]).all() and (both[0][4:] != both[1][4:]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"finalists": 0}, {"finalist_epochs": 11}, {"early_stopping": False}, {}])
 def test_no_finalists_where_they_are_not_wanted_or_do_not_fit(tmp_path, folder, settings):
     run = tmp_path / "run"
@@ -435,6 +436,7 @@ def test_trials_are_packed_once_one_has_been_measured(tmp_path, folder):
     assert search.record.trials["t00002"].gpus == 0.25
 
 
+@pytest.mark.slow
 def test_probes_come_first_count_as_no_trial_and_are_made_once(tmp_path, folder):
     parameters = PARAMETERS | {"backbone": {"type": "categorical", "choices": ["test_resnet", "test_vit"]}}
     fixed = {name: value for name, value in FIXED.items() if name != "backbone"}
@@ -457,6 +459,7 @@ def test_probes_come_first_count_as_no_trial_and_are_made_once(tmp_path, folder)
     assert list(read_table(run / "trials.parquet")["trial_id"])[5:] == ["t00003"]
 
 
+@pytest.mark.slow
 def test_what_another_run_knows_is_journalled_and_outlives_a_restart(tmp_path, folder):
     run = tmp_path / "run"
     make = make_run(

@@ -103,6 +103,7 @@ def test_a_stopped_trial_leaves_the_probabilities_of_its_best_epoch_and_so_does_
     check(given, "t1", second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [1, 4])
 def test_a_trial_that_goes_on_keeps_the_probabilities_of_an_epoch_before_its_checkpoint(given, before):
     whole = FinetuneTrial(given("whole"))
@@ -157,6 +158,7 @@ def test_a_trial_without_a_finite_loss_has_none(given):
     assert not predictions_file(given("t0")["run"], "t0").exists()
 
 
+@pytest.mark.slow
 def test_what_a_storage_did_not_take_is_sent_later(given, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(trial_module, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(transfer, "RETRY_SECONDS", 0.05)

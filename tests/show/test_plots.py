@@ -52,6 +52,7 @@ def test_a_thousand_classes_make_no_larger_picture(tmp_path):
         assert max(picture.size) < 6000
 
 
+@pytest.mark.slow
 def test_a_class_that_is_not_in_the_test_set(tmp_path):
     targets, probabilities = predictions(3, 30)
     write_plots(tmp_path, ["a", "b", "c"], np.where(targets == 2, 0, targets), probabilities, 1.0)

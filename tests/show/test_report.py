@@ -70,6 +70,7 @@ def test_markup_in_names_is_text(tmp_path):
     assert data(html)["trials"]["reason"][0].endswith(EVIL)
 
 
+@pytest.mark.slow
 def test_what_a_verdict_still_needs_can_be_typed(folder, tmp_path):
     """Where the run is now, and only what the search itself doesn't make."""
     html = page(make_run(tmp_path / "short", finalists=False))

@@ -271,6 +271,7 @@ def _logits_and_targets(draw):
     return logits, np.array(draw(st.permutations([index % classes for index in range(count)])))
 
 
+@pytest.mark.slow
 @given(_logits_and_targets())
 def test_scores_are_those_of_scikit_learn(example):
     logits, targets = example
@@ -283,6 +284,7 @@ def test_scores_are_those_of_scikit_learn(example):
     assert found["loss"] == pytest.approx(metrics.log_loss(targets, probabilities), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [0, 2, 5])
 def test_early_loss_is_measured_where_it_is_asked_for_and_changes_nothing(depth):
     plan = config(unfreeze_depth=depth, epochs=4)
@@ -292,7 +294,8 @@ def test_early_loss_is_measured_where_it_is_asked_for_and_changes_nothing(depth)
     assert all(row["early_loss"] is None for row, _ in plain)
 
 
-@pytest.mark.parametrize("after", [1, *(pytest.param(after, marks=pytest.mark.slow) for after in (2, 3))])
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [1, 2, 3])
 def test_early_loss_is_the_same_from_any_checkpoint(after):
     plan = config(epochs=4)
     whole = train(plan, early_loss_epochs=[1, 2, 3])

@@ -18,6 +18,7 @@ def config(**values):
     return TrialConfig(**{"backbone": "test_resnet", "image_size": 32, "batch_size": 8, "epochs": 2} | values)
 
 
+@pytest.mark.slow
 def test_a_used_model_trains_as_a_new_one_does():
     kept = Models()
     configs = [
