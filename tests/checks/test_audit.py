@@ -261,6 +261,7 @@ def test_pairs_are_cached_beside_the_decoded_images(films):
     assert (found["finding"].tolist(), again["finding"].tolist()) == (["near_duplicate"], ["look_alike"])
 
 
+@pytest.mark.slow
 @examples(10)
 @given(st.lists(st.sampled_from("pqrst"), min_size=24, max_size=24))
 def test_a_search_that_moves_has_no_group_in_two_splits(folder, groups):

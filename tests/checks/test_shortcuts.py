@@ -143,6 +143,7 @@ def test_of_many_images_some_are_tried():
     assert len(set(chosen.tolist())) == MOST_IMAGES and (np.diff(chosen) > 0).all()
 
 
+@pytest.mark.slow
 @examples(30)
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 9)), min_size=12, max_size=40))
 def test_folds_keep_units_whole_and_shuffling_keeps_blocks(rows):

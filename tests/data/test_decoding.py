@@ -403,6 +403,7 @@ def test_warnings_are_kept_quiet_in_threads_and_nothing_is_changed_outside(tmp_p
     assert warnings.filters == before
 
 
+@pytest.mark.slow
 @examples(200)
 @given(
     kind=st.sampled_from(KINDS),

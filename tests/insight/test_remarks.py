@@ -28,6 +28,7 @@ def make_judged(folder, sure):
     return chosen, remarks(folder, searched(run.trials), run.samples, chosen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sure", "better"), [(0.5, False), (0.97, True)])
 def test_a_trial_that_only_guesses_is_reported_on_the_page_too(tmp_path, sure, better):
     chosen, (baseline, calibration) = make_judged(tmp_path / "run", sure)

@@ -62,6 +62,7 @@ def journal(folder, events, more=b""):
         file.write(more)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_sent_is_fetched_unchanged(run, bucket, tmp_path):
     journal(run, 3, b'{"half')
     here = driver(run, f"{bucket}/xray")

@@ -267,6 +267,7 @@ def test_what_another_run_knows_guides_the_first_suggestions_and_is_outweighed()
     assert sum(2e-5 < rate < 5e-4 for rate in later) >= 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("url", ["sqlite:///{}/study.db", "{}/study.log"])
 def test_a_live_study_shows_every_trial(tmp_path, url):
     url = url.format(tmp_path)

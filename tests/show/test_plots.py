@@ -27,7 +27,7 @@ def predictions(classes, images, seed=0):
     ("names", "images"),
     [
         pytest.param(["dark", "light"], 40, id="two classes"),
-        pytest.param(ODD, 60, id="odd names"),
+        pytest.param(ODD, 60, id="odd names", marks=pytest.mark.slow),
         pytest.param(
             [f"class number {n}: {ODD[n % 4]}" for n in range(30)], 90, id="thirty classes", marks=pytest.mark.slow
         ),

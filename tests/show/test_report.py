@@ -81,6 +81,7 @@ def test_what_a_verdict_still_needs_can_be_typed(folder, tmp_path):
     assert "finalist_epochs" not in page(make_run(tmp_path / "unjudged", trials=100, finalists=False))
 
 
+@pytest.mark.slow
 def test_the_audit_is_shown_where_there_is_one(tmp_path):
     folder = make_run(tmp_path / "run", trials=1)
     assert 'id="audit"' not in page(folder)

@@ -107,6 +107,7 @@ def test_cached_derived_and_recomputed_outputs_and_losses_are_equal_to_the_bit(b
         assert [row["cache_hits"] for row, _ in again] == [len(data.train)] * epochs
 
 
+@pytest.mark.slow
 @on_each_device
 def test_a_trial_on_cached_outputs_trains_as_one_without(device, tmp_path, keep_all):
     """On CUDA within what autocast rounds: the cache keeps outputs in its type."""

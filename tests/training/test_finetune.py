@@ -147,6 +147,7 @@ def _models_with(backbone, seed=0):
     return models, models.get(backbone, classes=2, image_size=32, seed=seed, weights=None, device=CPU).model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighting", ["none", "balanced"])
 def test_out_of_memory_halves_the_micro_batch_and_trains_the_same(weighting):
     plan = config(
