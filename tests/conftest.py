@@ -30,8 +30,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests first, so that no core is idle at the end; others by file, for files share fixtures."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     for item in items:
+        slow = item.get_closest_marker("slow") is not None
         dear = [name for name in DEAR if name in item.fixturenames]
-        if dear or item.get_closest_marker("slow") is None:
+        if "bucket" in item.fixturenames and not slow:
+            item.add_marker(pytest.mark.xdist_group("storage"))  # one server for all
+        elif dear or not slow:
             item.add_marker(pytest.mark.xdist_group(" ".join([item.location[0], *dear])))
         if getattr(item.obj, "is_hypothesis_test", False):
             item.add_marker(pytest.mark.soak)

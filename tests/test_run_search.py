@@ -18,6 +18,7 @@ import pytest
 import tyro
 import yaml
 from PIL import Image
+from runs import make_run
 from shared import ONE_CORE, draw_folder
 
 from tuning.checks.audit import load_checked
@@ -29,6 +30,7 @@ from tuning.record.tables import make_tables, read_table
 from tuning.run_search import (
     Flags,
     _data,
+    _priors,
     _search,
     main,
     notes,
@@ -433,3 +435,10 @@ def test_help_shows_an_example_from_any_folder(tmp_path, command):
         env=os.environ | {"PYTHONPATH": ""},
     ).stdout
     assert f"python tuning/{command}" in said
+
+
+def test_another_run_to_learn_from_may_lie_in_a_storage(space, tmp_path, capsys):
+    make_run(tmp_path / "store" / "first")
+    plan = SearchPlan(name="second", warm_start=f"file://{tmp_path}/store/first")
+    assert _priors(plan, load(space)) == []
+    assert "outside this space, and are left out" in " ".join(capsys.readouterr().out.split())

@@ -318,7 +318,7 @@ def test_a_model_folder_works_alone(searched, folder, tmp_path, ensemble):
 
     # The card's own Python, as it stands there.
     told = (moved / "README.md").read_text()
-    (code,) = (part.partition("```")[0] for part in told.split("```python\n") if part.startswith("import numpy"))
+    (code,) = (part.partition("```")[0] for part in told.split("```python\n") if part.startswith("import os"))
     shutil.copy(table["path"][0], moved / "film.png")
     said = subprocess.run([sys.executable, "-c", code], cwd=moved, capture_output=True, text=True, check=True).stdout
     found = [float(word.strip("[]")) for word in said.split('"light"]')[1].split()]

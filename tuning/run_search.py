@@ -24,7 +24,7 @@ from tuning.insight import analysis
 from tuning.insight.best import write_best
 from tuning.insight.verdict import judge, val_over_train
 from tuning.record import tables
-from tuning.record.mirror import Mirror, mirrored
+from tuning.record.mirror import Mirror, borrowed, mirrored
 from tuning.record.storage import is_uri, isolated_nodes, joined, unreadable
 from tuning.record.track import check_installed, tracking
 from tuning.search.plans import claimed, new_plan, resumed_plan, write_run, write_yaml
@@ -255,7 +255,8 @@ def _priors(plan: SearchPlan, space: Space) -> list[Any]:
         return []
     from tuning.search.optimizer import read_priors
 
-    trials = tables.read_table(Path(plan.warm_start) / "trials.parquet")
+    with borrowed(plan.warm_start, without=("checkpoints/", "predictions/")) as run:
+        trials = tables.read_table(run / "trials.parquet")
     priors, outside = read_priors(trials, space, plan.metric, plan.warm_start_weight)
     without = f" ({outside} more are outside this space, and are left out)" if outside else ""
     console.print(f"warm start: {count(len(priors), 'trial')} of {plain(plan.warm_start)}{without}")

@@ -16,6 +16,7 @@ from pydicom.uid import (
     DigitalXRayImageStorageForPresentation,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
+    HTJ2KLossless,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGBaseline8Bit,
@@ -329,3 +330,36 @@ def test_tables_of_a_big_endian_file(tmp_path):
     voi[0].LUTData = curve.astype(">u2").tobytes()
     file = write(tmp_path / "v.dcm", RAMP, syntax=ExplicitVRBigEndian, VOILUTSequence=voi)
     assert abs(shown(file) - curve[RAMP] / 65_535 * 255).max() <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("elements", "wanted"),
+    [
+        ({"RescaleSlope": None, "RescaleIntercept": None}, RAMP),
+        ({"VOILUTSequence": [item(LUTExplanation="Normal")]}, RAMP),
+        ({"ModalityLUTSequence": lookup_table(np.arange(4096) // 2, 12)}, RAMP // 2),
+    ],
+)
+def test_what_is_empty_is_passed_over(tmp_path, elements, wanted):
+    file = write(tmp_path / "x.dcm", RAMP, WindowCenter=1000, WindowWidth=2000, **elements)
+    assert abs(shown(file) - window(wanted.astype(float), 1000, 2000).clip(0, 255)).max() <= 0.5
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+@pytest.mark.parametrize("without", ["transfer syntax", "header"])
+def test_a_file_may_lack_its_transfer_syntax_or_its_header(tmp_path, syntax, without):
+    file = Path(write(tmp_path / "x.dcm", RAMP, syntax=syntax, WindowCenter=2000, WindowWidth=4000))
+    whole = file.read_bytes()
+    place = whole.index(b"\x02\x00\x00\x00UL") + 8
+    length = int.from_bytes(whole[place : place + 4], "little")
+    at = whole.index(b"\x02\x00\x10\x00UI")
+    size = 8 + int.from_bytes(whole[at + 6 : at + 8], "little")
+    shorter = whole[:place] + (length - size).to_bytes(4, "little") + whole[place + 4 : at] + whole[at + size :]
+    file.write_bytes(whole[place + 4 + length :] if without == "header" else shorter)
+    assert abs(shown(str(file)) - window(RAMP.astype(float), 2000, 4000)).max() <= 0.5
+
+
+def test_the_cure_of_a_compression_names_what_decodes_it(tmp_path):
+    with pytest.raises(InputError, match="High-Throughput") as caught:
+        decode(write(tmp_path / "x.dcm", RAMP, syntax=HTJ2KLossless, compressed=bytes(64)), 32)
+    assert "pylibjpeg" in str(caught.value) and "python-gdcm" not in str(caught.value)

@@ -257,6 +257,13 @@ def test_a_number_of_two_spellings_is_one_patient_and_one_class(files, rows):
     assert (samples.groupby("group")["split"].nunique() == 1).all()
 
 
+def test_text_that_is_stored_as_bytes_is_text(files):
+    """As Spark and Impala write it."""
+    rows = [{"path": f"{number:02d}.png".encode(), "label": "äb"[number % 2].encode()} for number in range(20)]
+    pd.DataFrame(rows).to_parquet(files / "bytes.parquet")
+    assert set(load_samples(str(files / "bytes.parquet"))["label"]) == {"ä", "b"}
+
+
 def test_long_lists_are_cut_to_five(files):
     rows = [{"path": f"gone{number}.png", "label": "ab"[number % 2]} for number in range(9)]
     [found] = faults(write_csv(files / "gone.csv", rows))

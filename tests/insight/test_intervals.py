@@ -88,6 +88,21 @@ def test_a_class_that_the_test_set_lacks_has_no_figures():
     assert found["balanced_accuracy"] is not None and found["balanced_accuracy_95"] is not None
 
 
+@pytest.mark.parametrize(("classes", "each"), [(60, 2), (120, 3), (8, 1), (3, 20)])
+def test_an_interval_holds_its_figure_and_has_a_width_or_is_none(classes, each):
+    """Few of the samples have all of many small classes, and their macro AUROC is that of other classes."""
+    rng = np.random.default_rng(1)
+    targets = np.repeat(np.arange(classes), each)
+    logits = rng.normal(size=(len(targets), classes))
+    logits[np.arange(len(targets)), targets] += 1.5
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    found = measure(probabilities, targets, np.arange(len(targets)), tuple(map(str, range(classes))))
+    for name in ("accuracy", "balanced_accuracy", "auroc"):
+        interval = found[f"{name}_95"]
+        assert interval is None or (interval[0] <= found[name] <= interval[1] and interval[1] - interval[0] > 1e-6)
+    assert (found["auroc_95"] is None) == (classes > 3)
+
+
 def test_intervals_of_a_mean():
     rng = np.random.default_rng(0)
     values = rng.normal(size=30)

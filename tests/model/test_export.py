@@ -11,7 +11,7 @@ from shared import make_data
 from torch import nn
 
 from tuning.insight.calibration import tempered
-from tuning.model.export import Classifier, export
+from tuning.model.export import Classifier, _reason, export
 from tuning.model.final import Final
 from tuning.settings.config import TrialConfig
 from tuning.training import backbones
@@ -88,3 +88,15 @@ def test_a_failed_export_is_reported(tmp_path, capsys):
     result = export(tmp_path / "model.onnx", final, {32: DATA[32]}, temperature=1.0, described={})
     assert result["error"] and not list(tmp_path.iterdir())
     assert "model.onnx could not be exported" in capsys.readouterr().err
+
+
+def test_the_reason_of_a_failed_export_is_its_cause():
+    cause = ValueError("only 4D queries are supported\nTraceback")
+    try:
+        try:
+            raise cause
+        except ValueError as error:
+            raise RuntimeError("\x1b[96mFailed to convert\x1b[0m\nNext steps:") from error
+    except RuntimeError as error:
+        assert _reason(error) == "ValueError: only 4D queries are supported"
+    assert _reason(RuntimeError("\x1b[96mno\x1b[0m way")) == "RuntimeError: no way"

@@ -7,11 +7,11 @@ import pytest
 from runs import make_audit, make_run
 
 from tuning.record.journal import Journal, read_record
-from tuning.record.tables import make_tables, write_tables
+from tuning.record.tables import make_tables, read_table, write_tables
 from tuning.report import Flags
 from tuning.report import run as run_report
 from tuning.settings.config import InputError
-from tuning.show import report
+from tuning.show import frames, report
 from tuning.show.sections import AUDIT_ROWS, read
 
 LIMIT = 6_000_000  # bytes of a report
@@ -211,3 +211,8 @@ def test_a_report_that_fails_is_told_once_and_ends_nothing(tmp_path, capsys):
         refresh()
     said = capsys.readouterr().err
     assert said.count("report.html could not be written (InputError") == 1 and "no plan.yaml" in said
+
+
+def test_early_stopping_that_saved_nothing_is_said_in_words(folder):
+    trials = read_table(folder / "trials.parquet").assign(epochs=8)
+    assert frames.early_stopping(trials, 8) == "Early stopping ended no trial before its last epoch."

@@ -26,15 +26,30 @@ def read(stream: BinaryIO) -> "Dataset":
         cure = "pip install pydicom python-gdcm, or this package with the extra `dicom`"
         raise InputError(f"is a DICOM file, which needs pydicom; {cure}") from None
 
-    dataset = dcmread(stream)
+    dataset = dcmread(stream, force=True)  # also without the preamble and header, as PACS and old tools write
     if "PixelData" not in dataset:
         kind = dataset["SOPClassUID"].value.name if "SOPClassUID" in dataset else "of unknown class"
         raise InputError(f"is a DICOM file without an image ({kind}); leave it out")
+    if "TransferSyntaxUID" not in dataset.file_meta:
+        dataset.file_meta.TransferSyntaxUID = _uncompressed_syntax(dataset)
     syntax = dataset.file_meta.TransferSyntaxUID
-    if not get_decoder(syntax).is_available:
-        cure = "pip install python-gdcm, or store it uncompressed"
+    decoder = get_decoder(syntax)
+    if not decoder.is_available:
+        missing = " ".join(decoder.missing_dependencies)
+        packages = "python-gdcm" if "gdcm" in missing else "pylibjpeg pylibjpeg-openjpeg pylibjpeg-libjpeg"
+        cure = f"pip install {packages}, or store it uncompressed"
         raise InputError(f"is a DICOM file whose pixels are compressed as {syntax.name}; {cure}")
     return dataset
+
+
+def _uncompressed_syntax(dataset: "Dataset") -> str:
+    """Return the transfer syntax of a file that doesn't name one, as pydicom has found it."""
+    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+    implicit, little = dataset.original_encoding
+    if implicit:
+        return str(ImplicitVRLittleEndian)
+    return str(ExplicitVRLittleEndian if little else ExplicitVRBigEndian)
 
 
 def mode(dataset: "Dataset") -> str:
@@ -59,6 +74,7 @@ def show(dataset: "Dataset") -> tuple[Image.Image, list[str]]:
     if dataset.PhotometricInterpretation == "MONOCHROME2" and dataset.get("PresentationLUTShape") == "INVERSE":
         notes.append("has an inverse presentation LUT beside MONOCHROME2: viewers differ, it is shown as it is stored")
     _take_from_functional_groups(dataset)
+    _drop_what_is_empty(dataset)
     _make_palette_little_endian(dataset)
     pixels = _stored_bits(dataset)
     if mode(dataset) == "P":
@@ -88,6 +104,22 @@ def _take_from_functional_groups(dataset: "Dataset") -> None:
             for macro in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
                 for item in (group.get(macro) or [])[:1]:
                     dataset.update({element.tag: element for element in item})
+
+
+def _drop_what_is_empty(dataset: "Dataset") -> None:
+    """Drop empty elements and lookup tables, which viewers pass over; call a modality LUT of 12 bits one of 16."""
+    for name in ("RescaleSlope", "RescaleIntercept"):
+        if name in dataset and dataset[name].value in (None, ""):
+            del dataset[name]
+    for name in ("VOILUTSequence", "ModalityLUTSequence"):
+        whole = [item for item in dataset.get(name) or [] if item.get("LUTDescriptor") and item.get("LUTData")]
+        if name in dataset:
+            del dataset[name]
+        if whole:
+            setattr(dataset, name, whole)
+    for item in dataset.get("ModalityLUTSequence") or []:
+        entries, first, bits = item.LUTDescriptor
+        item.LUTDescriptor = [entries, first, 16 if 8 < bits < 16 else bits]  # of storage only: pydicom refuses others
 
 
 def _make_palette_little_endian(dataset: "Dataset") -> None:

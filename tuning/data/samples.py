@@ -255,6 +255,8 @@ def _cell_text(value: Any) -> str | None:
     # pandas makes a column of whole numbers with a gap one of floats: patient 123 must not become 123.0.
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
+    if isinstance(value, bytes):  # as Spark and Impala store text
+        value = value.decode("utf-8", "backslashreplace")
     return str(value).strip() or None
 
 

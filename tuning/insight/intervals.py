@@ -9,7 +9,9 @@ from scipy.special import stdtrit
 from tuning.insight.calibration import Floats, Ints, calibration_error, logarithms
 
 DRAWS, SEED = 2000, 0  # of the bootstrap
+NO_WIDTH = 1e-6
 CHUNK = 100  # draws at once, to bound memory
+LEAST_DEFINED = 0.9  # of the draws in which a metric has a value, for an interval: others lack a class
 TAIL = 0.025  # probability beyond each end of a 95% confidence interval
 
 
@@ -51,6 +53,7 @@ def measure(probabilities: Floats, targets: Ints, groups: Ints, classes: tuple[s
 
     Intervals are percentiles of 2,000 bootstrap samples of groups (Efron and Tibshirani 1993). If a metric is 0 or 1 in
     every sample, the exact binomial interval (Clopper and Pearson 1934) for the number of its groups replaces them.
+    If more than a tenth of the samples lack a class that the metric needs, there is none (None).
 
     Args:
         probabilities: [n, classes].
@@ -68,7 +71,8 @@ def measure(probabilities: Floats, targets: Ints, groups: Ints, classes: tuple[s
         for place, name in enumerate(names, first):
             known = not np.isnan(found[place])
             result[name] = float(found[place]) if known else None
-            result[f"{name}_95"] = _widened(low[place], high[place], observations[place]) if known else None
+            ends = float(low[place]), float(high[place])
+            result[f"{name}_95"] = _interval(result[name], *ends, observations[place]) if known else None
         return result
 
     k = len(classes)
@@ -133,9 +137,10 @@ def _percentiles(probabilities: Floats, targets: Ints, groups: Ints) -> tuple[Fl
         times = np.bincount(chosen.ravel(), minlength=CHUNK * count).reshape(CHUNK, count)
         draws.append(_figures(times[:, groups].astype(np.float64), probabilities, targets))
     values = np.concatenate(draws)
-    values[:, np.isnan(values).all(axis=0)] = 0.0  # undefined; numpy would warn
-    low, high = np.nanquantile(values, (TAIL, 1 - TAIL), axis=0)
-    return low, high
+    defined = (~np.isnan(values)).mean(axis=0) >= LEAST_DEFINED
+    ends = np.full((2, len(defined)), np.nan)
+    ends[:, defined] = np.nanquantile(values[:, defined], (TAIL, 1 - TAIL), axis=0)
+    return ends[0], ends[1]
 
 
 def _observations(targets: Ints, groups: Ints, classes: int) -> list[int]:
@@ -148,9 +153,14 @@ def _observations(targets: Ints, groups: Ints, classes: int) -> list[int]:
     return [len(np.unique(groups)), least, min(rarer), *each]
 
 
-def _widened(low: float, high: float, groups: int) -> list[float]:
-    """Replace an interval of no width at 0 or 1 by that of Clopper and Pearson for `groups` equal observations."""
+def _interval(value: float, low: float, high: float, groups: int) -> list[float] | None:
+    """Return an interval that holds the value and has a width, or None.
+
+    One of no width at 0 or 1 becomes that of Clopper and Pearson for `groups` equal observations.
+    """
     beyond = 1 - TAIL ** (1 / groups)
     if low == high == 1.0:
-        return [1 - beyond, 1.0]
-    return [0.0, beyond] if low == high == 0.0 else [float(low), float(high)]
+        low = 1 - beyond
+    elif low == high == 0.0:
+        high = beyond
+    return [low, high] if low <= value <= high and high - low > NO_WIDTH else None  # NaN compares as false

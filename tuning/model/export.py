@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -64,10 +65,18 @@ def export(
             raise RuntimeError(f"its probabilities differ from PyTorch's by {difference:.2g}")
     except Exception as error:
         path.unlink(missing_ok=True)
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        reason = _reason(error)
         print(f"{path.name} could not be exported ({reason}); the model is complete without it", file=sys.stderr)
         return {"error": reason}
     return {"largest_difference": difference, "images": len(wanted)}
+
+
+def _reason(error: BaseException) -> str:
+    """Return what failed, in a line: torch wraps it in errors that tell its developers what to do next."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    return f"{type(error).__name__}: {text.partition(chr(10))[0]}"
 
 
 def write_onnx(path: Path, final: Final, temperature: float, described: Mapping[str, Any]) -> None:

@@ -83,7 +83,7 @@ def _print_test(tested: dict[str, Any], reading: dict[str, Any]) -> None:
 def _figures(values: dict[str, Any], *names: str) -> str:
     parts = []
     for name in names:
-        interval = "" if values[name] is None else " ({:.3f} to {:.3f})".format(*values[f"{name}_95"])
+        interval = "" if values[f"{name}_95"] is None else " ({:.3f} to {:.3f})".format(*values[f"{name}_95"])
         number = "-" if values[name] is None else f"{values[name]:.3f}"
         parts.append(f"{name.replace('_', ' ').replace('auroc', 'AUROC')} {number}{interval}")
     return "  ".join(parts)

@@ -97,6 +97,9 @@ def start_ray(plan: SearchPlan) -> list[Node]:
         options["runtime_env"] = {"py_modules": [str(package)]}
     else:
         environment["RAY_AUTH_TOKEN"] = TOKEN
+        # Even without a dashboard and with usage statistics off, its process asks three clouds' metadata services who
+        # they are, one of them by name.
+        ray._private.services.start_api_server = lambda *given, **named: (None, None)
         options["address"] = "local"  # else Ray joins the cluster last started on this machine
         cores = os.cpu_count() or 1
         if cores <= MOST_PRELOADING and 2 * min(plan.concurrent or cores, plan.trials) >= cores:

@@ -68,6 +68,8 @@ def early_stopping(trials: pd.DataFrame, epochs: int) -> str:
     """Say what early stopping saved of the planned `epochs` per trial, in GPU time if the trials ran on GPUs."""
     column, kind = ("gpu_seconds", "GPU time") if trials["gpu_seconds"].sum() > 0 else ("seconds", "training")
     rows = analysis.savings(trials.assign(seconds=trials[column]), epochs)
+    if not rows["epochs_saved"].sum():
+        return "Early stopping ended no trial before its last epoch."
     saved, spent = rows["seconds_saved"].sum(), trials[column].sum()
     share = saved / max(saved + spent, 1e-9)
     saved_epochs = count(int(rows["epochs_saved"].sum()), "epoch")
