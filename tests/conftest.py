@@ -28,13 +28,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist's own hook reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests first, so that no core is idle at the end; others by file, for files share fixtures."""
+    for item in items:
+        if getattr(item, "callspec", None) and item.callspec.params.get("bucket") == "s3":
+            item.add_marker(pytest.mark.slow)  # its server takes seconds to start
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     for item in items:
-        slow = item.get_closest_marker("slow") is not None
         dear = [name for name in DEAR if name in item.fixturenames]
-        if "bucket" in item.fixturenames and not slow:
-            item.add_marker(pytest.mark.xdist_group("storage"))  # one server for all
-        elif dear or not slow:
+        if dear or item.get_closest_marker("slow") is None:
             item.add_marker(pytest.mark.xdist_group(" ".join([item.location[0], *dear])))
         if getattr(item.obj, "is_hypothesis_test", False):
             item.add_marker(pytest.mark.soak)
