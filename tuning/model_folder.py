@@ -118,13 +118,13 @@ def named_images(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _below(folder: str) -> list[str]:
     """Return the images below a folder, by suffix or first bytes; how many other files there are is printed."""
-    images, others = [], []
+    images: list[str] = []
+    others: list[str] = []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        shown = [os.path.join(place, name) for name in names if not name.startswith(".")]
-        named = {os.path.join(place, name) for name in _images(names)}
-        images += [file for file in shown if file in named or is_image(file)]
-        others += [file for file in shown if file not in named and not is_image(file)]
+        for file in (os.path.join(place, name) for name in names if not name.startswith(".")):
+            known = os.path.splitext(file)[1].lower() in FORMATS or is_image(file)
+            (images if known else others).append(file)
     if others:
         what = f"{count(len(others), 'file')} (no images), such as {visible(os.path.basename(min(others)))}"
         print(f"{visible(folder)}: left out: {what}", file=sys.stderr)
