@@ -34,6 +34,7 @@ def given_by_ray(run, images, *, early_loss_epochs):
         "run": str(run),
         "images": {"32": str(images)},
         "weights": {"test_resnet": None},
+        "digests": {},
         "features": str(Path(run).with_name("features")),
         "cache_bytes": 0,
         "threads": 1,

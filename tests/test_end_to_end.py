@@ -208,10 +208,14 @@ STRACE = shutil.which("strace")
 TRACE = [STRACE, "-f", "--seccomp-bpf", "-qqq", "-e", "signal=none", "-e", "trace=connect"]
 
 
+TRIALS = 20 if SOAK else 8
+
+
+@pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_the_default_search_on_generated_radiographs(tmp_path, monkeypatch):
-    """No flags, no network, another folder: a search, a final model, a prediction. Nothing is left below HOME but the
-    cache, and no name is looked up: the libraries' telemetry is off."""
+    """No flags (but fewer trials, unless it is the soak run), no network, another folder: a search, a final model, a
+    prediction. Nothing is left below HOME but the cache, and no name is looked up: the libraries' telemetry is off."""
     home, trace = tmp_path / "home", tmp_path / "trace.txt"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
@@ -230,13 +234,13 @@ def test_the_default_search_on_generated_radiographs(tmp_path, monkeypatch):
         words = [*TRACE, "-A", "-o", str(trace), *words] if STRACE else words
         return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
 
-    done = traced("run_search.py")
+    done = traced("run_search.py", *([] if SOAK else ["--trials", TRIALS]))
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "results").iterdir()
     trials = read_table(run / "trials.parquet")
     assert list(trials["origin"]).count("probe") == 3
     trials = trials[trials["origin"] != "probe"]
-    assert len(trials) == 20 and trials["status"].isin(FINAL).all() and not (trials["status"] == "failed").any()
+    assert len(trials) == TRIALS and trials["status"].isin(FINAL).all() and not (trials["status"] == "failed").any()
     assert {"completed", "stopped"} <= set(trials["status"])
     top = trials.loc[trials["val_loss"].idxmin()]
     best = yaml.safe_load((run / "best.yaml").read_text())

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import timm
+import torch
 import tyro
 import yaml
 from PIL import Image
@@ -42,6 +44,7 @@ from tuning.search.plans import check_new, claimed, write_run
 from tuning.settings.config import RESUME_MAY_CHANGE, InputError, SearchPlan
 from tuning.settings.space_file import load
 from tuning.show import report
+from tuning.training.weights import digests
 
 ROOT = Path(__file__).parent.parent
 SPACE = {
@@ -222,7 +225,7 @@ def test_more_gpus_than_there_are(space, folder, on_shared_ray):
 
 
 def test_a_run_once_made_is_not_touched(space, folder, tmp_path):
-    plan = SearchPlan(name="once", data=str(folder), space=space, trials=2, epochs=2)
+    plan = SearchPlan(name="once", data=str(folder), space=space, trials=2, epochs=2, weights="random")
     (tmp_path / "results").mkdir()
     run_folder = tmp_path / "results" / "once"
     write_run(run_folder, plan, load(space), *checked(plan))
@@ -234,7 +237,8 @@ def test_a_run_once_made_is_not_touched(space, folder, tmp_path):
     edited = SPACE | {"fixed": SPACE["fixed"] | {"batch_size": 16}}
     Path(space).write_text(yaml.safe_dump(edited))
     assert "can't change the space" in faults(resume=True, name="once", space=space)[0]
-    assert "can't change data" in faults(resume=True, name="once", data=str(tmp_path))[0]
+    other = draw_folder(tmp_path / "other", count=20)
+    assert "20 images are not there (dark/020.png," in faults(resume=True, name="once", data=str(other))[0]
     assert {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()} == before
     recorded = yaml.safe_load((run_folder / "plan.yaml").read_text())
     assert recorded["settings"]["trials"] == 2 and recorded["settings"]["patience"] == 5
@@ -262,7 +266,7 @@ def test_a_run_of_a_version_without_a_setting_goes_on_where_the_default_is_what_
     run_folder = tmp_path / "results" / "older"
     write_run(run_folder, plan, load(space), *checked(plan))
     recorded = yaml.safe_load((run_folder / "plan.yaml").read_text())
-    for key in set(RESUME_MAY_CHANGE) - {"trials"}:
+    for key in set(RESUME_MAY_CHANGE) - {"trials", "data"}:
         del recorded["settings"][key]
     (run_folder / "plan.yaml").write_text(yaml.safe_dump(recorded))
     again, *_ = planned(Flags(name="older", resume=True))
@@ -283,7 +287,7 @@ def test_a_password_is_used_but_not_kept(space, folder, tmp_path):
     verdict = Verdict("not enough runs", "t00000", "the best of the search")
     record = Record({"t00000": Trial("t00000", 0, "start", {}, {"backbone": "test_resnet"})})
     nothing = make_tables(Record(), "val_loss")["trials"].to_pandas()
-    write_best(run_folder, plan, record.trials["t00000"], nothing, verdict, "f" * 64)
+    write_best(run_folder, plan, record.trials["t00000"], nothing, verdict, {"fingerprint": "f" * 64})
     assert {"plan.yaml", "best.yaml"} <= {path.name for path in run_folder.iterdir()}
     assert not [path for path in run_folder.iterdir() if b"geheim" in path.read_bytes()]
     again, *_ = planned(Flags(name="secret", resume=True))
@@ -370,6 +374,49 @@ def test_a_run_whose_data_has_changed_does_not_go_on(space, tmp_path):
     write_run(tmp_path / "results" / "changed", plan, load(space), *checked(plan))
     Image.new("L", (40, 40)).save(folder / "dark" / "000.png")
     assert "has changed since changed started" in faults(resume=True, name="changed")[0]
+
+
+def test_a_run_whose_weights_have_changed_does_not_go_on(space, tmp_path, folder, capsys):
+    (tmp_path / "weights").mkdir()
+    file = tmp_path / "weights" / "test_resnet.pth"
+    torch.save(timm.create_model("test_resnet").state_dict(), file)
+    plan = SearchPlan(name="changed", data=str(folder), space=space, weights=str(file.parent))
+    (tmp_path / "results").mkdir()
+    run_folder = tmp_path / "results" / "changed"
+    write_run(run_folder, plan, load(space), *checked(plan), digests({"test_resnet": file}))
+    recorded = yaml.safe_load((run_folder / "plan.yaml").read_text())
+    recorded["provenance"]["packages"]["timm"] = "0.9.0"
+    (run_folder / "plan.yaml").write_text(yaml.safe_dump(recorded))
+    resumed = Flags(resume=True, name="changed")
+    with pytest.raises(pytest.fail.Exception, match="before Ray was needed"):  # all is as it was
+        without_ray(resumed)
+    assert f"other versions than when the run started: timm {timm.__version__} (was 0.9.0)" in capsys.readouterr().out
+    torch.save(timm.create_model("test_resnet").state_dict(), file)
+    assert "the pretrained weights of test_resnet have changed since changed started" in faults(**vars(resumed))[0]
+
+
+@pytest.mark.slow
+def test_a_finite_space_is_tried_once_and_moved_images_are_found(space, tmp_path, capsys, on_shared_ray):
+    depth = {"unfreeze_depth": {"type": "categorical", "choices": [0, 1, "all"]}}
+    short = SPACE["search"] | {"probe": False, "finalists": 0, "epochs": 1}
+    finite = {"parameters": depth, "start": [], "search": short}
+    Path(space).write_text(yaml.safe_dump(SPACE | finite))
+    images = draw_folder(tmp_path / "images", count=12)
+    assert run(Flags(space=space, data=str(images), name="finite", trials=5)) == 0
+    said = capsys.readouterr().out
+    assert "the space has 3 configurations in all: the search ends when each has been tried once" in said
+    trials = read_table(tmp_path / "results" / "finite" / "trials.parquet")
+    assert sorted(trials["config_unfreeze_depth"]) == [0, 1, 5]
+
+    images.rename(tmp_path / "moved")
+    missing = faults(resume=True, name="finite")[0]
+    assert "000.png: is missing" in missing and "the images were moved to by --data" in missing
+    assert run(Flags(resume=True, name="finite", data="moved")) == 0
+    samples = read_table(tmp_path / "results" / "finite" / "samples.parquet")
+    assert samples["file"].str.startswith(str(tmp_path / "moved")).all()
+    assert yaml.safe_load((tmp_path / "results" / "finite" / "plan.yaml").read_text())["settings"]["data"] == str(
+        tmp_path / "moved"
+    )
 
 
 def test_no_permission_to_write():

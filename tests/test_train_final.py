@@ -193,6 +193,26 @@ def test_generated_images_are_drawn_anew_where_they_are_not(tmp_path, cache):
 
 
 @pytest.mark.slow
+def test_images_that_were_moved_are_the_same_data_and_weights_that_changed_are_refused(tmp_path):
+    images = draw_folder(tmp_path / "images", count=15)
+    best = make_best(tmp_path / "run", images)
+    images.rename(tmp_path / "moved")
+    with pytest.raises(InputError, match=r"is missing; .* moved to by --data"):
+        run(Flags(str(best)))
+    path = best / "best.yaml"
+    document = yaml.safe_load(path.read_text())
+    document["provenance"] |= {"weights": {"test_resnet": "0" * 64}, "packages": {"timm": "0.9.0"}}
+    path.write_text(yaml.safe_dump(document))
+    moved = {"data": str(tmp_path / "moved")}
+    with pytest.raises(InputError, match="the pretrained weights of test_resnet have changed since the search"):
+        run(Flags(str(best), **moved, set=(("epochs=1",),)))
+    run(Flags(str(best), **moved, set=(("epochs=1", "weights=random"),)))
+    splits = read_table(best / "samples.parquet").set_index("path")["split"]
+    tested = read_table(best / "model" / "predictions.parquet")
+    assert set(tested["path"]) == set(splits.index[splits == "test"])
+
+
+@pytest.mark.slow
 def test_other_data_in_another_shape_is_another_test_set(best, tmp_path):
     run(Flags(str(best), set=(("epochs=1",),)))
     (best / "model").rename(best / "before")

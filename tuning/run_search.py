@@ -20,6 +20,7 @@ import tyro
 
 from tuning.checks.audit import Checked, load_checked
 from tuning.data.images import parallel_map, read_facts
+from tuning.data.samples import elsewhere
 from tuning.insight import analysis
 from tuning.insight.best import write_best
 from tuning.insight.verdict import judge, val_over_train
@@ -27,12 +28,21 @@ from tuning.record import tables
 from tuning.record.mirror import Mirror, borrowed, mirrored
 from tuning.record.storage import is_uri, isolated_nodes, joined, unreadable
 from tuning.record.track import check_installed, tracking
-from tuning.search.plans import claimed, new_plan, resumed_plan, write_run, write_yaml
+from tuning.search.plans import (
+    claimed,
+    new_plan,
+    other_packages,
+    resumed_plan,
+    within,
+    without_effect,
+    write_run,
+    write_yaml,
+)
 from tuning.settings.command_line import DONE, INTERRUPTED, NO_FINITE_LOSS, Pairs, command_line, exit_code, flag
-from tuning.settings.config import InputError, SearchPlan, without_secrets
+from tuning.settings.config import SAMPLE_SETTINGS, InputError, SearchPlan, without_secrets
 from tuning.settings.documents import read_plan
-from tuning.settings.space import Space, backbones, image_sizes
-from tuning.settings.words import count
+from tuning.settings.space import Space, backbones, image_sizes, sizes_of_backbones
+from tuning.settings.words import count, examples
 from tuning.show.progress import Progress, console, plain
 from tuning.show.report import refresher, write_or_warn
 
@@ -60,8 +70,8 @@ class Flags:
     concurrent: Annotated[int | None, flag("concurrent", "N")] = None
     storage: Annotated[str | None, flag("storage", "FOLDER|URI")] = None
     resume: bool = False
-    """Resume the run that --name gives. Only trials, resources, finalist_epochs, the two time limits and tracking
-    can be changed."""
+    """Resume the run that --name gives. Only trials, resources, finalist_epochs, the two time limits, tracking and
+    the place of the same data can be changed."""
     early_stopping: bool = True
     """End trials early. With --no-early-stopping only a non-finite loss ends one; there are no probes or finalists."""
     set: Annotated[Pairs, tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
@@ -93,6 +103,12 @@ def _started(plan: SearchPlan, space: Space, folder: Path, resumed: bool) -> int
     check_installed(plan.track)
     trials, epochs = count(plan.trials, "trial"), count(plan.epochs, "epoch")
     console.print(f"[bold]{plan.name}[/bold]: {trials} of up to {epochs}, space {plain(plan.space)}")
+    if (bounded := within(space, plan)).trials < plan.trials:
+        all_of_it = count(bounded.trials, "configuration")
+        console.print(f"  the space has {all_of_it} in all: the search ends when each has been tried once")
+        plan = bounded
+    for words in without_effect(space, plan):
+        console.print(f"  {words}")
 
     # Ray starts in the background. It and torch take seconds to load, so wrong flags are reported before.
     from tuning.search.cluster import ray_running
@@ -113,8 +129,8 @@ def _search(plan: SearchPlan, space: Space, folder: Path, mirror: Mirror | None,
     from tuning.search.driver import Search
     from tuning.search.optimizer import check_study
     from tuning.show.summary import summarize
-    from tuning.training.backbones import build
-    from tuning.training.weights import find_weights
+    from tuning.training.backbones import check
+    from tuning.training.weights import digests, find_weights
 
     # Load and check. Nothing is written until all of it has been checked.
     weights = find_weights(backbones(space), plan.weights)
@@ -124,14 +140,14 @@ def _search(plan: SearchPlan, space: Space, folder: Path, mirror: Mirror | None,
     priors = [] if journal.exists() and journal.stat().st_size else _priors(plan, space)
     joining = "RAY_ADDRESS" in os.environ  # else Ray starts on this machine, while images are decoded
     spread = joining and _all_nodes_read(plan, nodes)
-    recorded = tables.read_table(folder / "samples.parquet") if resumed else None
+    recorded = _recorded_samples(folder, plan) if resumed else None
     data = _data(plan, space, recorded, map=cluster_map if spread else parallel_map)
-    if resumed and read_plan(folder)["provenance"]["fingerprint"] != data.fingerprint:
-        cure = "restore it, or start a new run under another --name"
-        raise InputError(f"--resume: the data ({plan.data}) has changed since {plan.name} started; {cure}")
-    size = image_sizes(space)[0]
+    of_weights = digests(weights)
+    if resumed:
+        _check_unchanged(plan, read_plan(folder)["provenance"], data.fingerprint, of_weights)
+    sizes = sizes_of_backbones(space)
     for backbone, file in weights.items():  # finds a damaged file or an impossible image size before the trials do
-        build(backbone, classes=2, image_size=size, head_dropout=0.0, seed=0, weights=file)
+        check(backbone, sizes[backbone], file)
 
     # Search.
     nodes()  # waits for Ray
@@ -141,9 +157,12 @@ def _search(plan: SearchPlan, space: Space, folder: Path, mirror: Mirror | None,
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     resources = slots(plan, nodes(), grows=joining)
     if resumed:
-        write_yaml(folder / "plan.yaml", read_plan(folder) | {"settings": plan.model_dump()})
+        recorded_plan = read_plan(folder)
+        if plan.data != recorded_plan["settings"]["data"]:
+            tables.write_tables({"samples": tables.samples_table(data.samples)}, folder)
+        write_yaml(folder / "plan.yaml", recorded_plan | {"settings": plan.model_dump()})
     else:
-        write_run(folder, plan, space, data.samples, data.audit, data.fingerprint)
+        write_run(folder, plan, space, data.samples, data.audit, data.fingerprint, of_weights)
         if mirror is not None:
             mirror.push_first()
     varies = resources.packed or resources.waiting
@@ -160,6 +179,7 @@ def _search(plan: SearchPlan, space: Space, folder: Path, mirror: Mirror | None,
         folder,
         images=data.folders,
         weights=weights,
+        digests=of_weights,
         resources=resources,
         show=show,
         priors=priors,
@@ -183,7 +203,7 @@ def _search(plan: SearchPlan, space: Space, folder: Path, mirror: Mirror | None,
     judged, verdict = judge(trials, plan.metric, val_over_train=val_over_train(data.samples))
     tables.write_tables({"finalists": pa.Table.from_pandas(judged, schema=tables.FINALISTS)}, folder)
     if verdict.trial_id is not None:
-        write_best(folder, plan, search.record.trials[verdict.trial_id], trials, verdict, data.fingerprint)
+        write_best(folder, plan, search.record.trials[verdict.trial_id], trials, verdict, provenance)
     place, since = joined(plan.storage, plan.name), search.started_wall_s
     summarize(folder, place, plan, verdict, judged, halted=search.halted, slots=concurrent, since=since)
     if (report := write_or_warn(folder)) is not None:
@@ -238,6 +258,30 @@ def _data(plan: SearchPlan, space: Space, recorded: pd.DataFrame | None, map: Ca
     for note in [*notes(data.samples, read_facts(next(iter(data.folders.values())))), *data.messages]:
         console.print(f"  {plain(note)}")
     return data
+
+
+def _recorded_samples(folder: Path, plan: SearchPlan) -> pd.DataFrame:
+    """Return the samples of a run to resume, with the files of the place that --data gives anew."""
+    recorded = tables.read_table(folder / "samples.parquet")
+    if plan.data is None or plan.data == read_plan(folder)["settings"]["data"]:
+        return recorded
+    return elsewhere(recorded, plan.data, **{key: getattr(plan, key) for key in SAMPLE_SETTINGS})
+
+
+def _check_unchanged(
+    plan: SearchPlan, provenance: dict[str, Any], fingerprint: str, weights: dict[str, str | None]
+) -> None:
+    """Raise InputError if data or weights differ from the run's; print which packages do."""
+    from tuning.training.weights import other_weights
+
+    anew = "or start a new run under another --name"
+    if provenance["fingerprint"] != fingerprint:
+        raise InputError(f"--resume: the data ({plan.data}) has changed since {plan.name} started; restore it, {anew}")
+    if other := other_weights(weights, provenance.get("weights")):
+        what = f"the pretrained weights of {examples(other)} have changed since {plan.name} started"
+        raise InputError(f"--resume: {what}; restore them, {anew}")
+    if packages := other_packages(provenance):
+        console.print(f"  other versions than when the run started: {', '.join(packages)}; new trials may differ")
 
 
 def notes(table: pd.DataFrame, facts: pd.DataFrame) -> list[str]:

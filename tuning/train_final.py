@@ -19,8 +19,9 @@ import pandas as pd
 import tyro
 from numpy.typing import NDArray
 
-from tuning.checks.audit import load_checked
+from tuning.checks.audit import Checked, load_checked
 from tuning.data.images import open_images
+from tuning.data.samples import elsewhere
 from tuning.insight.calibration import fit_temperature, logarithms, tempered
 from tuning.insight.ensemble import named_shares
 from tuning.model.held_out import READINGS, print_metrics, record_evaluation, score_test_set
@@ -29,9 +30,11 @@ from tuning.record.journal import read_journal
 from tuning.record.mirror import borrowed
 from tuning.record.predictions import read_predictions, write_tested
 from tuning.record.storage import is_uri, joined
+from tuning.search.plans import other_packages, short_training
 from tuning.settings.command_line import BAD_INPUT, DONE, Pairs, command_line, exit_code
-from tuning.settings.config import InputError, SearchPlan, TrialConfig, build, cache_folder, visible
+from tuning.settings.config import SAMPLE_SETTINGS, InputError, SearchPlan, TrialConfig, build, cache_folder, visible
 from tuning.settings.documents import check_parts, read_mapping
+from tuning.settings.words import examples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,8 @@ class Flags:
     best: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder or URI of a run, or a best.yaml."""
     data: Annotated[tyro.conf.DisallowNone[str | None], tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
-    """Other data to train and test on, with splits of its own. Default: the data and splits of the search."""
+    """Other data to train and test on, with splits of its own, or the place that the data of the search was moved to.
+    Default: the data and splits of the search."""
     set: Annotated[Pairs, tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
     """Any setting of docs/settings.md, such as --set final_data=train+val learning_rate=1e-4."""
 
@@ -74,6 +78,7 @@ class Best:
     plan: SearchPlan
     provenance: dict[str, Any]
     changed: bool  # whether the configuration or the data differs from the search's
+    chosen_weights: bool  # whether the command line names the pretrained weights
 
 
 def run(flags: Flags, *, onnx: bool = True) -> Path:
@@ -95,25 +100,33 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
         raise InputError(f"{folder} exists, and the test set is to be read once; move it away to train again")
     if not os.access(run_folder, os.W_OK | os.X_OK, effective_ids=True):
         raise InputError(f"{run_folder}: no permission to write there; copy best.yaml to a folder of your own")
-    table = _table(run_folder / "samples.parquet") if flags.data is None else None
+    table = _table(run_folder / "samples.parquet")
+    if flags.data is not None and table is not None:
+        table = _moved(table, plan)
     last = _median_best_epoch(best) if plan.final_data == "train+val" else None
     configs = {"": config}
     if plan.ensemble:
         if table is None:
-            raise InputError(f"ensemble=true: needs the folder of a run, with its tables; {run_folder} has none")
+            needed = "the folder of a run, with its tables, and the images of its search"
+            raise InputError(f"ensemble=true: needs {needed}; leave out ensemble or --data")
         from tuning.model.final import kept_trials
 
         predictions, known = kept_trials(run_folder, table)
         configs = {trial_id: known[trial_id] for trial_id in named_shares(predictions)}
     sizes = sorted({each.image_size for each in configs.values()})
-    table, folders, found, audit, notes = load_checked(plan, sizes, table=table)
+    table, folders, found, audit, notes = _load(best, sizes, table, moved=flags.data is not None)
     if audit is not None:
         findings = audit.to_pandas()
+    best = dataclasses.replace(best, changed=best.changed or found != best.provenance["fingerprint"])
     if flags.data is None and found != best.provenance["fingerprint"]:
         cure = "give the new data by --data"
         if plan.data is None:
             cure = f"train on the images generated here by --data {Path(table['file'].iloc[0]).parents[1]}"
         raise InputError(f"the data has changed since {best.path} was written; restore it, or {cure}")
+    for words in short_training(config.warmup_epochs, config.epochs):
+        print(words)
+    if packages := other_packages(best.provenance):
+        print(f"other versions than in the search: {', '.join(packages)}")
     for line in notes:
         print(visible(line))
 
@@ -130,11 +143,14 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     from tuning.training.features import FeatureCache
     from tuning.training.features import run_folder as outputs_folder
     from tuning.training.models import keep_memory
-    from tuning.training.weights import find_weights
+    from tuning.training.weights import digests, find_weights, other_weights
 
     data = {size: join(table, open_images(images)) for size, images in folders.items()}
     some = data[sizes[0]]
     weights = find_weights([each.backbone for each in configs.values()], plan.weights)
+    if not best.chosen_weights and (other := other_weights(digests(weights), best.provenance.get("weights"))):
+        cure = f"restore them, or train with these by --set weights={shlex.quote(plan.weights)}"
+        raise InputError(f"the pretrained weights of {examples(other)} have changed since the search; {cure}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(os.cpu_count() or 1)
     if device.type == "cpu":
@@ -182,7 +198,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     # Write: weights and metrics first, then what people look at.
     metrics = final.metrics | {
         "verdict": best.provenance.get("verdict"),
-        "temperature": {"value": temperature, "fitted_on": fitted_on},
+        "temperature": {"value": temperature, "fitted_on": fitted_on, "images": len(some.val) if fitted_on else 0},
         "test_reading": reading,
         "test": tested,
         "onnx": exported,
@@ -241,11 +257,28 @@ def _read_best(path: Path, flags: Flags) -> Best:
     overrides |= {key: given[key] for key in ("epochs", "seed") if key in given}
     plan = build(SearchPlan, settings | given, str(path))
     reshaped = any(given.get(key, settings.get(key)) != settings.get(key) for key in ("fit", "drop_colour"))
-    if plan.ensemble and (overrides or reshaped or flags.data is not None or plan.final_data != "train"):
-        cure = "leave it out, or leave out --data, final_data, fit, drop_colour and parameters of trials"
+    if plan.ensemble and (overrides or reshaped or plan.final_data != "train"):
+        cure = "leave it out, or leave out final_data, fit, drop_colour and parameters of trials"
         raise InputError(f"ensemble=true: uses the weights that the search has trained; {cure}")
-    changed = flags.data is not None or reshaped or "weights" in given or bool(overrides.keys() - {"seed"})
-    return Best(path, build(TrialConfig, document | overrides, str(path)), plan, provenance, changed)
+    chosen = "weights" in given
+    changed = reshaped or chosen or bool(overrides.keys() - {"seed"})
+    return Best(path, build(TrialConfig, document | overrides, str(path)), plan, provenance, changed, chosen)
+
+
+def _moved(samples: pd.DataFrame, plan: SearchPlan) -> pd.DataFrame | None:
+    """Return the samples of the search with their files in --data; None if --data has other images."""
+    try:
+        return elsewhere(samples, str(plan.data), **{key: getattr(plan, key) for key in SAMPLE_SETTINGS})
+    except InputError:
+        return None
+
+
+def _load(best: Best, sizes: list[int], table: pd.DataFrame | None, *, moved: bool) -> Checked:
+    """Load the samples of the search or, without them or if files of the same names have other content, --data."""
+    checked = load_checked(best.plan, sizes, table=table)
+    if moved and table is not None and checked.fingerprint != best.provenance["fingerprint"]:
+        return load_checked(best.plan, sizes)
+    return checked
 
 
 def _median_best_epoch(best: Best) -> int:

@@ -76,7 +76,7 @@ def test_hashes_are_cached_until_a_file_changes(tmp_path):
 
 
 def test_unreadable_files_and_a_broken_table_of_hashes_are_reported(tmp_path):
-    with pytest.raises(InputError, match=r"gone\.png: can't be read"):
+    with pytest.raises(InputError, match=r"gone\.png: is missing; restore it, or give the place"):
         content_hashes([str(tmp_path / "gone.png")], tmp_path)
     (tmp_path / "hashes.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match="delete it"):

@@ -376,7 +376,7 @@ def test_the_time_budget_ends_cleanly_and_more_time_goes_on(tmp_path, folder, ra
 
 
 @pytest.mark.slow
-def test_trials_that_wait_for_nodes_do_not_begin_once_the_search_is_over(tmp_path, folder, ray_started):
+def test_trials_that_wait_for_nodes_do_not_begin_once_the_search_is_over(tmp_path, folder, ray_started, capsys):
     run = tmp_path / "run"
     search = make_run(run, folder, trials=40, epochs=1000, early_stopping=False)(count=40, trainable=FreeTrial)
 
@@ -387,6 +387,7 @@ def test_trials_that_wait_for_nodes_do_not_begin_once_the_search_is_over(tmp_pat
     assert search.run()
     waited = [trial for trial in search.record.trials.values() if not trial.rows]
     assert len(search.record.trials) == 40 and len(waited) >= 40 - os.cpu_count()
+    assert "FreeTrial" not in capsys.readouterr().out  # Ray's own lines
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from optuna.trial import TrialState
 from tuning.record.journal import Trial
 from tuning.search.optimizer import LiveStudy, Optimizer, check_study, read_priors
 from tuning.settings.config import InputError
+from tuning.settings.space import configurations, same
 from tuning.settings.space_file import parse
 
 SPACE = parse(
@@ -307,3 +308,22 @@ def test_a_study_of_the_users_own_is_not_replaced(tmp_path, run_id):
     with pytest.raises(InputError, match="no other study is replaced"):
         LiveStudy(url, "run", SPACE, "this run")
     assert len(optuna.load_study(study_name="run", storage=url).trials) == 2
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_a_finite_space_is_tried_without_repeats(sampler):
+    parameters = {
+        "unfreeze_depth": {"type": "int", "low": 0, "high": 2},
+        "head_dropout": {"type": "float", "low": 0.0, "high": 0.3, "step": 0.1},
+    }
+    space = parse({"parameters": parameters, "fixed": {"backbone": "test_resnet"}}, "test")
+    every, tried = configurations(space), []
+    asked = Optimizer(space, seed=0, metric="val_loss", sampler=sampler)
+    for number in range(len(every)):
+        untried = [params for params in every if same(params) not in tried]
+        params = asked.ask(number, None, untried)
+        tried.append(same(params))
+        asked.tell(ended(number, params, "completed", [params["head_dropout"] + params["unfreeze_depth"]]))
+    assert len(set(tried)) == len(every) == 12
+    told = [trial for trial in asked.study.trials if trial.state == TrialState.COMPLETE]
+    assert len(told) == 12 and not [trial for trial in asked.study.trials if trial.state == TrialState.RUNNING]

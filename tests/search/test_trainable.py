@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import timm
+import torch
 from runs import given_by_ray
 from safetensors import safe_open
 from shared import bring_back, removable, take_away
@@ -25,6 +27,7 @@ from tuning.search.trainable import FinetuneTrial, StorageLost
 from tuning.settings.config import SearchPlan, TrialConfig
 from tuning.settings.space_file import parse
 from tuning.training.scores import score
+from tuning.training.weights import digests
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,18 @@ def given(tmp_path, plan, checked):
             "config": config.model_copy(update=values).model_dump(),
         }
     )
+
+
+def test_weights_that_are_not_those_of_the_start_fail_a_trial(given, tmp_path):
+    file = tmp_path / "test_resnet.pth"
+    torch.save(timm.create_model("test_resnet").state_dict(), file)
+    weights = {"weights": {"test_resnet": str(file)}, "digests": digests({"test_resnet": file})}
+    trial = FinetuneTrial(given("t00000") | weights)
+    assert step(trial)[0]["epoch"] == 1
+    torch.save(timm.create_model("test_resnet").state_dict(), file)  # while the search runs
+    trial.reset_config(given("t00001") | weights)
+    (row,) = step(trial)
+    assert row["ends"] == "failed" and "test_resnet.pth holds other weights than at the start" in row["reason"]
 
 
 def step(trial, count=1):

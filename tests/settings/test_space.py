@@ -6,8 +6,19 @@ from hypothesis import strategies as st
 from shared import examples
 from spaces import ask, changed, document, documents, faults_of
 
-from tuning.settings.config import TrialConfig, build
-from tuning.settings.space import DEFAULTS, active, backbones, image_sizes, middle, suggest, trial_values
+from tuning.settings.config import InputError, TrialConfig, build
+from tuning.settings.space import (
+    DEFAULTS,
+    active,
+    backbones,
+    configurations,
+    image_sizes,
+    middle,
+    same,
+    sizes_of_backbones,
+    suggest,
+    trial_values,
+)
 from tuning.settings.space_file import fix, load, parse
 
 # ---- conditions
@@ -148,3 +159,46 @@ def test_fixing_a_suggestion_leaves_only_that_config(plain, data):
     assert not set(names) & set(held.parameters)
     assert trial_values(held, held.start[0]) == trial_values(space, values)
     assert held == parse(held.document, "x")
+
+
+# ---- all that a space allows
+
+
+def test_the_image_sizes_of_each_backbone_are_those_that_conditions_allow():
+    size = {"type": "categorical", "choices": [64, 96], "when": "backbone == vgg16 and learning_rate > 1.0e-2"}
+    space = parse(changed("parameters", image_size=size), "x")
+    assert sizes_of_backbones(space) == {"resnet18": [224], "vgg16": [64, 96, 224]}
+    deep = {"type": "int", "low": 64, "high": 128, "step": 32, "when": "unfreeze_depth == 3"}
+    space = parse(changed("parameters", image_size=deep), "x")
+    assert sizes_of_backbones(space) == {"resnet18": [64, 96, 128, 224], "vgg16": [64, 96, 128, 224]}
+    never = {"type": "int", "low": 64, "high": 128, "when": "batch_size > 16"}
+    space = parse(changed("parameters", image_size=never), "x")
+    assert sizes_of_backbones(space) == {"resnet18": [224], "vgg16": [224]}
+
+
+@given(documents(), st.integers(0, 2**20))
+@examples(60)
+def test_no_trial_has_another_backbone_and_image_size(document, seed):
+    try:
+        space = parse(document, "x")
+    except InputError:
+        return
+    values = DEFAULTS | trial_values(space, suggest(space, ask(seed)))
+    assert values["image_size"] in sizes_of_backbones(space)[values["backbone"]]
+
+
+def test_the_configurations_of_a_finite_space_are_listed():
+    parameters = {
+        "unfreeze_depth": {"type": "categorical", "choices": [0, 1]},
+        "head_dropout": {"type": "float", "low": 0.0, "high": 0.3, "step": 0.1, "when": "unfreeze_depth == 1"},
+        "batch_size": {"type": "int", "low": 8, "high": 9},
+    }
+    space = parse({"parameters": parameters, "fixed": {"backbone": "resnet18"}}, "x")
+    every = configurations(space)
+    assert len(every) == len(set(map(same, every))) == 2 * (1 + 4)
+    drawn = {same(suggest(space, ask(seed))) for seed in range(200)}
+    assert drawn == set(map(same, every))
+    assert configurations(parse(document(), "x")) is None  # learning rates without end
+    parameters["batch_size"] |= {"high": 5000}
+    assert configurations(parse({"parameters": parameters, "fixed": {"backbone": "resnet18"}}, "x")) is None
+    assert configurations(parse({"fixed": {"backbone": "resnet18"}}, "x")) == [{}]

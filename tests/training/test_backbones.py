@@ -151,6 +151,56 @@ def test_wrong_files_name_the_file_and_the_first_wrong_key(tmp_path):
         _build("tf_efficientnet_lite1", weights=lite0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backbone", "content"),
+    [
+        ("resnet18", lambda: [timm.create_model("resnet18").state_dict()]),
+        ("resnet18", lambda: {"state_dict": None, "epoch": 3}),
+        ("swin_tiny_patch4_window7_224", lambda: torchvision.models.swin_t().state_dict()),
+        ("maxvit_tiny_tf_224", lambda: torchvision.models.maxvit_t(input_size=(224, 224)).state_dict()),
+    ],
+)
+def test_files_that_timm_trips_over_are_faults_of_the_file(tmp_path, backbone, content):
+    torch.save(content(), tmp_path / "odd.pth")
+    with pytest.raises(InputError, match=r"weights: .*odd\.pth .* of " + backbone):
+        _build(backbone, 224, weights=tmp_path / "odd.pth")
+
+
+def test_averaged_weights_are_read_and_other_keys_are_refused(tmp_path):
+    source = timm.create_model("test_resnet")
+    torch.save(torch.optim.swa_utils.AveragedModel(source).state_dict(), tmp_path / "averaged.pth")
+    model, _ = _build("test_resnet", weights=tmp_path / "averaged.pth")
+    state = model.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in source.state_dict().items() if "fc." not in key)
+    for file_classes in (1000, 7):
+        state = timm.create_model("test_resnet", num_classes=file_classes).state_dict()
+        torch.save(state | {"extra.weight": torch.zeros(3)}, tmp_path / "more.pth")
+        with pytest.raises(InputError, match=r"more\.pth .* extra\.weight is unexpected"):
+            _build("test_resnet", weights=tmp_path / "more.pth")
+
+
+def test_every_image_size_that_a_backbone_cannot_take_is_a_fault(tmp_path):
+    backbones.check("test_resnet", [32, 50], None)
+    with pytest.raises(InputError) as caught:  # one that takes no size but its own, and one that takes multiples
+        backbones.check("twins_svt_small", [64, 70, 71], None)
+    assert [fault.partition(" px")[0] for fault in caught.value.faults] == [
+        "image_size: twins_svt_small can't take 70",
+        "image_size: twins_svt_small can't take 71",
+    ]
+    (tmp_path / "test_resnet.pth").write_text("not weights")
+    with pytest.raises(InputError) as caught:
+        backbones.check("test_resnet", [32, 64], tmp_path / "test_resnet.pth")
+    assert len(caught.value.faults) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backbone", "size"), [("tresnet_m", 50), ("hrnet_w18_small", 100), ("mvitv2_tiny", 100)])
+def test_sizes_that_only_a_forward_pass_shows(backbone, size):
+    with pytest.raises(InputError, match=f"image_size: {backbone} can't take {size} px"):
+        backbones.check(backbone, [size], None)
+
+
 def test_an_image_size_that_a_model_cannot_take():
     with pytest.raises(InputError, match=r"image_size: .* set image_size to 299"):
         backbones.stages(_build("inception_v3")[0], 64)

@@ -3,7 +3,7 @@ import timm
 from huggingface_hub import constants
 
 from tuning.settings.config import InputError
-from tuning.training.weights import find_weights
+from tuning.training.weights import digests, find_weights, other_weights
 
 
 @pytest.fixture
@@ -74,3 +74,15 @@ def test_files_in_the_caches_are_found(nothing_cached):
     for file in files.values():
         file.touch()
     assert find_weights(list(files), "auto") == files
+
+
+def test_a_file_that_changes_has_another_digest(tmp_path):
+    file = tmp_path / "test_resnet.pth"
+    file.write_bytes(b"a")
+    before = digests({"test_resnet": file, "test_vit": None})
+    assert before["test_vit"] is None and len(before["test_resnet"]) == 64
+    file.write_bytes(b"b")
+    after = digests({"test_resnet": file, "test_vit": None})
+    assert other_weights(after, before) == ["test_resnet"] and other_weights(before, before) == []
+    assert other_weights({"test_vit": None}, {"test_vit": "0" * 64}) == ["test_vit"]
+    assert other_weights(after, None) == other_weights(after, {}) == []  # as runs of older versions

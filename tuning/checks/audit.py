@@ -17,7 +17,7 @@ from tuning.checks.duplicates import VERSION, Pairs, bars_of, near_duplicates, s
 from tuning.checks.findings import Finding
 from tuning.data import images, phantoms, samples, splits
 from tuning.record import tables
-from tuning.settings.config import SETTINGS, InputError, SearchPlan, cache_folder
+from tuning.settings.config import SAMPLE_SETTINGS, InputError, SearchPlan, cache_folder
 
 MOST_SIZES = 8  # image sizes of one search
 MOST_IMAGES = 60_000  # for near duplicates: all pairs are compared
@@ -92,8 +92,7 @@ def decoded(
         if table is not None:  # the run may come from another machine, with another cache
             table = table.assign(file=[os.path.join(data, path) for path in table["path"]])
     if table is None:
-        columns = {key: getattr(plan, key) for key in SETTINGS if key.endswith(("_column", "_fraction"))}
-        table = samples.load_samples(data, **columns)
+        table = samples.load_samples(data, **{key: getattr(plan, key) for key in SAMPLE_SETTINGS})
     hashes = images.content_hashes(list(table["file"]), cache, map)
     folders: dict[int, Path] = {}
     for size in image_sizes:

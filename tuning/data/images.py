@@ -82,6 +82,9 @@ def content_hashes(
         keys = _sizes_and_times(files)
         new = [key for key in dict.fromkeys(keys) if key not in known]
         found = dict(zip(new, map(_hash_file, [file for file, _, _ in new]), strict=True))
+    except FileNotFoundError as error:
+        cure = "restore it, or give the place that the images were moved to by --data"
+        raise InputError(f"{error.filename}: is missing; {cure}") from error
     except OSError as error:
         place, why = error.filename or "a storage", error.strerror or error
         raise InputError(f"{place}: can't be read ({why}); make it readable") from error

@@ -96,6 +96,24 @@ def load_samples(
         raise InputError([f"{data}: {fault}" for fault in error.faults]) from None
 
 
+def elsewhere(samples: pd.DataFrame, data: str, **columns: Any) -> pd.DataFrame:
+    """Return the samples of a run with their files in another place.
+
+    Args:
+        samples: as `load_samples` returned them.
+        data, columns: the place, and settings of `load_samples`. Only its paths and files are used.
+
+    Raises:
+        InputError: as `load_samples`, or an image isn't there.
+    """
+    there = load_samples(data, **columns).set_index("path")["file"]
+    absent = samples["path"][~samples["path"].isin(there.index)]
+    if len(absent):
+        missing = f"{are(len(absent), 'image')} not there ({examples(absent)})"
+        raise InputError(f"--data {data}: {missing}; give the place that all images of the run were moved to")
+    return samples.assign(file=samples["path"].map(there))
+
+
 def fingerprint(samples: pd.DataFrame, hashes: Sequence[str]) -> str:
     """Return a sha256, in hex, that changes with any path, label, split, group or content hash of an image."""
     digest = hashlib.sha256()

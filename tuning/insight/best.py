@@ -1,6 +1,8 @@
 """best.yaml: the configuration that the verdict chose, itself valid for `TrialConfig`, with its provenance."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -11,9 +13,13 @@ from tuning.settings.config import SearchPlan
 
 
 def write_best(
-    folder: Path, plan: SearchPlan, trial: Trial, trials: pd.DataFrame, verdict: Verdict, fingerprint: str
+    folder: Path, plan: SearchPlan, trial: Trial, trials: pd.DataFrame, verdict: Verdict, run: Mapping[str, Any]
 ) -> None:
-    """Write best.yaml into a run's folder: the chosen trial's configuration, and how it came to be chosen."""
+    """Write best.yaml into a run's folder: the chosen trial's configuration, and how it came to be chosen.
+
+    Args:
+        run: the provenance in plan.yaml.
+    """
     runs = counted(trials[trials["finalist_of"] == trial.trial_id])
     provenance = {
         "run": plan.name,
@@ -23,7 +29,7 @@ def write_best(
         "metric": plan.metric,
         "best_epoch": dict(best_epoch(trial.rows, plan.metric) or {}),
         "best_epochs": [int(epoch) for epoch in runs["best_epoch"].dropna()],
-        "fingerprint": fingerprint,
+        **{key: run[key] for key in ("fingerprint", "packages", "weights") if key in run},
         "settings": plan.model_dump(),
     }
     write_yaml(folder / "best.yaml", trial.config | {"provenance": provenance})

@@ -12,6 +12,7 @@ import yaml
 from tuning import __version__
 from tuning.data.decoding import GREY_LEVELS
 from tuning.insight import analysis
+from tuning.model.held_out import few_images
 from tuning.record import tables
 from tuning.settings.documents import read_plan
 from tuning.settings.words import count
@@ -203,7 +204,8 @@ def _estimate(values: Mapping[str, Any], name: str) -> list[str]:
 
 def _calibration(model: Path, metrics: Mapping[str, Any]) -> str:
     value, fitted_on = metrics["temperature"]["value"], metrics["temperature"]["fitted_on"]
-    fitted = f"fitted on {plain(fitted_on)}" if fitted_on else "not fitted, there are no held-out predictions"
+    few = few_images(metrics["temperature"])
+    fitted = f"fitted on {plain(fitted_on)}{few}" if fitted_on else "not fitted, there are no held-out predictions"
     words, tested = f"## Calibration\n\nTemperature {value:.2f}, {fitted}.", metrics["test"]
     if tested is not None:
         before, after = tested["calibration_error_untempered"], tested["calibration_error"]

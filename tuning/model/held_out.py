@@ -15,6 +15,7 @@ from tuning.record.predictions import group_numbers
 from tuning.settings.config import visible
 from tuning.settings.words import count
 
+FEW_IMAGES = 50  # on fewer, temperatures of a calibrated model were off by a quarter and more in one of three fits
 READINGS = "test_readings.jsonl"  # beside best.yaml: one line for each evaluation on the test set
 
 
@@ -55,7 +56,7 @@ def print_metrics(metrics: dict[str, Any]) -> None:
     if temperature["fitted_on"] is None:
         print("temperature 1: not fitted, there are no held-out predictions")
     else:
-        print(f"temperature {temperature['value']:.2f}, fitted on {temperature['fitted_on']}")
+        print(f"temperature {temperature['value']:.2f}, fitted on {temperature['fitted_on']}{few_images(temperature)}")
     if tested is None:
         print("no test images: the model was not tested")
     else:
@@ -63,6 +64,12 @@ def print_metrics(metrics: dict[str, Any]) -> None:
     if "error" not in metrics["onnx"]:
         difference, images = metrics["onnx"]["largest_difference"], count(metrics["onnx"]["images"], "validation image")
         print(f"model.onnx agrees with PyTorch within {difference:.1g} on {images}")
+
+
+def few_images(temperature: dict[str, Any]) -> str:
+    """Return the end of a sentence on a temperature that was fitted on few images; empty if they were enough."""
+    images = temperature.get("images", FEW_IMAGES)
+    return "" if images >= FEW_IMAGES else f" ({count(images, 'image')}: too few for a reliable temperature)"
 
 
 def _print_test(tested: dict[str, Any], reading: dict[str, Any]) -> None:

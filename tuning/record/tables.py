@@ -165,6 +165,11 @@ def _table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
     return pa.Table.from_batches(batches, schema=schema)
 
 
+def samples_table(samples: pd.DataFrame) -> pa.Table:
+    """Return samples with the schema of `samples.parquet`."""
+    return pa.Table.from_pandas(samples[SAMPLES.names], schema=SAMPLES, preserve_index=False)
+
+
 def write_tables(tables: dict[str, pa.Table], folder: Path) -> None:
     """Write each table to `folder/<name>.parquet`, replaced whole."""
     for name, table in tables.items():

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ray
@@ -23,7 +24,7 @@ from tuning.search.stopping import Rungs, as_loss, stop_reason, stratum, value_a
 from tuning.search.trainable import FinetuneTrial
 from tuning.search.tuner import FINISHED, fit
 from tuning.settings.config import SearchPlan, cache_folder
-from tuning.settings.space import Space
+from tuning.settings.space import Space, configurations, same
 from tuning.settings.words import count
 from tuning.training.features import run_folder
 
@@ -43,7 +44,7 @@ class Search:
     Args:
         run: the run's folder; holds `samples.parquet`.
         images: folder of decoded images by image size.
-        weights: weight file by backbone.
+        weights, digests: file of weights, and its sha256, by backbone; workers don't check files without one.
         resources: what each trial is given.
         show: called with each trial that has reported or ended.
         priors: from `optimizer.read_priors`; a resumed search has them in its journal.
@@ -63,6 +64,7 @@ class Search:
         *,
         images: dict[int, Path],
         weights: dict[str, Path | None],
+        digests: Mapping[str, str | None] = MappingProxyType({}),
         resources: Slots,
         show: Callable[["Search", Trial], None],
         priors: Sequence[Prior] = (),
@@ -95,10 +97,12 @@ class Search:
         self._ray_ids: dict[str, str] = {}  # our trial id by Ray's
         self._gpus: dict[str, float] = {}  # by trial
         self._finalist_runs: list[tuple[Trial, int]] | None = None  # known once all searched trials have ended
+        self._every = configurations(space)
         self._context = {
             "run": str(run.resolve()),
             "images": {str(size): str(folder) for size, folder in images.items()},
             "weights": {name: None if file is None else str(file) for name, file in weights.items()},
+            "digests": dict(digests),
             "threads": resources.cpus,
             "cache_bytes": plan.cache_bytes,
             "device": "cuda" if resources.gpus else "cpu",
@@ -171,7 +175,7 @@ class Search:
         plan, trials = self.plan, self.record.trials
         asked = probe(self.space, plan, self.record) if plan.probe and plan.early_stopping else None
         if asked is None and self.searched < plan.trials:
-            asked = searched_trial(self.searched, self.space, plan, self.optimizer)
+            asked = searched_trial(self.searched, self.space, plan, self.optimizer, self._untried())
         elif asked is None:
             if any(not trial.ended for trial in trials.values() if trial.number is not None):
                 return None  # finalists are chosen when all have ended
@@ -182,6 +186,11 @@ class Search:
             asked = finalist(*self._finalist_runs.pop(0), self.record)
         self._write("asked", **asked)
         return trials[asked["trial_id"]]
+
+    def _untried(self) -> list[dict[str, Any]]:
+        """Return the configurations of a finite space that no trial has."""
+        tried = {same(trial.params) for trial in self.record.trials.values() if trial.number is not None}
+        return [params for params in self._every or () if same(params) not in tried]
 
     def _gpu_share(self, trial: Trial) -> float:
         # Only the last rows: to look at all takes seconds.

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -25,8 +26,9 @@ from tuning.record.mirror import fetch, run_folder
 from tuning.record.storage import is_uri, joined, stored
 from tuning.settings.config import RESUME_MAY_CHANGE, InputError, SearchPlan, build
 from tuning.settings.documents import read_plan
-from tuning.settings.space import Space
+from tuning.settings.space import Space, configurations, largest
 from tuning.settings.space_file import fix, load, parse
+from tuning.settings.words import count
 
 PACKAGES = ("torch", "torchvision", "timm", "ray", "optuna", "numpy")  # whose versions a run records
 
@@ -65,6 +67,43 @@ def claimed(folder: Path) -> Iterator[bool]:
             yield not folder.exists()
         finally:
             path.unlink(missing_ok=True)
+
+
+def within(space: Space, plan: SearchPlan) -> SearchPlan:
+    """Return the plan with no more trials than the space has configurations: others would repeat them to the bit."""
+    every = configurations(space)
+    return plan if every is None else plan.model_copy(update={"trials": min(plan.trials, len(every))})
+
+
+def without_effect(space: Space, plan: SearchPlan) -> list[str]:
+    """Return, in words, what is set so that it can't do what it is for."""
+    found = short_training(largest(space, "warmup_epochs"), plan.epochs)
+    if plan.early_stopping and plan.grace_epochs >= plan.epochs > 1:
+        found.append(f"grace_epochs={plan.grace_epochs} of {count(plan.epochs, 'epoch')}: ASHA stops no trial")
+    return found
+
+
+def short_training(warmup_epochs: float, epochs: int) -> list[str]:
+    """Return, in words, that the warm-up is longer than the training, if it is."""
+    if warmup_epochs <= epochs:
+        return []
+    of = f"warmup_epochs={warmup_epochs:g} of {count(epochs, 'epoch')}"
+    return [f"{of}: the learning rate doesn't reach its peak; give fewer, or more epochs"]
+
+
+def other_packages(provenance: Mapping[str, Any]) -> list[str]:
+    """Return, in words, the packages that have another version than when `provenance` was recorded."""
+    recorded = provenance.get("packages")
+    known = recorded if isinstance(recorded, dict) else {}
+    return [
+        f"{name} {version} (was {known[name]})"
+        for name, version in _packages().items()
+        if name in known and known[name] != version
+    ]
+
+
+def _packages() -> dict[str, str]:
+    return {name: metadata.version(name) for name in PACKAGES}
 
 
 def check_new(folder: Path, plan: SearchPlan) -> None:
@@ -152,21 +191,31 @@ def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_run(
-    folder: Path, plan: SearchPlan, space: Space, samples: pd.DataFrame, audit: pa.Table, fingerprint: str
+    folder: Path,
+    plan: SearchPlan,
+    space: Space,
+    samples: pd.DataFrame,
+    audit: pa.Table,
+    fingerprint: str,
+    weights: Mapping[str, str | None] = MappingProxyType({}),
 ) -> None:
-    """Create the folder of a new run, with plan.yaml, samples.parquet and audit.parquet."""
+    """Create the folder of a new run, with plan.yaml, samples.parquet and audit.parquet.
+
+    Args:
+        weights: sha256 of each backbone's file of weights.
+    """
     unfinished = folder.with_name(f".{folder.name}")  # renamed when it is complete: half a run would block its name
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    rows = pa.Table.from_pandas(samples[tables.SAMPLES.names], schema=tables.SAMPLES, preserve_index=False)
-    tables.write_tables({"samples": rows, "audit": audit}, unfinished)
+    tables.write_tables({"samples": tables.samples_table(samples), "audit": audit}, unfinished)
     provenance = {
         "run_id": uuid.uuid4().hex,
         "fingerprint": fingerprint,
         "val_drawn": "val" in samples.attrs["random_splits"],
         "git_commit": _git_commit(),
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "packages": _packages(),
+        "weights": dict(weights),
     }
     document = {"settings": plan.model_dump(), "space": space.document, "provenance": provenance}
     write_yaml(unfinished / "plan.yaml", document)

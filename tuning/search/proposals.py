@@ -1,5 +1,6 @@
 """New trials: probes, start points, suggested trials and finalists, each as the fields of its `asked` event."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from tuning.record.journal import Record, Trial
@@ -8,10 +9,12 @@ from tuning.settings.config import SearchPlan, TrialConfig
 from tuning.settings.space import Space, backbones, middle, trial_values
 
 
-def searched_trial(number: int, space: Space, plan: SearchPlan, optimizer: Optimizer) -> dict[str, Any]:
-    """Propose the start point with this number, or a trial suggested by the optimizer."""
+def searched_trial(
+    number: int, space: Space, plan: SearchPlan, optimizer: Optimizer, untried: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Propose the start point with this number, or a trial suggested by the optimizer; arguments as its `ask`."""
     start = space.start[number] if number < len(space.start) else None
-    params = optimizer.ask(number, start)
+    params = optimizer.ask(number, start, untried)
     config = TrialConfig(**trial_values(space, params), epochs=plan.epochs, seed=plan.seed).model_dump()
     origin = "suggested" if start is None else "start"
     return {"trial_id": f"t{number:05d}", "number": number, "origin": origin, "params": params, "config": config}

@@ -31,6 +31,7 @@ from tuning.training.finetune import finetune, out_of_memory
 from tuning.training.models import Models, keep_memory
 from tuning.training.probe import probe
 from tuning.training.state import Row, State
+from tuning.training.weights import digests, other_weights
 
 CHECKPOINT_SECONDS = 30.0
 LAST_SENDING_SECONDS = 60.0  # for which a worker that is no longer needed retries to send its files
@@ -64,6 +65,7 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
             keep_memory()
         self._images: dict[int, Any] = {}  # by size; an array, or a tensor on the GPU
         self._models = Models()
+        self._known_weights: set[tuple[str, int, int]] = set()  # name, size and time of files that were checked
         self._unsent: dict[str, bool] = {}  # files to send to the storage, and whether to delete them here afterwards
         folder = Path(config["features"]) / platform.node()  # nodes may share the disk of the cache
         self._features = FeatureCache(folder, config["cache_bytes"], self._device)
@@ -129,13 +131,27 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
         self._replay: list[Row] = list(state.history) if state else []
         trial = TrialConfig(**self._config["config"])
         data = self._load(trial)
-        weights = self._config["weights"][trial.backbone]
-        weights_file = None if weights is None else Path(weights)
+        weights_file = self._weights(trial.backbone)
         given: dict[str, Any] = {"device": self._device, "features": self._features, "models": self._models}
         if self._config["origin"] == "probe":
             row = probe(trial, data, weights=weights_file, **given)
             return iter([(row, lambda: State([row], {}))])
         return finetune(trial, data, state=state, weights=weights_file, **given, **self._config["ending"])
+
+    def _weights(self, backbone: str) -> Path | None:
+        """Return a backbone's file of weights; raise InputError if here, or by now, it is another than at the start."""
+        name = self._config["weights"][backbone]
+        if name is None:
+            return None
+        file = Path(name)
+        status = file.stat()
+        stamp = (name, status.st_size, status.st_mtime_ns)
+        if stamp not in self._known_weights:
+            if other_weights(digests({backbone: file}), self._config["digests"]):
+                cure = f"give {platform.node()} the file that the search began with"
+                raise InputError(f"weights: {file} holds other weights than at the start of the search; {cure}")
+            self._known_weights.add(stamp)
+        return file
 
     def _fetch(self, names: list[str]) -> None:
         """Fetch files from the storage. On the driver's node, which has all that is needed, a failure is ignored."""

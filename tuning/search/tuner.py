@@ -13,6 +13,7 @@ import ray
 from ray import tune
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune.execution.tune_controller import TuneController
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -55,7 +56,7 @@ def fit(search: Any, trainable: type[tune.Trainable]) -> None:
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=0),  # `Search.lost` retries
             checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
-            callbacks=[_Started(search)],
+            callbacks=[_Started(search), _NoProgress()],
         )
         tune.Tuner(trainable, tune_config=tune_config, run_config=run_config).fit()
 
@@ -139,6 +140,13 @@ class _Scheduler(FIFOScheduler):  # type: ignore[misc]
         del self._silent[trial]
         error = Path(trial.error_file).read_text()  # `trial.get_error` reads where the file will be copied to
         self._search.lost(trial.trial_id, error, hung=trial in self._hung)
+
+
+class _NoProgress(TrialProgressCallback):  # type: ignore[misc]
+    """Takes the place of Ray's own, which prints a line of each trial that ends without a result, despite verbose=0."""
+
+    def on_trial_complete(self, *args: Any, **kwargs: Any) -> None:
+        pass
 
 
 class _Started(tune.Callback):  # type: ignore[misc]

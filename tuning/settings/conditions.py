@@ -87,12 +87,13 @@ def _literal(name: str, node: ast.expr) -> Value:
 
 def parents(condition: Condition | None) -> list[str]:
     """Return the names of the parameters that a condition compares, in its order, with repeats."""
-    return [comparison.name for comparison in _comparisons(condition)]
+    return [comparison.name for comparison in comparisons(condition)]
 
 
-def _comparisons(condition: Condition | None) -> list[Comparison]:
+def comparisons(condition: Condition | None) -> list[Comparison]:
+    """Return the comparisons of a condition, in its order."""
     if isinstance(condition, Junction):
-        return [comparison for part in condition.parts for comparison in _comparisons(part)]
+        return [comparison for part in condition.parts for comparison in comparisons(part)]
     return [] if condition is None else [condition]
 
 
@@ -128,7 +129,7 @@ def fits(
     `known` parameters can be compared; `outside` returns the rule that keeps a value out of one's range, or None.
     """
     before = len(faults)
-    for comparison in _comparisons(condition):
+    for comparison in comparisons(condition):
         name = comparison.name
         if name not in known:
             cure = nearest(name, known) or "; add it to one of them"

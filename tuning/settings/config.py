@@ -260,10 +260,12 @@ class SearchPlan(BaseModel):
 
 # Keys of --set and of a space's search section; the other four are flags alone.
 SETTINGS = tuple(name for name in SearchPlan.model_fields if name not in ("name", "data", "space", "storage"))
+SAMPLE_SETTINGS = tuple(name for name in SETTINGS if name.endswith(("_column", "_fraction")))  # of `load_samples`
 RESUME_MAY_CHANGE = (
     *("trials", "finalist_epochs", "time_budget", "trial_timeout"),
     *("concurrent", "gpus_per_trial", "cpus_per_trial"),
     *("optuna_storage", "track"),
+    "data",  # the same images in another place
 )
 
 

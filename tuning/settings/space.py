@@ -1,13 +1,15 @@
 """A checked search space: its parameters, conditions and start points, and the configurations that it allows."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
-from tuning.settings.conditions import Condition, Value, holds
+from tuning.settings.conditions import Condition, Value, comparisons, holds, parents
 from tuning.settings.config import TrialConfig
 
+MOST_CONFIGURATIONS = 10_000  # that are listed
 DEFAULTS = {name: field.default for name, field in TrialConfig.model_fields.items() if not field.is_required()}
 
 
@@ -98,6 +100,84 @@ def backbones(space: Space) -> list[str]:
 def image_sizes(space: Space) -> list[int]:
     """Return every image size, in pixels, that a trial can have, in ascending order."""
     return sorted({int(value) for value in _possible(space, "image_size")})
+
+
+def largest(space: Space, name: str) -> float:
+    """Return the largest value of a number that a trial can have."""
+    parameter = space.parameters.get(name)
+    if parameter is None:
+        return float(space.fixed.get(name, DEFAULTS[name]))
+    return max(float(value) for value in parameter.choices or (parameter.high,))
+
+
+def sizes_of_backbones(space: Space) -> dict[str, list[int]]:
+    """Return each backbone with the image sizes, in pixels and ascending, that a trial of it can have."""
+    names = ["backbone", "image_size"]
+    for name in names:  # grows by the parents of those that it holds
+        condition = space.parameters[name].condition if name in space.parameters else None
+        names += [parent for parent in parents(condition) if parent not in names]
+    found: dict[str, set[int]] = {}
+    for params in _combined(space, names, lambda name: _telling(space, name)) or []:
+        values = DEFAULTS | space.fixed | params
+        found.setdefault(str(values["backbone"]), set()).add(int(values["image_size"]))
+    return {backbone: sorted(sizes) for backbone, sizes in found.items()}
+
+
+def configurations(space: Space) -> list[dict[str, Value]] | None:
+    """Return the active parameters of every trial that a space allows; None if there are over 10,000."""
+    return _combined(space, list(space.parameters), lambda name: _every(space.parameters[name]), MOST_CONFIGURATIONS)
+
+
+def same(params: Mapping[str, Value]) -> frozenset[tuple[str, Value]]:
+    """Return a key that is equal for equal parameters, whatever the rounding of a range with a step."""
+    rounded = {name: float(f"{value:.12g}") if isinstance(value, float) else value for name, value in params.items()}
+    return frozenset(rounded.items())
+
+
+def _combined(
+    space: Space, names: Collection[str], values: Callable[[str], list[Value] | None], most: float = math.inf
+) -> list[dict[str, Value]] | None:
+    """Combine the values of the parameters named wherever they are active; None if there are more than `most`."""
+    found: list[dict[str, Value]] = [{}]
+    for name, parameter in space.parameters.items():
+        if name not in names:
+            continue
+        each, grown = values(name), list[dict[str, Value]]()
+        for params in found:
+            if not holds(parameter.condition, {**space.fixed, **params}):
+                grown.append(params)
+            elif each is None or len(grown) + len(each) > most:
+                return None
+            else:
+                grown += [params | {name: value} for value in each]
+        found = grown
+    return found
+
+
+def _every(parameter: Parameter) -> list[Value] | None:
+    """Every value of a parameter; None if there are too many."""
+    low, high, step = parameter.low, parameter.high, parameter.step or (1 if parameter.type == "int" else None)
+    if parameter.type == "categorical":
+        return list(parameter.choices)
+    if step is None or (high - low) / step > MOST_CONFIGURATIONS:
+        return [low] if low == high else None
+    first, each = Fraction(str(low)), Fraction(str(step))  # 3 * 0.1 is above 0.3, and Optuna would refuse it
+    values = [first + place * each for place in range(int((Fraction(str(high)) - first) / each) + 1)]
+    return [int(value) if parameter.type == "int" else float(value) for value in values]
+
+
+def _telling(space: Space, name: str) -> list[Value]:
+    """Every value of a parameter or, of a long range, those between which the conditions that compare it can change."""
+    parameter = space.parameters[name]
+    if name in ("backbone", "image_size") or parameter.type == "categorical":
+        return _every(parameter) or []
+    conditions = [other.condition for other in space.parameters.values()]
+    compared = [one for condition in conditions for one in comparisons(condition) if one.name == name]
+    ends = {float(value) for one in compared for value in one.values} | {parameter.low, parameter.high}
+    step = 1.0 if parameter.type == "int" else 0.0
+    near = {end + sign * (step or abs(end) * 1e-9) for end in ends for sign in (-1, 0, 1)}
+    inside = sorted(value for value in near if parameter.low <= value <= parameter.high)
+    return [int(value) if step else value for value in inside]
 
 
 def _possible(space: Space, name: str) -> list[Value]:

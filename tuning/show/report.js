@@ -340,6 +340,15 @@ const watcher = new IntersectionObserver((entries) => {
 }, { rootMargin: "600px" });
 places.forEach((one) => watcher.observe(one));
 
+// What nobody has scrolled to is drawn soon after, figure by figure: printing doesn't wait for drawing.
+addEventListener("load", async () => {
+  for (const one of places) {
+    await new Promise((done) => setTimeout(done, 20));
+    watcher.unobserve(one);
+    if (!drawn.has(one)) await draw(one, makers.get(one));
+  }
+});
+
 const redraw = (width) => drawn.forEach((make, one) => one.isConnected && draw(one, make, width));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => redraw());
 addEventListener("beforeprint", () => {

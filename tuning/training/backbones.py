@@ -1,7 +1,6 @@
 """Pretrained backbones: built with timm, divided into five stages, frozen to a depth, with parameter groups."""
 
 import hashlib
-import pickle
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from safetensors import SafetensorError
 from timm.layers import DropPath
 from timm.models import get_pretrained_cfg, group_parameters, load_state_dict
 from torch import Tensor, nn
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 from tuning.settings.config import DEPTH_ALL, InputError
 from tuning.training.weights import PACKAGES, unsupported
 
-UNEXPECTED = "is unexpected"  # a key that a model doesn't have
+NOT_WEIGHTS = ("n_averaged",)  # keys of a state dict: the counter of torch.optim.swa_utils.AveragedModel
 MIN_TRACED_SIZE = 64  # below it the last stages of stride-32 models have one position, as if pooled
 
 
@@ -93,7 +91,28 @@ def _create(backbone: str, classes: int, image_size: int, overlay: dict[str, Any
 
 def _wrong_size(backbone: str, image_size: int, error: Exception) -> str:
     cure = f"set image_size to {get_pretrained_cfg(backbone).input_size[-1]} or another multiple of 32"
-    return f"image_size: {backbone} can't take {image_size} px ({error}); {cure}"
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    return f"image_size: {backbone} can't take {image_size} px ({reason}); {cure}"
+
+
+def check(backbone: str, sizes: Sequence[int], weights: Path | None) -> None:
+    """Check that a backbone can be built with its weights, and takes images of these sizes, in pixels.
+
+    Raises:
+        InputError: as `build` does, or each size that it can't take.
+    """
+    faults: list[str] = []
+    model = None
+    for size in sizes:
+        try:
+            if model is None or get_pretrained_cfg(backbone).fixed_input_size:
+                model = build(backbone, classes=2, image_size=size, head_dropout=0.0, seed=0, weights=weights)
+            stages(model, size)
+            _pass(model, size)
+        except InputError as error:
+            faults += [fault for fault in error.faults if fault not in faults]
+    if faults:
+        raise InputError(faults)
 
 
 def _load(backbone: str, image_size: int, file: Path) -> Any:
@@ -116,18 +135,18 @@ def _load(backbone: str, image_size: int, file: Path) -> Any:
             wrong = _wrong_keys(str(error))
             if not wrong:
                 raise
-            faulty = [key for key in wrong if not key.startswith(f"{cfg.classifier}.") and wrong[key] != UNEXPECTED]
+            faulty = [key for key in wrong if not key.startswith(f"{cfg.classifier}.") and key not in NOT_WEIGHTS]
             if faulty:
                 more = f" and {len(faulty) - 1:,} more" if len(faulty) > 1 else ""
                 raise InputError(
                     f"weights: {file} doesn't hold the weights of {backbone}: {faulty[0]} {wrong[faulty[0]]}{more}; "
                     "copy timm's own file of this model"
                 ) from None
-        # timm drops the file's classifier if the number of classes differs.
+        # timm drops the file's classifier, and is no longer strict, if the number of classes differs.
         return _create(backbone, classes, image_size, overlay | {"num_classes": 0})
     except InputError:
         raise
-    except (RuntimeError, KeyError, ValueError, OSError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+    except Exception as error:  # any: timm's functions for a model suppose the keys of its own files
         reason = str(error).partition("\n")[0]
         raise InputError(
             f"weights: {file} can't be read as a state dict of {backbone} ({type(error).__name__}: {reason}); "
@@ -139,7 +158,7 @@ def _wrong_keys(message: str) -> dict[str, str]:
     """Return the wrong keys in the message of torch's strict `load_state_dict`, each with its fault."""
     wrong: dict[str, str] = {}
     for kind, keys in re.findall(r"(Missing|Unexpected) key\(s\) in state_dict: (.*)", message):
-        wrong |= dict.fromkeys(re.findall(r'"([^"]+)"', keys), "is missing" if kind == "Missing" else UNEXPECTED)
+        wrong |= dict.fromkeys(re.findall(r'"([^"]+)"', keys), f"is {kind.lower()}")
     for key, shapes in re.findall(r"size mismatch for (\S+): (.*)", message):
         wrong[key] = "has another shape: " + shapes.rstrip(".")
     return wrong
@@ -210,14 +229,20 @@ def _positions(model: nn.Module, image_size: int) -> list[tuple[str, int]]:
         if isinstance(getattr(module, "weight", None), nn.Parameter)
     ]
     try:
-        with evaluating(model):
-            model(zero_images(model, 1, size))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise InputError(_wrong_size(str(model.pretrained_cfg["architecture"]), size, error)) from error  # type: ignore[index]
+        _pass(model, size)
     finally:
         for hook in hooks:
             hook.remove()
     return executed
+
+
+def _pass(model: nn.Module, image_size: int) -> None:
+    """Send a black image through the model; raise InputError if it can't take this size."""
+    try:
+        with evaluating(model):
+            model(zero_images(model, 1, image_size))
+    except Exception as error:  # any: each architecture fails in its own way
+        raise InputError(_wrong_size(str(model.pretrained_cfg["architecture"]), image_size, error)) from error  # type: ignore[index]
 
 
 def zero_images(model: nn.Module, count: int, image_size: int) -> Tensor:
