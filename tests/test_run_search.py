@@ -40,9 +40,9 @@ from tuning.run_search import (
     run,
 )
 from tuning.search import driver as search
-from tuning.search.plans import check_new, claimed, write_run
+from tuning.search.plans import check_new, claimed, without_effect, write_run
 from tuning.settings.config import RESUME_MAY_CHANGE, InputError, SearchPlan
-from tuning.settings.space_file import load
+from tuning.settings.space_file import load, parse
 from tuning.show import report
 from tuning.training.weights import digests
 
@@ -417,6 +417,25 @@ def test_a_finite_space_is_tried_once_and_moved_images_are_found(space, tmp_path
     assert yaml.safe_load((tmp_path / "results" / "finite" / "plan.yaml").read_text())["settings"]["data"] == str(
         tmp_path / "moved"
     )
+
+
+@pytest.mark.parametrize(
+    ("warmup", "settings", "said"),
+    [
+        (
+            7.5,
+            {},
+            ["warmup_epochs=7.5 of 5 epochs: the learning rate doesn't reach its peak; give less, or more epochs"],
+        ),
+        (5.0, {}, []),
+        (0.0, {"grace_epochs": 5}, ["grace_epochs=5 of 5 epochs: ASHA stops no trial"]),
+        (0.0, {"grace_epochs": 5, "early_stopping": False}, []),
+    ],
+)
+def test_settings_without_effect_are_named(warmup, settings, said):
+    parameters = {"warmup_epochs": {"type": "float", "low": 0.0, "high": warmup}} if warmup else {}
+    space = parse({"fixed": {"backbone": "test_resnet"}, "parameters": parameters}, "x")
+    assert without_effect(space, SearchPlan(name="x", epochs=5, **settings)) == said
 
 
 def test_no_permission_to_write():

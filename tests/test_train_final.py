@@ -244,7 +244,11 @@ def test_training_on_both_without_finalists_goes_to_the_trials_own_epoch(searche
     (searched / "best.yaml").write_text(yaml.safe_dump(document))
     metrics = metrics_of(run(Flags(str(searched), set=(("final_data=train+val", "learning_rate=1e-3"),))))
     assert metrics["epochs"] == 2
-    assert metrics["temperature"] == {"value": 1.0, "fitted_on": None}  # the search had no such learning rate
+    assert metrics["temperature"] == {
+        "value": 1.0,
+        "fitted_on": None,
+        "images": 0,
+    }  # the search had no such learning rate
 
 
 def test_training_on_both_to_no_known_epoch_is_refused(best):

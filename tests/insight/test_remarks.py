@@ -6,7 +6,7 @@ import pytest
 from runs import few_trials, make_run
 
 from tuning.insight.analysis import searched, top
-from tuning.insight.remarks import remarks, with_baseline
+from tuning.insight.remarks import _on_ensemble, remarks, with_baseline
 from tuning.record.predictions import Predictions, predictions_file, write_predictions
 from tuning.show import report
 from tuning.show.sections import read
@@ -96,3 +96,12 @@ def test_a_validation_set_that_is_too_small_for_the_baseline():
     assert with_baseline(few_trials(), nobody) is None
     two_images = Predictions(("t0",), np.full((1, 2, 2), 0.5), np.array([0, 1]), np.arange(2), ("a", "b"))
     assert with_baseline(few_trials(), two_images) is None
+
+
+def test_an_ensemble_of_one_trial_is_no_ensemble():
+    targets = np.arange(40) % 2
+    right = np.eye(2)[targets]
+    probabilities = np.stack([right * 0.98 + 0.01, right * 0.2 + 0.4])
+    predictions = Predictions(("t00000", "t00001"), probabilities, targets, np.arange(40), ("a", "b"))
+    (remark,) = _on_ensemble(predictions, predictions.trial_ids, worthless=False)
+    assert "gains nothing: its selection keeps the best single trial alone" in remark.words

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from tuning.insight.calibration import calibration_error, tempered
-from tuning.model.held_out import READINGS, record_evaluation, score_test_set
+from tuning.model.held_out import READINGS, few_images, record_evaluation, score_test_set
 from tuning.record.journal import read_journal
 
 
@@ -15,6 +15,14 @@ def test_evaluations_are_counted_for_each_data_set(tmp_path):
     again = record_evaluation(tmp_path, "a", "train+val", True)
     assert again["number"] == 3 and again["first_at"] <= again["at"]
     assert [event["fingerprint"] for event in read_journal(tmp_path / READINGS)] == ["a", "b", "a", "a"]
+
+
+def test_a_temperature_of_few_images_is_called_that():
+    assert few_images({"value": 1.2, "fitted_on": "validation", "images": 4}) == (
+        " (4 images: too few for a reliable temperature)"
+    )
+    assert few_images({"value": 1.2, "fitted_on": "validation", "images": 225}) == ""
+    assert few_images({"value": 1.2, "fitted_on": "validation"}) == ""  # by an older version
 
 
 def test_scores_of_the_test_set():

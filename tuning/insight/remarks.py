@@ -105,6 +105,9 @@ def _on_ensemble(predictions: Predictions, saved: Collection[str], *, worthless:
     found, of_all = offer(predictions.of(saved)), offer(predictions)
     if found is None or of_all is None:
         return []
+    if found.gain_95 == (0.0, 0.0):
+        words = f"An ensemble of the {len(saved)} trials with saved weights gains nothing: its selection"
+        return [Remark(f"{words} keeps the best single trial alone.")]
     total = len(predictions.trial_ids)
     others = f" ({of_all.val_loss:.4f} for all {total} trials)" if len(saved) < total else ""
     build = " To build it: train_final.py --set ensemble=true." if found.better and not worthless else ""

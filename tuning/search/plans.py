@@ -88,7 +88,7 @@ def short_training(warmup_epochs: float, epochs: int) -> list[str]:
     if warmup_epochs <= epochs:
         return []
     of = f"warmup_epochs={warmup_epochs:g} of {count(epochs, 'epoch')}"
-    return [f"{of}: the learning rate doesn't reach its peak; give fewer, or more epochs"]
+    return [f"{of}: the learning rate doesn't reach its peak; give less, or more epochs"]
 
 
 def other_packages(provenance: Mapping[str, Any]) -> list[str]:
