@@ -139,6 +139,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     from tuning.model.folder import preprocessing, save_ensemble, save_model
     from tuning.model.mistakes import SIDE, mistakes_page, picture, worst
     from tuning.show.plots import write_plots
+    from tuning.training.backbones import check
     from tuning.training.dataset import join
     from tuning.training.features import FeatureCache
     from tuning.training.features import run_folder as outputs_folder
@@ -151,6 +152,8 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     if not best.chosen_weights and (other := other_weights(digests(weights), best.provenance.get("weights"))):
         cure = f"restore them, or train with these by --set weights={shlex.quote(plan.weights)}"
         raise InputError(f"the pretrained weights of {examples(other)} have changed since the search; {cure}")
+    for each in configs.values():
+        check(each.backbone, [each.image_size], weights[each.backbone])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(os.cpu_count() or 1)
     if device.type == "cpu":

@@ -3,6 +3,7 @@ import signal
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,6 +44,10 @@ def test_workers_have_loaded_what_trials_need_before_the_first(no_ray):
         assert ray.get_runtime_context().gcs_address.startswith("127.0.0.1:")
         assert [node["NodeManagerAddress"] for node in ray.nodes()] == ["127.0.0.1"]
         assert ray.get(Worker.remote().loaded.remote())
+        session = ray._private.worker.global_worker.node.get_session_dir_path()
+        lines = [path.read_text() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+        of_ray = [line for line in lines if session in line]
+        assert of_ray and not [line for line in of_ray if "monitor.py" in line or "dashboard.py" in line]
     assert not ray.is_initialized()
     assert dict(os.environ) == environment
 

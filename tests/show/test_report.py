@@ -1,9 +1,12 @@
 import json
 import os
 import re
+import shutil
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from runs import make_audit, make_run
 
 from tuning.record.journal import Journal, read_record
@@ -177,7 +180,14 @@ def test_several_runs_are_compared(folder, tmp_path):
     assert (
         "resnet18, resnet50" in html and "learning_rate" not in html.partition('id="spaces"')[2].partition("<script")[0]
     )
-    assert "40 of 40" in html and "30 of 30" in html and "different images" not in html
+    assert "40 of 40" in html and "30 of 30" in html and "The runs used different" not in html
+    first = Path(shutil.copytree(folder, tmp_path / "first"))
+    for place, digests in ((first, {"resnet18": "a", "vgg16": "b"}), (other, {"resnet18": "c", "resnet50": "d"})):
+        document = yaml.safe_load((place / "plan.yaml").read_text())
+        document["provenance"]["weights"] = digests
+        (place / "plan.yaml").write_text(yaml.safe_dump(document))
+    html = run_report(Flags((str(first), str(other)))).read_text()
+    assert "The runs used different pretrained weights of resnet18." in html
     assert run_report(Flags((str(folder), str(other)), out=str(tmp_path / "c.html"))) == tmp_path / "c.html"
 
 

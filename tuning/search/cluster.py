@@ -97,9 +97,6 @@ def start_ray(plan: SearchPlan) -> list[Node]:
         options["runtime_env"] = {"py_modules": [str(package)]}
     else:
         environment["RAY_AUTH_TOKEN"] = TOKEN
-        # Even without a dashboard and with usage statistics off, its process asks three clouds' metadata services who
-        # they are, one of them by name.
-        ray._private.services.start_api_server = lambda *given, **named: (None, None)
         options["address"] = "local"  # else Ray joins the cluster last started on this machine
         cores = os.cpu_count() or 1
         if cores <= MOST_PRELOADING and 2 * min(plan.concurrent or cores, plan.trials) >= cores:
@@ -111,8 +108,27 @@ def start_ray(plan: SearchPlan) -> list[Node]:
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     os.environ.update(environment | os.environ)  # the user's values count
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a dead worker's traceback is in the table
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", **options)
+    with _few_processes():
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", **options)
     return ray_nodes()
+
+
+@contextmanager
+def _few_processes() -> Iterator[None]:
+    """Have Ray start here without a dashboard's process and without monitors; in a cluster they run elsewhere.
+
+    Even without a dashboard and with usage statistics off, the first asks three clouds' metadata services who they are,
+    one of them by name. The monitors watch for nodes to add, and for logs to show in the driver: neither is done here,
+    and they take 1.5 s of processor time and 2 s of each start.
+    """
+    services, node = ray._private.services, ray._private.node.Node
+    were = services.start_api_server, node.start_monitor, node.start_log_monitor
+    services.start_api_server = lambda *given, **named: (None, None)
+    node.start_monitor = node.start_log_monitor = lambda self: None
+    try:
+        yield
+    finally:
+        services.start_api_server, node.start_monitor, node.start_log_monitor = were
 
 
 def ray_nodes() -> list[Node]:

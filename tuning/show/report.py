@@ -13,6 +13,7 @@ from tuning.insight import analysis
 from tuning.record import tables
 from tuning.record.journal import loss_like
 from tuning.settings.config import PARAMETERS
+from tuning.settings.words import examples
 from tuning.show.frames import duration
 from tuning.show.page import column, columns, figure, note, page, section, table, text
 from tuning.show.sections import TRIALS_SHOWN, Run, body, capitalized, judged, read, same
@@ -145,6 +146,8 @@ def compare(runs: Sequence[Run]) -> str:
     warnings += (
         [] if len(fingerprints) == 1 else ["The runs used different images, so their losses are not comparable."]
     )
+    if other := _other_weights(runs):
+        warnings.append(f"The runs used different pretrained weights of {examples(other)}.")
     lines = [
         {"name": name, "metric": one.metric}
         | columns(analysis.best_so_far(one.trials, one.epochs, one.metric).drop(columns="trial_id"), 5)
@@ -167,6 +170,13 @@ def compare(runs: Sequence[Run]) -> str:
     ]
     data = {"metric": metrics[0], "lower": metrics[0] == "val_loss", "runs": lines}
     return page(" · ".join(names), body, data, {})
+
+
+def _other_weights(runs: Sequence[Run]) -> list[str]:
+    """Return the backbones whose file of weights is not the same in all runs that say which."""
+    recorded = [one.document["provenance"].get("weights") for one in runs]
+    known = [pair for weights in recorded if isinstance(weights, dict) for pair in weights.items()]
+    return sorted({str(backbone) for backbone, digest in known if digest != dict(known)[backbone]})
 
 
 def _spent(one: Run) -> dict[str, float]:
