@@ -93,7 +93,7 @@ def ended(journal):
     return {event["trial_id"]: event for event in read_journal(journal) if event["event"] == "ended"}
 
 
-KILLS = 20 if SOAK else 2
+KILLS = 20 if SOAK else 1
 
 
 @pytest.mark.soak
