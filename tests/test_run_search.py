@@ -24,6 +24,7 @@ from runs import make_run
 from shared import ONE_CORE, draw_folder
 
 from tuning.checks.audit import load_checked
+from tuning.checks.findings import notes_in_words
 from tuning.data.images import parallel_map, read_facts
 from tuning.insight.best import write_best
 from tuning.insight.verdict import Verdict
@@ -35,7 +36,6 @@ from tuning.run_search import (
     _priors,
     _search,
     main,
-    notes,
     planned,
     run,
 )
@@ -207,16 +207,16 @@ def test_what_was_told_of_images_is_a_line_a_kind(tmp_path):
     frames.save(folder / "light" / "005.jpg", format="GIF", save_all=True, append_images=[Image.new("L", (256, 256))])
     plan = SearchPlan(name="x", data=str(folder))
     table, folders, *_ = load_checked(plan, [32])
-    assert notes(table, read_facts(folders[32])) == [
+    assert notes_in_words(table["path"], read_facts(folders[32])["notes"]) == [
         "1 image (light/005.jpg): has several frames, only the first is used",
         "1 image (light/005.jpg): is a GIF file named .jpg",
         "2 images (dark/003.jpg, ...): is a PNG file named .jpg",
     ]
     table, folders, *_ = load_checked(SearchPlan(name="x", data=str(folder), fit="crop", drop_colour=True), [32])
-    assert len(notes(table, read_facts(folders[32]))) == 3
+    assert len(notes_in_words(table["path"], read_facts(folders[32])["notes"])) == 3
     clean = draw_folder(tmp_path / "clean", count=10)
     table, folders, *_ = load_checked(SearchPlan(name="x", data=str(clean)), [32])
-    assert notes(table, read_facts(folders[32])) == []
+    assert notes_in_words(table["path"], read_facts(folders[32])["notes"]) == []
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import tyro
 from numpy.typing import NDArray
 
+from tuning.checks.findings import notes_in_words
 from tuning.data.decoding import is_image
 from tuning.model.folder import Ensemble, Model, load_model
 from tuning.record.mirror import borrowed
@@ -81,12 +82,15 @@ def run(flags: Predict) -> None:
         model = load_model(folder)
     known: list[str] = []
     rows: list[NDArray[np.float64]] = []
+    notes: dict[str, str] = {}
     for start in range(0, len(files), AT_ONCE):
         part = files[start : start + AT_ONCE]
-        found, unreadable = _predict_readable(model, part)
+        found, unreadable = _predict_readable(model, part, notes)
         known += [file for file, row in zip(part, found, strict=True) if row is not None]
         rows += [row for row in found if row is not None]
         faults += unreadable
+    for line in notes_in_words(notes.keys(), notes.values()):
+        print(visible(line), file=sys.stderr)
     if rows or flags.out is None:
         _write_table(flags.out, known, model.classes, np.array(rows).reshape(len(rows), len(model.classes)))
     if faults:
@@ -138,15 +142,15 @@ def _images(names: Iterable[str]) -> list[str]:
 
 
 def _predict_readable(
-    model: Model | Ensemble, files: Sequence[str]
+    model: Model | Ensemble, files: Sequence[str], notes: dict[str, str]
 ) -> tuple[list[NDArray[np.float64] | None], list[str]]:
     """Return each file's probabilities, None if it can't be read, and the faults, found by trying halves."""
     try:
-        return list(model.predict(files)), []
+        return list(model.predict(files, notes)), []
     except InputError as error:
         if len(files) == 1:
             return [None], error.faults[:1]
-    halves = [_predict_readable(model, part) for part in (files[: len(files) // 2], files[len(files) // 2 :])]
+    halves = [_predict_readable(model, part, notes) for part in (files[: len(files) // 2], files[len(files) // 2 :])]
     return halves[0][0] + halves[1][0], halves[0][1] + halves[1][1]
 
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import tyro
 
 from tuning.checks.audit import Checked, load_checked
-from tuning.data.images import parallel_map, read_facts
+from tuning.data.images import parallel_map
 from tuning.data.samples import elsewhere
 from tuning.insight import analysis
 from tuning.insight.best import write_best
@@ -255,7 +255,7 @@ def _data(plan: SearchPlan, space: Space, recorded: pd.DataFrame | None, map: Ca
         console.print(f"  {plain(label)}: " + ", ".join(f"{images} {split}" for split, images in row.items()))
     audited = "decoded" if data.audit is None else "decoded, audited"
     console.print(f"  read, {audited} in {time.perf_counter() - started:.1f} s")
-    for note in [*notes(data.samples, read_facts(next(iter(data.folders.values())))), *data.messages]:
+    for note in data.messages:
         console.print(f"  {plain(note)}")
     return data
 
@@ -282,15 +282,6 @@ def _check_unchanged(
         raise InputError(f"--resume: {what}; restore them, {anew}")
     if packages := other_packages(provenance):
         console.print(f"  other versions than when the run started: {', '.join(packages)}; new trials may differ")
-
-
-def notes(table: pd.DataFrame, facts: pd.DataFrame) -> list[str]:
-    """Return what decoding noted of images, one line for each kind of note, with an example."""
-    noted = pd.DataFrame({"path": table["path"], "note": facts["notes"].str.split("; ")}).explode("note").dropna()
-    return [
-        f"{count(images, 'image')} ({path}{', ...' * (images > 1)}): {note}"
-        for note, images, path in noted.groupby("note")["path"].agg(["size", "first"]).itertuples()
-    ]
 
 
 def _priors(plan: SearchPlan, space: Space) -> list[Any]:

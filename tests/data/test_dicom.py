@@ -363,3 +363,58 @@ def test_the_cure_of_a_compression_names_what_decodes_it(tmp_path):
     with pytest.raises(InputError, match="High-Throughput") as caught:
         decode(write(tmp_path / "x.dcm", RAMP, syntax=HTJ2KLossless, compressed=bytes(64)), 32)
     assert "pylibjpeg" in str(caught.value) and "python-gdcm" not in str(caught.value)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("sequence", ["VOILUTSequence", "ModalityLUTSequence"])
+def test_a_table_of_8_bits_may_have_thousands_of_entries(tmp_path, sequence, packed):
+    """pydicom's own counts them in 8 bits: a film comes out as noise."""
+    levels = (np.arange(4096) / 4095 * 255).round()
+    (item,) = lookup_table(levels, 8)
+    item.LUTData = levels.astype("u1" if packed else "<u2").tobytes()
+    item.ModalityLUTType = "US"
+    whole = {"WindowCenter": 128, "WindowWidth": 256} if sequence == "ModalityLUTSequence" else {}
+    film = shown(write(tmp_path / "a.dcm", RAMP, **{sequence: [item]}, **whole))
+    assert np.abs(film - levels[RAMP]).max() <= 1
+
+
+def test_values_beyond_a_table_are_shown_as_its_last_entry(tmp_path):
+    table = lookup_table(np.arange(4096) * 16, 16)
+    film = shown(write(tmp_path / "a.dcm", RAMP, VOILUTSequence=table, RescaleSlope=30, RescaleIntercept=0))
+    assert np.abs(film - (RAMP * 30.0).clip(0, 4095) / 4095 * 255).max() <= 1
+
+
+@pytest.mark.parametrize("elements", [{"PixelSpacing": [0.4, 0.2]}, {"PixelAspectRatio": [2, 1]}])
+def test_pixels_that_are_not_square_are_shown_in_proportion(tmp_path, elements):
+    circle = (np.hypot(*np.meshgrid(np.arange(64) - 31.5, 2 * (np.arange(32) - 15.5))) < 24).astype(np.uint16) * 4000
+    file = write(tmp_path / "a.dcm", circle, WindowCenter=2048, WindowWidth=4096, **elements)
+    for fit in ("squash", "crop", "letterbox"):
+        film = decode(file, 64, fit=fit)[0] > 127
+        assert abs(film.any(axis=0).sum() - film.any(axis=1).sum()) <= 2, fit
+    plain = write(tmp_path / "b.dcm", circle, WindowCenter=2048, WindowWidth=4096, PixelSpacing=[0.0, 0.2])
+    film = decode(plain, 64, fit="letterbox")[0] > 127  # no sense in it
+    assert film.any(axis=0).sum() > 1.5 * film.any(axis=1).sum()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda dataset: delattr(dataset, "Rows"), "is a DICOM file without Rows, so its pixels can't be read"),
+        (lambda dataset: delattr(dataset, "BitsStored"), "is a DICOM file without BitsStored"),
+        (lambda dataset: setattr(dataset, "PixelData", b""), "whose pixels are empty"),
+    ],
+)
+def test_what_a_film_lacks_is_named(tmp_path, change, reason):
+    file = write(tmp_path / "a.dcm", RAMP)
+    dataset = dcmread(file)
+    change(dataset)
+    dataset.save_as(file)
+    with pytest.raises(InputError, match=reason):
+        decode(file, 32)
+
+
+def test_a_file_may_lack_the_preamble_before_its_header(tmp_path):
+    file = write(tmp_path / "a.dcm", RAMP, WindowCenter=2048, WindowWidth=4096)
+    whole = shown(file)
+    Path(file).write_bytes(Path(file).read_bytes()[132:])
+    assert (shown(file) == whole).all()

@@ -9,6 +9,7 @@ from PIL import Image
 from test_samples import faults, touch
 
 from tuning.data.samples import load_samples
+from tuning.settings.config import InputError
 
 
 def test_class_folders_are_listed_at_any_depth_without_hidden_and_other_files(tmp_path):
@@ -60,10 +61,10 @@ def test_images_have_any_suffix_and_what_is_left_out_is_said(tmp_path):
     Image.new("L", (4, 4)).save(tmp_path / "well" / "IM0001", "PNG")
     samples = load_samples(str(tmp_path))
     assert Counter(samples["label"]) == {"ill": 11, "well": 9}
-    assert samples.attrs["left_out"] == [
-        "17 files (masks), such as 0.png",
-        "2 files (no images), such as notes.txt",
-        "1 file (thumbnails), such as SYNOPHOTO_THUMB_M.jpg",
+    assert samples.attrs["remarks"] == [
+        "left out: 17 files (masks), such as 0.png",
+        "left out: 2 files (no images), such as notes.txt",
+        "left out: 1 file (thumbnails), such as SYNOPHOTO_THUMB_M.jpg",
     ]
 
 
@@ -72,7 +73,11 @@ def test_dev_beside_train_is_validation_and_other_folders_are_said(tmp_path):
     touch(tmp_path, *(f"{part}/{name}/{number}.png" for part in parts for name in "ab" for number in range(3)))
     samples = load_samples(str(tmp_path))
     assert Counter(samples["split"]) == {"train": 6, "val": 6, "test": 6} and not samples.attrs["random_splits"]
-    assert samples.attrs["left_out"] == ["1 folder beside dev, test, train: extra"]
+    assert samples.attrs["remarks"] == ["left out: 1 folder beside dev, test, train: extra"]
+    Image.new("L", (4, 4)).save(tmp_path / "IM0001", "PNG")
+    touch(tmp_path, "DICOMDIR", "list.csv")
+    beside = "left out: 1 file (images beside the folders), such as IM0001"
+    assert load_samples(str(tmp_path)).attrs["remarks"][1:] == [beside]
     touch(tmp_path / "classes", *(f"{name}/{number}.png" for name in ("dev", "ops") for number in range(8)))
     assert set(load_samples(str(tmp_path / "classes"))["label"]) == {"dev", "ops"}
 
@@ -125,3 +130,18 @@ def test_all_faults_come_at_once(tmp_path):
         found, ["must be below 1", "train/b: no images", "val: 1 image ", "'b' not in val"], strict=True
     ):
         assert word in fault
+
+
+def test_an_image_without_a_suffix_beside_class_folders_is_a_fault(tmp_path):
+    touch(tmp_path, *(f"{name}/{number}.png" for name in "ab" for number in range(8)), "notes.txt", "DICOMDIR")
+    load_samples(str(tmp_path))
+    Image.new("L", (4, 4)).save(tmp_path / "IM0001", "PNG")
+    with pytest.raises(InputError, match=r"1 image is outside the class folders \(IM0001\)"):
+        load_samples(str(tmp_path))
+
+
+def test_sites_above_classes_are_pointed_out(tmp_path):
+    sites, classes = ("internal", "external"), ("ill", "well")
+    touch(tmp_path, *(f"{site}/{name}/{number}.png" for site in sites for name in classes for number in range(8)))
+    (said,) = load_samples(str(tmp_path)).attrs["remarks"]
+    assert said == "the folders external, internal are taken for the classes, not ill, well, which lie in each of them"

@@ -335,3 +335,14 @@ def test_fingerprint_takes_every_way_to_say_no_group_alike(files, rows, tmp_path
     back = pd.read_parquet(tmp_path / "samples.parquet")
     assert fingerprint(samples, ["0"] * 20) == fingerprint(back, ["0"] * 20)
     assert fingerprint(samples, ["0"] * 20) == fingerprint(samples.assign(group=float("nan")), ["0"] * 20)
+
+
+def test_columns_that_may_be_split_or_group_by_other_names_are_pointed_out(files, rows):
+    named = [row | {"Split": "train", "PatientID": "1", "Age": "40"} for row in rows]
+    assert load_samples(write_csv(files / "named.csv", named)).attrs["remarks"] == [
+        "column 'Split' isn't used; if it is meant, --set split_column='Split'",
+        "column 'PatientID' isn't used; if it is meant, --set group_column='PatientID'",
+    ]
+    given = {"split_column": "Split", "group_column": "PatientID"}
+    varied = [row | {"PatientID": str(number)} for number, row in enumerate(named)]
+    assert load_samples(write_csv(files / "varied.csv", varied), **given).attrs["remarks"] == []

@@ -132,7 +132,9 @@ def test_what_reads_the_rows_may_end_first(named, tmp_path, monkeypatch, capfd, 
     """As `predict ... | head`, whether the rows wait in a buffer or not."""
     for number in range(copies if copies > 1 else 0):
         os.link("[1].png", f"{number}.png")
-    monkeypatch.setattr("tuning.model_folder._predict_readable", lambda model, files: ([np.ones(2)] * len(files), []))
+    monkeypatch.setattr(
+        "tuning.model_folder._predict_readable", lambda model, files, notes: ([np.ones(2)] * len(files), [])
+    )
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "w") as stdout:

@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tuning.checks import findings
+from tuning.checks import findings, names
 from tuning.checks.alignment import SIDE
 from tuning.checks.duplicates import VERSION, Pairs, bars_of, near_duplicates, shrunk
 from tuning.checks.findings import Finding
@@ -56,7 +56,9 @@ def load_checked(
     except ConnectionError as error:
         raise InputError(f"{plan.data}: the storage failed ({error}); start again when it works") from None
     if table is not None:
-        return Checked(found.samples, found.folders, samples.fingerprint(found.samples, found.hashes), None, [])
+        noted = images.read_facts(next(iter(found.folders.values())))["notes"]
+        messages = findings.notes_in_words(found.samples["path"], noted)
+        return Checked(found.samples, found.folders, samples.fingerprint(found.samples, found.hashes), None, messages)
     problems, checked, messages = audited(plan, found)
     if stops := findings.stops(problems):
         raise InputError(stops)
@@ -150,7 +152,9 @@ def audited(plan: SearchPlan, decoded: Decoded) -> tuple[list[Finding], pd.DataF
     found = findings.of_unreadable(decoded.lost, plan.skip_unreadable)
     found += findings.of_groups(table, plan.on_leak)
     found += findings.of_copies(table, identical, decoded.hashes, near, plan.on_leak)
+    found += names.of_names(table)
     found += findings.of_imbalance(table["label"])
+    found += findings.of_decoding(table["path"], facts["notes"])
     found += findings.of_shortcuts(rules or [], plan.fit, plan.drop_colour)
     moved = table
     if plan.on_leak == "move":
@@ -160,11 +164,17 @@ def audited(plan: SearchPlan, decoded: Decoded) -> tuple[list[Finding], pd.DataF
         if emptied := _emptied(table, moved):
             cure = "move groups by hand, or remove the split column for random splits by group"
             raise InputError(f"on_leak=move: the moves would leave no image of {emptied}; {cure}")
-    messages = [f"left out: {words}" for words in decoded.samples.attrs.get("left_out", [])]
+    messages = findings.notes_in_words(table["path"], facts["notes"])
+    messages += decoded.samples.attrs.get("remarks", [])
+    if drawn := table.attrs["random_splits"]:
+        of = "images, since no groups are given" if table["group"].isna().all() else "groups"
+        messages.append(f"split at random, by {of}: {', '.join(drawn)}")
+    if table["group"].isna().all() and (facts["format"] == "DICOM").any():
+        cure = "name a manifest's column by --set group_column=..."
+        messages.append(f"patients are unknown: the headers of DICOM files aren't read for them; {cure}")
     messages += findings.summary(found, int((moved["split"] != table["split"]).sum()))
     if identical and table.attrs["random_splits"]:
-        names = ", ".join(table.attrs["random_splits"])
-        messages.append(f"  {names} were split at random, with identical images in the same split")
+        messages.append(f"  {', '.join(drawn)} were split at random, with identical images in the same split")
     if untried := sorted(set(labels) - {labels[index] for index in chosen if rules is not None}):
         classes = f"{len(untried)} of {len(set(labels))} classes, such as {untried[0]}"
         why = "two or more classes are needed, with images of two or more groups each"
@@ -182,10 +192,10 @@ def _with_identical_together(table: pd.DataFrame, identical: list[tuple[int, int
     if not (identical and table.attrs["random_splits"]):
         return table
     unit = splits.number_units(table["group"], identical)
-    names = table["group"].where(table["group"].notna(), table["path"]).groupby(unit).transform("first")
+    of_unit = table["group"].where(table["group"].notna(), table["path"]).groupby(unit).transform("first")
     fractions = {"val_fraction": plan.val_fraction, "test_fraction": plan.test_fraction}
     try:
-        return splits.random_splits(table, names.tolist(), **fractions)
+        return splits.random_splits(table, of_unit.tolist(), **fractions)
     except InputError as error:
         raise InputError([f"with identical images in the same split: {fault}" for fault in error.faults]) from None
 

@@ -20,7 +20,8 @@ SEVERITIES = ("stop", "warn", "info")  # worst first
 KINDS = (  # also worst first
     *("unreadable", "group_across_splits", "exact_duplicate", "label_conflict", "near_duplicate"),
     *("shortcut_shape", "shortcut_colour", "shortcut_metadata", "shortcut_border", "shortcut_thumbnail"),
-    *("imbalance", "look_alike"),
+    *("missing_class", "similar_classes", "similar_groups", "rounded_groups", "large_group"),
+    *("imbalance", "look_alike", "decoding"),
 )
 LEAKS = {"stop": "stop", "warn": "warn", "move": "warn"}  # severity of a leak, by `on_leak`
 UNBALANCED, VERY_UNBALANCED = 3, 10  # images of the largest class for each of the smallest: info, warn
@@ -109,6 +110,24 @@ def of_groups(samples: pd.DataFrame, on_leak: str) -> list[Finding]:
             detail, n_images = f"group {group}: {where}", float(len(images))
             found.append(Finding("group_across_splits", LEAKS[on_leak], first, other, n_images, None, detail))
     return found
+
+
+def of_decoding(paths: Iterable[str], notes: Iterable[str | None]) -> list[Finding]:
+    """What was noted of images as they were decoded."""
+    pairs = zip(paths, notes, strict=True)
+    return [Finding("decoding", "info", path, None, None, None, note) for path, note in pairs if isinstance(note, str)]
+
+
+def notes_in_words(paths: Iterable[str], notes: Iterable[str | None]) -> list[str]:
+    """Return what was noted of images as they were decoded, one line for each kind of note, with an example."""
+    of_note: dict[str, list[str]] = defaultdict(list)
+    for path, noted in zip(paths, notes, strict=True):
+        for note in noted.split("; ") if isinstance(noted, str) else []:  # not NaN, as pandas has no value
+            of_note[note].append(path)
+    return [
+        f"{count(len(noted), 'image')} ({noted[0]}{', ...' * (len(noted) > 1)}): {note}"
+        for note, noted in sorted(of_note.items())
+    ]
 
 
 def of_imbalance(labels: Iterable[str]) -> list[Finding]:
@@ -203,6 +222,8 @@ def _lines(rows: Sequence[Finding]) -> dict[str, list[str]]:
 
 def _in_words(finding: str, found: Sequence[Finding]) -> list[str]:
     first, n = found[0], len(found)
+    if finding in ("missing_class", "similar_classes", "similar_groups", "rounded_groups", "large_group"):
+        return [f"{finding.replace('_', ' ')}: {row.detail}" for row in found]
     if finding == "imbalance":
         return [f"imbalance: {first.detail}; consider --set class_weighting=balanced metric=val_balanced_accuracy"]
     if finding.startswith("shortcut_"):

@@ -24,13 +24,14 @@ from tuning.data import dicom
 from tuning.record.storage import is_uri, readable
 from tuning.settings.config import FORMATS, InputError
 
-DECODER_VERSION = 3  # raised with any change of pixels or facts (not of the notes' words): no older array is used
+DECODER_VERSION = 4  # raised with any change of pixels or facts (not of the notes' words): no older array is used
 FEW_LEVELS = 16  # of a grey picture, for a note
 MAX_PIXELS = 178_000_000  # of one image; Pillow's own limit for what it calls a decompression bomb
 # Channels that differ by at most this many levels are grey, apart from JPEG's rounding of chroma. Of 120 chest X-rays
 # stored in colour, at 64, 128 and 224 px, 86 have equal channels and 29 differ by 1 to 11 levels; the 5 that have
 # coloured marks or a tint differ by 25 or more.
 GREY_LEVELS = 12
+LEAST_ASPECT, MIN_ASPECT = 0.01, 0.1  # of pixels: nearer to 1 they count as square, further from it as nonsense
 NEARLY_BLACK = 16  # of 255: what 12 of 16 bits come to
 SIGNATURES = [  # format, and the offset and bytes that identify it
     ("DICOM", 128, b"DICM"),  # first, since another format's signature may precede it
@@ -45,6 +46,7 @@ SIGNATURES = [  # format, and the offset and bytes that identify it
     ("PDF", 0, b"%PDF"),
     ("gzip", 0, b"\x1f\x8b"),
     # Without preamble and header DICOM begins with an element of group 8: length, character set, type, time, class, id.
+    *[("DICOM", 0, start) for start in (b"\2\0\0\0UL", b"\2\0\1\0OB")],  # with a header, without a preamble
     *[("DICOM", 0, bytes((8, 0, element, 0))) for element in (0x00, 0x05, 0x08, 0x12, 0x16, 0x18)],
 ]
 # The classes are called directly, since `Image.open` warns about large and multi-picture images.
@@ -92,6 +94,7 @@ class Shown(NamedTuple):
     height: int
     mode: str
     notes: list[str]
+    aspect: float = 1.0  # height of a pixel for a width of 1
 
 
 def decode(file: str, image_size: int, *, fit: str = "squash", drop_colour: bool = False) -> tuple[Pixels, Facts]:
@@ -117,7 +120,7 @@ def decode(file: str, image_size: int, *, fit: str = "squash", drop_colour: bool
             shown = _show_dicom(stream) if kind == "DICOM" else _show(stream, kind, image_size, drop_colour)
             n_bytes = stream.seek(0, os.SEEK_END)
             image = _in_mode("L", shown.image) if drop_colour else shown.image
-            pixels = _pixels(_square(image, image_size, fit))
+            pixels = _pixels(_square(image, image_size, fit, shown.aspect))
     except InputError:
         raise
     except DECODER_ERRORS as error:
@@ -185,7 +188,7 @@ def _show_dicom(stream: BinaryIO) -> Shown:
     dataset = dicom.read(stream)
     _check_size(dataset.Columns, dataset.Rows)
     image, notes = dicom.show(dataset)
-    return Shown(image, dataset.Columns, dataset.Rows, dicom.mode(dataset), notes)
+    return Shown(image, dataset.Columns, dataset.Rows, dicom.mode(dataset), notes, dicom.aspect(dataset))
 
 
 def _check_size(width: int, height: int) -> None:
@@ -272,7 +275,9 @@ def _quietly() -> Iterator[None]:
                 _quiet.close()
 
 
-def _square(image: Image.Image, image_size: int, fit: str) -> Image.Image:
+def _square(image: Image.Image, image_size: int, fit: str, aspect: float) -> Image.Image:
+    if fit != "squash" and abs(aspect - 1) > LEAST_ASPECT and MIN_ASPECT < aspect < 1 / MIN_ASPECT:
+        image = image.resize((image.width, max(round(image.height * aspect), 1)), Image.Resampling.LANCZOS)
     width, height = image.size
     target = (image_size, image_size)
     if fit == "crop":

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 FRAMES = "has several frames, only the first is used"  # a note of other formats too
+NEEDED = ("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored")
+SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio")  # of a pixel's height and width
+JPEG_12_BITS = "1.2.840.10008.1.2.4.51"  # which Pillow reads up to 8 bits
 
 
 def read(stream: BinaryIO) -> "Dataset":
@@ -30,13 +33,19 @@ def read(stream: BinaryIO) -> "Dataset":
     if "PixelData" not in dataset:
         kind = dataset["SOPClassUID"].value.name if "SOPClassUID" in dataset else "of unknown class"
         raise InputError(f"is a DICOM file without an image ({kind}); leave it out")
+    if missing := [name for name in NEEDED if dataset.get(name) is None]:
+        raise InputError(f"is a DICOM file without {', '.join(missing)}, so its pixels can't be read; export it again")
+    if not dataset.PixelData:
+        raise InputError("is a DICOM file whose pixels are empty; export it again, or leave it out")
     if "TransferSyntaxUID" not in dataset.file_meta:
         dataset.file_meta.TransferSyntaxUID = _uncompressed_syntax(dataset)
     syntax = dataset.file_meta.TransferSyntaxUID
     decoder = get_decoder(syntax)
+    if syntax == JPEG_12_BITS and dataset.BitsStored > 8 and decoder.available_plugins == ("pillow",):
+        raise InputError(f"is a DICOM file whose pixels are compressed as {syntax.name}; pip install python-gdcm")
     if not decoder.is_available:
-        missing = " ".join(decoder.missing_dependencies)
-        packages = "python-gdcm" if "gdcm" in missing else "pylibjpeg pylibjpeg-openjpeg pylibjpeg-libjpeg"
+        lacking = " ".join(decoder.missing_dependencies)
+        packages = "python-gdcm" if "gdcm" in lacking else "pylibjpeg pylibjpeg-openjpeg pylibjpeg-libjpeg"
         cure = f"pip install {packages}, or store it uncompressed"
         raise InputError(f"is a DICOM file whose pixels are compressed as {syntax.name}; {cure}")
     return dataset
@@ -59,6 +68,18 @@ def mode(dataset: "Dataset") -> str:
     if dataset.SamplesPerPixel > 1:
         return "RGB"
     return "L" if dataset.BitsAllocated <= 8 else "I;16"
+
+
+def aspect(dataset: "Dataset") -> float:
+    """Return a pixel's height for a width of 1, after `show`.
+
+    Source: DICOM PS3.3, 10.7.1.3 and C.7.6.3.1.7.
+    """
+    for name in SPACINGS:
+        values = [float(value) for value in dataset.get(name) or []]
+        if len(values) == 2 and min(values) > 0:
+            return values[0] / values[1]
+    return 1.0
 
 
 def show(dataset: "Dataset") -> tuple[Image.Image, list[str]]:
@@ -101,13 +122,13 @@ def _take_from_functional_groups(dataset: "Dataset") -> None:
     """
     for groups in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
         for group in (dataset.get(groups) or [])[:1]:
-            for macro in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
+            for macro in ("PixelMeasuresSequence", "PixelValueTransformationSequence", "FrameVOILUTSequence"):
                 for item in (group.get(macro) or [])[:1]:
                     dataset.update({element.tag: element for element in item})
 
 
 def _drop_what_is_empty(dataset: "Dataset") -> None:
-    """Drop empty elements and lookup tables, which viewers pass over; call a modality LUT of 12 bits one of 16."""
+    """Drop empty elements and lookup tables, which viewers pass over."""
     for name in ("RescaleSlope", "RescaleIntercept"):
         if name in dataset and dataset[name].value in (None, ""):
             del dataset[name]
@@ -117,9 +138,6 @@ def _drop_what_is_empty(dataset: "Dataset") -> None:
             del dataset[name]
         if whole:
             setattr(dataset, name, whole)
-    for item in dataset.get("ModalityLUTSequence") or []:
-        entries, first, bits = item.LUTDescriptor
-        item.LUTDescriptor = [entries, first, 16 if 8 < bits < 16 else bits]  # of storage only: pydicom refuses others
 
 
 def _make_palette_little_endian(dataset: "Dataset") -> None:
@@ -158,16 +176,45 @@ def _padded(dataset: "Dataset", pixels: Any) -> Any:
     return (pixels >= min(bounds)) & (pixels <= max(bounds)) if bounds else np.zeros(pixels.shape, bool)
 
 
+def _modality(dataset: "Dataset", stored: Any) -> Any:
+    """Return what stored values mean, by a lookup table or a slope and an intercept."""
+    from pydicom.pixels import apply_modality_lut
+
+    if dataset.get("ModalityLUTSequence"):
+        return _looked_up(dataset, "ModalityLUTSequence", stored)[0]
+    return apply_modality_lut(stored, dataset)
+
+
+def _looked_up(dataset: "Dataset", sequence: str, values: Any) -> tuple[Any, int]:
+    """Return what a lookup table gives for values, those beyond an end as the end does, and how many bits it uses.
+
+    pydicom's own counts the entries of a table of 8 bits in 8 bits, so that their numbers wrap at 256. Entries of 8
+    bits may be packed, two to a word.
+
+    Source: DICOM PS3.3, C.11.1.1.1, C.11.2.1.1 and C.7.6.3.1.5.
+    """
+    item = dataset[sequence].value[0]
+    entries, first, bits = item.LUTDescriptor
+    entries, content = entries or 65_536, item.LUTData
+    if isinstance(content, bytes):
+        order = "<" if dataset.file_meta.TransferSyntaxUID.is_little_endian else ">"
+        packed = bits <= 8 and len(content) < 2 * entries
+        table = np.frombuffer(content, np.uint8 if packed else f"{order}u2")
+    else:
+        table = np.ravel(np.asarray(content, np.int64))
+    table = table[:entries].astype(np.int64)
+    place = np.rint(values).astype(np.int64) - first
+    return table[place.clip(0, len(table) - 1)], int(table.max()).bit_length()
+
+
 def _brightness(dataset: "Dataset", stored: Any, pixels: Any) -> tuple[Any, list[str]]:
     """Brightness of each stored value of `pixels`, from 0 to 1 and beyond, and notes for the user."""
-    from pydicom.pixels import apply_modality_lut, apply_voi
     from scipy.special import expit
 
-    values = apply_modality_lut(stored, dataset)
+    values = _modality(dataset, stored)
     if dataset.get("VOILUTSequence"):
-        entries, first, bits = dataset.VOILUTSequence[0].LUTDescriptor
-        levels = apply_voi(np.rint(values).astype(np.int64), dataset)
-        used = int(apply_voi(np.arange(entries or 65_536) + first, dataset).max()).bit_length()
+        bits = dataset.VOILUTSequence[0].LUTDescriptor[2]
+        levels, used = _looked_up(dataset, "VOILUTSequence", values)
         if used > bits - 2:
             return levels / (2**bits - 1), []
         note = f"has a lookup table that says {bits} bits and holds {used}, in which it is shown"
@@ -189,5 +236,5 @@ def _brightness(dataset: "Dataset", stored: Any, pixels: Any) -> tuple[Any, list
         ends = [held.min(initial=pixels.max()), held.max(initial=pixels.min())]
         what = f"a window of width {width:g}" if known else "no window"
         notes = [f"has {what}, so it is shown from its smallest to its largest value"]
-    low, high = sorted(apply_modality_lut(np.array(ends, pixels.dtype), dataset).astype(float))
+    low, high = sorted(_modality(dataset, np.array(ends, pixels.dtype)).astype(float))
     return (values - low) / max(high - low, 1e-9), notes

@@ -39,7 +39,7 @@ class Entry(NamedTuple):
 Lister: TypeAlias = Callable[[str], list[Entry]]  # the entries of a folder by name, without hidden ones
 
 
-def read_folder(root: str, entries_of: Lister, faults: list[str], left_out: list[str]) -> list[Sample]:
+def read_folder(root: str, entries_of: Lister, faults: list[str], remarks: list[str]) -> list[Sample]:
     """Samples of a folder of class folders, with or without split folders."""
     inside = entries_of(root)
     names = [entry.name for entry in inside if entry.is_folder]
@@ -53,17 +53,20 @@ def read_folder(root: str, entries_of: Lister, faults: list[str], left_out: list
         )
 
     if split_of and (beside := [name for name in names if name not in split_of]):
-        left_out.append(f"{count(len(beside), 'folder')} beside {', '.join(split_of)}: {examples(beside)}")
+        remarks.append(f"left out: {count(len(beside), 'folder')} beside {', '.join(split_of)}: {examples(beside)}")
 
     samples: list[Sample] = []
     asides: dict[str, list[str]] = defaultdict(list)
+    if split_of and (images_beside := [entry.path for entry in inside if _is_loose_image(entry)]):
+        asides["images beside the folders"] = images_beside
+    inside_class: dict[str, set[str]] = {}  # names of the folders in each class folder
     classes: dict[str | None, set[str]] = defaultdict(set)
     for part in [*split_of] or [""]:
         split = split_of.get(part)
         folder = storage.joined(root, part) if part else root
         entries = entries_of(folder) if part else inside
         class_folders = [entry for entry in entries if entry.is_folder]
-        loose = [entry.name for entry in entries if not entry.is_folder and entry.name.lower().endswith(IMAGE_SUFFIXES)]
+        loose = [entry.name for entry in entries if _is_loose_image(entry)]
         if loose:
             faults.append(
                 f"{folder}: {are(len(loose), 'image')} outside the class folders ({examples(loose)}); put each into "
@@ -74,6 +77,8 @@ def read_folder(root: str, entries_of: Lister, faults: list[str], left_out: list
         for entry in class_folders:
             classes[split].add(entry.name)
             files = _list_files(entry.path, entries_of, set())
+            below = [file.removeprefix(entry.path).strip(os.sep).split(os.sep) for file in files]
+            inside_class.setdefault(entry.name, set()).update(first for first, *rest in below if rest)
             kinds = _by_kind(files, entry.path)
             images = kinds.pop(IMAGES, None) or kinds.pop("masks", [])  # a class may be one of masks
             for kind, there in kinds.items():
@@ -91,13 +96,27 @@ def read_folder(root: str, entries_of: Lister, faults: list[str], left_out: list
     faults += [f"{root}: {fault}" for fault in class_faults(classes)]
     for kind, there in asides.items():
         shown = [os.path.basename(file) for file in there]
-        left_out.append(f"{count(len(there), 'file')} ({kind}), such as {shown[0]}")
+        remarks.append(f"left out: {count(len(there), 'file')} ({kind}), such as {shown[0]}")
+    parts = [{name for name in inner if name.lower() not in MASK_FOLDERS} for inner in inside_class.values()]
+    if len(parts) > 1 and len(parts[0]) > 1 and all(part == parts[0] for part in parts):
+        taken = (
+            f"the folders {examples(sorted(inside_class))} are taken for the classes, not {examples(sorted(parts[0]))}"
+        )
+        remarks.append(f"{taken}, which lie in each of them")
 
     # Neither Parquet nor a hash takes a name that is not Unicode.
     odd = [repr(path) for path, file, *_ in samples if file.encode("utf-8", "ignore") != os.fsencode(file)]
     if odd:
         faults.append(f"{root}: {are(len(odd), 'file name')} not in UTF-8 ({examples(odd)}); rename each")
     return samples
+
+
+def _is_loose_image(entry: Entry) -> bool:
+    """Whether a file beside class folders is an image; a DICOMDIR, which begins as one, is an index."""
+    if entry.is_folder or entry.name.upper() == "DICOMDIR":
+        return False
+    known = entry.name.lower().endswith(IMAGE_SUFFIXES)
+    return known or (not storage.is_uri(entry.path) and is_image(entry.path))
 
 
 def _by_kind(files: list[str], folder: str) -> dict[str, list[str]]:

@@ -22,6 +22,21 @@ from tuning.settings.config import InputError
 from tuning.settings.words import are, count, examples
 
 NO_GROUP = ("NA", "N/A", "<NA>", "NaN", "nan", "NULL", "null", "None")  # as R, pandas and databases write no value
+LIKELY = {  # names, without case and punctuation, of columns that are split or group by other names
+    "split_column": ("split", "set", "dataset", "fold", "partition", "subset", "phase"),
+    "group_column": (
+        "group",
+        "patient",
+        "patientid",
+        "subject",
+        "subjectid",
+        "pid",
+        "case",
+        "caseid",
+        "study",
+        "studyid",
+    ),
+}
 WANTED = "give a folder of class folders, or a CSV or Parquet manifest"
 
 
@@ -53,7 +68,7 @@ def load_samples(
         One row per image, sorted by path: `path` (relative to the root if it lies below, with slashes), `file`
         (absolute path or URI), `label`, `split` (train, val or test), `group` (None if no groups are given); Python
         strings. `attrs["random_splits"]` names the splits made here: none, train and val, or all three;
-        `attrs["left_out"]` says which files of folders were left out, a line for each kind.
+        `attrs["remarks"]` are lines for the user: what was left out, and what may not be meant.
 
     Raises:
         InputError: every fault found in the data.
@@ -66,10 +81,10 @@ def load_samples(
             f"val_fraction + test_fraction: must be below 1 to leave images for training, got {val_fraction} + "
             f"{test_fraction}; lower one of them"
         )
-    left_out: list[str] = []
+    remarks: list[str] = []
     try:
         read = _read_stored if storage.is_uri(root) else _read_local
-        samples = read(root, columns, faults, left_out)
+        samples = read(root, columns, faults, remarks)
         uris = [sample.file for sample in samples if storage.is_uri(sample.file)]
         known = dict(zip(uris, storage.stored(uris), strict=True))
     except OSError as error:
@@ -88,7 +103,7 @@ def load_samples(
     given = {sample.split for sample in samples}
     table = pd.DataFrame(samples, columns=list(Sample._fields), dtype=object)
     splits = [] if "val" in given else ["train", "val"] if "train" in given else ["train", "val", "test"]
-    table.attrs |= {"random_splits": splits, "left_out": left_out}
+    table.attrs |= {"random_splits": splits, "remarks": remarks}
     units = [sample.group or sample.path for sample in samples]
     try:
         return random_splits(table, units, val_fraction=val_fraction, test_fraction=test_fraction)
@@ -127,7 +142,7 @@ def fingerprint(samples: pd.DataFrame, hashes: Sequence[str]) -> str:
 # --- Folders ---------------------------------------------------------------------------------------------------------
 
 
-def _read_local(root: str, columns: tuple[str, str, str, str], faults: list[str], left_out: list[str]) -> list[Sample]:
+def _read_local(root: str, columns: tuple[str, str, str, str], faults: list[str], remarks: list[str]) -> list[Sample]:
     def entries_of(folder: str) -> list[Entry]:
         try:
             with os.scandir(folder) as entries:
@@ -138,17 +153,17 @@ def _read_local(root: str, columns: tuple[str, str, str, str], faults: list[str]
         return sorted(found)
 
     if os.path.isdir(root):
-        return read_folder(root, entries_of, faults, left_out)
+        return read_folder(root, entries_of, faults, remarks)
     if os.path.exists(root):
-        return _read_manifest(root, columns, faults)
+        return _read_manifest(root, columns, faults, remarks)
     faults.append(f"{root}: no such folder or file; {WANTED}")
     return []
 
 
-def _read_stored(root: str, columns: tuple[str, str, str, str], faults: list[str], left_out: list[str]) -> list[Sample]:
+def _read_stored(root: str, columns: tuple[str, str, str, str], faults: list[str], remarks: list[str]) -> list[Sample]:
     """Samples of a folder or manifest in a storage; a folder is listed with all below it in one request."""
     if storage.stored([root]) != [None]:
-        return _read_manifest(root, columns, faults)
+        return _read_manifest(root, columns, faults, remarks)
     files = storage.files_below(root)
     if not files:
         faults.append(f"{root}: nothing is there; {WANTED}")
@@ -164,14 +179,16 @@ def _read_stored(root: str, columns: tuple[str, str, str, str], faults: list[str
         root,
         lambda folder: sorted(entry for entry in below[folder].values() if entry.name[:1] != "."),
         faults,
-        left_out,
+        remarks,
     )
 
 
 # --- Manifests -------------------------------------------------------------------------------------------------------
 
 
-def _read_manifest(file: str, columns: tuple[str, str, str, str], faults: list[str]) -> list[Sample]:
+def _read_manifest(
+    file: str, columns: tuple[str, str, str, str], faults: list[str], remarks: list[str]
+) -> list[Sample]:
     """Samples of a manifest whose columns of path, label, split and group are given."""
     suffix = os.path.splitext(file)[1].lower()
     if suffix not in (".csv", ".parquet"):
@@ -191,6 +208,12 @@ def _read_manifest(file: str, columns: tuple[str, str, str, str], faults: list[s
     for setting, column in zip(settings, columns, strict=True):
         # Split and group may be missing, unless the user named a column for them.
         optional = setting in ("split_column", "group_column") and column == setting.removesuffix("_column")
+        if column not in there and optional:
+            remarks += [
+                f"column {name!r} isn't used; if it is meant, --set {setting}={name!r}"
+                for name in there
+                if re.sub(r"[\W_]+", "", name.lower()) in LIKELY[setting]
+            ]
         if column not in there and not optional:
             faults.append(
                 f"{file}: has no column {column!r} (its columns: {', '.join(map(repr, there)) or 'none'}); name one "

@@ -37,8 +37,13 @@ class Model:
     drop_colour: bool = False
     temperature: float = 1.0  # divides the logits
 
-    def predict(self, files: str | Path | Sequence[str | Path]) -> NDArray[np.float64]:
+    def predict(
+        self, files: str | Path | Sequence[str | Path], notes: dict[str, str] | None = None
+    ) -> NDArray[np.float64]:
         """Return probabilities [files, classes] for one or more image files.
+
+        Args:
+            notes: is given what a user should know of how files were read, by file, such as that one has no window.
 
         Raises:
             InputError: names every file that can't be read.
@@ -51,10 +56,12 @@ class Model:
         decoded, faults = [], []
         for file in [files] if isinstance(files, str | Path) else files:
             try:
-                image, _ = decode(str(file), self.config.image_size, fit=self.fit, drop_colour=self.drop_colour)
+                image, facts = decode(str(file), self.config.image_size, fit=self.fit, drop_colour=self.drop_colour)
             except InputError as error:
                 faults.append(f"{file}: {error}")
                 continue
+            if facts.notes and notes is not None:
+                notes[str(file)] = facts.notes
             decoded.append(image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2))
         if faults:
             raise InputError(faults)
@@ -71,9 +78,11 @@ class Ensemble:
     classes: tuple[str, ...]
     temperature: float  # divides the logarithms of the average
 
-    def predict(self, files: str | Path | Sequence[str | Path]) -> NDArray[np.float64]:
+    def predict(
+        self, files: str | Path | Sequence[str | Path], notes: dict[str, str] | None = None
+    ) -> NDArray[np.float64]:
         """Return probabilities [files, classes], as `Model.predict` does."""
-        each = np.stack([member.predict(files) for member in self.members])
+        each = np.stack([member.predict(files, notes) for member in self.members])
         return tempered(logarithms(np.tensordot(self.shares, each, axes=1)), self.temperature)
 
 
