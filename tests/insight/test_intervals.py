@@ -162,16 +162,6 @@ def test_intervals_of_a_mean():
     assert mean_interval(np.ones(5), np.arange(5)) == (1.0, 1.0, 1.0)
 
 
-def test_strata_are_not_left_to_chance():
-    rng = np.random.default_rng(0)
-    strata = np.arange(40) % 2
-    values = 10.0 * strata + rng.normal(size=40)
-    _, low, high = mean_interval(values, np.arange(40), strata=strata)
-    welch = stats.ttest_ind(values[strata == 1], -values[strata == 0], equal_var=False).confidence_interval(0.95)
-    assert (low, high) == pytest.approx((welch.low / 2, welch.high / 2))
-    assert mean_interval(values, np.arange(40))[1] < low
-
-
 def test_a_mean_lies_in_its_interval_as_often_as_promised():
     """Of 400 sets of patients with one to five images, the 95% intervals of the mean miss the truth in about 5%."""
     rng = np.random.default_rng(0)

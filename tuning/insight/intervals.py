@@ -25,36 +25,17 @@ class Figure(NamedTuple):
     errors: Floats  # [groups]: what each group adds to the metric's error, up to a factor; for correlations
 
 
-def mean_interval(
-    values: Floats, groups: Ints, tail: float = TAIL, strata: Ints | None = None
-) -> tuple[float, float, float]:
-    """Return the mean of values and the low and high end of its confidence interval.
+def mean_interval(values: Floats, groups: Ints) -> tuple[float, float, float]:
+    """Return the mean of values [n] and the low and high end of its 95% confidence interval.
 
-    Student's t with the cluster-robust standard error, groups being the clusters, and with Welch's degrees of freedom
-    for several strata. The interval is unbounded if a stratum has a single group.
-
-    Args:
-        values: [n].
-        groups: [n], 0, 1, ...
-        tail: probability beyond each end of the interval.
-        strata: [n], such as classes, if their sizes are fixed by design; their means may differ.
+    Student's t with the cluster-robust standard error, groups [n] (0, 1, ...) being the clusters. The interval is
+    unbounded if there is a single group.
     """
-    mean = float(values.mean())
-    strata = np.zeros(len(values), np.int64) if strata is None else strata
-    residuals, variances, degrees = np.empty(len(values)), [], []
-    for stratum in np.unique(strata):
-        inside = strata == stratum
-        count = len(np.unique(groups[inside]))
-        if count < 2:
-            return mean, -np.inf, np.inf
-        residuals[inside] = (values[inside] - values[inside].mean()) * np.sqrt(count / (count - 1))
-        variances.append((np.bincount(groups[inside], weights=residuals[inside]) ** 2).sum())
-        degrees.append(count - 1)
-    if not sum(variances):
-        return mean, mean, mean
-    welch = sum(variances) ** 2 / sum(value**2 / number for value, number in zip(variances, degrees, strict=True))
-    error = np.sqrt((np.bincount(groups, weights=residuals) ** 2).sum()) / len(values)
-    reach = float(-stdtrit(welch, tail) * error)
+    mean, count = float(values.mean()), len(np.unique(groups))
+    if count < 2:
+        return mean, -np.inf, np.inf
+    variance = (np.bincount(groups, weights=values - mean) ** 2).sum() * count / (count - 1)
+    reach = float(-stdtrit(count - 1, TAIL) * np.sqrt(variance)) / len(values)
     return mean, mean - reach, mean + reach
 
 
