@@ -174,7 +174,7 @@ def prepared(plan: SearchPlan, run: Path) -> tuple[Search, Spent]:
         images={},
         weights={},
         resources=Slots(1, 0.0, plan.concurrent or 1),
-        show=spent.counting("progress", Progress(plan, 0.69, plan.concurrent)),
+        show=spent.counting("progress", Progress(plan, 0.69, 0.1, plan.concurrent)),
         report=spent.counting("report", refresher(run)),
         trainable=FreeTrial,
     )

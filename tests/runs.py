@@ -87,6 +87,7 @@ def make_run(
     reason: str = "",
     early: float = 0.7,
     seed: int = 0,
+    images: int = 20,
 ) -> Path:
     """Write a run's plan, samples and tables.
 
@@ -97,7 +98,7 @@ def make_run(
     provenance = {"fingerprint": "f" * 64, "val_drawn": True}
     document = {"settings": plan.model_dump(), "space": _space(backbones), "provenance": provenance}
     (folder / "plan.yaml").write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
-    _write_samples(folder, classes)
+    _write_samples(folder, classes, images)
     options = {"reason": reason, "early": early, "seed": seed, "backbones": backbones}
     judged = finalists and not killed
     record = make_record(trials=trials, epochs=epochs, running=2 * killed, finalists=judged, **options)
@@ -141,7 +142,7 @@ def _space(backbones: tuple[str, ...]) -> dict:
     return SPACE | {"parameters": parameters, "start": [SPACE["start"][0] | {"backbone": backbones[0]}]}
 
 
-def _write_samples(folder: Path, classes: tuple[str, ...]) -> None:
+def _write_samples(folder: Path, classes: tuple[str, ...], images: int) -> None:
     splits = ("train", "train", "train", "val", "test")
     rows = [
         (
@@ -150,10 +151,10 @@ def _write_samples(folder: Path, classes: tuple[str, ...]) -> None:
             label,
             splits[number % 5],
             None,
-            20 * place + number,
+            images * place + number,
         )
         for place, label in enumerate(classes)
-        for number in range(20)
+        for number in range(images)
     ]
     frame = pd.DataFrame(rows, columns=SAMPLES.names)
     write_tables({"samples": pa.Table.from_pandas(frame, schema=SAMPLES, preserve_index=False)}, folder)

@@ -23,6 +23,7 @@ from tuning.data.images import parallel_map
 from tuning.data.samples import elsewhere
 from tuning.insight import analysis
 from tuning.insight.best import write_best
+from tuning.insight.guessing import guess_error
 from tuning.insight.verdict import judge, val_over_train
 from tuning.record import tables
 from tuning.record.mirror import Mirror, borrowed, mirrored
@@ -172,7 +173,7 @@ def _search(plan: SearchPlan, space: Space, folder: Path, mirror: Mirror | None,
     _server = serve_images(data.folders.values()) if joining else None  # ends when nothing refers to it
     concurrent = None if varies else resources.count
     provenance = read_plan(folder)["provenance"]
-    show = Progress(plan, analysis.class_entropy(data.samples), concurrent)
+    show = Progress(plan, analysis.class_entropy(data.samples), guess_error(data.samples), concurrent)
     search = Search(
         plan,
         space,

@@ -74,7 +74,7 @@ PLAN = SearchPlan(name="x", trials=10, epochs=8)
 def test_a_terminal_gets_its_cursor_back_however_a_search_ends(monkeypatch, search, how):
     monkeypatch.setenv("TERM", "xterm")
     with terminal(monkeypatch) as said:
-        show = Progress(PLAN, 1.0, 2)
+        show = Progress(PLAN, 1.0, 0.1, 2)
         try:
             with show.watching(search):
                 trial = search.running.pop("t00008")
@@ -97,7 +97,7 @@ def test_no_escape_codes_where_they_would_not_be_understood(monkeypatch, search,
     monkeypatch.setattr(progress, "HEARTBEAT_SECONDS", 0.0)
 
     def report():
-        show = Progress(PLAN, 1.0, 2)
+        show = Progress(PLAN, 1.0, 0.1, 2)
         with show.watching(search):
             show(search, search.running["t00009"])
 
@@ -115,14 +115,20 @@ def test_no_escape_codes_where_they_would_not_be_understood(monkeypatch, search,
     )
 
 
-@pytest.mark.parametrize(("val_loss", "warned"), [(0.69, True), (0.3, False)])
-def test_a_backbone_whose_probe_only_guesses_is_warned_of(capsys, val_loss, warned):
-    row = {"val_loss": val_loss, "val_accuracy": 0.5, "seconds": 1.0, "wall_s": 2.0}
+@pytest.mark.parametrize(
+    ("val_loss", "auroc", "warning"),
+    [
+        (0.69, 0.55, ": AUROC 0.55, not significantly better than guessing"),
+        (0.91, 0.67, ": AUROC 0.67, it tells the classes apart, but its probabilities are overconfident"),
+        (0.68, 0.67, ""),
+        (0.30, None, ""),
+    ],
+)
+def test_a_probe_is_judged_by_what_it_tells_apart(capsys, val_loss, auroc, warning):
+    row = {"val_loss": val_loss, "val_accuracy": 0.5, "val_auroc": auroc, "seconds": 1.0, "wall_s": 2.0}
     probe = Trial("p00000", None, "probe", {}, {"backbone": "resnet18"}, status="completed", rows=[Row(row)])
-    Progress(SearchPlan(name="x"), class_entropy=0.693)(None, probe)
-    said = capsys.readouterr().out
-    assert f"resnet18 val_loss {val_loss:.4f}, accuracy 0.50" in said
-    assert ("hardly better than always predicting the class frequencies" in said) == warned
+    Progress(SearchPlan(name="x"), class_entropy=0.693, guess_error=0.06)(None, probe)
+    assert capsys.readouterr().out == f"probe     resnet18 val_loss {val_loss:.4f}, accuracy 0.50{warning}\n"
 
 
 @pytest.mark.slow

@@ -1,59 +1,48 @@
 """Test metrics with 95% confidence intervals; all images of a group, such as a patient, count as one observation."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
+from scipy.special import ndtri, stdtrit
 
 from tuning.insight.calibration import Floats, Ints, calibration_error, logarithms
 
-DRAWS, SEED = 2000, 0  # of the bootstrap
-NO_WIDTH = 1e-6
-CHUNK = 100  # draws at once, to bound memory
-LEAST_DEFINED = 0.9  # of the draws in which a metric has a value, for an interval: others lack a class
 TAIL = 0.025  # probability beyond each end of a 95% confidence interval
+NORMAL = float(-ndtri(TAIL))
+PRIOR = 6  # degrees of freedom of the typical ROC curve's variance; chosen by simulation (benchmarks/README.md)
+LEAST_EFFECT = 0.25  # smallest design effect: images of one group that differ by chance seem worth any number of images
+METHOD = "Wilson's score interval for the effective number of images"
 
 
-def mean_interval(
-    values: Floats, groups: Ints, tail: float = TAIL, strata: Ints | None = None
-) -> tuple[float, float, float]:
-    """Return the mean of values and the low and high end of its confidence interval.
+class Figure(NamedTuple):
+    """A metric between 0 and 1, and what its confidence interval follows from; NaN where it has none."""
 
-    Student's t with the cluster-robust standard error, groups being the clusters, and with Welch's degrees of freedom
-    for several strata. The interval is unbounded if a stratum has a single group.
+    value: float
+    drawn: float  # the value, drawn to a half like Agresti and Coull's (1998), so that it is neither 0 nor 1
+    observations: float  # effective number of images, as many as a share would need for this variance
+    errors: Floats  # [groups]: what each group adds to the metric's error, up to a factor; for correlations
 
-    Args:
-        values: [n].
-        groups: [n], 0, 1, ...
-        tail: probability beyond each end of the interval.
-        strata: [n], such as classes, if their sizes are fixed by design; their means may differ.
+
+def mean_interval(values: Floats, groups: Ints) -> tuple[float, float, float]:
+    """Return the mean of values [n] and the low and high end of its 95% confidence interval.
+
+    Student's t with the cluster-robust standard error, groups [n] (0, 1, ...) being the clusters. The interval is
+    unbounded if there is a single group.
     """
-    mean = float(values.mean())
-    strata = np.zeros(len(values), np.int64) if strata is None else strata
-    residuals, variances, degrees = np.empty(len(values)), [], []
-    for stratum in np.unique(strata):
-        inside = strata == stratum
-        count = len(np.unique(groups[inside]))
-        if count < 2:
-            return mean, -np.inf, np.inf
-        residuals[inside] = (values[inside] - values[inside].mean()) * np.sqrt(count / (count - 1))
-        variances.append((np.bincount(groups[inside], weights=residuals[inside]) ** 2).sum())
-        degrees.append(count - 1)
-    if not sum(variances):
-        return mean, mean, mean
-    welch = sum(variances) ** 2 / sum(value**2 / number for value, number in zip(variances, degrees, strict=True))
-    error = np.sqrt((np.bincount(groups, weights=residuals) ** 2).sum()) / len(values)
-    reach = float(-stdtrit(welch, tail) * error)
+    mean, count = float(values.mean()), len(np.unique(groups))
+    if count < 2:
+        return mean, -np.inf, np.inf
+    variance = (np.bincount(groups, weights=values - mean) ** 2).sum() * count / (count - 1)
+    reach = float(-stdtrit(count - 1, TAIL) * np.sqrt(variance)) / len(values)
     return mean, mean - reach, mean + reach
 
 
 def measure(probabilities: Floats, targets: Ints, groups: Ints, classes: tuple[str, ...]) -> dict[str, Any]:
     """Compute the test metrics of `metrics.json`; `<name>_95` is the 95% confidence interval of `<name>`.
 
-    Intervals are percentiles of 2,000 bootstrap samples of groups (Efron and Tibshirani 1993). If a metric is 0 or 1 in
-    every sample, the exact binomial interval (Clopper and Pearson 1934) for the number of its groups replaces them.
-    If more than a tenth of the samples lack a class that the metric needs, there is none (None).
+    It is None if the metric needs a class, or a rest, whose images are all of one group.
 
     Args:
         probabilities: [n, classes].
@@ -61,106 +50,136 @@ def measure(probabilities: Floats, targets: Ints, groups: Ints, classes: tuple[s
         groups: [n], 0, 1, ...
         classes: class names.
     """
-    rows = np.arange(len(targets))
-    found = _figures(np.ones((1, len(targets))), probabilities, targets)[0]
-    low, high = _percentiles(probabilities, targets, groups)
-    observations = _observations(targets, groups, len(classes))
-
-    def figures(names: tuple[str, ...], first: int) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for place, name in enumerate(names, first):
-            known = not np.isnan(found[place])
-            result[name] = float(found[place]) if known else None
-            ends = float(low[place]), float(high[place])
-            result[f"{name}_95"] = _interval(result[name], *ends, observations[place]) if known else None
-        return result
-
-    k = len(classes)
-    confusion = np.bincount(targets * k + probabilities.argmax(axis=1), minlength=k * k).reshape(k, k)
+    rows, predicted, k = np.arange(len(targets)), probabilities.argmax(axis=1), len(classes)
+    total = int(groups.max()) + 1
+    by_class, sensitivities, aurocs = {}, [], []
+    for index, name in enumerate(classes):
+        positive, called = targets == index, predicted == index
+        sensitivity = _share(called[positive], groups[positive], total)
+        auroc = _auroc(positive, probabilities[:, index], groups, total)
+        by_class[name] = {
+            "images": int(positive.sum()),
+            "groups": len(np.unique(groups[positive])),
+            **_entries("sensitivity", sensitivity),
+            **_entries("specificity", _share(~called[~positive], groups[~positive], total)),
+            **_entries("auroc", auroc),
+        }
+        aurocs.append(auroc)
+        sensitivities += [sensitivity] if positive.any() else []
+    confusion = np.bincount(targets * k + predicted, minlength=k * k).reshape(k, k)
     return {
         "images": len(targets),
         "groups": len(np.unique(groups)),
         "loss": float(-logarithms(probabilities[rows, targets]).mean()),
-        **figures(("accuracy", "balanced_accuracy", "auroc"), 0),
+        **_entries("accuracy", _share(predicted == targets, groups, total)),
+        **_entries("balanced_accuracy", _mean(sensitivities)),
+        **_entries("auroc", _mean(aurocs)),
         "calibration_error": calibration_error(probabilities, targets),
-        "classes": {
-            name: {
-                "images": int((targets == index).sum()),
-                "groups": len(np.unique(groups[targets == index])),
-                **figures(("sensitivity", "specificity", "auroc"), 3 + 3 * index),
-            }
-            for index, name in enumerate(classes)
-        },
+        "classes": by_class,
         "confusion": {"rows": "true", "columns": "predicted", "order": list(classes), "counts": confusion.tolist()},
-        "intervals": {"percent": 95, "draws": DRAWS, "seed": SEED},
+        "intervals": {"percent": 95, "method": METHOD},
     }
 
 
-def _figures(weights: Floats, probabilities: Floats, targets: Ints) -> Floats:
-    """Return metrics [draws, 3 + 3 * classes] of images weighted by `weights` [draws, n]; NaN if undefined.
+def wilson(share: float, observations: float) -> tuple[float, float]:
+    """Return the score interval (Wilson 1927) of a share, or of a figure whose variance is share * (1 - share) / n.
 
-    Accuracy, balanced accuracy and AUROC, then sensitivity, specificity and AUROC of each class against the rest.
+    Args:
+        share: from 0 to 1.
+        observations: n, which need not be whole.
     """
-    predicted = probabilities.argmax(axis=1)
-    columns = []
-    with np.errstate(divide="ignore", invalid="ignore"):
-        for index in range(probabilities.shape[1]):
-            positive, called = targets == index, predicted == index
-            columns.append(weights @ (positive & called) / (weights @ positive))
-            columns.append(weights @ ~(positive | called) / (weights @ ~positive))
-            columns.append(_auroc(weights, positive, probabilities[:, index]))
-        accuracy = weights @ (predicted == targets) / weights.sum(axis=1)
-    each = np.stack(columns, axis=1)
-    balanced = np.nanmean(each[:, ::3], axis=1)  # of the classes in the test set
-    return np.column_stack([accuracy, balanced, each[:, 2::3].mean(axis=1), each])
+    square = NORMAL**2 / observations
+    centre = (share + square / 2) / (1 + square)
+    reach = float(np.sqrt(square * (share * (1 - share) + square / 4))) / (1 + square)
+    return min(max(centre - reach, 0.0), share), max(min(centre + reach, 1.0), share)
 
 
-def _auroc(weights: Floats, positive: NDArray[np.bool_], values: Floats) -> Floats:
-    """Return AUROC [draws] of images weighted by `weights` [draws, n]; ties count half."""
-    order = np.argsort(values, kind="stable")
-    starts = np.flatnonzero(np.diff(values[order], prepend=-np.inf))  # of equal values
-    ordered = weights[:, order]
-    positives = np.add.reduceat(ordered * positive[order], starts, axis=1)
-    negatives = np.add.reduceat(ordered * ~positive[order], starts, axis=1)
-    below = np.cumsum(negatives, axis=1) - negatives / 2
-    ratio: Floats = (positives * below).sum(axis=1) / (positives.sum(axis=1) * negatives.sum(axis=1))
-    return ratio
+def _share(right: NDArray[np.bool_], groups: Ints, total: int) -> Figure:
+    """Return the share of images [n] that are `right`.
 
-
-def _percentiles(probabilities: Floats, targets: Ints, groups: Ints) -> tuple[Floats, Floats]:
-    """Return the low and high ends of the bootstrap intervals, for each column of `_figures`."""
-    rng = np.random.default_rng(SEED)
-    count = int(groups.max()) + 1
-    draws = []
-    for _ in range(0, DRAWS, CHUNK):
-        chosen = rng.integers(count, size=(CHUNK, count)) + count * np.arange(CHUNK)[:, None]
-        times = np.bincount(chosen.ravel(), minlength=CHUNK * count).reshape(CHUNK, count)
-        draws.append(_figures(times[:, groups].astype(np.float64), probabilities, targets))
-    values = np.concatenate(draws)
-    defined = (~np.isnan(values)).mean(axis=0) >= LEAST_DEFINED
-    ends = np.full((2, len(defined)), np.nan)
-    ends[:, defined] = np.nanquantile(values[:, defined], (TAIL, 1 - TAIL), axis=0)
-    return ends[0], ends[1]
-
-
-def _observations(targets: Ints, groups: Ints, classes: int) -> list[int]:
-    """Count the groups behind each column of `_figures`; for a metric of two kinds of images, of the rarer."""
-    with_class = [len(np.unique(groups[targets == index])) for index in range(classes)]
-    without = [len(np.unique(groups[targets != index])) for index in range(classes)]
-    rarer = [min(pair) for pair in zip(with_class, without, strict=True)]
-    least = min(count for count in with_class if count)
-    each = [value for index in range(classes) for value in (with_class[index], without[index], rarer[index])]
-    return [len(np.unique(groups)), least, min(rarer), *each]
-
-
-def _interval(value: float, low: float, high: float, groups: int) -> list[float] | None:
-    """Return an interval that holds the value and has a width, or None.
-
-    One of no width at 0 or 1 becomes that of Clopper and Pearson for `groups` equal observations.
+    The effective number of images is n divided by the design effect: the variance by group over that by image. Since
+    this is estimated, it shrinks as Student's t grows (Korn and Graubard 1998).
     """
-    beyond = 1 - TAIL ** (1 / groups)
-    if low == high == 1.0:
-        low = 1 - beyond
-    elif low == high == 0.0:
-        high = beyond
-    return [low, high] if low <= value <= high and high - low > NO_WIDTH else None  # NaN compares as false
+    images, seen = len(right), len(np.unique(groups))
+    if not images:
+        return Figure(np.nan, np.nan, np.nan, np.zeros(total))
+    value, drawn = float(right.mean()), float((right.sum() + 2) / (images + 4))
+    deviations = right.astype(np.float64) - drawn
+    errors = _summed(deviations, groups, total)
+    if seen == 1 < images:
+        return Figure(value, drawn, np.nan, errors)
+    growth = 1.0 if seen == images else float(stdtrit(seen - 1, TAIL) / stdtrit(images - 1, TAIL))
+    return Figure(value, drawn, images / _design_effect(deviations, errors) / growth**2, errors)
+
+
+def _auroc(positive: NDArray[np.bool_], values: Floats, groups: Ints, total: int) -> Figure:
+    """Return the AUROC of values [n]; ties count half.
+
+    Its variance is that of placement values (DeLong et al. 1988), summed by group (Obuchowski 1997), with degrees of
+    freedom by Satterthwaite (1946). From few groups it is often too small, so it is averaged, weighted by degrees of
+    freedom, with that of a typical ROC curve of this area (Newcombe 2006, method 5) times the design effect.
+    """
+    sides = np.stack([positive, ~positive])
+    count = sides.sum(axis=1)
+    if not count.all():
+        return Figure(np.nan, np.nan, np.nan, np.zeros(total))
+    placed = _placements(positive, values)
+    area = float(placed[positive].mean())
+    seen = np.array([len(np.unique(groups[side])) for side in sides])
+    fewest, own = int(seen.min()), np.where(positive, 0, 1)
+    # Deviations from a mean that is neither 0 nor 1 show, also of a perfect AUROC, how alike a group's images are.
+    drawn = (area * fewest + 2) / (fewest + 4)
+    deviations = (placed - drawn) / count[own]
+    errors = _summed(deviations, groups, total)
+    if fewest == 1:
+        return Figure(area, drawn, np.nan, errors)
+    curve = (1 - area) / (2 - area) + area / (1 + area)
+    typical = (1 + (count.mean() - 1) * curve) / count.prod() * _design_effect(deviations, errors)
+    residuals = (placed - area) / count[own] * np.sqrt(seen / (seen - 1))[own]
+    parts = np.array([(_summed(residuals * side, groups, total) ** 2).sum() for side in sides])
+    freedom, found = 0.0, 0.0
+    if parts.any():  # not of a perfect AUROC
+        freedom = parts.sum() ** 2 / (parts**2 / (seen - 1)).sum()
+        found = (_summed(residuals, groups, total) ** 2).sum() / (area * (1 - area))
+    observations = (freedom + PRIOR) / (freedom * found + PRIOR * typical)
+    growth = float(-stdtrit(freedom + PRIOR, TAIL)) / NORMAL
+    return Figure(area, drawn, float(observations) / growth**2, errors)
+
+
+def _design_effect(deviations: Floats, errors: Floats) -> float:
+    """Return the variance by group, from `errors` [groups], over that by image, from `deviations` [n]."""
+    square = float((deviations**2).sum())
+    return max(float((errors**2).sum()) / square, LEAST_EFFECT) if square else 1.0
+
+
+def _summed(values: Floats, groups: Ints, total: int) -> Floats:
+    """Return the sum of values [n] in each of `total` groups."""
+    return np.bincount(groups, weights=values, minlength=total).astype(np.float64)
+
+
+def _placements(positive: NDArray[np.bool_], values: Floats) -> Floats:
+    """Return each positive's share of negatives with lower values, and each negative's of positives with higher."""
+    found = np.empty(len(values))
+    for mine, sign in ((positive, 1), (~positive, -1)):
+        others, own = np.sort(sign * values[~mine]), sign * values[mine]
+        below = np.searchsorted(others, own) + np.searchsorted(others, own, side="right")
+        found[mine] = below / (2 * len(others))
+    return found
+
+
+def _mean(figures: Sequence[Figure]) -> Figure:
+    """Return the mean of metrics; its variance follows from theirs and from their correlations by group."""
+    errors = np.stack([figure.errors for figure in figures])
+    value, drawn = (float(np.mean([figure[place] for figure in figures])) for place in range(2))
+    deviations = np.array([np.sqrt(figure.drawn * (1 - figure.drawn) / figure.observations) for figure in figures])
+    lengths = np.sqrt((errors**2).sum(axis=1))
+    scaled = errors * (deviations / np.maximum(lengths, np.finfo(np.float64).tiny))[:, None]
+    together = scaled.mean(axis=0)
+    variance = np.maximum((together**2).sum(), LEAST_EFFECT * np.square(deviations / len(figures)).sum())
+    return Figure(value, drawn, drawn * (1 - drawn) / float(variance), together)
+
+
+def _entries(name: str, figure: Figure) -> dict[str, Any]:
+    """Return a metric and its interval as entries of `metrics.json`."""
+    interval = None if np.isnan(figure.observations) else list(wilson(figure.value, figure.observations))
+    return {name: None if np.isnan(figure.value) else figure.value, f"{name}_95": interval}

@@ -1,4 +1,4 @@
-"""What trials' validation probabilities show, in sentences: class-frequency baseline, calibration, ensemble."""
+"""What trials' validation probabilities show, in sentences: whether they tell classes apart, calibration, ensemble."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from tuning.insight.calibration import Floats, Ints, calibration_error, logarithms
+from tuning.insight.calibration import calibration_error, fit_temperature, logarithms, tempered
 from tuning.insight.ensemble import offer
-from tuning.insight.intervals import mean_interval
+from tuning.insight.guessing import GUESS, separation
 from tuning.record.predictions import Predictions, read_predictions
 from tuning.search.checkpoints import kept
 from tuning.settings.words import count
 
-ALPHA = 0.05  # probability that trials that only guess are called better than the baseline
+ALPHA = 0.05  # probability that trials that only guess are said to tell the classes apart
 
 
 class Remark(NamedTuple):
@@ -29,7 +29,7 @@ def remarks(folder: Path, trials: pd.DataFrame, samples: pd.DataFrame, chosen: s
     """Return the remarks that a run's predictions allow; the calibration reported is that of the `chosen` trial."""
     predictions = read_predictions(folder, trials, samples)
     compared = with_baseline(trials, predictions)
-    found = [] if compared is None else [_on_baseline(compared)]
+    found = [] if compared is None else _on_baseline(compared)
     if chosen is not None and chosen in predictions.trial_ids:
         found.append(_on_calibration(predictions, chosen))
     worthless = compared is not None and not compared.better
@@ -38,26 +38,29 @@ def remarks(folder: Path, trials: pd.DataFrame, samples: pd.DataFrame, chosen: s
 
 @dataclass(frozen=True)
 class Comparison:
-    """The trial with the lowest validation loss, and the baseline: the class frequencies predicted for every image."""
+    """The trial with the lowest validation loss, beside guesses and the class frequencies predicted for every image."""
 
     trial_id: str
+    auroc: float
+    least_auroc: float  # lower bound of the trial's AUROC at 95% confidence, corrected for selection bias
     val_loss: float
     baseline: float  # loss of validation's own class frequencies, the lowest that a constant prediction can have
-    least_gain: float  # lower bound of the trial's gain at 95% confidence, corrected for selection bias
+    temperature: float  # at which the trial's loss is lowest
+    tempered_loss: float
     epochs: int  # that the trial's best epoch was selected from
 
     @property
     def better(self) -> bool:
-        """Whether the trial is significantly better than the baseline."""
-        return self.least_gain > 0
+        """Whether the trial tells the classes apart significantly better than guesses."""
+        return self.least_auroc > GUESS
 
 
 def with_baseline(trials: pd.DataFrame, predictions: Predictions) -> Comparison | None:
-    """Compare the best trial with the class-frequency baseline; None if the validation set is too small for it.
+    """Compare the best trial with guesses and with the class frequencies; None if validation is too small for it.
 
-    The gain is measured image by image, with a confidence interval by class and group. The trial is the best of all
-    epochs of all trials, so the error probability is divided by their number (Bonferroni). Classes with a single group
-    in validation can't be judged: the interval is then that of telling the other classes apart.
+    What counts is whether it tells the classes apart, by AUROC and by group: its loss also depends on its calibration.
+    The trial is the best of all epochs of all trials, so the error probability is divided by their number (Bonferroni).
+    Classes with a single group in validation can't be judged: the AUROC is then that of the other classes.
     """
     if not predictions.trial_ids:
         return None
@@ -67,27 +70,46 @@ def with_baseline(trials: pd.DataFrame, predictions: Predictions) -> Comparison 
         return None
     epochs = int(trials["epochs"].sum())
     inside = np.isin(targets, judged)
-    _, gains = _losses_and_gains(probabilities[inside][:, judged], np.searchsorted(judged, targets[inside]))
-    _, least, _ = mean_interval(gains, groups[inside], ALPHA / epochs, targets[inside])
-    losses, gains = _losses_and_gains(probabilities, targets)
-    return Comparison(predictions.trial_ids[0], float(losses.mean()), float((losses + gains).mean()), least, epochs)
+    shares = probabilities[inside][:, judged]
+    shares = shares / np.maximum(shares.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    _, among = np.unique(groups[inside], return_inverse=True)
+    auroc, least = separation(shares, np.searchsorted(judged, targets[inside]), among, ALPHA / epochs)
+    logs = logarithms(probabilities / probabilities.sum(axis=1, keepdims=True))
+    images, frequencies = np.arange(len(targets)), np.bincount(targets) / len(targets)
+    temperature = fit_temperature(logs, targets)
+    return Comparison(
+        predictions.trial_ids[0],
+        auroc=auroc,
+        least_auroc=least,
+        val_loss=float(-logs[images, targets].mean()),
+        baseline=float(-np.log(frequencies[targets]).mean()),
+        temperature=temperature,
+        tempered_loss=float(-logarithms(tempered(logs, temperature))[images, targets].mean()),
+        epochs=epochs,
+    )
 
 
-def _losses_and_gains(probabilities: Floats, targets: Ints) -> tuple[Floats, Floats]:
-    """Return each image's loss, after scaling probabilities to a sum of 1, and how much higher the baseline's is."""
-    losses = -logarithms(probabilities[np.arange(len(targets)), targets] / probabilities.sum(axis=1))
-    shares = np.bincount(targets) / len(targets)
-    return losses, -np.log(shares[targets]) - losses
-
-
-def _on_baseline(found: Comparison) -> Remark:
-    gain = f"a gain of at least {found.least_gain:.4f} with 95% confidence" if found.better else "no significant gain"
-    return Remark(
-        f"{found.trial_id}, the best trial of the search, is {'' if found.better else 'not significantly '}better than "
-        f"always predicting the class frequencies: val_loss {found.val_loss:.4f} against {found.baseline:.4f}, {gain} "
-        f"after correction for selection bias (best of {count(found.epochs, 'epoch')}).",
+def _on_baseline(found: Comparison) -> list[Remark]:
+    verb = "tells the classes apart" if found.better else "does not tell the classes apart significantly"
+    remark = Remark(
+        f"{found.trial_id}, the best trial of the search, {verb} better than guessing: AUROC {found.auroc:.4f}, at "
+        f"least {max(found.least_auroc, 0.0):.4f} with 95% confidence after correction for selection bias (best of "
+        f"{count(found.epochs, 'epoch')}). val_loss {found.val_loss:.4f}, of always predicting the class frequencies "
+        f"{found.baseline:.4f}.",
         alarming=not found.better,
     )
+    if not found.better or found.val_loss < found.baseline:
+        return [remark]
+    wrong = "overconfident" if found.temperature > 1 else "miscalibrated"
+    return [
+        remark,
+        Remark(
+            f"The probabilities of {found.trial_id} are {wrong}: always predicting the class frequencies has a lower "
+            f"loss. At temperature {found.temperature:.2f} (train_final.py fits it) val_loss would be "
+            f"{found.tempered_loss:.4f}.",
+            alarming=True,
+        ),
+    ]
 
 
 def _on_calibration(predictions: Predictions, trial_id: str) -> Remark:

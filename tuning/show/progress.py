@@ -12,12 +12,13 @@ from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
+from tuning.insight.guessing import GUESS
 from tuning.record.journal import Trial, best_epoch
 from tuning.settings.config import SearchPlan, visible
 from tuning.settings.words import count
 from tuning.show.live import Tally, block, clock, depth, status_line
 
-HOPELESS = 0.95  # share of the class entropy above which a probe's loss is reported with a warning
+LIMIT = 1.96  # standard errors; 2.5% of guesses are further up, 3% with the penalty chosen on the same images
 HEARTBEAT_SECONDS = 30.0  # between status lines if the output is not a terminal
 REFRESH_PER_SECOND = 1
 console = Console(highlight=False, soft_wrap=True, emoji=False)
@@ -29,11 +30,12 @@ class Progress:
     Args:
         plan: settings of the search.
         class_entropy: loss of always predicting the class frequencies.
+        guess_error: standard error of a guess's AUROC on the validation set.
         slots: number of concurrent trials, if it is fixed.
     """
 
-    def __init__(self, plan: SearchPlan, class_entropy: float, slots: int | None = None):
-        self._plan, self._class_entropy = plan, class_entropy
+    def __init__(self, plan: SearchPlan, class_entropy: float, guess_error: float, slots: int | None = None):
+        self._plan, self._class_entropy, self._guess_error = plan, class_entropy, guess_error
         self._tally = Tally(plan, slots)
         self._live = sys.stdout.isatty() and console.is_interactive
         self._printed_at = time.monotonic()
@@ -105,8 +107,11 @@ class Progress:
         row = trial.rows[-1]
         if row["val_loss"] is None:
             return f"{start}: the loss is not finite"
-        hopeless = row["val_loss"] > HOPELESS * self._class_entropy
-        warning = ": hardly better than always predicting the class frequencies" if hopeless else ""
+        auroc, warning = row["val_auroc"], ""
+        if auroc is not None and auroc <= GUESS + LIMIT * self._guess_error:
+            warning = f": AUROC {auroc:.2f}, not significantly better than guessing"
+        elif auroc is not None and row["val_loss"] >= self._class_entropy:
+            warning = f": AUROC {auroc:.2f}, it tells the classes apart, but its probabilities are overconfident"
         return f"{start} val_loss {row['val_loss']:.4f}, accuracy {row['val_accuracy']:.2f}{warning}"
 
     def _finalist(self, search: Any, trial: Trial) -> str:

@@ -1,0 +1,85 @@
+"""Guesses are seldom called better than guessing, and predictions that tell the classes apart are."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from scipy.special import ndtri, softmax
+from shared import SOAK
+
+from tuning.insight.guessing import guess_error, separation
+
+SEARCHES = 4000 if SOAK else 400
+TAIL = 0.05
+
+
+def error(found, tail=TAIL):
+    return (found.auroc - found.least) / -ndtri(tail)
+
+
+def of_two(values):
+    return np.stack([1 - values, values], axis=1)
+
+
+def test_two_classes_of_single_images_give_the_test_of_mann_and_whitney():
+    rng = np.random.default_rng(0)
+    targets = (np.arange(70) < 25).astype(int)
+    values = np.round(rng.uniform(size=70) + 0.1 * targets, 1)  # with ties
+    found = separation(of_two(values), targets, np.arange(70), TAIL)
+    one, two = values[targets == 1], values[targets == 0]
+    tested = stats.mannwhitneyu(one, two, alternative="greater", use_continuity=False, method="asymptotic")
+    assert found.auroc == pytest.approx(tested.statistic / len(one) / len(two))
+    z = (found.auroc - 0.5) / error(found)
+    assert stats.norm.sf(z) == pytest.approx(tested.pvalue)
+
+
+def test_predictions_that_are_all_the_same_tell_nothing():
+    targets = np.arange(20) % 2
+    assert separation(np.full((20, 2), 0.5), targets, np.arange(20), TAIL) == (0.5, 0.5)
+
+
+def test_copies_of_images_count_once():
+    rng = np.random.default_rng(0)
+    targets, values = np.arange(60) % 2, rng.uniform(size=60)
+    one = separation(of_two(values), targets, np.arange(60), TAIL)
+    three = separation(np.repeat(of_two(values), 3, axis=0), np.repeat(targets, 3), np.repeat(np.arange(60), 3), TAIL)
+    assert three.auroc == pytest.approx(one.auroc) and three.least == pytest.approx(one.least, abs=0.01)
+    alone = separation(np.repeat(of_two(values), 3, axis=0), np.repeat(targets, 3), np.arange(180), TAIL)
+    assert alone.least > three.least + 0.03
+
+
+def patients(rng, shares, count):
+    """Classes and groups of patients of one to four images, and probabilities of a guess that knows the patient."""
+    classes = len(shares)
+    each = np.concatenate([np.arange(classes), np.arange(classes), rng.choice(classes, count, p=shares)])
+    groups = np.repeat(np.arange(len(each)), rng.integers(1, 5, len(each)))
+    scores = rng.normal(size=(len(each), classes))[groups] + rng.normal(size=(len(groups), classes))
+    return each[groups], groups, softmax(scores, axis=1)
+
+
+@pytest.mark.slow
+@pytest.mark.soak
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.1, 0.9), (0.2, 0.4, 0.4)])
+@pytest.mark.parametrize("count", [20, 80])
+def test_guesses_by_patient_are_seldom_called_better(shares, count):
+    rng = np.random.default_rng(0)
+    called = 0
+    for _ in range(SEARCHES):
+        targets, groups, probabilities = patients(rng, shares, count)
+        called += separation(probabilities, targets, groups, TAIL).least > 0.5
+    assert 0.02 < called / SEARCHES < (0.065 if SOAK else 0.085)
+
+
+def test_the_error_that_needs_no_predictions_is_never_smaller():
+    rng = np.random.default_rng(0)
+    for shares in ((0.5, 0.5), (0.2, 0.4, 0.4)):
+        targets, groups, probabilities = patients(rng, shares, 60)
+        for grouped in (True, False):
+            names = [f"p{group}" if grouped else None for group in groups]
+            samples = pd.DataFrame({"label": targets, "group": names, "split": "val"})
+            samples["path"] = [f"{row}.png" for row in range(len(samples))]
+            found = separation(probabilities, targets, np.arange(len(targets)), TAIL)
+            assert guess_error(samples) > 0.999 * error(found)
+            if len(shares) == 2 and not grouped:
+                assert guess_error(samples) == pytest.approx(error(found))
+    assert guess_error(samples[samples["label"] == 0]) == np.inf
