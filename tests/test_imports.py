@@ -19,7 +19,7 @@ BELOW = {
     "search": {"settings", "record", "data", "training"},
     "insight": {"settings", "record", "search"},
     "show": {"settings", "record", "search", "insight"},
-    "model": {"settings", "record", "data", "training", "search", "insight", "show"},
+    "model": {"settings", "record", "data", "checks", "training", "search", "insight", "show"},
 }
 MODULES = sorted(str(path.relative_to(TUNING).with_suffix("")).replace("/", ".") for path in TUNING.rglob("*.py"))
 COMMANDS = {"run_search", "audit", "train_final", "report", "model_folder"}

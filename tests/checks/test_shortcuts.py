@@ -76,6 +76,7 @@ def test_a_shape_is_put_in_words():
         ("shortcut_shape", "width", (500, 250, 250), "width over 250 predicts covid"),
         ("shortcut_colour", "mode", ("RGBA", "L", "L"), "colour mode RGBA predicts covid"),
         ("shortcut_metadata", "format", ("PNG", "JPEG", "JPEG"), "file format PNG predicts covid"),
+        ("shortcut_metadata", "mode", ("I;16", "L", "L"), "bits per value 16 predicts covid"),  # no colour to drop
         ("shortcut_metadata", "bytes", (4000, 3000, 2000), "file size in bytes over 3,000 predicts covid"),
     ],
 )

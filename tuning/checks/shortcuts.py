@@ -238,13 +238,16 @@ def shortcuts(pictures: Floats, facts: pd.DataFrame, labels: Sequence[str], unit
     colour = (pictures.max(axis=3) - pictures.min(axis=3)).mean(axis=(1, 2)).astype(np.float64)
     shape = {SHAPE: np.maximum(width, height) / np.minimum(width, height), "width": width, "height": height}
     light = {"brightness": grey.mean(axis=(1, 2)).astype(np.float64), "contrast": grey.std(axis=(1, 2)).astype(float)}
-    colours = {"colour mode": facts["mode"].tolist(), "colourfulness": colour}
+    no_colour = facts["mode"].str.startswith(("I;16", "1"))  # of more or fewer bits than L, which is no colour
+    colours = {"colour mode": facts["mode"].mask(no_colour, "L").tolist(), "colourfulness": colour}
+    bits = facts["mode"].map(lambda mode: {"I": "16", "1": "1"}.get(mode[0], "8"))
+    stored = {"file format": facts["format"].tolist(), "bits per value": bits.tolist()}
     sizes = {"file size in bytes": size, "bytes per pixel": size / (width * height)}
     found = [
         (best_table("shortcut_shape", shape | {"width / height": width / height}, tried), STRANGE),
         (best_table("shortcut_colour", colours, tried), STRANGE),
         (best_table("shortcut_colour", light, tried), TELLING),
-        (best_table("shortcut_metadata", {"file format": facts["format"].tolist()}, tried), STRANGE),
+        (best_table("shortcut_metadata", stored, tried), STRANGE),
         (best_table("shortcut_metadata", sizes, tried), TELLING),
     ]
     edge = np.ones((SIDE, SIDE), dtype=bool)

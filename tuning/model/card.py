@@ -10,6 +10,7 @@ import pandas as pd
 import yaml
 
 from tuning import __version__
+from tuning.checks.findings import LIGHT
 from tuning.data.decoding import GREY_LEVELS
 from tuning.insight import analysis
 from tuning.model.held_out import few_images
@@ -261,8 +262,8 @@ def _search(run: Path, provenance: Mapping[str, Any]) -> str:
 
 def _limitations(metrics: Mapping[str, Any], audit: pd.DataFrame | None, changed: bool) -> str:
     lines = [
-        "Training and test images come from the same sources. On images from another hospital, device or patient "
-        "population it may do worse; test it there before you rely on it.",
+        "On images from other sources than those of its data, such as another hospital, device or patient population, "
+        "it may do worse; test it there before you rely on it.",
         "It always predicts one of its classes, even for an image that shows none of them.",
     ]
     tested = metrics["test"]
@@ -272,7 +273,8 @@ def _limitations(metrics: Mapping[str, Any], audit: pd.DataFrame | None, changed
         lines.append("The test set was evaluated before: if models were chosen by it, its figures are too optimistic.")
     if audit is not None:
         shortcuts = audit[(audit["severity"] == "warn") & audit["finding"].str.startswith("shortcut_")]
-        kinds = sorted(shortcuts["finding"].str.removeprefix("shortcut_").unique())
+        light = shortcuts["detail"].str.startswith(LIGHT)
+        kinds = sorted(set(shortcuts["finding"].str.removeprefix("shortcut_").mask(light, "brightness or contrast")))
         if kinds:
             lines.append(f"The class can be predicted from {', '.join(kinds)} alone: it may have learnt this shortcut.")
     if changed:
