@@ -62,6 +62,23 @@ while sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[1]) and time.mon
     time.sleep(1)
 END
 
+# A job that Slurm has requeued goes on where it was.
+if [[ ${SLURM_RESTART_COUNT:-0} -gt 0 && " $* " != *" --resume "* ]]; then
+    storage=results name=
+    for ((place = 1; place <= $#; place++)); do
+        next=$((place + 1))
+        case ${!place} in
+            --storage) storage=${!next} ;;
+            --storage=*) storage=${!place#*=} ;;
+            --name) name=${!next} ;;
+            --name=*) name=${!place#*=} ;;
+        esac
+    done
+    if [[ -n $name && (-e $storage/$name/plan.yaml || $storage == *://*) ]]; then
+        set -- --resume --storage "$storage" --name "$name"
+    fi
+fi
+
 # The driver runs on this, the first node. It gets Slurm's SIGTERM, two minutes before the time limit, so that the run can be resumed.
 "$python" tuning/run_search.py "$@" &
 driver=$!

@@ -119,12 +119,13 @@ def slurm(tmp_path):
         (tmp_path / "bin" / name).chmod(0o755)
     started = []
 
-    def start(*arguments):
+    def start(*arguments, restarts=0):
         environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": sys.executable}
         environment |= {
             "SLURM_JOB_ID": str(job_of_its_own()),
             "SLURM_JOB_NODELIST": "localhost",
             "SLURM_CPUS_PER_TASK": "1",
+            "SLURM_RESTART_COUNT": str(restarts),
         }
         environment |= {"RAY_TMPDIR": ray_folder}
         with open(tmp_path / "log.txt", "w") as log:
@@ -146,12 +147,13 @@ def test_a_slurm_job_that_is_ended_goes_on_in_another(slurm, tmp_path, folder):
     (tmp_path / "space.yaml").write_text(yaml.safe_dump(SPACE | {"search": SPACE["search"] | longer}))
     run = tmp_path / "results" / "job"
     name = ["--storage", tmp_path / "results", "--name", "job"]
-    process = slurm("--space", tmp_path / "space.yaml", "--data", folder, *name)
+    arguments = ["--space", tmp_path / "space.yaml", "--data", folder, *name]
+    process = slurm(*arguments)
     assert wait_for_events(run / "journal.jsonl", 8, process), (tmp_path / "log.txt").read_text()
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=600) == 130, (tmp_path / "log.txt").read_text()
     assert "interrupted" in set(read_table(run / "trials.parquet")["status"])
-    assert slurm("--resume", *name).wait() == 0, (tmp_path / "log.txt").read_text()
+    assert slurm(*arguments, restarts=1).wait() == 0, (tmp_path / "log.txt").read_text()  # requeued
     assert read_table(run / "trials.parquet")["status"].isin(FINAL).all()
     with pytest.raises(ProcessLookupError):  # Ray has ended with the job
         os.killpg(process.pid, 0)

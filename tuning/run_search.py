@@ -19,7 +19,7 @@ import pyarrow as pa
 import tyro
 
 from tuning.checks.audit import Checked, load_checked
-from tuning.data.images import parallel_map
+from tuning.data.images import hold, parallel_map
 from tuning.data.samples import elsewhere
 from tuning.insight import analysis
 from tuning.insight.best import write_best
@@ -39,10 +39,19 @@ from tuning.search.plans import (
     write_run,
     write_yaml,
 )
-from tuning.settings.command_line import DONE, INTERRUPTED, NO_FINITE_LOSS, Pairs, command_line, exit_code, flag
+from tuning.settings.command_line import (
+    DONE,
+    INTERRUPTED,
+    NO_FINITE_LOSS,
+    Enduring,
+    Pairs,
+    command_line,
+    exit_code,
+    flag,
+)
 from tuning.settings.config import SAMPLE_SETTINGS, InputError, SearchPlan, without_secrets
 from tuning.settings.documents import read_plan
-from tuning.settings.space import Space, backbones, image_sizes, sizes_of_backbones
+from tuning.settings.space import Space, backbones, image_sizes, largest, sizes_of_backbones
 from tuning.settings.words import count, examples
 from tuning.show.progress import Progress, console, plain
 from tuning.show.report import refresher, write_or_warn
@@ -81,6 +90,7 @@ class Flags:
 
 def main() -> int:
     """Run the command line; return the exit code."""
+    sys.stdout = Enduring(sys.stdout)
     return exit_code(lambda: run(tyro.cli(Flags, config=(tyro.conf.DisallowNone,))))
 
 
@@ -143,6 +153,11 @@ def _search(plan: SearchPlan, space: Space, folder: Path, mirror: Mirror | None,
     spread = joining and _all_nodes_read(plan, nodes)
     recorded = _recorded_samples(folder, plan) if resumed else None
     data = _data(plan, space, recorded, map=cluster_map if spread else parallel_map)
+    trained_on, batch = int((data.samples["split"] == "train").sum()), largest(space, "batch_size")
+    if batch > trained_on:
+        console.print(
+            f"  batch_size={batch:g}: of {count(trained_on, 'training image')} a batch has at most {trained_on}"
+        )
     of_weights = digests(weights)
     if resumed:
         _check_unchanged(plan, read_plan(folder)["provenance"], data.fingerprint, of_weights)
@@ -170,6 +185,7 @@ def _search(plan: SearchPlan, space: Space, folder: Path, mirror: Mirror | None,
     each = f"{resources.gpus:g} GPU" if resources.gpus else count(resources.cpus, "core")
     each = "a whole, a half or a quarter GPU" if resources.packed else each
     console.print(f"{'up to ' if varies else ''}{count(resources.count, 'concurrent trial')}, {each} each\n")
+    _held = hold(data.folders.values())  # until this function ends
     _server = serve_images(data.folders.values()) if joining else None  # ends when nothing refers to it
     concurrent = None if varies else resources.count
     provenance = read_plan(folder)["provenance"]

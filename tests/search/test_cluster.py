@@ -1,5 +1,8 @@
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -24,6 +27,7 @@ from tuning.search.cluster import (
     slots,
     small_shared_memories,
     small_shared_memory,
+    start_ray,
 )
 from tuning.settings.config import InputError, SearchPlan
 
@@ -50,6 +54,21 @@ def test_workers_have_loaded_what_trials_need_before_the_first(no_ray):
         assert of_ray and not [line for line in of_ray if "monitor.py" in line or "dashboard.py" in line]
     assert not ray.is_initialized()
     assert dict(os.environ) == environment
+
+
+def test_an_address_at_which_nothing_answers_is_named_at_once(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(InputError, match=f"RAY_ADDRESS={address}: no Ray answers .* unset RAY_ADDRESS"):
+        start_ray(SearchPlan(name="test"))
+
+
+def test_an_empty_address_is_none():
+    code = "import tuning.search.cluster, os; print('RAY_ADDRESS' in os.environ)"
+    command = [sys.executable, "-c", code]
+    environment = os.environ | {"RAY_ADDRESS": ""}
+    assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 @pytest.mark.slow

@@ -188,6 +188,11 @@ def test_every_image_size_that_a_backbone_cannot_take_is_a_fault(tmp_path):
         "image_size: twins_svt_small can't take 70",
         "image_size: twins_svt_small can't take 71",
     ]
+    state = timm.create_model("test_resnet").state_dict()
+    state["layer1.0.conv1.weight"][0] = torch.nan
+    torch.save(state, tmp_path / "nan.pth")
+    with pytest.raises(InputError, match=r"nan\.pth of test_resnet hold NaN or infinity, in layer1\.0\.conv1\.weight"):
+        backbones.check("test_resnet", [32], tmp_path / "nan.pth")
     (tmp_path / "test_resnet.pth").write_text("not weights")
     with pytest.raises(InputError) as caught:
         backbones.check("test_resnet", [32, 64], tmp_path / "test_resnet.pth")

@@ -1,6 +1,7 @@
 """Decode every image once, into one uint8 array per data set and size, cached on disk by content."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -11,6 +12,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, TypeAlias, TypeVar
@@ -43,7 +45,7 @@ def parallel_map(function: Callable[[Item], Result], items: Iterable[Item]) -> I
 
     Threads help, since Pillow and hashlib release the interpreter's lock.
     """
-    threads = os.cpu_count() or 1
+    threads = len(os.sched_getaffinity(0))
     pending: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for item in items:
@@ -72,7 +74,7 @@ def content_hashes(
     table = folder / "hashes.parquet"
     try:
         known = {
-            (row["file"], row["size"], row["mtime_ns"]): row["sha256"]
+            (row["file"], row["size"], row["mtime_ns"], row.get("ctime_ns")): row["sha256"]
             for row in (pq.read_table(table).to_pylist() if table.is_file() else [])
         }
     except (OSError, KeyError, pa.ArrowException) as error:
@@ -81,7 +83,7 @@ def content_hashes(
     try:
         keys = _sizes_and_times(files)
         new = [key for key in dict.fromkeys(keys) if key not in known]
-        found = dict(zip(new, map(_hash_file, [file for file, _, _ in new]), strict=True))
+        found = dict(zip(new, map(_hash_file, [file for file, *_ in new]), strict=True))
     except FileNotFoundError as error:
         cure = "restore it, or give the place that the images were moved to by --data"
         raise InputError(f"{error.filename}: is missing; {cure}") from error
@@ -94,26 +96,26 @@ def content_hashes(
         rows = {key[0]: (*key, digest) for key, digest in known.items()}
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".hashes-{uuid.uuid4().hex}.parquet"
-        names = ["file", "size", "mtime_ns", "sha256"]
+        names = ["file", "size", "mtime_ns", "ctime_ns", "sha256"]
         columns = [list(column) for column in zip(*rows.values(), strict=True)]
         pq.write_table(pa.table(columns, names=names), temporary)
         os.replace(temporary, table)
     return [known[key] for key in keys]
 
 
-def _sizes_and_times(files: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Each file's full name, size in bytes, and time of change in ns."""
+def _sizes_and_times(files: Sequence[str]) -> list[tuple[str, int, int, int]]:
+    """Each file's full name, size in bytes, and times of change in ns: the second can't be set, as by tar and rsync."""
     uris = [file for file in files if is_uri(file)]
     there = dict(zip(uris, stored(uris), strict=True))
-    found = []
+    found: list[tuple[str, int, int, int]] = []
     for file in files:
         if file not in there:
             status = os.stat(file)
-            found.append((os.path.abspath(file), status.st_size, status.st_mtime_ns))
+            found.append((os.path.abspath(file), status.st_size, status.st_mtime_ns, status.st_ctime_ns))
         elif (known := there[file]) is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), file)
         else:
-            found.append((file, *known))
+            found.append((file, *known, 0))
     return found
 
 
@@ -160,7 +162,7 @@ def decode_all(
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     target = sets / key
     if (target / "images.npy").is_file():
-        os.utime(target)
+        _touch(target)
         return target, {}
 
     sets.mkdir(parents=True, exist_ok=True)
@@ -188,7 +190,7 @@ def decode_all(
         raise InputError(f"{unfinished}: can't be written ({error.strerror}); {DISK_CURE}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)  # gone already if it was renamed
-    os.utime(target)
+    _touch(target)
     _evict(sets, {target, *keep}, disk_cache_bytes)
     return target, {}
 
@@ -285,6 +287,31 @@ def _evict(sets: Path, kept: Collection[Path], disk_cache_bytes: int) -> None:
     for _, n_bytes, folder in sorted(used):
         if total <= disk_cache_bytes:
             break
-        if folder not in kept:
+        if folder not in kept and not _is_held(folder):
             shutil.rmtree(folder, ignore_errors=True)
             total -= n_bytes
+
+
+def hold(folders: Iterable[Path]) -> list[BinaryIO]:
+    """Keep other processes from deleting arrays of `decode_all`, as long as somebody refers to what is returned."""
+    files: list[BinaryIO] = []
+    for folder in folders:
+        files.append(open(folder / "images.npy", "rb"))
+        fcntl.flock(files[-1], fcntl.LOCK_SH)
+    return files
+
+
+def _is_held(folder: Path) -> bool:
+    try:
+        with open(folder / "images.npy", "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # it is gone, or its file system has no such locks
+        return False
+    return False
+
+
+def _touch(folder: Path) -> None:
+    with suppress(PermissionError):  # another user's, which can be read
+        os.utime(folder)

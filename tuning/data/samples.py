@@ -153,6 +153,11 @@ def _read_local(root: str, columns: tuple[str, str, str, str], faults: list[str]
         return sorted(found)
 
     if os.path.isdir(root):
+        remarks += [
+            f"{column!r} is a column of a manifest: in a folder the names of folders are classes and splits"
+            for column, usual in zip(columns, ("path", "label", "split", "group"), strict=True)
+            if column != usual
+        ]
         return read_folder(root, entries_of, faults, remarks)
     if os.path.exists(root):
         return _read_manifest(root, columns, faults, remarks)

@@ -7,6 +7,8 @@ import os
 import secrets
 import shutil
 import site
+import socket
+import tempfile
 import time
 import uuid
 from collections import deque
@@ -21,7 +23,8 @@ from typing import Any
 import numpy as np
 
 # Read by Ray at import: on this machine alone Ray then listens on the loopback, not on every interface.
-if "RAY_ADDRESS" not in os.environ:
+if not os.environ.get("RAY_ADDRESS"):
+    os.environ.pop("RAY_ADDRESS", None)  # Ray takes an empty one for the cluster last started on this machine
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -41,6 +44,8 @@ SHARD_BYTES = 256 * 2**20  # of decoded images, sent between nodes at once
 IMAGE_SERVER = "finetune-search-images"
 LEAST_SHARED_MB = 1024.0  # of /dev/shm; a container has 64 by default
 NOTICED_LOOKS = 60  # half a second apart, within which Ray notices that a node died
+ANSWER_SECONDS = 10.0
+LONGEST_TEMPDIR = 40  # characters: Ray's sockets lie in a folder there, and their paths may have 107
 TOKEN = secrets.token_hex(32)  # for the Ray on this machine, which would write one of its own below HOME
 Node = tuple[int, float]  # its cores and GPUs
 
@@ -94,10 +99,13 @@ def start_ray(plan: SearchPlan) -> list[Node]:
     }
     package = Path(__file__).parents[1]
     if "RAY_ADDRESS" in os.environ:
+        _check_answers(os.environ["RAY_ADDRESS"])
         options["runtime_env"] = {"py_modules": [str(package)]}
     else:
         environment["RAY_AUTH_TOKEN"] = TOKEN
         options["address"] = "local"  # else Ray joins the cluster last started on this machine
+        if len(tempfile.gettempdir()) > LONGEST_TEMPDIR:
+            options["_temp_dir"] = f"/tmp/ray-{os.getuid()}"
         cores = os.cpu_count() or 1
         if cores <= MOST_PRELOADING and 2 * min(plan.concurrent or cores, plan.trials) >= cores:
             # Workers load torch at once, not when a trial starts: 7.9 s to the first epoch, not 10.4.
@@ -111,6 +119,19 @@ def start_ray(plan: SearchPlan) -> list[Node]:
     with _few_processes():
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", **options)
     return ray_nodes()
+
+
+def _check_answers(address: str) -> None:
+    """Raise InputError if nothing answers at a cluster's address: Ray would wait for minutes, deaf to signals."""
+    place = ray._private.utils.read_ray_address() if address == "auto" else address
+    host, _, port = (place or "").rpartition(":")
+    if "://" in address or not port.isdigit():  # Ray has words for these
+        return
+    try:
+        socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
+    except OSError as error:
+        cure = "start the cluster, or unset RAY_ADDRESS to search on this machine alone"
+        raise InputError(f"RAY_ADDRESS={address}: no Ray answers at {place} ({error}); {cure}") from None
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TextIO
 
 import tyro
 
@@ -43,6 +43,35 @@ def exit_code(command: Callable[[], int | None], interrupted: str = "") -> int:
     except KeyboardInterrupt:
         print("; ".join(filter(None, ("interrupted", interrupted))), file=sys.stderr)
         return INTERRUPTED
+
+
+class Enduring:
+    """Standard output that may break, as what reads it ends or its disk is full: the work goes on without it."""
+
+    def __init__(self, stream: TextIO | None):
+        self._stream = stream  # None if the shell has closed it, and once it has broken
+        self.encoding = "utf-8" if stream is None else stream.encoding
+
+    def write(self, text: str) -> int:
+        self._try(lambda stream: stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(lambda stream: stream.flush())
+
+    def isatty(self) -> bool:
+        return self._stream is not None and self._stream.isatty()
+
+    def _try(self, act: Callable[[TextIO], object]) -> None:
+        try:
+            if self._stream is not None:
+                act(self._stream)
+        except OSError as error:
+            self._stream = None
+            print(f"standard output: can't be written ({error.strerror}); going on without it", file=sys.stderr)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def command_line(flags: Mapping[str, Any], pairs: Iterable[Iterable[str]]) -> tuple[dict[str, Any], dict[str, Any]]:

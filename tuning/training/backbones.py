@@ -107,6 +107,10 @@ def check(backbone: str, sizes: Sequence[int], weights: Path | None) -> None:
         try:
             if model is None or get_pretrained_cfg(backbone).fixed_input_size:
                 model = build(backbone, classes=2, image_size=size, head_dropout=0.0, seed=0, weights=weights)
+                odd = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+                if odd:
+                    cure = "copy timm's own file of this model"
+                    raise InputError(f"weights: {weights} of {backbone} hold NaN or infinity, in {odd[0]}; {cure}")
             stages(model, size)
             _pass(model, size)
         except InputError as error:

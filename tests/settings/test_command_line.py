@@ -1,0 +1,27 @@
+"""Standard output that breaks while a search runs."""
+
+import os
+import sys
+from contextlib import suppress
+
+from tuning.settings.command_line import Enduring
+
+
+def test_what_reads_the_output_may_end_and_a_disk_may_be_full(capsys):
+    read, write = os.pipe()
+    os.close(read)
+    for stream in (open(write, "w"), open("/dev/full", "w")):
+        enduring = Enduring(stream)
+        for _ in range(3):
+            print("still here", file=enduring, flush=True)
+        assert capsys.readouterr().err.count("standard output: can't be written (") == 1
+        with suppress(OSError):  # what it holds can't be written either
+            stream.close()
+
+
+def test_there_may_be_no_output_at_all(capsys):
+    enduring = Enduring(None)  # as sys.stdout is if the shell has closed it
+    print("nobody", file=enduring, flush=True)
+    assert not enduring.isatty() and capsys.readouterr().err == ""
+    print("somebody", file=Enduring(sys.stdout), flush=True)
+    assert capsys.readouterr().out == "somebody\n"
