@@ -346,3 +346,15 @@ def test_columns_that_may_be_split_or_group_by_other_names_are_pointed_out(files
     given = {"split_column": "Split", "group_column": "PatientID"}
     varied = [row | {"PatientID": str(number)} for number, row in enumerate(named)]
     assert load_samples(write_csv(files / "varied.csv", varied), **given).attrs["remarks"] == []
+
+
+def test_what_spreadsheets_write_is_read_or_named(files):
+    lines = ["path,label", *(f"{number:02d}.png,{'ab'[number % 2]}" for number in range(20)), ",", ","]
+    (files / "rows.csv").write_text("\n".join(lines) + "\n")
+    assert len(load_samples(str(files / "rows.csv"))) == 20
+    (files / "semicolon.csv").write_text("\n".join(lines[:-2]).replace(",", ";"))
+    assert faults(str(files / "semicolon.csv")) == [
+        f"{files}/semicolon.csv: its columns are separated by ';'; save it with commas"
+    ]
+    (files / "sep.csv").write_text("sep=,\n" + "\n".join(lines[:-2]))
+    assert "its first line, 'sep=', is for spreadsheets alone" in faults(str(files / "sep.csv"))[0]

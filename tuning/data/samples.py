@@ -267,14 +267,19 @@ def _read_csv(file: str) -> tuple[list[str], dict[str, list[Any]]]:
         reader.fieldnames = there
         if not there:
             raise InputError(f"{file}: is empty; give it a header and a row for each image")
+        if there[0].lower().startswith("sep="):
+            raise InputError(f"{file}: its first line, {there[0]!r}, is for spreadsheets alone; delete it")
+        if len(there) == 1 and (other := next((sign for sign in ";\t" if sign in there[0]), None)):
+            raise InputError(f"{file}: its columns are separated by {other!r}; save it with commas")
         table: dict[str, list[Any]] = {name: [] for name in there}
         for row in reader:
             if any(row.pop(None, [])):  # None holds the cells beyond the header
                 raise InputError(
                     f"{file}: line {reader.line_num} has more cells than the header; quote texts that contain commas"
                 )
-            for name, value in row.items():
-                table[name].append(value)
+            if any(row.values()):  # spreadsheets leave rows of commas behind
+                for name, value in row.items():
+                    table[name].append(value)
     return there, table
 
 
