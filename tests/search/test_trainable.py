@@ -79,7 +79,8 @@ def test_weights_that_are_not_those_of_the_start_fail_a_trial(given, tmp_path):
     weights = {"weights": {"test_resnet": str(file)}, "digests": digests({"test_resnet": file})}
     trial = FinetuneTrial(given("t00000") | weights)
     assert step(trial)[0]["epoch"] == 1
-    torch.save(timm.create_model("test_resnet").state_dict(), file)  # while the search runs
+    others = {name: tensor + 1 for name, tensor in timm.create_model("test_resnet").state_dict().items()}
+    torch.save(others, file)  # while the search runs
     trial.reset_config(given("t00001") | weights)
     (row,) = step(trial)
     assert row["ends"] == "failed" and "test_resnet.pth holds other weights than at the start" in row["reason"]
