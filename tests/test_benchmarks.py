@@ -42,5 +42,8 @@ def test_planted_copies_are_found():
     said = run("audit.py", "--images", "60", "--copies", "6", "--image-size", "64")
     assert "60 of them originals" in said and re.search(r"a second time +\d", said)
     found = [int(number) for number in re.findall(r"(\d+) of 6$", said, flags=re.MULTILINE)]
-    assert len(found) == 13 and sum(found) >= 0.95 * 6 * 13
+    assert len(found) == 15 and sum(found) >= 0.95 * 6 * 15
     assert re.search(r"pairs of originals +0,", said)
+    said = run("audit.py", "--images", "24", "--slices", "12", "--image-size", "64")
+    called = int(re.search(r"neighbours called copies +(\d+) of 22", said).group(1))
+    assert called <= 1 and "2, 24 of 24 images in them" in said

@@ -261,6 +261,21 @@ def test_pairs_are_cached_beside_the_decoded_images(films):
     assert (found["finding"].tolist(), again["finding"].tolist()) == (["near_duplicate"], ["look_alike"])
 
 
+def test_slices_of_one_scan_are_a_sequence_that_moves_as_one(films):
+    folder, manifest = films
+    noise = np.random.default_rng(9).normal(size=(40, 64, 64))
+    clouds = sum(sigma * ndimage.gaussian_filter(noise, (6 * sigma, sigma, sigma)) for sigma in (1, 2, 4))[16:24]
+    for number, pixels in enumerate((128 + 60 * clouds / clouds.std()).clip(1, 254).astype(np.uint8)):
+        Image.fromarray(pixels).save(folder / f"slice{number}.png")
+    rows = [(f"slice{number}.png", "a", "test" if number > 5 else "train") for number in range(8)]
+    checked, found = check(manifest(*rows))
+    assert found["finding"].tolist() == ["sequence"] and found["severity"].tolist() == ["warn"]
+    assert found["detail"][0].startswith("8 images, each much like the next: 6 in train, 2 in test")
+    assert len(set(checked.samples["unit"][24:])) == 1
+    moved, found = check(manifest(*rows), on_leak="move")
+    assert set(moved.samples["split"][24:]) == {"train"} and "moved: slice6.png from test" in found["detail"][0]
+
+
 @pytest.mark.slow
 @examples(10)
 @given(st.lists(st.sampled_from("pqrst"), min_size=24, max_size=24))

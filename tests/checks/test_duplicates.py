@@ -1,5 +1,9 @@
 """Copies are found however they were made, and pictures that only look alike are not called copies."""
 
+import importlib.util
+from io import BytesIO
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,6 +16,9 @@ from tuning.data.decoding import decode
 from tuning.data.phantoms import CLASSES, draw_phantom
 
 N = 16  # originals of each source
+spec = importlib.util.spec_from_file_location("audit", Path(__file__).parents[2] / "benchmarks" / "audit.py")
+benchmark = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(benchmark)
 
 
 def photo(number):
@@ -30,6 +37,24 @@ def photo(number):
 
 def film(number):
     return Image.fromarray(draw_phantom(CLASSES[number % 3], np.random.default_rng([2, number]), 96))
+
+
+def ct_slice(number):
+    return Image.fromarray(benchmark.scan(np.random.default_rng([3, number]), 1, 0.02)[0])
+
+
+def seen(images, quality=85):
+    """The images as JPEG files, decoded at 64 px."""
+    pictures = []
+    for image in images:
+        file = BytesIO()
+        image.convert("L").save(file, "JPEG", quality=quality)
+        pictures.append(np.asarray(Image.open(file).resize((SIDE, SIDE), Image.Resampling.BILINEAR)))
+    return np.stack(pictures)
+
+
+def copies_of(found):
+    return set(zip(found.a[found.copies].tolist(), found.b[found.copies].tolist(), strict=True))
 
 
 def without_edge(image, left=0.05, top=0.05, right=0.05, bottom=0.05):
@@ -77,6 +102,58 @@ def test_copies_are_found(searched, kind):
 def test_nothing_else_is_called_a_copy(searched):
     assert ((searched.b - searched.a)[searched.copies] == N).all()
     assert (searched.a < searched.b).all() and searched.copies.sum() == len(COPIES)
+
+
+CROPS = {  # left, top, right, bottom
+    "60%, top left": (0, 0, 0.4, 0.4),
+    "60%, top right": (0.4, 0, 0, 0.4),
+    "60%, bottom left": (0, 0.4, 0.4, 0),
+    "60%, bottom right": (0.4, 0.4, 0, 0),
+    "67%, top left": (0, 0, 0.33, 0.33),
+    "75%, bottom right": (0.25, 0.25, 0, 0),
+    "75%, middle": (0.125, 0.125, 0.125, 0.125),
+    "75%, left": (0, 0, 0.25, 0),
+}
+
+
+@pytest.mark.parametrize("draw", [film, photo, ct_slice], ids=["films", "photos", "slices"])
+def test_large_crops_are_found(draw):
+    originals = [draw(number) for number in range(N)]
+    crops = [without_edge(originals[number], *box) for number, box in enumerate(CROPS.values())]
+    crops += [ImageOps.mirror(crop) for crop in crops[::2]]
+    of = [*range(len(CROPS)), *range(0, len(CROPS), 2)]
+    found = copies_of(near_duplicates(seen(originals + crops)))
+    wanted = {(number, N + place) for place, number in enumerate(of)}
+    assert len(wanted & found) >= len(wanted) - 1
+    origin = [*range(N), *of]
+    assert all(origin[a] == origin[b] for a, b in found)
+
+
+@pytest.mark.parametrize("thickness", [0.005, 0.01, 0.02])
+def test_neighbouring_slices_are_a_sequence_and_no_copies(thickness):
+    slices = [benchmark.scan(np.random.default_rng([4, number]), 12, thickness) for number in range(3)]
+    found = near_duplicates(seen([Image.fromarray(pixels) for stack in slices for pixels in stack]))
+    pairs = set(zip(found.a[found.steps].tolist(), found.b[found.steps].tolist(), strict=True))
+    neighbours = {(first, first + 1) for first in range(36) if first % 12 < 11}
+    assert len(neighbours & copies_of(found)) <= 1 and len(neighbours & pairs) >= 32
+    assert (found.a // 12 == found.b // 12)[found.steps].all()
+    assert not (found.steps & found.copies).any()
+
+
+def test_a_copy_of_a_slice_is_still_a_copy():
+    slices = [Image.fromarray(pixels) for pixels in benchmark.scan(np.random.default_rng(5), 12, 0.02)]
+    found = near_duplicates(seen([*slices, slices[5]]))
+    assert copies_of(found) == {(5, 12)} and found.steps.sum() >= 11
+
+
+@pytest.mark.parametrize("draw", [film, photo, ct_slice], ids=["films", "photos", "slices"])
+def test_many_copies_are_no_sequence(draw):
+    changes = [change for kind, change in COPIES.items() if "crop" not in kind]
+    qualities = (95, 85, 75, 65)
+    pictures = [seen([change(draw(number)) for change in changes], qualities[number]) for number in range(4)]
+    again = [seen([draw(number)], quality) for number in range(4) for quality in (90, 80, 70, 60)]
+    found = near_duplicates(np.concatenate([*pictures, *again]))
+    assert not found.steps.any()
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3])

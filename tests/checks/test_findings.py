@@ -12,6 +12,7 @@ from tuning.checks.findings import (
     of_copies,
     of_groups,
     of_imbalance,
+    of_sequences,
     of_shortcuts,
     of_unreadable,
     stops,
@@ -30,12 +31,17 @@ SAMPLES = pd.DataFrame(
         "group": ["p1", "p1", "p1", None],
     }
 )
-NOTHING = Pairs(*(np.empty(0, dtype) for dtype in (np.int64, np.int64, np.float32, bool)))
+NOTHING = Pairs(*(np.empty(0, dtype) for dtype in (np.int64, np.int64, np.float32, bool, bool)))
 
 
 def pairs(*rows):
     a, b, agreement, copies = zip(*rows, strict=True)
-    return Pairs(np.array(a), np.array(b), np.array(agreement, np.float32), np.array(copies))
+    return Pairs(*(np.array(column) for column in (a, b, agreement, copies)), np.zeros(len(a), dtype=bool))
+
+
+def steps(*rows):
+    a, b = (np.array(column) for column in zip(*rows, strict=True))
+    return Pairs(a, b, np.full(len(a), 0.98), np.zeros(len(a), dtype=bool), np.ones(len(a), dtype=bool))
 
 
 def kinds(found):
@@ -65,6 +71,24 @@ def test_copies_with_different_labels_are_label_conflicts():
     ]
     assert found[3].detail == "copies of one image (near_duplicate) with the labels ill and well; both in train"
     assert (found[3].path_a, found[3].path_b, found[3].value) == ("a", "d", pytest.approx(0.98))
+
+
+def test_a_sequence_is_one_finding_and_a_warning_if_it_is_split():
+    near = steps((0, 1), (1, 2), (2, 3))
+    assert of_copies(SAMPLES, [], ["1"] * 4, near, "stop") == []
+    [row] = of_sequences(SAMPLES, near)
+    detail = "4 images, each much like the next: 3 in train, 1 in test"
+    assert row == Finding("sequence", "warn", "a", "b", 4.0, None, detail)
+    [line] = [line for line in summary([row], 0) if "sequence" in line]
+    assert "1 sequence (4 images) split, such as that of a and b" in line and "--set group_column=" in line
+    [row] = of_sequences(SAMPLES.assign(split="val"), near)
+    assert (row.severity, row.detail) == ("info", "4 images, each much like the next: 4 in val")
+    assert summary([row], 0) == ["audit: no warnings, 1 note in audit.parquet"]
+
+
+def test_copies_that_are_split_are_not_hidden_by_a_sequence():
+    found = of_copies(SAMPLES, [(0, 1)], ["1"] * 4, steps((0, 2), (1, 2), (2, 3)), "stop")
+    assert kinds(found) == [("exact_duplicate", "stop")]
 
 
 def test_groups_in_different_splits_are_leaks():

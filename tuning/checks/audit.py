@@ -143,8 +143,9 @@ def audited(plan: SearchPlan, decoded: Decoded) -> tuple[list[Finding], pd.DataF
     identical = findings.identical_images(facts["pixels_sha256"].tolist())
     table = _with_identical_together(decoded.samples, identical, plan)
     near = _near(folder, identical, facts, plan.fit)
-    copies = zip(near.a[near.copies], near.b[near.copies], strict=True)
-    unit = splits.number_units(table["group"], [*identical, *copies])
+    together = near.copies | near.steps
+    pairs = zip(near.a[together], near.b[together], strict=True)
+    unit = splits.number_units(table["group"], [*identical, *pairs])
     labels = table["label"].tolist()
     chosen = shortcuts.sampled(labels, unit)
     pictures = shrunk(shown, chosen, shortcuts.SIDE).astype(np.float32)
@@ -152,6 +153,7 @@ def audited(plan: SearchPlan, decoded: Decoded) -> tuple[list[Finding], pd.DataF
     found = findings.of_unreadable(decoded.lost, plan.skip_unreadable)
     found += findings.of_groups(table, plan.on_leak)
     found += findings.of_copies(table, identical, decoded.hashes, near, plan.on_leak)
+    found += findings.of_sequences(table, near)
     found += names.of_names(table)
     found += findings.of_imbalance(table["label"])
     found += findings.of_decoding(table["path"], facts["notes"])
@@ -206,7 +208,7 @@ def _near(folder: Path, identical: list[tuple[int, int]], facts: pd.DataFrame, f
     if not cached.exists():
         shown = images.open_images(folder)
         if len(shown) > MOST_IMAGES:
-            return Pairs(*(np.empty(0, dtype) for dtype in (np.int64, np.int64, np.float32, bool)))
+            return Pairs(*(np.empty(0, dtype) for dtype in (np.int64, np.int64, np.float32, bool, bool)))
         alone = np.setdiff1d(np.arange(len(shown)), [later for _, later in identical])
         grey = np.empty((len(alone), SIDE, SIDE), dtype=np.uint8)
         bars = bars_of(shown, facts)[alone] if fit == "letterbox" else np.zeros((len(alone), 2), dtype=np.int64)

@@ -1,11 +1,12 @@
-"""Find copies among many pictures: re-encoded, resized, mirrored, turned, brighter, darker or slightly cropped.
+"""Find copies among many pictures: re-encoded, resized, mirrored, turned, brighter, darker or cropped.
 
 All chest films look alike, so a hash or a correlation of small pictures finds hundreds of pairs of different films of
 one patient, or of patients in one pose. Here it only proposes candidates. Each is aligned, and then compared
 detail by detail: in a copy nearly every part agrees, in a look-alike only what all films have in common.
+
+A picture that may be a large crop of another is compared with that part of it, enlarged, once it is as blurred.
 """
 
-import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -13,38 +14,25 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import fft
 
 from tuning.checks import alignment
 from tuning.checks.alignment import SIDE, Bytes, Floats, Halves, Ints, in_batches, resampling
+from tuning.checks.candidates import STARTS, Candidates, candidates, warps
+from tuning.checks.sequences import SAME, sequences
 from tuning.data.decoding import Pixels
 
-VERSION = 1  # raised with any change of what is found
+VERSION = 2  # raised with any change of what is found
 NEAR = 0.968  # agreement from which a pair is a copy
 ALIKE = 0.9  # agreement from which it is a look-alike, or a copy if nothing else resembles the two
 COARSE = 24  # pixels, of the first alignment
 LEAST = 0.86  # likeness after an alignment below which a pair is dropped
-PROMISING = (0.84, 0.92)  # agreement at a glance, after a coarse and a fine alignment, below which it is dropped
+LEAST_PART = 0.94  # the same of a part after the first alignment
+PROMISING = (0.88, 0.93)  # agreement at a glance, after a coarse and a fine alignment, below which it is dropped
 CROWDED = 0.8  # likeness after the first alignment from which pictures resemble each other
-NEIGHBOURS = 8  # candidates of each image
-BLOCK = 2_500_000  # pairs per batch of a core: 20 MB
-FREQUENCIES = 12  # of the cosine transform, along each side
-CUT = 0.05  # of the side; copies cropped by up to this at any side are found, others not always
-PARTS = ((0.0, 1.0), (CUT, 1.0), (0.0, 1 - CUT), (CUT, 1 - CUT))  # of a side that others may be copies of
-TURNS = (  # where x and y of the turned picture lie in the original; every second one mirrors the one before
-    ((1, 0), (0, 1)),
-    ((-1, 0), (0, 1)),
-    ((1, 0), (0, -1)),
-    ((-1, 0), (0, -1)),
-    ((0, 1), (1, 0)),
-    ((0, 1), (-1, 0)),
-    ((0, -1), (1, 0)),
-    ((0, -1), (-1, 0)),
-)
-STARTS = [  # part of the height, part of the width, turn
-    *itertools.product(range(len(PARTS)), range(len(PARTS)), (0, 1)),
-    *((0, 0, turn) for turn in range(2, len(TURNS))),
-]
+STEADY = 0.1  # the largest change of scale or place between neighbours in a sequence
+LINKED = 0.95  # agreement from which a pair may be neighbours in a sequence; one that looks like a copy always may
+SIDES = sorted({side for start in STARTS for side in (start.high, start.wide)})
+ENLARGED = 4096  # pairs that are enlarged at once: 32 MB
 
 
 class Pairs(NamedTuple):
@@ -53,7 +41,17 @@ class Pairs(NamedTuple):
     a: Ints
     b: Ints
     agreement: Floats  # of their details, from ALIKE to 1
-    copies: NDArray[np.bool_]  # others are look-alikes
+    copies: NDArray[np.bool_]
+    steps: NDArray[np.bool_]  # pairs of one sequence that are no copies; those that are neither are look-alikes
+
+
+class _Aligned(NamedTuple):
+    """Pairs whose details agree after alignment, by their place among all that were aligned."""
+
+    kept: Ints
+    agreement: Floats
+    warp: Floats
+    alike: Ints  # those that resemble each other after the first alignment
 
 
 def near_duplicates(pictures: Bytes) -> Pairs:
@@ -65,35 +63,137 @@ def near_duplicates(pictures: Bytes) -> Pairs:
     n = len(pictures)
     if n < 2:
         none = np.empty(0, dtype=np.int64)
-        return Pairs(none, none, none.astype(np.float32), none.astype(bool))
-    fine, band = alignment.details(pictures, SIDE), alignment.bands(pictures)
-    a, b, warp = _candidates(fine)
-    warp, likeness = in_batches(partial(alignment.align, alignment.details(pictures, COARSE)), a, b, warp)
-    alike = (a * n + b)[likeness >= CROWDED]
-    a, b, warp = _promising(band, a, b, warp, likeness, PROMISING[0])
-    warp, likeness = in_batches(partial(alignment.align, fine), a, b, warp)
-    a, b, warp = _promising(band, a, b, warp, likeness, PROMISING[1])
-    (agree,) = in_batches(partial(alignment.agreement, pictures), a, b, warp)
-    kept = agree >= ALIKE
-    a, b, agree = a[kept], b[kept], agree[kept]
-    # If nothing else resembles the two, less agreement is enough.
-    others = np.setdiff1d(alike, a * n + b)
+        return Pairs(none, none, none.astype(np.float32), none.astype(bool), none.astype(bool))
+    fine = alignment.details(pictures, SIDE)
+    wholes, parts = candidates(fine)
+    whole = _aligned(pictures, fine, wholes.a, wholes.b, warps()[wholes.start])
+    zoomed = _aligned_parts(pictures, parts)
+    steady = np.zeros(len(whole.kept) + len(zoomed.kept), dtype=bool)
+    steady[: len(whole.kept)] = np.abs(whole.warp - np.eye(2, 3)).max(axis=(1, 2), initial=0) < STEADY
+    agreement = np.r_[whole.agreement, zoomed.agreement]
+    pair = np.r_[_key(n, wholes, whole.kept), _key(n, parts, zoomed.kept)]
+    order = np.argsort(-agreement, kind="stable")
+    once = order[np.unique(pair[order], return_index=True)[1]]
+    pair, agreement, steady = pair[once], agreement[once], steady[once]
+    others = np.setdiff1d(np.r_[_key(n, wholes, whole.alike), _key(n, parts, zoomed.alike)], pair)
     crowded = np.zeros(n, dtype=bool)
     crowded[others // n] = crowded[others % n] = True
-    copies = (agree >= NEAR) | ~(crowded[a] | crowded[b])
-    a, b = np.minimum(a, b), np.maximum(a, b)
-    order = np.lexsort((b, a))
-    return Pairs(a[order], b[order], agree[order], copies[order])
+    a, b = pair // n, pair % n
+    # If nothing else resembles the two, less agreement is enough.
+    copies = (agreement >= NEAR) | ~(crowded[a] | crowded[b])
+    steps = _steps(pictures, fine, pair, agreement, steady & (copies | (agreement >= LINKED)))
+    return Pairs(a, b, agreement, copies & ~steps, steps)
+
+
+def _key(n: int, pairs: Candidates, chosen: Ints) -> Ints:
+    """A number for each of the chosen pairs, in whichever direction it is."""
+    a, b = pairs.a[chosen], pairs.b[chosen]
+    return np.minimum(a, b) * n + np.maximum(a, b)
+
+
+def _aligned(pictures: Bytes, fine: Halves, a: Ints, b: Ints, warp: Floats) -> _Aligned:
+    """Align pairs of pictures, and keep those whose details agree.
+
+    Args:
+        fine: details of the pictures.
+    """
+    band, kept = alignment.bands(pictures), np.arange(len(a))
+    warp, likeness = in_batches(partial(alignment.align, alignment.details(pictures, COARSE)), a, b, warp)
+    alike = kept[likeness >= CROWDED]
+    kept, warp = _promising(band, a, b, kept, warp, likeness, PROMISING[0])
+    warp, likeness = in_batches(partial(alignment.align, fine), a[kept], b[kept], warp)
+    kept, warp = _promising(band, a, b, kept, warp, likeness, PROMISING[1])
+    (agreement,) = in_batches(partial(alignment.agreement, pictures), a[kept], b[kept], warp)
+    agree = agreement >= ALIKE
+    return _Aligned(kept[agree], agreement[agree], warp[agree], alike)
 
 
 def _promising(
-    band: NDArray[np.int8], a: Ints, b: Ints, warp: Floats, likeness: Floats, promising: float
-) -> tuple[Ints, Ints, Floats]:
-    """Pairs that may still be copies after an alignment."""
-    kept = (likeness >= LEAST) & alignment.plausible(warp)
-    a, b, warp = a[kept], b[kept], warp[kept]
-    kept = in_batches(partial(alignment.glance, band), a, b, warp)[0] >= promising
-    return a[kept], b[kept], warp[kept]
+    band: NDArray[np.int8], a: Ints, b: Ints, kept: Ints, warp: Floats, likeness: Floats, promising: float
+) -> tuple[Ints, Floats]:
+    """Those of the kept pairs that may still be copies after an alignment, and their warps."""
+    sane = (likeness >= LEAST) & alignment.plausible(warp)
+    kept, warp = kept[sane], warp[sane]
+    sane = in_batches(partial(alignment.glance, band), a[kept], b[kept], warp)[0] >= promising
+    return kept[sane], warp[sane]
+
+
+def _aligned_parts(pictures: Bytes, pairs: Candidates) -> _Aligned:
+    """Align pictures to parts of others, some pairs at a time."""
+    none = np.empty(0, dtype=np.int64)
+    found, coarse = [_Aligned(none, none.astype(np.float32), _still(0), none)], alignment.details(pictures, COARSE)
+    for first in range(0, len(pairs.a), ENLARGED):
+        a, b, start = (column[first : first + ENLARGED] for column in pairs)
+        (enlarged,) = in_batches(partial(_enlarged, pictures), a, start)
+        both = np.concatenate([alignment.details(enlarged, COARSE), coarse[b]])
+        number = np.arange(len(a))
+        warp, likeness = in_batches(partial(alignment.align, both), number, number + len(a), _still(len(a)))
+        kept = np.flatnonzero(likeness >= LEAST_PART)
+        (blurred,) = in_batches(partial(_blurred, pictures), b[kept], start[kept])
+        left, number = np.concatenate([enlarged[kept], blurred]), np.arange(len(kept))
+        aligned = _aligned(left, alignment.details(left, SIDE), number, number + len(kept), warp[kept])
+        alike = first + np.flatnonzero(likeness >= CROWDED)
+        found.append(_Aligned(first + kept[aligned.kept], aligned.agreement, aligned.warp, alike))
+    return _Aligned(*(np.concatenate(columns) for columns in zip(*found, strict=True)))
+
+
+def _enlarged(pictures: Bytes, chosen: Ints, start: Ints) -> tuple[Bytes]:
+    """Turned parts of the chosen pictures."""
+    weights = np.stack([resampling(SIDE, SIDE, *side) for side in SIDES])
+    parts = _resampled(pictures[chosen], weights, start)
+    mirrored = np.array([STARTS[index].turn == 1 for index in start], dtype=bool)
+    parts[mirrored] = parts[mirrored, :, ::-1]
+    return (parts,)
+
+
+def _blurred(pictures: Bytes, chosen: Ints, start: Ints) -> tuple[Bytes]:
+    """The chosen pictures with no more details than a part of another has when it is enlarged."""
+    pixels = [round(SIDE * (stop - start)) for start, stop in SIDES]
+    weights = np.stack([resampling(few, SIDE) @ resampling(SIDE, few) for few in pixels])
+    return (_resampled(pictures[chosen], weights, start),)
+
+
+def _resampled(pictures: Bytes, weights: Floats, start: Ints) -> Bytes:
+    """Apply the weights [sides, SIDE, SIDE] of each part's sides."""
+    sides = [[SIDES.index(side) for side in STARTS[index][:2]] for index in start]
+    high, wide = np.array(sides, dtype=np.int64).reshape(-1, 2).T
+    found: Bytes = (
+        (weights[high] @ pictures.astype(np.float32) @ weights[wide].transpose(0, 2, 1)).round().astype(np.uint8)
+    )
+    return found
+
+
+def _steps(
+    pictures: Bytes, fine: Halves, pair: Ints, agreement: Floats, linked: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """Which pairs are of one sequence, and no copies.
+
+    Args:
+        pair: keys, in order.
+        linked: whether they may follow each other; neither is then mirrored, moved or cropped.
+    """
+    n = len(pictures)
+    a, b = pair // n, pair % n
+
+    def agreement_of(one: Ints, other: Ints) -> Floats:
+        wanted = np.minimum(one, other) * n + np.maximum(one, other)
+        place = np.searchsorted(pair, wanted).clip(max=len(pair) - 1)
+        unknown = pair[place] != wanted
+        found: Floats = agreement[place]
+        one, other = one[unknown], other[unknown]
+        warp, _ = in_batches(partial(alignment.align, fine), one, other, _still(len(one)))
+        (found[unknown],) = in_batches(partial(alignment.agreement, pictures), one, other, warp)
+        return found
+
+    number, link = sequences(n, a[linked], b[linked], agreement[linked], agreement_of)
+    steps: NDArray[np.bool_] = (number[a] == number[b]) & (number[a] >= 0)
+    steps[steps] = 1 - agreement[steps] > SAME * link[number[a[steps]]]
+    return steps
+
+
+def _still(n: int) -> Floats:
+    """Warps that change nothing: [n, 2, 3]."""
+    return np.repeat(np.eye(2, 3, dtype=np.float32)[None], n, axis=0)
 
 
 def bars_of(shown: Pixels, facts: pd.DataFrame) -> Ints:
@@ -121,87 +221,3 @@ def shrunk(shown: Pixels, rows: Ints, side: int, *, grey: bool = False, bars: Se
         return ((down @ channels @ across.T).transpose(0, 2, 3, 1).round().astype(np.uint8),)
 
     return in_batches(some, rows)[0]
-
-
-def _candidates(shapes: Halves) -> tuple[Ints, Ints, Floats]:
-    """For each image those most like some turned crop of it, and the warp between them.
-
-    Likeness is the correlation of the lowest frequencies, each divided by its standard deviation over all images, so
-    that what all have in common counts little.
-    """
-    n = len(shapes)
-    (spectra,) = in_batches(lambda part: (_spectra(part)[:, 0, 0],), shapes)
-    spread = spectra.std(axis=0) + 1e-3
-    spectra = _of_length_one(spectra / spread)
-    even, odd = (np.ascontiguousarray(spectra[:, :, first::2].reshape(n, -1)) for first in (0, 1))
-    sought = partial(_neighbours, spectra, even, odd, spread, shapes)
-    few = max(16, min(128, BLOCK // n))
-    neighbours, start, likeness = in_batches(sought, np.arange(n), size=few)
-    a, b = np.repeat(np.arange(n), neighbours.shape[1]), neighbours.ravel()
-    # Of the two directions of a pair the better one.
-    order = np.lexsort((-likeness.ravel(), np.maximum(a, b), np.minimum(a, b)))
-    a, b, start = a[order], b[order], start.ravel()[order]
-    pair = np.minimum(a, b) * n + np.maximum(a, b)
-    once = np.unique(pair, return_index=True)[1]
-    return a[once], b[once], _warps()[start[once]]
-
-
-def _neighbours(
-    spectra: Floats, even: Floats, odd: Floats, spread: Floats, shapes: Halves, chosen: Ints
-) -> tuple[Ints, Ints, Floats]:
-    """For each of the chosen images those most like a turned crop of it, the crop's index, and how alike they are.
-
-    A mirrored picture differs only in the sign of its odd frequencies: one product gives both.
-    """
-    n = len(spectra)
-    crops = _of_length_one(_spectra(shapes[chosen]) / spread)
-    best = np.full((len(chosen), n), -np.inf, dtype=np.float32)
-    for high, wide, turn in STARTS:
-        if turn % 2 == 0:
-            query = _turned(crops[:, high, wide], turn)
-            likeness = query[:, :, 1::2].reshape(len(chosen), -1) @ odd.T
-            np.abs(likeness, out=likeness)
-            likeness += query[:, :, 0::2].reshape(len(chosen), -1) @ even.T
-            np.maximum(best, likeness, out=best)
-    best[np.arange(len(chosen)), chosen] = -np.inf
-    wanted = min(NEIGHBOURS, n - 1)
-    found = np.argpartition(best, n - wanted, axis=1)[:, n - wanted :]
-    starts = [_turned(crops[:, high, wide], turn).reshape(len(chosen), -1) for high, wide, turn in STARTS]
-    near = spectra[found].reshape(*found.shape, -1)
-    scores = np.stack(starts, axis=1) @ near.transpose(0, 2, 1)  # [chosen, starts, neighbours]
-    return found, scores.argmax(axis=1), scores.max(axis=1)
-
-
-def _spectra(shapes: Halves) -> Floats:
-    """The lowest frequencies of crops, without the mean: [n, parts of the height, parts of the width, high, wide]."""
-    cosines = fft.dct(np.eye(SIDE, dtype=np.float32), axis=0, norm="ortho")[:FREQUENCIES]
-    parts = np.concatenate([cosines @ resampling(SIDE, SIDE, *part) for part in PARTS])
-    low = parts @ (shapes.astype(np.float32).reshape(-1, SIDE) @ parts.T).reshape(-1, SIDE, len(parts))
-    crops: Floats = low.reshape(-1, len(PARTS), FREQUENCIES, len(PARTS), FREQUENCIES).transpose(0, 1, 3, 2, 4)
-    crops[..., 0, 0] = 0
-    return crops
-
-
-def _of_length_one(spectra: Floats) -> Floats:
-    found: Floats = spectra / (np.sqrt((spectra**2).sum(axis=(-2, -1), keepdims=True)) + 1e-6)
-    return found
-
-
-def _turned(spectra: Floats, turn: int) -> Floats:
-    """Spectra of the turned pictures."""
-    matrix = np.array(TURNS[turn])
-    x_sign, y_sign = matrix.sum(axis=1)
-    odd = np.arange(FREQUENCIES) % 2
-    signed = spectra * (y_sign**odd)[:, None].astype(np.float32) * (x_sign**odd).astype(np.float32)
-    turned: Floats = signed if matrix[0, 0] else signed.transpose(0, 2, 1)
-    return turned
-
-
-def _warps() -> Floats:
-    """For each of `STARTS` the matrix [2, 3] from points in the turned crop to the picture, from -1 to 1."""
-    warps = np.zeros((len(STARTS), 2, 3), dtype=np.float32)
-    for warp, (high, wide, turn) in zip(warps, STARTS, strict=True):
-        (left, right), (top, bottom) = PARTS[wide], PARTS[high]
-        warp[:, :2] = np.diag([right - left, bottom - top]) @ np.array(TURNS[turn])
-        warp[:, 2] = left + right - 1, top + bottom - 1
-    return warps

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from tuning.checks.alignment import Ints
 from tuning.checks.duplicates import Pairs
-from tuning.data.splits import SPLITS
+from tuning.data.splits import SPLITS, number_units
 from tuning.record import tables
 from tuning.settings.words import count
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SEVERITIES = ("stop", "warn", "info")  # worst first
 KINDS = (  # also worst first
-    *("unreadable", "group_across_splits", "exact_duplicate", "label_conflict", "near_duplicate"),
+    *("unreadable", "group_across_splits", "exact_duplicate", "label_conflict", "near_duplicate", "sequence"),
     *("shortcut_shape", "shortcut_colour", "shortcut_metadata", "shortcut_border", "shortcut_thumbnail"),
     *("missing_class", "similar_classes", "similar_groups", "rounded_groups", "large_group"),
     *("imbalance", "look_alike", "decoding"),
@@ -27,6 +27,7 @@ LEAKS = {"stop": "stop", "warn": "warn", "move": "warn"}  # severity of a leak, 
 UNBALANCED, VERY_UNBALANCED = 3, 10  # images of the largest class for each of the smallest: info, warn
 MOST_LINES = 12  # on the screen
 LIGHT = ("brightness", "contrast")  # rules of shortcut_colour that need no colour
+GROUPED = "give the scan or the patient with --set group_column=..."
 CURE = "--set on_leak=move moves each group and all copies into one split, on_leak=warn only warns"
 
 
@@ -78,9 +79,10 @@ def of_copies(
     for a, b in identical:
         same = "the same bytes" if hashes[a] == hashes[b] else "the same pixels in other bytes"
         pairs.append((a, b, "exact_duplicate", 1.0, same))
-    for a, b, agreement, copy in zip(near.a, near.b, near.agreement, near.copies, strict=True):
+    for a, b, agreement, copy, step in zip(*near, strict=True):
         kind = "near_duplicate" if copy else "look_alike"
-        pairs.append((int(a), int(b), kind, float(agreement), f"agreement of details {agreement:.3f}"))
+        if not step:
+            pairs.append((int(a), int(b), kind, float(agreement), f"agreement of details {agreement:.3f}"))
     found = []
     for a, b, kind, value, words in pairs:
         across, conflict = splits[a] != splits[b], labels[a] != labels[b]
@@ -92,6 +94,26 @@ def of_copies(
         if conflict and kind != "look_alike":
             detail = f"copies of one image ({kind}) with the labels {classes}; {where}"
             found.append(Finding("label_conflict", "warn", paths[a], paths[b], value, None, detail))
+    return found
+
+
+def of_sequences(samples: pd.DataFrame, near: Pairs) -> list[Finding]:
+    """Sequences, such as the slices of one scan, each once: a split through one puts nearly the same into both sets."""
+    steps = sorted(zip(near.a[near.steps].tolist(), near.b[near.steps].tolist(), strict=True))
+    unit = number_units([None] * len(samples), steps)
+    links: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for a, b in steps:
+        links[unit[a]].append((a, b))
+    paths, splits = samples["path"].tolist(), samples["split"].tolist()
+    found = []
+    for pairs in links.values():
+        images = {image for pair in pairs for image in pair}
+        counts = Counter(splits[image] for image in images)
+        a, b = next((pair for pair in pairs if splits[pair[0]] != splits[pair[1]]), pairs[0])
+        where = ", ".join(f"{counts[split]} in {split}" for split in reversed(SPLITS) if counts[split])
+        severity = "warn" if len(counts) > 1 else "info"
+        detail = f"{count(len(images), 'image')}, each much like the next: {where}"
+        found.append(Finding("sequence", severity, paths[a], paths[b], float(len(images)), None, detail))
     return found
 
 
@@ -176,7 +198,7 @@ def with_moves(found: Iterable[Finding], samples: pd.DataFrame, splits: Sequence
             moved[unit_of[path]].append(f"{path} from {before} to {after}")
     changed = []
     for row in found:
-        leak = row.finding in ("exact_duplicate", "near_duplicate", "group_across_splits")
+        leak = row.finding in ("exact_duplicate", "near_duplicate", "sequence", "group_across_splits")
         moves = moved.get(unit_of[str(row.path_a)], []) if leak else []
         changed.append(row._replace(detail=f"{row.detail}; moved: {', '.join(moves)}") if moves else row)
     return changed
@@ -191,7 +213,9 @@ def summary(rows: Sequence[Finding], n_moved: int) -> list[str]:
     """
     lines = _lines(rows)
     if n_moved:
-        lines["warn"].append(f"{count(n_moved, 'image')} moved, so that each group and all copies are in one split")
+        lines["warn"].append(
+            f"{count(n_moved, 'image')} moved, so that each group, sequence and all copies are in one split"
+        )
     counts = [(len(lines["stop"]), "reason to stop", "reasons to stop"), (len(lines["warn"]), "warning", None)]
     head = ", ".join(count(n, one, many) for n, one, many in counts if n)
     if not head:
@@ -235,6 +259,10 @@ def _in_words(finding: str, found: Sequence[Finding]) -> list[str]:
     if finding == "group_across_splits":
         images = count(sum(int(row.value or 0) for row in found), "image")
         return [f"{count(n, 'group')} ({images}) in more than one split, such as {first.detail.split('; moved')[0]}"]
+    if finding == "sequence":
+        images = count(sum(int(row.value or 0) for row in found), "image")
+        example = f"such as that of {first.path_a} and {first.path_b}"
+        return [f"{count(n, 'sequence')} ({images}) split, {example}; slices of one scan leak like copies: {GROUPED}"]
     kind = {
         "exact_duplicate": "of identical images",
         "near_duplicate": "of near duplicates",
