@@ -80,7 +80,8 @@ def test_a_sequence_is_one_finding_and_a_warning_if_it_is_split():
     detail = "4 images, each much like the next: 3 in train, 1 in test"
     assert row == Finding("sequence", "warn", "a", "b", 4.0, None, detail)
     [line] = [line for line in summary([row], 0) if "sequence" in line]
-    assert "1 sequence (4 images) split, such as that of a and b" in line and "--set group_column=" in line
+    assert "1 sequence (4 images) in more than one split, such as that of a and b: this leaks" in line
+    assert "--set group_column=" in line
     [row] = of_sequences(SAMPLES.assign(split="val"), near)
     assert (row.severity, row.detail) == ("info", "4 images, each much like the next: 4 in val")
     assert summary([row], 0) == ["audit: no warnings, 1 note in audit.parquet"]

@@ -262,7 +262,7 @@ def _in_words(finding: str, found: Sequence[Finding]) -> list[str]:
     if finding == "sequence":
         images = count(sum(int(row.value or 0) for row in found), "image")
         example = f"such as that of {first.path_a} and {first.path_b}"
-        return [f"{count(n, 'sequence')} ({images}) split, {example}; slices of one scan leak like copies: {GROUPED}"]
+        return [f"{count(n, 'sequence')} ({images}) in more than one split, {example}: this leaks; {GROUPED}"]
     kind = {
         "exact_duplicate": "of identical images",
         "near_duplicate": "of near duplicates",
