@@ -203,6 +203,12 @@ def test_16_bit_greys_keep_their_upper_bits(tmp_path, suffix, options):
     dark = save(tmp_path / f"dark.{suffix}", RAMP >> 4, **options)
     assert shown(dark, 64).max() == 15
     assert notes(dark) == "is nearly black: its 16-bit values use less than 1/16 of their range"
+    Image.fromarray(RAMP // 5).save(dark, **options)  # of 14 bits
+    assert notes(dark) == "is dark: its 16-bit values use less than 1/4 of their range"
+    marked = RAMP // 17
+    marked[2:5, 2:6] = 65535  # a letter on a film of 12 bits
+    Image.fromarray(marked).save(dark, **options)
+    assert notes(dark).startswith("is nearly black but for a few pixels: ")
 
 
 def test_16_bit_colours_and_inverted_and_12_bit_greys(tmp_path):

@@ -32,6 +32,8 @@ MAX_PIXELS = 178_000_000  # of one image; Pillow's own limit for what it calls a
 # coloured marks or a tint differ by 25 or more.
 GREY_LEVELS = 12
 LEAST_ASPECT, MIN_ASPECT = 0.01, 0.1  # of pixels: nearer to 1 they count as square, further from it as nonsense
+DARK = 64  # of 255: what 14 of 16 bits come to
+FEW_PIXELS = 0.005  # share of an image that a burnt-in mark may have
 NEARLY_BLACK = 16  # of 255: what 12 of 16 bits come to
 SIGNATURES = [  # format, and the offset and bytes that identify it
     ("DICOM", 128, b"DICM"),  # first, since another format's signature may precede it
@@ -238,6 +240,10 @@ def _eight_bits(image: Image.Image, notes: list[str]) -> Image.Image:
         grey = 255 - grey
     if grey.max() < NEARLY_BLACK:
         notes.append("is nearly black: its 16-bit values use less than 1/16 of their range")
+    elif np.count_nonzero(grey >= NEARLY_BLACK) < FEW_PIXELS * grey.size:  # a mark on a film of 12 bits
+        notes.append("is nearly black but for a few pixels: the other 16-bit values use less than 1/16 of their range")
+    elif grey.max() < DARK:
+        notes.append("is dark: its 16-bit values use less than 1/4 of their range")
     return Image.fromarray(grey)
 
 
