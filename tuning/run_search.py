@@ -19,7 +19,7 @@ import pyarrow as pa
 import tyro
 
 from tuning.checks.audit import Checked, load_checked
-from tuning.data.images import hold, parallel_map
+from tuning.data.images import held, parallel_map
 from tuning.data.samples import elsewhere
 from tuning.insight import analysis
 from tuning.insight.best import write_best
@@ -185,7 +185,6 @@ def _search(plan: SearchPlan, space: Space, folder: Path, mirror: Mirror | None,
     each = f"{resources.gpus:g} GPU" if resources.gpus else count(resources.cpus, "core")
     each = "a whole, a half or a quarter GPU" if resources.packed else each
     console.print(f"{'up to ' if varies else ''}{count(resources.count, 'concurrent trial')}, {each} each\n")
-    _held = hold(data.folders.values())  # until this function ends
     _server = serve_images(data.folders.values()) if joining else None  # ends when nothing refers to it
     concurrent = None if varies else resources.count
     provenance = read_plan(folder)["provenance"]
@@ -207,7 +206,7 @@ def _search(plan: SearchPlan, space: Space, folder: Path, mirror: Mirror | None,
     )
     # A SIGTERM ends the search as Ctrl-C does; set here, since Ray sets its handler as it starts.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    with tracking(search, provenance["run_id"]), show.watching(search):
+    with held(data.folders.values()), tracking(search, provenance["run_id"]), show.watching(search):
         finished = search.run()
     if mirror is not None and mirror.taken is not None:
         raise InputError(mirror.taken)

@@ -20,7 +20,7 @@ import tyro
 from numpy.typing import NDArray
 
 from tuning.checks.audit import Checked, load_checked
-from tuning.data.images import hold, open_images
+from tuning.data.images import open_images
 from tuning.data.samples import elsewhere
 from tuning.insight.calibration import fit_temperature, logarithms, tempered
 from tuning.insight.ensemble import named_shares
@@ -146,7 +146,6 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     from tuning.training.models import keep_memory
     from tuning.training.weights import digests, find_weights, other_weights
 
-    _held = hold(folders.values())  # until this function ends
     data = {size: join(table, open_images(images)) for size, images in folders.items()}
     some = data[sizes[0]]
     weights = find_weights([each.backbone for each in configs.values()], plan.weights)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tuning.data import images
 from tuning.data.decoding import Facts, decode
-from tuning.data.images import content_hashes, decode_all, hold, open_images, parallel_map, read_facts
+from tuning.data.images import content_hashes, decode_all, held, open_images, parallel_map, read_facts
 from tuning.settings.config import InputError, cache_folder
 
 
@@ -224,11 +224,9 @@ def test_arrays_that_are_held_are_not_evicted(tmp_path):
     sets = [draw_set(tmp_path / str(count), count) for count in (1, 2, 3)]
     keep_all = {"folder": tmp_path, "disk_cache_bytes": 10**9}
     first, _ = decode_all(sets[0], hash_all(sets[0]), 16, **keep_all)
-    held = hold([first])
-    second, _ = decode_all(sets[1], hash_all(sets[1]), 16, **keep_all)
-    third, _ = decode_all(sets[2], hash_all(sets[2]), 16, folder=tmp_path, disk_cache_bytes=0)
-    assert first.exists() and not second.exists() and third.exists()
-    for file in held:
-        file.close()
+    with held([first]):
+        second, _ = decode_all(sets[1], hash_all(sets[1]), 16, **keep_all)
+        third, _ = decode_all(sets[2], hash_all(sets[2]), 16, folder=tmp_path, disk_cache_bytes=0)
+        assert first.exists() and not second.exists() and third.exists()
     decode_all(sets[1], hash_all(sets[1]), 16, folder=tmp_path, disk_cache_bytes=0)
     assert not first.exists() and second.exists()

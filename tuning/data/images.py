@@ -12,7 +12,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, TypeAlias, TypeVar
@@ -292,13 +292,13 @@ def _evict(sets: Path, kept: Collection[Path], disk_cache_bytes: int) -> None:
             total -= n_bytes
 
 
-def hold(folders: Iterable[Path]) -> list[BinaryIO]:
-    """Keep other processes from deleting arrays of `decode_all`, as long as somebody refers to what is returned."""
-    files: list[BinaryIO] = []
-    for folder in folders:
-        files.append(open(folder / "images.npy", "rb"))
-        fcntl.flock(files[-1], fcntl.LOCK_SH)
-    return files
+@contextmanager
+def held(folders: Iterable[Path]) -> Iterator[None]:
+    """Keep other processes from deleting arrays of `decode_all`, which workers open when they need them."""
+    with ExitStack() as stack:
+        for folder in folders:
+            fcntl.flock(stack.enter_context(open(folder / "images.npy", "rb")), fcntl.LOCK_SH)
+        yield
 
 
 def _is_held(folder: Path) -> bool:
