@@ -17,8 +17,7 @@ from tuning.checks.alignment import SIDE, Floats, Halves, Ints, in_batches, resa
 
 NEIGHBOURS = 8  # candidates of each picture
 ZOOMS = 4  # more of them, for a part of it
-ALIKE = 0.6  # likeness from which a picture is one; that of copies was 0.73 and more, turned by 2 degrees
-GAIN = 0.1  # by which a part is more alike than the whole
+ALIKE, GAIN = 0.6, 0.1  # likeness from which a part is one, and how much more it is than that of the whole
 SHORTLIST = 128
 BLOCK = 512  # pictures that are compared with a batch at once: 0.25 MB, which a core's cache holds
 FREQUENCIES, FEW = 12, 8  # of the cosine transform, along each side
@@ -67,7 +66,7 @@ WHOLES = [*_LITTLE, *(start._replace(turn=1) for start in _LITTLE), *_TURNED]
 STARTS = [*WHOLES, *_PARTS, *(start._replace(turn=1) for start in _PARTS)]
 _FIRST = [
     *(Start(WHOLE, WHOLE, turn) for turn in range(0, len(TURNS), 2)),
-    *(Start(high, wide, 0) for high, wide in itertools.product(LITTLE[1:], repeat=2)),
+    *_LITTLE[1:],
     *(
         Start(high, wide, 0)
         for square, step in zip(SQUARES[1:], (2, 2, 4, 2), strict=True)
@@ -101,8 +100,8 @@ def candidates(shapes: Halves) -> tuple[Candidates, Candidates]:
     sought = partial(_neighbours, _of_length_one(spectra), even, odd, spread, shapes)
     b, start, likeness = (values.ravel() for values in in_batches(sought, np.arange(n)))
     a = np.repeat(np.arange(n), len(b) // n)
-    chosen, zoomed = likeness >= ALIKE, start >= len(WHOLES)
-    return _once(n, a, b, start, likeness, chosen & ~zoomed), _once(n, a, b, start, likeness, chosen & zoomed)
+    zoomed = start >= len(WHOLES)
+    return _once(n, a, b, start, likeness, ~zoomed), _once(n, a, b, start, likeness, zoomed & (likeness >= ALIKE))
 
 
 def _once(n: int, a: Ints, b: Ints, start: Ints, likeness: Floats, chosen: NDArray[np.bool_]) -> Candidates:
