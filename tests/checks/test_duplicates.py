@@ -146,6 +146,7 @@ def test_a_copy_of_a_slice_is_still_a_copy():
     assert copies_of(found) == {(5, 12)} and found.steps.sum() >= 11
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", [film, photo, ct_slice], ids=["films", "photos", "slices"])
 def test_many_copies_are_no_sequence(draw):
     changes = [change for kind, change in COPIES.items() if "crop" not in kind]

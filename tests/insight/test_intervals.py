@@ -213,6 +213,7 @@ def coverage(kind, positives, total, shift, sets=SETS):
     return {name: count / sets for name, count in held.items()}
 
 
+@pytest.mark.slow
 def test_the_intervals_of_many_small_classes_hold_too():
     """Of 200 sets of 20 classes with four images each; limits like Zou and Donner's (2008) hold in 90% of them."""
     rng = np.random.default_rng(0)

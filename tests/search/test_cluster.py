@@ -64,6 +64,7 @@ def test_an_address_at_which_nothing_answers_is_named_at_once(monkeypatch):
         start_ray(SearchPlan(name="test"))
 
 
+@pytest.mark.slow
 def test_an_empty_address_is_none():
     code = "import tuning.search.cluster, os; print('RAY_ADDRESS' in os.environ)"
     command = [sys.executable, "-c", code]

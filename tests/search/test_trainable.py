@@ -73,6 +73,7 @@ def given(tmp_path, plan, checked):
     )
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_those_of_the_start_fail_a_trial(given, tmp_path):
     file = tmp_path / "test_resnet.pth"
     torch.save(timm.create_model("test_resnet").state_dict(), file)

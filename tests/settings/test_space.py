@@ -177,7 +177,7 @@ def test_the_image_sizes_of_each_backbone_are_those_that_conditions_allow():
 
 
 @given(documents(), st.integers(0, 2**20))
-@examples(60)
+@examples(25)
 def test_no_trial_has_another_backbone_and_image_size(document, seed):
     try:
         space = parse(document, "x")

@@ -180,6 +180,7 @@ def test_averaged_weights_are_read_and_other_keys_are_refused(tmp_path):
             _build("test_resnet", weights=tmp_path / "more.pth")
 
 
+@pytest.mark.slow
 def test_every_image_size_that_a_backbone_cannot_take_is_a_fault(tmp_path):
     backbones.check("test_resnet", [32, 50], None)
     with pytest.raises(InputError) as caught:  # one that takes no size but its own, and one that takes multiples

@@ -31,6 +31,7 @@ def test_each_penalty_gives_the_logistic_regression_that_scikit_learn_finds():
         assert np.abs(ours - reference.predict_proba(standard)).max() < 0.01
 
 
+@pytest.mark.slow
 def test_few_images_with_many_features_do_not_make_the_best_probe_worse_than_the_class_frequencies():
     losses = []
     for seed in range(5):
