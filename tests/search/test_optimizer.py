@@ -320,7 +320,7 @@ def test_a_finite_space_is_tried_without_repeats(sampler):
     every, tried = configurations(space), []
     asked = Optimizer(space, seed=0, metric="val_loss", sampler=sampler)
     for number in range(len(every)):
-        untried = [params for params in every if same(params) not in tried]
+        untried = {same(params): params for params in every if same(params) not in tried}
         params = asked.ask(number, None, untried)
         tried.append(same(params))
         asked.tell(ended(number, params, "completed", [params["head_dropout"] + params["unfreeze_depth"]]))

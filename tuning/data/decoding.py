@@ -47,8 +47,8 @@ SIGNATURES = [  # format, and the offset and bytes that identify it
     ("HEIF or AVIF", 4, b"ftyp"),
     ("PDF", 0, b"%PDF"),
     ("gzip", 0, b"\x1f\x8b"),
-    # Without preamble and header DICOM begins with an element of group 8: length, character set, type, time, class, id.
     *[("DICOM", 0, start) for start in (b"\2\0\0\0UL", b"\2\0\1\0OB")],  # with a header, without a preamble
+    # Without preamble and header DICOM begins with an element of group 8: length, character set, type, time, class, id.
     *[("DICOM", 0, bytes((8, 0, element, 0))) for element in (0x00, 0x05, 0x08, 0x12, 0x16, 0x18)],
 ]
 # The classes are called directly, since `Image.open` warns about large and multi-picture images.

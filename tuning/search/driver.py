@@ -24,7 +24,7 @@ from tuning.search.stopping import Rungs, as_loss, stop_reason, stratum, value_a
 from tuning.search.trainable import FinetuneTrial
 from tuning.search.tuner import FINISHED, fit
 from tuning.settings.config import SearchPlan, cache_folder
-from tuning.settings.space import Space, configurations, same
+from tuning.settings.space import Key, Space, configurations, same
 from tuning.settings.words import count
 from tuning.training.features import run_folder
 
@@ -97,7 +97,7 @@ class Search:
         self._ray_ids: dict[str, str] = {}  # our trial id by Ray's
         self._gpus: dict[str, float] = {}  # by trial
         self._finalist_runs: list[tuple[Trial, int]] | None = None  # known once all searched trials have ended
-        self._every = configurations(space)
+        self._every = {same(params): params for params in configurations(space) or ()}
         self._context = {
             "run": str(run.resolve()),
             "images": {str(size): str(folder) for size, folder in images.items()},
@@ -187,10 +187,12 @@ class Search:
         self._write("asked", **asked)
         return trials[asked["trial_id"]]
 
-    def _untried(self) -> list[dict[str, Any]]:
-        """Return the configurations of a finite space that no trial has."""
+    def _untried(self) -> dict[Key, dict[str, Any]]:
+        """Return the configurations of a finite space that no trial has, by their keys."""
+        if not self._every:
+            return {}
         tried = {same(trial.params) for trial in self.record.trials.values() if trial.number is not None}
-        return [params for params in self._every or () if same(params) not in tried]
+        return {key: params for key, params in self._every.items() if key not in tried}
 
     def _gpu_share(self, trial: Trial) -> float:
         # Only the last rows: to look at all takes seconds.

@@ -3,7 +3,7 @@
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tuning.record.journal import FINAL, Trial, best_epoch, loss_like
 from tuning.settings.config import InputError
-from tuning.settings.space import Space, active, same, suggest
+from tuning.settings.space import Key, Space, active, same, suggest
 
 MOST_SEEN = 1000  # ended trials that the sampler sees: the time of a suggestion grows with them
 SLACK = 200  # ended trials beyond `MOST_SEEN` before the study is thinned again
@@ -55,12 +55,12 @@ class Optimizer:
         self._renew()
 
     def ask(
-        self, number: int, params: dict[str, Any] | None = None, untried: Sequence[dict[str, Any]] = ()
+        self, number: int, params: dict[str, Any] | None = None, untried: Mapping[Key, dict[str, Any]] | None = None
     ) -> dict[str, Any]:
         """Return parameters for the trial with this number: `params` if given, else suggested ones.
 
-        If `untried` are given, a suggestion that is not among them, and so would repeat a trial, is replaced by one of
-        them, drawn at random.
+        If `untried` are given, by their keys of `space.same`, a suggestion that is not among them, and so would repeat
+        a trial, is replaced by one of them, drawn at random.
         """
         for open_number in sorted(self._interim.keys() & self._running.keys()):
             self.study.tell(self._running.pop(open_number), self._interim[open_number])
@@ -68,10 +68,10 @@ class Optimizer:
             self._renew()
         self.study.sampler = self._new_sampler(number)
         self._open[number] = self._begin(number, params)
-        if params is None and untried and same(self._open[number]) not in map(same, untried):
+        if params is None and untried and same(self._open[number]) not in untried:
             self.study.tell(self._running.pop(number), state=TrialState.FAIL)  # which samplers ignore
-            drawn = untried[int(np.random.default_rng([self._seed, number]).integers(len(untried)))]
-            self._open[number] = self._begin(number, drawn)
+            place = int(np.random.default_rng([self._seed, number]).integers(len(untried)))
+            self._open[number] = self._begin(number, list(untried.values())[place])
         return self._open[number]
 
     def tell(self, trial: Trial) -> None:

@@ -1,16 +1,16 @@
 """New trials: probes, start points, suggested trials and finalists, each as the fields of its `asked` event."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from tuning.record.journal import Record, Trial
 from tuning.search.optimizer import Optimizer
 from tuning.settings.config import SearchPlan, TrialConfig
-from tuning.settings.space import Space, backbones, middle, trial_values
+from tuning.settings.space import Key, Space, backbones, middle, trial_values
 
 
 def searched_trial(
-    number: int, space: Space, plan: SearchPlan, optimizer: Optimizer, untried: Sequence[dict[str, Any]]
+    number: int, space: Space, plan: SearchPlan, optimizer: Optimizer, untried: Mapping[Key, dict[str, Any]]
 ) -> dict[str, Any]:
     """Propose the start point with this number, or a trial suggested by the optimizer; arguments as its `ask`."""
     start = space.start[number] if number < len(space.start) else None

@@ -65,7 +65,7 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
             keep_memory()
         self._images: dict[int, Any] = {}  # by size; an array, or a tensor on the GPU
         self._models = Models()
-        self._known_weights: set[tuple[str, int, int]] = set()  # name, size and time of files that were checked
+        self._known_weights: set[tuple[str, int, int, int]] = set()  # name, size and times of files that were checked
         self._unsent: dict[str, bool] = {}  # files to send to the storage, and whether to delete them here afterwards
         folder = Path(config["features"]) / platform.node()  # nodes may share the disk of the cache
         self._features = FeatureCache(folder, config["cache_bytes"], self._device)
@@ -145,7 +145,7 @@ class FinetuneTrial(tune.Trainable):  # type: ignore[misc]
             return None
         file = Path(name)
         status = file.stat()
-        stamp = (name, status.st_size, status.st_mtime_ns)
+        stamp = (name, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         if stamp not in self._known_weights:
             if other_weights(digests({backbone: file}), self._config["digests"]):
                 cure = f"give {platform.node()} the file that the search began with"

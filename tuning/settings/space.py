@@ -4,11 +4,12 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeAlias
 
 from tuning.settings.conditions import Condition, Value, comparisons, holds, parents
 from tuning.settings.config import TrialConfig
 
+Key: TypeAlias = frozenset[tuple[str, Value]]  # of parameters
 MOST_CONFIGURATIONS = 10_000  # that are listed
 DEFAULTS = {name: field.default for name, field in TrialConfig.model_fields.items() if not field.is_required()}
 
@@ -128,7 +129,7 @@ def configurations(space: Space) -> list[dict[str, Value]] | None:
     return _combined(space, list(space.parameters), lambda name: _every(space.parameters[name]), MOST_CONFIGURATIONS)
 
 
-def same(params: Mapping[str, Value]) -> frozenset[tuple[str, Value]]:
+def same(params: Mapping[str, Value]) -> Key:
     """Return a key that is equal for equal parameters, whatever the rounding of a range with a step."""
     rounded = {name: float(f"{value:.12g}") if isinstance(value, float) else value for name, value in params.items()}
     return frozenset(rounded.items())
