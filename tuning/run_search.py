@@ -24,7 +24,7 @@ from tuning.data.samples import elsewhere
 from tuning.insight import analysis
 from tuning.insight.best import write_best
 from tuning.insight.guessing import guess_error
-from tuning.insight.verdict import judge, val_over_train
+from tuning.insight.verdict import judged
 from tuning.record import tables
 from tuning.record.mirror import Mirror, borrowed, mirrored
 from tuning.record.storage import is_uri, isolated_nodes, joined, unreadable
@@ -216,12 +216,14 @@ def _search(plan: SearchPlan, space: Space, folder: Path, mirror: Mirror | None,
         mirror.fetch_others()
         search.delete_checkpoints()
     trials = tables.read_table(folder / "trials.parquet")
-    judged, verdict = judge(trials, plan.metric, val_over_train=val_over_train(data.samples))
-    tables.write_tables({"finalists": pa.Table.from_pandas(judged, schema=tables.FINALISTS)}, folder)
+    compared, verdict = judged(
+        folder, trials, data.samples, plan.metric, val_drawn=provenance.get("val_drawn") is not False
+    )
+    tables.write_tables({"finalists": pa.Table.from_pandas(compared, schema=tables.FINALISTS)}, folder)
     if verdict.trial_id is not None:
         write_best(folder, plan, search.record.trials[verdict.trial_id], trials, verdict, provenance)
     place, since = joined(plan.storage, plan.name), search.started_wall_s
-    summarize(folder, place, plan, verdict, judged, halted=search.halted, slots=concurrent, since=since)
+    summarize(folder, place, plan, verdict, compared, halted=search.halted, slots=concurrent, since=since)
     if (report := write_or_warn(folder)) is not None:
         console.print(f"\nReport: {joined(place, report.name)}", markup=False)
     if not finished:

@@ -1,13 +1,17 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import softmax
 from shared import SOAK
 
-from tuning.insight.verdict import corrected_t, holm, judge
+from tuning.insight.verdict import Runs, holm, judge
+from tuning.record.predictions import Predictions
 from tuning.record.tables import FINALISTS, TRIALS
 from tuning.search.finalists import candidates, runs_left, runs_to_make
 from tuning.settings.config import PARAMETERS, SearchPlan, TrialConfig
@@ -106,8 +110,10 @@ def test_candidates_of_a_metric_that_grows():
 
 
 def test_the_standard_error_is_corrected_for_shared_images():
-    mean, error = corrected_t(np.array([1.0, 2.0, 3.0]), RATIO)
-    assert mean == 2.0 and error == pytest.approx(math.sqrt(1.0 * (1 / 3 + RATIO)))
+    ids = pd.Series(["f1", "f2", "f3"])
+    runs = Runs({}, {"a": ids, "b": ids}, "val_loss", RATIO)
+    error, freedom = runs.error(pd.Series([1.0, 2.0, 3.0]), "a", "b")
+    assert error == pytest.approx(math.sqrt(1.0 * (1 / 3 + RATIO))) and freedom == 2
 
 
 def test_holm_by_hand():
@@ -194,8 +200,13 @@ def test_too_few_runs_leave_the_searchs_best(runs):
     judged, verdict = judge(table([0.5, 0.3], runs), "val_loss", val_over_train=RATIO)
     assert judged.empty and (verdict.verdict, verdict.trial_id) == ("not enough runs", "t00001")
     assert verdict.sentence.startswith("t00001 is the best trial of the search; it was not compared with the default")
+
+
+def test_a_default_that_is_the_best_is_beaten_by_nothing():
     _, verdict = judge(table([0.3, 0.5], {}), "val_loss", val_over_train=RATIO)
-    assert verdict.sentence.startswith("the default t00000 is the best trial of the search; no other was compared")
+    assert (verdict.verdict, verdict.trial_id) == ("nothing beats the default", "t00000")
+    _, verdict = judge(table([0.3], {}), "val_loss", val_over_train=RATIO)
+    assert verdict.verdict == "not enough runs"
 
 
 def test_no_finite_loss_leaves_nothing():
@@ -203,7 +214,89 @@ def test_no_finite_loss_leaves_nothing():
     assert (verdict.verdict, verdict.trial_id) == ("not enough runs", None)
 
 
-COMPARISONS = 1000 if SOAK else 300
+def searched(shifts, *, images=100, seed=0):
+    """A search of the default and others whose logits are shifted towards the truth, and its predictions."""
+    rng = np.random.default_rng(seed)
+    targets = np.arange(images) % 2
+    sides = 2 * targets - 1
+    evidence = rng.normal(size=images) + 0.5 * rng.normal(size=(len(shifts), images)) + np.outer(shifts, sides)
+    names = tuple(f"t{number:05d}" for number in range(len(shifts)))
+    probabilities = softmax(np.stack([np.zeros_like(evidence), evidence], axis=2), axis=2)
+    predictions = Predictions(names, probabilities, targets, np.arange(images), ("a", "b"))
+    losses = -np.log(predictions.true).mean(axis=1)
+    order = np.argsort(losses)  # as they are read: the lowest loss first
+    trials = table(list(losses), {}).assign(epochs=3)
+    return trials, replace(predictions, trial_ids=tuple(names[i] for i in order), probabilities=probabilities[order])
+
+
+@pytest.mark.parametrize(
+    ("shifts", "verdict", "chosen", "said"),
+    [
+        ([0.5, 2.0, 1.0], "winner", "t00001", "beats the default t00000 on the same 100 validation images: it is 0."),
+        ([1.0, 1.0, 0.0], "no significant difference", "t00001", "but not significantly better than the default t0000"),
+        ([1.5, 0.5, 0.5], "nothing beats the default", "t00000", "the default t00000 is the best trial of the search"),
+        ([0.0, 0.0, 0.0], "nothing beats guessing", "t00000", "tell the classes apart significantly better than guess"),
+    ],
+)
+def test_without_runs_the_validation_images_decide(shifts, verdict, chosen, said):
+    trials, predictions = searched(shifts)
+    judged, found = judge(trials, "val_loss", val_over_train=RATIO, predictions=predictions)
+    assert found.verdict == verdict and said in found.sentence
+    if verdict != "nothing beats guessing":
+        assert found.trial_id == chosen
+    if found.verdict in ("winner", "no significant difference"):
+        default, best = judged.to_dict("records")
+        assert default["role"] == "default" and (best["trial_id"], best["chosen"]) == (chosen, True)
+        assert best["runs"] == 0 and pd.isna(best["mean"]) and best["low"] < best["difference"] < best["high"]
+        assert "corrected for the choice among 3 trials" in found.sentence
+        pa.Table.from_pandas(judged, schema=FINALISTS)
+    else:
+        assert judged.empty
+
+
+def test_a_best_trial_without_predictions_is_not_compared():
+    trials, predictions = searched([0.5, 2.0, 1.0])
+    without = predictions.of({"t00000", "t00002"})
+    judged, found = judge(trials, "val_loss", val_over_train=RATIO, predictions=without)
+    assert judged.empty and found.verdict == "not enough runs" and "predictions are missing" in found.sentence
+
+
+def test_runs_have_the_last_word():
+    trials, predictions = searched([0.5, 2.0, 1.0])
+    runs = table([0.5, 0.3], {"t00000": [0.5, 0.4, 0.5], "t00001": [0.4, 0.5, 0.4]})
+    trials = pd.concat([trials, runs[runs["origin"] == "finalist"]])
+    _, found = judge(trials, "val_loss", val_over_train=RATIO, predictions=predictions)
+    assert found.verdict == "nothing beats the default" and "paired runs" in found.sentence
+
+
+def seeds_alone(shift, rng, *, images=60, runs=5):
+    """Runs on the same validation images that hardly differ by seed, of the default and a finalist."""
+    targets = np.arange(images) % 2
+    sides = 2 * targets - 1
+    evidence = 0.8 * sides + rng.normal(size=images) + 0.7 * rng.normal(size=(2, images))
+    evidence[1] += shift * sides
+    each = evidence[:, None] + 0.01 * rng.normal(size=(2, runs, images))
+    flat = each.reshape(-1, images)
+    names = tuple(f"f{2 + place:05d}" for place in range(2 * runs))
+    probabilities = softmax(np.stack([np.zeros_like(flat), flat], axis=2), axis=2)
+    predictions = Predictions(names, probabilities, targets, np.arange(images), ("a", "b"))
+    losses = -np.log(predictions.true).mean(axis=1).reshape(2, runs)
+    return table([0.5, 0.3], {"t00000": list(losses[0]), "t00001": list(losses[1])}), predictions
+
+
+def test_on_a_given_split_the_validation_images_vary_too():
+    """Seeds agree that the finalist is better, by images that happen to be there; other images wouldn't."""
+    rng, by_seed, by_image, large = np.random.default_rng(0), 0, 0, 0
+    for _ in range(50):
+        trials, predictions = seeds_alone(0.0, rng)
+        by_seed += judge(trials, "val_loss", val_over_train=RATIO)[1].verdict == "winner"
+        by_image += judge(trials, "val_loss", val_over_train=RATIO, of_runs=predictions)[1].verdict == "winner"
+        trials, predictions = seeds_alone(1.5, rng)
+        large += judge(trials, "val_loss", val_over_train=RATIO, of_runs=predictions)[1].verdict == "winner"
+    assert by_seed > 10 and by_image <= 5 and large >= 45
+
+
+COMPARISONS = 1000 if SOAK else 100
 
 
 def verdicts(shifts, *, count=COMPARISONS, runs=5):

@@ -1,15 +1,17 @@
 """Do predictions tell the classes apart at all? Their macro AUROC, beside those of guesses that know nothing."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy.special import ndtri, stdtrit
 
-from tuning.insight.calibration import Floats, Ints
-from tuning.record.predictions import group_numbers
+from tuning.insight.calibration import Floats, Ints, fit_temperature, logarithms, tempered
+from tuning.record.predictions import Predictions, group_numbers
 
 GUESS = 0.5  # the expected AUROC of guesses
+ALPHA = 0.05  # probability that trials that only guess are said to tell the classes apart
 
 
 class Separation(NamedTuple):
@@ -92,3 +94,56 @@ def _by_group(values: Floats, groups: Ints) -> Floats:
     sums = np.zeros((int(groups.max()) + 1, values.shape[1]))
     np.add.at(sums, groups, values)
     return sums
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The trial with the lowest validation loss, beside guesses and the class frequencies predicted for every image."""
+
+    trial_id: str
+    auroc: float
+    least_auroc: float  # lower bound of the trial's AUROC at 95% confidence, corrected for selection bias
+    val_loss: float
+    baseline: float  # loss of validation's own class frequencies, the lowest that a constant prediction can have
+    temperature: float  # at which the trial's loss is lowest
+    tempered_loss: float
+    epochs: int  # that the trial's best epoch was selected from
+
+    @property
+    def better(self) -> bool:
+        """Whether the trial tells the classes apart significantly better than guesses."""
+        return self.least_auroc > GUESS
+
+
+def with_baseline(trials: pd.DataFrame, predictions: Predictions) -> Comparison | None:
+    """Compare the best trial with guesses and with the class frequencies; None if validation is too small for it.
+
+    What counts is whether it tells the classes apart, by AUROC and by group: its loss also depends on its calibration.
+    The trial is the best of all epochs of all trials, so the error probability is divided by their number (Bonferroni).
+    Classes with a single group in validation can't be judged: the AUROC is then that of the other classes.
+    """
+    if not predictions.trial_ids:
+        return None
+    targets, groups, probabilities = predictions.targets, predictions.groups, predictions.probabilities[0]
+    judged = [index for index in np.unique(targets) if len(np.unique(groups[targets == index])) > 1]
+    if len(judged) < 2:
+        return None
+    epochs = int(trials["epochs"].sum())
+    inside = np.isin(targets, judged)
+    shares = probabilities[inside][:, judged]
+    shares = shares / np.maximum(shares.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    _, among = np.unique(groups[inside], return_inverse=True)
+    auroc, least = separation(shares, np.searchsorted(judged, targets[inside]), among, ALPHA / epochs)
+    logs = logarithms(probabilities / probabilities.sum(axis=1, keepdims=True))
+    images, frequencies = np.arange(len(targets)), np.bincount(targets) / len(targets)
+    temperature = fit_temperature(logs, targets)
+    return Comparison(
+        predictions.trial_ids[0],
+        auroc=auroc,
+        least_auroc=least,
+        val_loss=float(-logs[images, targets].mean()),
+        baseline=float(-np.log(frequencies[targets]).mean()),
+        temperature=temperature,
+        tempered_loss=float(-logarithms(tempered(logs, temperature))[images, targets].mean()),
+        epochs=epochs,
+    )

@@ -123,7 +123,7 @@ def _auroc(positive: NDArray[np.bool_], values: Floats, groups: Ints, total: int
     count = sides.sum(axis=1)
     if not count.all():
         return Figure(np.nan, np.nan, np.nan, np.zeros(total))
-    placed = _placements(positive, values)
+    placed = placements(positive, values)
     area = float(placed[positive].mean())
     seen = np.array([len(np.unique(groups[side])) for side in sides])
     fewest, own = int(seen.min()), np.where(positive, 0, 1)
@@ -157,7 +157,7 @@ def _summed(values: Floats, groups: Ints, total: int) -> Floats:
     return np.bincount(groups, weights=values, minlength=total).astype(np.float64)
 
 
-def _placements(positive: NDArray[np.bool_], values: Floats) -> Floats:
+def placements(positive: NDArray[np.bool_], values: Floats) -> Floats:
     """Return each positive's share of negatives with lower values, and each negative's of positives with higher."""
     found = np.empty(len(values))
     for mine, sign in ((positive, 1), (~positive, -1)):

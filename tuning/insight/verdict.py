@@ -1,15 +1,18 @@
-"""The verdict: do the best trials beat the default when both are retrained with the same seeds? From tables only."""
+"""The verdict: do the best trials beat the default? By runs with the same seeds, or on the same validation images."""
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
 
+from tuning.insight import paired
 from tuning.insight.analysis import searched, top
-from tuning.insight.calibration import Floats
+from tuning.insight.guessing import with_baseline
 from tuning.record.journal import FINAL, loss_like
+from tuning.record.predictions import MOST_TRIALS, Predictions, read_predictions
 from tuning.record.tables import FINALISTS
 from tuning.search.finalists import LEAST_RUNS, candidates, most_epochs, runs_left
 from tuning.settings.config import SearchPlan
@@ -23,7 +26,8 @@ Losses: TypeAlias = "pd.Series[float]"  # of a configuration's runs, by seed
 class Verdict:
     """The result of the comparison."""
 
-    verdict: str  # winner | tie | nothing beats the default | not enough runs
+    verdict: str  # winner | tie | nothing beats the default | no significant difference | nothing beats guessing |
+    # not enough runs
     trial_id: str | None  # of the chosen configuration; None if no trial had a finite loss
     sentence: str
 
@@ -52,14 +56,32 @@ def val_over_train(samples: pd.DataFrame) -> float:
     return float(splits.get("val", 0) / max(splits.get("train", 0), 1))
 
 
-def corrected_t(differences: Floats, val_over_train: float) -> tuple[float, float]:
-    """Return the mean of paired differences and its standard error, for runs that split train and val at random.
+@dataclass(frozen=True)
+class Runs:
+    """The runs of finalists and the default, and what their differences vary by."""
 
-    Such runs share images, so the variance of the mean is corrected to variance * (1/runs + val/train)
-    (Nadeau & Bengio 2003, https://doi.org/10.1023/A:1024068626366).
-    """
-    variance = float(np.var(differences, ddof=1))
-    return float(np.mean(differences)), math.sqrt(variance * (1 / len(differences) + val_over_train))
+    losses: dict[str, Losses]  # by the configuration's trial
+    trial_ids: dict[str, "pd.Series[str]"]  # ids of the runs by seed, by the configuration's trial
+    metric: str
+    val_over_train: float  # number of validation images per training image
+    predictions: Predictions | None = None  # of the runs on a split that the user gave
+
+    def error(self, differences: "pd.Series[float]", mine: str, other: str) -> tuple[float, float]:
+        """Return the standard error of the mean of paired differences by seed, and its degrees of freedom.
+
+        Runs that split train and val at random share images: their variance is corrected to
+        variance * (1/runs + val/train) (Nadeau & Bengio 2003, https://doi.org/10.1023/A:1024068626366). On a given
+        split, runs differ by seed alone: the variance that the validation images leave is added, with degrees of
+        freedom by Satterthwaite (1946).
+        """
+        runs, variance = len(differences), float(np.var(differences, ddof=1))
+        own, others = (list(self.trial_ids[of][differences.index]) for of in (mine, other))
+        if self.predictions is None or not {*own, *others} <= set(self.predictions.trial_ids):
+            return math.sqrt(variance * (1 / runs + self.val_over_train)), runs - 1
+        error, groups = paired.image_error(self.predictions, own, others, self.metric)
+        parts = np.array([variance / runs, error**2])
+        freedom = parts.sum() ** 2 / (parts**2 / [runs - 1, max(groups - 1, 1)]).sum() if parts.any() else runs - 1
+        return math.sqrt(parts.sum()), float(freedom)
 
 
 def holm(p_values: list[float]) -> list[float]:
@@ -71,69 +93,125 @@ def holm(p_values: list[float]) -> list[float]:
     return adjusted
 
 
-def judge(trials: pd.DataFrame, metric: str, *, val_over_train: float) -> tuple[pd.DataFrame, Verdict]:
+def judged(
+    run: Path, trials: pd.DataFrame, samples: pd.DataFrame, metric: str, *, val_drawn: bool
+) -> tuple[pd.DataFrame, Verdict]:
+    """Return `judge` of a run's folder, with the predictions in it; `val_drawn`: the search drew the validation set."""
+    compared = candidates(trials, metric)[:MOST_TRIALS]
+    predictions = read_predictions(run, trials[trials["trial_id"].isin(compared)], samples)
+    of_runs = None if val_drawn else read_predictions(run, counted(trials), samples)
+    ratio = val_over_train(samples)
+    return judge(trials, metric, val_over_train=ratio, predictions=predictions, of_runs=of_runs)
+
+
+def judge(
+    trials: pd.DataFrame,
+    metric: str,
+    *,
+    val_over_train: float,
+    predictions: Predictions | None = None,
+    of_runs: Predictions | None = None,
+) -> tuple[pd.DataFrame, Verdict]:
     """Compare the finalists with the default, seed by seed.
 
     A finalist beats the default if the one-sided paired t-test is significant after Holm's correction for the number
     of finalists. Those that do, and that the best of them doesn't beat in the same test, are tied with it.
 
-    Runs are compared by `metric` at their best epoch.
+    Runs are compared by `metric` at their best epoch. If there are not enough of them, the best trial is compared with
+    the default on the same validation images instead (`paired.compare`), which takes no training.
+
+    Args:
+        trials: the table of trials.
+        metric: as in `SearchPlan`.
+        val_over_train: from the function of this name.
+        predictions: of the default, and of the best trials.
+        of_runs: predictions of the finalists' runs, if the validation images are the same in all.
 
     Returns:
-        The rows of `finalists.parquet` (none if there are not enough runs), and the verdict.
+        The rows of `finalists.parquet` (none if nothing could be compared), and the verdict.
     """
-    losses: dict[str, Losses] = {
-        str(trial_id): loss_like(metric, group.set_index("seed")[metric])
-        for trial_id, group in counted(trials).groupby("finalist_of")
-    }
+    grouped = {str(trial_id): group.set_index("seed") for trial_id, group in counted(trials).groupby("finalist_of")}
+    losses: dict[str, Losses] = {trial_id: loss_like(metric, group[metric]) for trial_id, group in grouped.items()}
+    ids = {trial_id: group["trial_id"] for trial_id, group in grouped.items()}
+    runs = Runs(losses, ids, metric, val_over_train, of_runs)
     default, *others = [*candidates(trials, metric), ""]
     rows = [
         {"trial_id": trial_id} | compared
         for trial_id in others
-        if {trial_id, default} <= losses.keys()
-        and (compared := _compared(losses[trial_id], losses[default], val_over_train))
+        if {trial_id, default} <= losses.keys() and (compared := _compared(runs, trial_id, default))
     ]
     if not rows:
-        return pd.DataFrame(columns=FINALISTS.names), _without_runs(top(trials, metric), default)
+        return _without_runs(trials, metric, default, predictions)
 
     _add_intervals(rows)
     for row, p_value in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
         row["p_value"] = p_value
     rows.sort(key=lambda row: -row["difference"])
-    verdict = _decide(rows, default, losses, trials, metric, val_over_train)
+    verdict = _decide(rows, default, runs, trials)
     if others[0] not in {row["trial_id"] for row in rows}:  # the search was resumed after the cap had been spent
         more = f"{others[0]}, the best other trial of the search, was not compared"
         verdict = replace(verdict, sentence=f"{verdict.sentence}; {more}")
     return _table([{"trial_id": default}, *rows], trials, metric, verdict.trial_id), verdict
 
 
-def _without_runs(first: pd.Series | None, default: str) -> Verdict:
+def _without_runs(
+    trials: pd.DataFrame, metric: str, default: str, predictions: Predictions | None
+) -> tuple[pd.DataFrame, Verdict]:
+    """Compare the best trial of the search with the default on the validation images, as far as that can be done."""
+    first, nothing = top(trials, metric), pd.DataFrame(columns=FINALISTS.names)
     if first is None:
-        return Verdict("not enough runs", None, "no trial had a finite loss")
-    trial_id, why = first["trial_id"], f"because there are fewer than {LEAST_RUNS} paired runs"
-    if trial_id == default:
-        sentence = f"the default {default} is the best trial of the search; no other was compared with it, {why}"
+        return nothing, Verdict("not enough runs", None, "no trial had a finite loss")
+    best = str(first["trial_id"])
+    if predictions is not None and (guesses := with_baseline(searched(trials), predictions)) and not guesses.better:
+        sentence = f"{best} is the best trial of the search, but does not tell the classes apart significantly better"
+        return nothing, Verdict("nothing beats guessing", best, f"{sentence} than guessing")
+    if best == default:
+        others = len(searched(trials)) > 1
+        sentence = f"the default {default} is the best trial of the search"
+        return nothing, Verdict("nothing beats the default" if others else "not enough runs", default, sentence)
+    tried = int(searched(trials)["val_loss"].notna().sum())
+    found = predictions and paired.compare(predictions, best, default, metric, tried=tried)
+    if not found:
+        lost = trials.loc[trials["trial_id"] == default, metric].isna().all()
+        why = "the default had no finite loss" if lost else "their predictions are missing"
+        sentence = f"{best} is the best trial of the search; it was not compared with the default, because {why}"
+        return nothing, Verdict("not enough runs", best, sentence)
+    images = f"on the same {count(found.images, 'validation image')}"
+    images += f" of {count(found.groups, 'group')}" if found.groups < found.images else ""
+    row = {"trial_id": best, "difference": found.difference, "low": found.low, "high": found.high}
+    row |= {"p_value": found.p_value, "confidence": 0.95, "chosen_from": tried}
+    if found.better:
+        verdict, sentence = "winner", f"{best} beats the default {default} {images}: it {_difference(row, metric)}"
     else:
-        sentence = f"{trial_id} is the best trial of the search; it was not compared with the default, {why}"
-    return Verdict("not enough runs", trial_id, sentence)
+        verdict = "no significant difference"
+        sentence = f"{best} is the best trial of the search, but not significantly better than the default {default} "
+        sentence += f"{images}: it {_difference(row, metric)}"
+    return _table([{"trial_id": default}, row], trials, metric, best), Verdict(verdict, best, sentence)
 
 
-def _compared(mine: Losses, other: Losses, val_over_train: float) -> dict[str, Any] | None:
-    """Test whether `mine` is better than `other`; None with fewer than 3 pairs of runs."""
+def _compared(runs: Runs, mine: str, other: str) -> dict[str, Any] | None:
+    """Test whether the configuration `mine` is better than `other`; None with fewer than 3 pairs of runs."""
     from scipy.stats import t
 
-    pairs = pd.concat([mine, other], axis=1, join="inner", keys=["mine", "other"])
+    pairs = pd.concat([runs.losses[mine], runs.losses[other]], axis=1, join="inner", keys=["mine", "other"])
     pairs = pairs[pairs["other"].notna()]
     if len(pairs) < LEAST_RUNS:
         return None
     if pairs["mine"].isna().any():  # a run without a finite loss
-        return {"difference": -math.inf, "error": 0.0, "runs": len(pairs), "p_value": 1.0}
-    difference, error = corrected_t((pairs["other"] - pairs["mine"]).to_numpy(np.float64), val_over_train)
+        return {"difference": -math.inf, "error": 0.0, "freedom": 1.0, "runs": len(pairs), "p_value": 1.0}
+    differences = (pairs["other"] - pairs["mine"]).astype(float)
+    difference, (error, freedom) = float(differences.mean()), runs.error(differences, mine, other)
     if error:
-        p_value = float(t.sf(difference / error, len(pairs) - 1))
+        p_value = float(t.sf(difference / error, freedom))
     else:  # all differences are equal, as coarse metrics may give: sign test
         p_value = 0.5 ** len(pairs) if difference > 0 else 1.0
-    return {"difference": difference, "error": error, "runs": len(pairs), "p_value": p_value}
+    return {
+        "difference": difference,
+        "error": error,
+        "freedom": freedom,
+        "runs": len(pairs),
+        "p_value": p_value,
+    }
 
 
 def _add_intervals(rows: list[dict[str, Any]]) -> None:
@@ -145,21 +223,15 @@ def _add_intervals(rows: list[dict[str, Any]]) -> None:
 
     tests = len(rows)
     for row in sorted(rows, key=lambda row: row["p_value"]):
-        reach = float(t.isf(LEVEL / tests, row["runs"] - 1)) * row["error"]
+        reach = float(t.isf(LEVEL / tests, row["freedom"])) * row["error"]
         row["low"], row["high"] = row["difference"] - reach, row["difference"] + reach
         row["confidence"] = 1 - 2 * LEVEL / tests
         tests -= row["p_value"] <= LEVEL / tests  # Holm's procedure ends at the first that isn't significant
 
 
-def _decide(
-    rows: list[dict[str, Any]],
-    default: str,
-    losses: dict[str, Losses],
-    trials: pd.DataFrame,
-    metric: str,
-    val_over_train: float,
-) -> Verdict:
+def _decide(rows: list[dict[str, Any]], default: str, runs: Runs, trials: pd.DataFrame) -> Verdict:
     """Return the verdict on compared finalists, given from the best mean down."""
+    metric = runs.metric
     better = [row for row in rows if row["p_value"] <= LEVEL]
     if not better:
         best = f"the best, {rows[0]['trial_id']}, {_difference(rows[0], metric)}"
@@ -167,7 +239,7 @@ def _decide(
         return Verdict("nothing beats the default", default, sentence)
     tied = [better[0]]
     for row in better[1:]:
-        against = _compared(losses[better[0]["trial_id"]], losses[row["trial_id"]], val_over_train)
+        against = _compared(runs, better[0]["trial_id"], row["trial_id"])
         tied += [row] if against is None or against["p_value"] > LEVEL else []
     if len(tied) == 1:
         winner = tied[0]["trial_id"]
@@ -187,9 +259,13 @@ def _difference(row: dict[str, Any], metric: str) -> str:
     if not math.isfinite(row["difference"]):
         return "had a run without a finite loss"
     direction = "better" if row["difference"] >= 0 else "worse"
+    if "runs" in row:
+        how = count(row["runs"], "paired run")
+    else:
+        how = f"corrected for the choice among {count(row['chosen_from'], 'trial')}"
     return (
         f"is {abs(row['difference']):.4f} {direction} in {metric} ({100 * row['confidence']:.3g}% confidence interval "
-        f"{row['low']:.4f} to {row['high']:.4f}, {count(row['runs'], 'paired run')}, p = {row['p_value']:.2g})"
+        f"{row['low']:.4f} to {row['high']:.4f}, {how}, p = {row['p_value']:.2g})"
     )
 
 
@@ -206,5 +282,6 @@ def _table(rows: list[dict[str, Any]], trials: pd.DataFrame, metric: str, chosen
         searched=trials.set_index("trial_id")[metric],
         seconds=runs["seconds"].agg(lambda values: values.mean()),
     )
+    table["runs"] = table["runs"].fillna(0).astype(int)  # 0: compared on the validation images of the search alone
     table["luck"] = loss_like(metric, table["mean"]) - loss_like(metric, table["searched"])
     return table.reset_index()[FINALISTS.names]

@@ -281,6 +281,8 @@ def _limitations(metrics: Mapping[str, Any], audit: pd.DataFrame | None, changed
         lines.append(
             "Its configuration or data differs from the search's, so search and verdict describe another model."
         )
-    if metrics.get("verdict") in (None, "not enough runs"):
-        lines.append("The configuration was not compared with the default over several seeds: its lead may be chance.")
+    if metrics.get("verdict") in (None, "not enough runs", "no significant difference"):
+        lines.append("Its configuration was not shown to be better than the default: its lead may be chance.")
+    if metrics.get("verdict") == "nothing beats guessing":
+        lines.append("In the search no trial told the classes apart significantly better than guessing.")
     return "## Limitations\n\n" + "\n".join(f"- {line}" for line in lines)

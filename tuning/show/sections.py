@@ -76,7 +76,8 @@ def read(folder: Path) -> Run:
 
 def judged(run: Run) -> tuple[pd.DataFrame, finalists.Verdict]:
     """Return the table of finalists and the verdict so far."""
-    return finalists.judge(run.trials, run.metric, val_over_train=finalists.val_over_train(run.samples))
+    val_drawn = run.document["provenance"].get("val_drawn") is not False
+    return finalists.judged(run.folder, run.trials, run.samples, run.metric, val_drawn=val_drawn)
 
 
 def same(run: Run) -> list[str]:
@@ -117,7 +118,7 @@ def _verdict(run: Run, verdict: finalists.Verdict) -> str:
         for words, alarming in remarks(run.folder, trials, run.samples, verdict.trial_id)
     ]
     if (more := finalists.more_runs(run.trials, run.plan)) is not None:
-        notes.insert(0, note(f"The verdict needs {count(more[0], 'more run')}: {more[1]}"))
+        notes.insert(0, note(f"To compare them by {count(more[0], 'more run')}, with other seeds: {more[1]}"))
     sentence = f'<p class="sentence">{text(sentence)}</p>'
     return f'<section id="verdict">{label}{sentence}{_facts(run, trials)}{"".join(notes)}</section>'
 
@@ -270,6 +271,9 @@ def _finalists(run: Run, compared: pd.DataFrame) -> str:
             f"The default and the finalists, retrained with the same seeds and compared by {run.metric} in one-sided "
             "paired t-tests; p-values and confidence intervals are corrected for the number of finalists (Holm). "
             "Selection bias: how much worse the mean is than the value in the search."
+            if compared["runs"].any()
+            else f"The default and the best trial, compared by {run.metric} on the same validation images; p-value and "
+            "confidence interval are corrected for the choice among all trials. Neither was retrained."
         ),
     )
 

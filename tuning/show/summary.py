@@ -71,7 +71,7 @@ def summarize(
         advice = " Try lower learning rates." if (trials["status"] == "diverged").any() else ""
         console.print(f"\n[bold]No trial had a finite loss[/bold]: there is no best.yaml.{advice}")
         return
-    if not judged.empty:
+    if judged["runs"].any():
         _print_table("\nRetrained with the same seeds", frames.finalists(judged), f" ({plan.metric})")
     console.print(f"\n[bold]Verdict: {verdict.verdict}[/bold]: {verdict.sentence}.")
     _print_best(trials.set_index("trial_id").loc[verdict.trial_id], plan.metric)
@@ -146,7 +146,7 @@ def _print_best(top: "pd.Series[object]", metric: str) -> None:
 def _print_next(place: str, more: tuple[int, str] | None) -> None:
     lines = []
     if more is not None:
-        lines.append(f"{more[1]}        # the verdict needs {count(more[0], 'more run')}")
+        lines.append(f"{more[1]}        # compares them by {count(more[0], 'more run')}, with other seeds")
     lines.append(f"python tuning/train_final.py {shlex.quote(place)}        # retrain the best, test it, write model/")
     table = json.dumps(joined(place, "trials.parquet"), ensure_ascii=False)  # a string of Python too
     lines.append("python -c " + shlex.quote(f"import pandas as pd; print(pd.read_parquet({table}))"))

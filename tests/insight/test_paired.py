@@ -1,0 +1,114 @@
+import numpy as np
+import pytest
+from scipy.special import softmax
+from shared import SOAK
+from sklearn import metrics
+
+from tuning.insight.paired import compare
+from tuning.record.predictions import Predictions
+
+CLASSES = ("a", "b", "c")
+SEARCHES = 1000 if SOAK else 24
+
+
+def predicted(logits, targets, groups=None):
+    """Predictions of trials t0, t1, ..., from logits [trials, images, classes]."""
+    names = tuple(f"t{number}" for number in range(len(logits)))
+    groups = np.arange(len(targets)) if groups is None else groups
+    return Predictions(names, softmax(logits, axis=2), targets, groups, CLASSES[: logits.shape[2]])
+
+
+def search(rng, *, trials, images, better=0.0, own=0.7, scale=1.2):
+    """A search of two classes, whose trials see what all see through noise of their own; the first is the default."""
+    targets = rng.integers(0, 2, images)
+    sides = 2 * targets - 1
+    seen = 0.8 * sides + rng.normal(size=images)
+    evidence = scale * (seen + own * rng.normal(size=(trials, images)))
+    evidence[1:] += better * sides
+    return np.stack([np.zeros_like(evidence), evidence], axis=2), targets
+
+
+def best_of(predictions):
+    """The trial of the lowest loss, and the loss of the default less its own."""
+    losses = -np.log(predictions.true).mean(axis=1)
+    return predictions.trial_ids[losses.argmin()], losses[0] - losses.min()
+
+
+@pytest.mark.parametrize("metric", ["val_loss", "val_balanced_accuracy", "val_auroc"])
+def test_the_difference_is_that_of_scikit_learn(metric):
+    rng = np.random.default_rng(0)
+    targets = rng.choice(3, 120, p=[0.2, 0.3, 0.5])
+    logits = 1.5 * np.eye(3)[targets] + rng.normal(size=(4, 120, 3))
+    predictions = predicted(logits, targets)
+
+    def figure(probabilities):
+        if metric == "val_loss":
+            return -metrics.log_loss(targets, probabilities)
+        if metric == "val_auroc":
+            return metrics.roc_auc_score(targets, probabilities, multi_class="ovr")
+        return metrics.balanced_accuracy_score(targets, probabilities.argmax(axis=1))
+
+    found = compare(predictions, "t2", "t0", metric, tried=4)
+    wanted = figure(predictions.probabilities[2]) - figure(predictions.probabilities[0])
+    assert found.difference == pytest.approx(wanted) and (found.images, found.groups) == (120, 120)
+    assert found.low < wanted < found.high and 0 < found.p_value <= 1
+
+
+def test_a_group_counts_once():
+    logits, targets = search(np.random.default_rng(1), trials=5, images=80, better=0.4)
+    once = compare(predicted(logits, targets), "t1", "t0", "val_loss", tried=5)
+    twice = predicted(np.repeat(logits, 2, axis=1), np.repeat(targets, 2), np.repeat(np.arange(80), 2))
+    again = compare(twice, "t1", "t0", "val_loss", tried=5)
+    assert again == pytest.approx(once._replace(images=160))
+
+
+def test_the_more_were_tried_the_surer_it_must_be():
+    logits, targets = search(np.random.default_rng(2), trials=10, images=100, better=0.3)
+    few = compare(predicted(logits[:2], targets), "t1", "t0", "val_loss", tried=2)
+    many = compare(predicted(logits, targets), "t1", "t0", "val_loss", tried=10)
+    most = compare(predicted(logits, targets), "t1", "t0", "val_loss", tried=1000)
+    assert few.low > many.low > most.low and few.p_value < many.p_value < most.p_value
+
+
+def test_of_very_many_groups_the_interval_is_nearly_the_same(monkeypatch):
+    logits, targets = search(np.random.default_rng(4), trials=8, images=1500, better=0.1)
+    resampled = compare(predicted(logits, targets), "t1", "t0", "val_loss", tried=8)
+    monkeypatch.setattr("tuning.insight.paired.MANY", 1000)
+    normal = compare(predicted(logits, targets), "t1", "t0", "val_loss", tried=8)
+    assert normal.difference == resampled.difference
+    assert normal.high - normal.low == pytest.approx(resampled.high - resampled.low, rel=0.05)
+
+
+def test_what_cannot_be_compared():
+    logits, targets = search(np.random.default_rng(3), trials=3, images=40)
+    assert compare(predicted(logits, targets), "t9", "t0", "val_loss", tried=3) is None
+    assert (
+        compare(predicted(logits[:, :4], targets[:4], np.array([0, 0, 1, 1])), "t1", "t0", "val_loss", tried=3) is None
+    )
+    same = compare(predicted(logits[[0, 0]], targets), "t1", "t0", "val_loss", tried=2)
+    assert same.difference == same.low == same.high == 0 and not same.better
+    found = compare(predicted(logits[[0, 0, 1]], targets), "t1", "t0", "val_loss", tried=3)
+    assert not found.better and found.difference == 0
+
+
+@pytest.mark.slow
+@pytest.mark.soak
+@pytest.mark.parametrize("images", [40, 100, 225])
+def test_the_luckiest_of_fifty_trials_seldom_beats_a_default_that_is_as_good(images, capsys):
+    rng = np.random.default_rng(images)
+    wrong = found = 0
+    for _ in range(SEARCHES):
+        predictions = predicted(*search(rng, trials=51, images=images))
+        best, lead = best_of(predictions)
+        wrong += best != "t0" and compare(predictions, best, "t0", "val_loss", tried=51).better
+        assert lead >= 0
+    for _ in range(SEARCHES // 4):
+        predictions = predicted(*search(rng, trials=51, images=images, better=0.7))
+        best, _ = best_of(predictions)
+        found += best != "t0" and compare(predictions, best, "t0", "val_loss", tried=51).better
+    with capsys.disabled():
+        print(
+            f"\n{images} images: no difference: {wrong / SEARCHES:.3f} winners; a large one: {4 * found / SEARCHES:.2f}"
+        )
+    assert wrong <= 0.05 * SEARCHES + (0 if SOAK else 2)
+    assert found >= (0.9 if images == 225 else 0.5 if images == 100 else 0.1) * (SEARCHES // 4)

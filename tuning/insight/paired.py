@@ -1,0 +1,132 @@
+"""The best trial against the default on the same validation images, without any training: the first verdict."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from tuning.insight.calibration import Floats, Ints
+from tuning.insight.intervals import placements
+from tuning.record.predictions import Predictions
+
+TAIL = 0.025  # probability beyond each end of the 95% confidence interval
+SAMPLES = 4000  # of the bootstrap
+MANY = 2000  # groups, from which on sums over them are as good as normal
+
+
+class Paired(NamedTuple):
+    """By how much one trial is better than another on the same validation images."""
+
+    difference: float  # in the metric's units; above 0 if it is better
+    low: float  # 95% confidence interval, corrected for the choice of the best of all trials
+    high: float
+    p_value: float  # one-sided, with the same correction
+    images: int
+    groups: int
+
+    @property
+    def better(self) -> bool:
+        """Whether it is significantly better."""
+        return self.low > 0
+
+
+def compare(predictions: Predictions, best: str, default: str, metric: str, *, tried: int) -> Paired | None:
+    """Compare the best trial with the default, by group; None if one has no predictions, or there are under 3 groups.
+
+    The best trial is the best of many by chance too. Its difference is therefore measured against the largest that
+    resamples of the groups give any of the trials beyond its own: the studentised bootstrap of the maximum (Hall 1988,
+    Romano and Wolf 2005). It also allows for losses being skewed: a model that is right and confident about most
+    images, and very wrong about few, seems better wherever these few are missing.
+
+    Args:
+        predictions: of the default, and of the best of the trials by `metric`.
+        best, default: ids of the trials to compare.
+        metric: as in `SearchPlan`.
+        tried: how many trials the best was chosen from, if more than have predictions.
+    """
+    names = list(predictions.trial_ids)
+    total = int(predictions.groups.max()) + 1 if len(predictions.groups) else 0
+    if best not in names or default not in names or total < 3:
+        return None
+    place = names.index(default)
+    values, parts = shares(predictions, metric)
+    sums = np.stack([np.bincount(predictions.groups, weights=row, minlength=total) for row in parts])
+    others = [index for index in range(len(names)) if index != place]
+    differences, gains = (sums - sums[place])[others], (values - values[place])[others]
+    chosen = others.index(names.index(best))
+
+    centre, squares = differences.sum(axis=1), np.square(differences).sum(axis=1)
+    error = float(_error(centre[chosen], squares[chosen], total))
+    varying = squares > 0  # a trial that equals the default on every image has no error
+    drawn = _resampled(differences[varying])
+    images = len(predictions.targets)
+    if not drawn.size or not error:
+        return Paired(float(gains[chosen]), 0.0, 0.0, 1.0, images, total)
+    largest = drawn.max(axis=1)
+    # Trials beyond those with predictions count too (Bonferroni).
+    more = max(tried - 1, len(others)) / len(others)
+    reach = float(np.quantile(largest, max(1 - TAIL / more, 0.0), method="higher")) * error
+    p_value = (1 + float((largest >= gains[chosen] / error).sum())) / (SAMPLES + 1)
+    gain = float(gains[chosen])
+    return Paired(gain, gain - reach, gain + reach, min(1.0, more * p_value), images, total)
+
+
+def _resampled(differences: Floats) -> Floats:
+    """Return resampled errors of sums over groups, each divided by its standard error [samples, trials]."""
+    rng, total = np.random.default_rng(0), differences.shape[1]
+    centre = differences.sum(axis=1)
+    if total > MANY:
+        correlation = np.atleast_2d(np.corrcoef(differences))
+        return rng.multivariate_normal(np.zeros(len(centre)), correlation, SAMPLES, check_valid="ignore")
+    draws = rng.multinomial(total, np.full(total, 1 / total), SAMPLES).astype(np.float64)
+    sums, squares = draws @ differences.T, draws @ np.square(differences).T
+    resampled: Floats = (sums - centre) / _error(sums, squares, total)
+    return resampled
+
+
+def image_error(predictions: Predictions, mine: Sequence[str], other: Sequence[str], metric: str) -> tuple[float, int]:
+    """Return the standard error of the mean difference of trials in pairs that validation images leave, and its groups.
+
+    It is that of the difference between the means over `mine` and `other` for the same images, by group.
+    """
+    names, total = list(predictions.trial_ids), int(predictions.groups.max()) + 1
+    _, parts = shares(predictions, metric)
+    means = [parts[[names.index(trial_id) for trial_id in ids]].mean(axis=0) for ids in (mine, other)]
+    sums = np.bincount(predictions.groups, weights=means[0] - means[1], minlength=total)
+    return float(_error(sums.sum(), np.square(sums).sum(), total)), total
+
+
+def _error(total: Floats, squares: Floats, groups: int) -> Floats:
+    """Return the standard error of sums over groups, from the sums and the sums of squares; at least a tiny number."""
+    variance = groups / (groups - 1) * (squares - np.square(total) / groups)
+    error: Floats = np.sqrt(np.maximum(variance, np.finfo(np.float64).tiny))
+    return error
+
+
+def shares(predictions: Predictions, metric: str) -> tuple[Floats, Floats]:
+    """Return each trial's metric [trials], more being better, and what each image adds to it [trials, images].
+
+    What images add to AUROC are placement values, whose variance is that of the AUROC (DeLong et al. 1988).
+    """
+    targets, images = predictions.targets, len(predictions.targets)
+    if metric == "val_loss":
+        parts = np.log(predictions.true) / images
+        return parts.sum(axis=1), parts
+    counts = np.bincount(targets, minlength=len(predictions.classes))
+    if metric == "val_balanced_accuracy":
+        right = predictions.probabilities.argmax(axis=2) == targets
+        parts = right / (counts[targets] * np.count_nonzero(counts))
+        return parts.sum(axis=1), parts
+    parts = np.stack([_auroc_parts(each, targets, counts) for each in predictions.probabilities])
+    return parts.sum(axis=1) / 2, parts
+
+
+def _auroc_parts(probabilities: Floats, targets: Ints, counts: Ints) -> Floats:
+    """Return what each image [n] adds to twice the macro AUROC of probabilities [n, classes]."""
+    judged = [index for index in range(len(counts)) if 0 < counts[index] < len(targets)]
+    parts = np.zeros(len(targets))
+    for index in judged:
+        positive = targets == index
+        size = np.where(positive, counts[index], len(targets) - counts[index])
+        parts += placements(positive, probabilities[:, index]) / size / len(judged)
+    return parts
