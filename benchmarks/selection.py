@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 from benchmarks.sets import SETS, manifest
 from tuning.checks.audit import load_checked
 from tuning.data.images import open_images
-from tuning.insight.calibration import fit_temperature, logarithms, tempered
 from tuning.insight.ensemble import halves, selected
 from tuning.record.predictions import group_numbers
 from tuning.record.tables import replacing
+from tuning.record.temperature import fit_temperature, logarithms, tempered
 from tuning.search.optimizer import Optimizer
 from tuning.settings.config import SearchPlan, TrialConfig
 from tuning.settings.space import trial_values

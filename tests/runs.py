@@ -8,7 +8,7 @@ import pandas as pd
 import pyarrow as pa
 import yaml
 
-from tuning.record.journal import Journal, Record, best_epoch
+from tuning.record.journal import METRICS, Journal, Record, best_epoch
 from tuning.record.tables import AUDIT, SAMPLES, make_tables, write_tables
 from tuning.settings.config import SearchPlan, TrialConfig
 from tuning.settings.space import Space, trial_values
@@ -167,7 +167,7 @@ def ask(journal: Journal, number: int = 0, trial_id: str = "t00000") -> None:
 
 def epoch_fields(epoch: int, val_loss: float | None, **other: object) -> dict:
     """Return the fields of an epoch's event; `other` ones replace them."""
-    values = dict.fromkeys(("train_loss", "train_eval_loss", "val_accuracy", "val_balanced_accuracy", "val_auroc"))
+    values = dict.fromkeys(METRICS)
     values |= {"epoch": epoch, "val_loss": val_loss, "learning_rate": 0.1, "seconds": 2.0, "data_seconds": 0.5}
     values |= {"prefix_seconds": None, "train_seconds": 1.0, "evaluate_seconds": 0.5, "cache_hits": None, "images": 64}
     values |= {"micro_batch": 32, "trained_parameters": 10, "peak_memory_mb": None, "unfreeze_depth": 0}
@@ -270,6 +270,7 @@ def _row(
     parts = dict(zip(PARTS, rng.uniform(0.2, 1 + depth, 4).tolist(), strict=True))
     rate *= 0.5 + 0.5 * math.cos(math.pi * epoch / epochs)
     values = {"epoch": epoch, "val_loss": None if diverges and epoch == 2 else loss, "train_eval_loss": train}
+    values |= {"val_tempered_loss": values["val_loss"] and 0.9 * values["val_loss"]}
     values |= {"train_loss": train + 0.1, "val_accuracy": 1 / (1 + loss), "val_balanced_accuracy": 1 / (1 + loss)}
     values |= {
         "val_auroc": 1 / (1 + loss / 2),

@@ -70,7 +70,9 @@ class FreeTrial(tune.Trainable):
     def step(self):
         self._epoch += 1
         row = dict.fromkeys(("train_loss", "train_eval_loss", "val_loss", "early_loss"), 1 / self._epoch)
-        row |= dict.fromkeys(("val_accuracy", "val_balanced_accuracy", "val_auroc", "learning_rate", "seconds"), 0.5)
+        row |= dict.fromkeys(
+            ("val_tempered_loss", "val_accuracy", "val_balanced_accuracy", "val_auroc", "learning_rate", "seconds"), 0.5
+        )
         row |= dict.fromkeys(("data_seconds", "prefix_seconds", "train_seconds", "evaluate_seconds"), 0.125)
         row |= dict.fromkeys(("cache_hits", "images", "micro_batch", "batch_size", "trained_parameters"), 8)
         ends = "completed" if self._epoch == self._epochs else None

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from tuning.checks.audit import Checked, load_checked
 from tuning.data.images import open_images
 from tuning.data.samples import elsewhere
-from tuning.insight.calibration import fit_temperature, logarithms, tempered
 from tuning.insight.ensemble import named_shares
 from tuning.model.held_out import READINGS, print_metrics, record_evaluation, score_test_set
 from tuning.record import tables
@@ -30,6 +29,7 @@ from tuning.record.journal import read_journal
 from tuning.record.mirror import borrowed
 from tuning.record.predictions import read_predictions, write_tested
 from tuning.record.storage import is_uri, joined
+from tuning.record.temperature import fit_temperature, logarithms, tempered
 from tuning.search.plans import other_packages, short_training
 from tuning.settings.command_line import BAD_INPUT, DONE, Pairs, command_line, exit_code
 from tuning.settings.config import SAMPLE_SETTINGS, InputError, SearchPlan, TrialConfig, build, cache_folder, visible

@@ -6,6 +6,7 @@ from sklearn import metrics
 
 from tuning.insight.paired import compare
 from tuning.record.predictions import Predictions
+from tuning.record.temperature import tempered_loss
 
 CLASSES = ("a", "b", "c")
 SEARCHES = 1000 if SOAK else 24
@@ -34,7 +35,7 @@ def best_of(predictions):
     return predictions.trial_ids[losses.argmin()], losses[0] - losses.min()
 
 
-@pytest.mark.parametrize("metric", ["val_loss", "val_balanced_accuracy", "val_auroc"])
+@pytest.mark.parametrize("metric", ["val_loss", "val_tempered_loss", "val_balanced_accuracy", "val_auroc"])
 def test_the_difference_is_that_of_scikit_learn(metric):
     rng = np.random.default_rng(0)
     targets = rng.choice(3, 120, p=[0.2, 0.3, 0.5])
@@ -42,6 +43,8 @@ def test_the_difference_is_that_of_scikit_learn(metric):
     predictions = predicted(logits, targets)
 
     def figure(probabilities):
+        if metric == "val_tempered_loss":
+            return -tempered_loss(np.log(probabilities), targets)
         if metric == "val_loss":
             return -metrics.log_loss(targets, probabilities)
         if metric == "val_auroc":

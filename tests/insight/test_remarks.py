@@ -26,7 +26,7 @@ def make_judged(folder, sure):
         named = {"epoch": int(row.best_epoch), "val_loss": row.val_loss}
         write_predictions(predictions_file(folder, row.trial_id), validation, classes, probabilities, **named)
     chosen = top(run.trials, "val_loss")["trial_id"]
-    return chosen, remarks(folder, searched(run.trials), run.samples, chosen)
+    return chosen, remarks(folder, searched(run.trials), run.samples, "val_loss", chosen)
 
 
 @pytest.mark.slow
@@ -46,7 +46,7 @@ def test_a_trial_that_only_guesses_is_reported_on_the_page_too(tmp_path, sure, b
 
 def test_a_run_without_predictions_has_no_remarks(tmp_path):
     run = read(make_run(tmp_path / "run", trials=3))
-    assert remarks(run.folder, searched(run.trials), run.samples, "t00000") == []
+    assert remarks(run.folder, searched(run.trials), run.samples, "val_loss", "t00000") == []
 
 
 SEARCHES = 300 if SOAK else 20

@@ -10,9 +10,9 @@ import torch
 from shared import make_data
 from torch import nn
 
-from tuning.insight.calibration import tempered
 from tuning.model.export import Classifier, _reason, export
 from tuning.model.final import Final
+from tuning.record.temperature import tempered
 from tuning.settings.config import TrialConfig
 from tuning.training import backbones
 

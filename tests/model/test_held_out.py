@@ -4,9 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tuning.insight.calibration import calibration_error, tempered
+from tuning.insight.calibration import calibration_error
 from tuning.model.held_out import READINGS, few_images, record_evaluation, score_test_set
 from tuning.record.journal import read_journal
+from tuning.record.temperature import tempered
 
 
 def test_evaluations_are_counted_for_each_data_set(tmp_path):

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tuning.insight.calibration import Floats, Ints
 from tuning.insight.intervals import mean_interval
 from tuning.record.predictions import Predictions
+from tuning.record.temperature import Floats, Ints
 
 ROUNDS = 50  # of greedy selection
 

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 from scipy.special import ndtri, stdtrit
 
-from tuning.insight.calibration import Floats, Ints, fit_temperature, logarithms, tempered
 from tuning.record.predictions import Predictions, group_numbers
+from tuning.record.temperature import Floats, Ints, fit_temperature, logarithms, tempered
 
 GUESS = 0.5  # the expected AUROC of guesses
 ALPHA = 0.05  # probability that trials that only guess are said to tell the classes apart
@@ -98,7 +98,7 @@ def _by_group(values: Floats, groups: Ints) -> Floats:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The trial with the lowest validation loss, beside guesses and the class frequencies predicted for every image."""
+    """The best trial, beside guesses and the class frequencies predicted for every image."""
 
     trial_id: str
     auroc: float

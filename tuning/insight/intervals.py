@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri, stdtrit
 
-from tuning.insight.calibration import Floats, Ints, calibration_error, logarithms
+from tuning.insight.calibration import calibration_error
+from tuning.record.temperature import Floats, Ints, logarithms
 
 TAIL = 0.025  # probability beyond each end of a 95% confidence interval
 NORMAL = float(-ndtri(TAIL))

@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tuning.insight.calibration import Floats, Ints
 from tuning.insight.intervals import placements
+from tuning.record.journal import LOSSES
 from tuning.record.predictions import Predictions
+from tuning.record.temperature import Floats, Ints
 
 TAIL = 0.025  # probability beyond each end of the 95% confidence interval
 SAMPLES = 4000  # of the bootstrap
@@ -109,8 +110,9 @@ def shares(predictions: Predictions, metric: str) -> tuple[Floats, Floats]:
     What images add to AUROC are placement values, whose variance is that of the AUROC (DeLong et al. 1988).
     """
     targets, images = predictions.targets, len(predictions.targets)
-    if metric == "val_loss":
-        parts = np.log(predictions.true) / images
+    if metric in LOSSES:
+        each = predictions if metric == "val_loss" else predictions.tempered
+        parts = np.log(each.true) / images
         return parts.sum(axis=1), parts
     counts = np.bincount(targets, minlength=len(predictions.classes))
     if metric == "val_balanced_accuracy":

@@ -21,9 +21,9 @@ class Remark(NamedTuple):
     alarming: bool = False  # shown as a warning
 
 
-def remarks(folder: Path, trials: pd.DataFrame, samples: pd.DataFrame, chosen: str | None) -> list[Remark]:
+def remarks(folder: Path, trials: pd.DataFrame, samples: pd.DataFrame, metric: str, chosen: str | None) -> list[Remark]:
     """Return the remarks that a run's predictions allow; the calibration reported is that of the `chosen` trial."""
-    predictions = read_predictions(folder, trials, samples)
+    predictions = read_predictions(folder, trials, samples, metric)
     compared = with_baseline(trials, predictions)
     found = [] if compared is None else _on_baseline(compared)
     if chosen is not None and chosen in predictions.trial_ids:

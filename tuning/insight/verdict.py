@@ -98,8 +98,8 @@ def judged(
 ) -> tuple[pd.DataFrame, Verdict]:
     """Return `judge` of a run's folder, with the predictions in it; `val_drawn`: the search drew the validation set."""
     compared = candidates(trials, metric)[:MOST_TRIALS]
-    predictions = read_predictions(run, trials[trials["trial_id"].isin(compared)], samples)
-    of_runs = None if val_drawn else read_predictions(run, counted(trials), samples)
+    predictions = read_predictions(run, trials[trials["trial_id"].isin(compared)], samples, metric)
+    of_runs = None if val_drawn else read_predictions(run, counted(trials), samples, metric)
     ratio = val_over_train(samples)
     return judge(trials, metric, val_over_train=ratio, predictions=predictions, of_runs=of_runs)
 

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tuning.insight.calibration import tempered
 from tuning.model.final import Final
+from tuning.record.temperature import tempered
 from tuning.training import backbones
 from tuning.training.dataset import Data
 

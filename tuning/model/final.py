@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from tuning.insight.calibration import logarithms, tempered
 from tuning.insight.ensemble import named_shares, offer
 from tuning.model.folder import build_network
 from tuning.record import tables
 from tuning.record.journal import best_epoch
 from tuning.record.predictions import Predictions, read_predictions
+from tuning.record.temperature import logarithms, tempered
 from tuning.search.checkpoints import best_weights, kept
 from tuning.settings.config import InputError, TrialConfig
 from tuning.training.dataset import Data, preparer

@@ -13,8 +13,8 @@ import yaml
 from numpy.typing import NDArray
 
 from tuning.data.decoding import decode
-from tuning.insight.calibration import logarithms, tempered
 from tuning.record.tables import replacing
+from tuning.record.temperature import logarithms, tempered
 from tuning.settings.config import InputError, SearchPlan, TrialConfig, build, check_value
 from tuning.settings.documents import check_parts, read_mapping
 from tuning.settings.words import show

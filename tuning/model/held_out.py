@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from tuning.insight.calibration import calibration_error, tempered
+from tuning.insight.calibration import calibration_error
 from tuning.insight.intervals import measure
 from tuning.record.journal import Journal, read_journal
 from tuning.record.predictions import group_numbers
+from tuning.record.temperature import tempered
 from tuning.settings.config import visible
 from tuning.settings.words import count
 

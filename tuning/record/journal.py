@@ -19,7 +19,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from tuning.settings.config import InputError, TrialConfig
 
 FINAL = ("completed", "stopped", "converged", "diverged", "out_of_memory", "failed")  # ends that resume never undoes
-METRICS = ("train_loss", "train_eval_loss", "val_loss", "val_accuracy", "val_balanced_accuracy", "val_auroc")
+LOSSES = ("val_loss", "val_tempered_loss")  # metrics of which less is better
+METRICS = ("train_loss", "train_eval_loss", *LOSSES, "val_accuracy", "val_balanced_accuracy", "val_auroc")
+LATER = ("val_tempered_loss",)  # fields that older versions did not write
 AnyRow = TypeVar("AnyRow", bound=Mapping[str, Any])
 
 # ---- Lines ------------------------------------------------------------------------------------------------------
@@ -60,7 +62,7 @@ _EVENTS: dict[str, type[BaseModel]] = {
     kind: create_model(
         kind,
         __config__=ConfigDict(strict=True, allow_inf_nan=False),
-        **{name: (rule, ...) for name, rule in fields.items()},  # type: ignore[call-overload]
+        **{name: (rule, None if name in LATER else ...) for name, rule in fields.items()},  # type: ignore[call-overload]
     )
     for kind, fields in _FIELDS.items()
 }
@@ -240,12 +242,12 @@ class Trial:
 
 def loss_like(metric: str, value: float) -> float:
     """Return the metric's value, negated if more is better, so that less is better."""
-    return value if metric == "val_loss" else -value
+    return value if metric in LOSSES else -value
 
 
 def best_epoch(rows: Iterable[AnyRow], metric: str) -> AnyRow | None:
     """Return the row of the best epoch, the earliest of equals; None if no epoch has finite losses."""
-    finite = [row for row in rows if row["val_loss"] is not None and row[metric] is not None]
+    finite = [row for row in rows if row["val_loss"] is not None and row.get(metric) is not None]
     return min(finite, key=lambda row: loss_like(metric, row[metric])) if finite else None
 
 

@@ -10,16 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from tuning.record.journal import loss_like
 from tuning.record.tables import read_whole, replacing, versioned
+from tuning.record.temperature import fit_temperature, logarithms, tempered
 
-MOST_TRIALS = 200  # are read at once: the best, by validation loss
+MOST_TRIALS = 200  # are read at once: the best
 VALIDATION = ("path", "label")  # columns beside the probabilities
 TESTED = (*VALIDATION, "split")
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Probabilities that trials give to the same validation images, the trial with the least loss first."""
+    """Probabilities that trials give to the same validation images, the best trial first."""
 
     trial_ids: tuple[str, ...]
     probabilities: NDArray[np.float64]  # [trials, images, classes]
@@ -32,6 +34,13 @@ class Predictions:
         """Probability [trials, images] of each image's own class; never 0, so that it has a logarithm."""
         images = np.arange(len(self.targets))
         return np.maximum(self.probabilities[:, images, self.targets], np.finfo(np.float64).tiny)
+
+    @property
+    def tempered(self) -> "Predictions":
+        """Return each trial's probabilities at the temperature that fits these images best."""
+        logits = [logarithms(each) for each in self.probabilities]
+        heated = [tempered(each, fit_temperature(each, self.targets)) for each in logits]
+        return replace(self, probabilities=np.stack(heated) if heated else self.probabilities)
 
     def of(self, trial_ids: Collection[str]) -> "Predictions":
         """Return those of some of the trials."""
@@ -90,7 +99,9 @@ def _write(path: Path, schema: pa.Schema, samples: pd.DataFrame, probabilities: 
         pq.write_table(pa.Table.from_arrays(columns, schema=schema), temporary, write_page_checksum=True)
 
 
-def read_predictions(run: str | Path, trials: pd.DataFrame, samples: pd.DataFrame) -> Predictions:
+def read_predictions(
+    run: str | Path, trials: pd.DataFrame, samples: pd.DataFrame, metric: str = "val_loss"
+) -> Predictions:
     """Return the probabilities of the best of these rows of the table of trials, without those that don't hold.
 
     A worker that is killed may leave no file, or that of an epoch that is no longer the best.
@@ -98,7 +109,9 @@ def read_predictions(run: str | Path, trials: pd.DataFrame, samples: pd.DataFram
     validation = samples[samples["split"] == "val"]
     classes = tuple(sorted(samples["label"].unique()))
     found = {}
-    for row in trials[trials["val_loss"].notna()].nsmallest(MOST_TRIALS, "val_loss").itertuples():
+    finite = trials[trials["val_loss"].notna() & trials[metric].notna()]
+    losses: pd.Series = loss_like(metric, finite[metric])
+    for row in finite.loc[losses.nsmallest(MOST_TRIALS).index].itertuples():
         due = _schema(VALIDATION, classes, best_epoch=int(row.best_epoch), val_loss=float(row.val_loss))
         values = _read(predictions_file(run, row.trial_id), due, validation)
         if values is not None:

@@ -14,7 +14,7 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from tuning.record.journal import FINAL, Trial, best_epoch, loss_like
+from tuning.record.journal import FINAL, LOSSES, Trial, best_epoch, loss_like
 from tuning.settings.config import InputError
 from tuning.settings.space import Key, Space, active, same, suggest
 
@@ -175,7 +175,7 @@ class Optimizer:
 
     def _lowest_early_loss(self, trial: Trial) -> float | None:
         """Of the epochs up to the last rung; None if it isn't measured, or another metric is optimized."""
-        if self.stopped_as != "early_loss" or self._metric != "val_loss":
+        if self.stopped_as != "early_loss" or self._metric not in LOSSES:
             return None
         until = trial.decisions[-1]["epoch"] if trial.decisions else math.inf
         losses = [row.get("early_loss") for row in trial.rows if row["epoch"] <= until]

@@ -179,8 +179,8 @@ class SearchPlan(BaseModel):
     early_stopping: bool = True
     """ASHA, `patience`, divergence rules, probes and finalists. If false, only a non-finite loss ends a trial early."""
 
-    metric: Literal["val_loss", "val_balanced_accuracy", "val_auroc"] = "val_loss"
-    """Objective of the sampler and the verdict: `val_loss`, `val_balanced_accuracy` or `val_auroc`."""
+    metric: Literal["val_loss", "val_tempered_loss", "val_balanced_accuracy", "val_auroc"] = "val_loss"
+    """By what epochs and trials are chosen: `val_loss`, `val_tempered_loss`, `val_balanced_accuracy` or `val_auroc`."""
     probe: bool = True
     """Whether the search starts with a linear probe of each backbone (not if `early_stopping` is false)."""
     sampler: Literal["tpe", "gp", "random"] = "tpe"

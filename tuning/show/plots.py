@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from tuning.insight.calibration import BINS, Floats, Ints, calibration_error, logarithms, tempered
+from tuning.insight.calibration import BINS, calibration_error
+from tuning.record.temperature import Floats, Ints, logarithms, tempered
 from tuning.settings.config import cache_folder
 from tuning.settings.words import count
 

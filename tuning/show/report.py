@@ -11,7 +11,7 @@ import pandas as pd
 
 from tuning.insight import analysis
 from tuning.record import tables
-from tuning.record.journal import loss_like
+from tuning.record.journal import LOSSES, loss_like
 from tuning.settings.config import PARAMETERS
 from tuning.settings.words import examples
 from tuning.show.frames import duration
@@ -75,7 +75,7 @@ def report(run: Run) -> str:
     shown, kept = ranked.head(TRIALS_SHOWN), _with_history(ranked)
     data = {
         "metric": run.metric,
-        "lower": run.metric == "val_loss",
+        "lower": run.metric in LOSSES,
         "epochs": run.settings["epochs"],
         "trials": columns(shown.drop(columns=[name for name in fixed if name != "config_backbone"]), 5),
         "varied": [f"config_{name}" for name in PARAMETERS if f"config_{name}" not in fixed],
@@ -168,7 +168,7 @@ def compare(runs: Sequence[Run]) -> str:
         section("settings", "Differences in settings", _differences(found, "settings")),
         section("spaces", "Differences in search spaces", _differences(found, "space")),
     ]
-    data = {"metric": metrics[0], "lower": metrics[0] == "val_loss", "runs": lines}
+    data = {"metric": metrics[0], "lower": metrics[0] in LOSSES, "runs": lines}
     return page(" · ".join(names), body, data, {})
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tuning.record.journal import best_epoch
+from tuning.record.journal import LOSSES, best_epoch
 from tuning.settings.config import DEPTH_ALL, TrialConfig
 from tuning.settings.words import count
 from tuning.training import backbones
@@ -23,7 +23,7 @@ from tuning.training.features import FeatureCache
 from tuning.training.frozen import Frozen
 from tuning.training.models import Models
 from tuning.training.probe import probed_head
-from tuning.training.scores import calibrated_loss, score
+from tuning.training.scores import calibrated_loss, mean_loss, score
 from tuning.training.state import Averaged, Row, State, restore, snapshot
 
 MOMENTUM = 0.9
@@ -174,13 +174,13 @@ def finetune(
         # Evaluate, unless the training loss is not finite.
         model.eval()
         measured: Row = dict.fromkeys(
-            ("val_loss", "val_accuracy", "val_balanced_accuracy", "val_auroc", "train_eval_loss", "early_loss")
+            (*LOSSES, "val_accuracy", "val_balanced_accuracy", "val_auroc", "train_eval_loss", "early_loss")
         )
         if math.isfinite(train_loss):
             val_logits = frozen.logits(data.val)
             found = score(val_logits, data.labels[data.val])
             measured |= {f"val_{name}": value for name, value in found.items()}
-            measured["train_eval_loss"] = score(frozen.logits(train_eval), data.labels[train_eval])["loss"]
+            measured["train_eval_loss"] = mean_loss(frozen.logits(train_eval), data.labels[train_eval])
             if averaged is not None and epoch in early_loss_epochs:
                 with averaged.in_place():
                     early_logits = frozen.logits(data.val)

@@ -12,15 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from tuning.settings.config import InputError, TrialConfig
-from tuning.training.dataset import Data, Indices, train_eval_set
+from tuning.training.dataset import Data, train_eval_set
 from tuning.training.features import FeatureCache
 from tuning.training.frozen import Frozen
 from tuning.training.models import Models, Network
-from tuning.training.scores import score
+from tuning.training.scores import mean_loss, score
 
 # L2 penalties of the standardized features' weights, the strongest first: with few images these are needed, for a
 # classifier of hundreds of features is overconfident at 1.
@@ -100,11 +101,12 @@ def probe(
     weight, bias, frozen, train, val = probed_head(network, data, features)
     train_eval = train_eval_set(data)
 
-    def scored(vectors: Tensor, indices: Indices) -> dict[str, float | None]:
-        return score((vectors @ weight.T + bias).cpu().numpy(), data.labels[indices])
+    def logits(vectors: Tensor) -> NDArray[np.float32]:
+        return (vectors @ weight.T + bias).cpu().numpy()
 
-    train_loss, validation = scored(train, data.train)["loss"], scored(val, data.val)
-    train_eval_loss = scored(frozen.vectors(train_eval), train_eval)["loss"]
+    train_loss = mean_loss(logits(train), data.labels[data.train])
+    train_eval_loss = mean_loss(logits(frozen.vectors(train_eval)), data.labels[train_eval])
+    validation = score(logits(val), data.labels[data.val])
     seconds = time.perf_counter() - started
     return {
         "epoch": 1,

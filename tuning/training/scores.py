@@ -10,6 +10,7 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tuning.record.temperature import tempered_loss
 from tuning.training.dataset import Indices, Prepare
 
 EVALUATION_BATCH = 64
@@ -35,20 +36,26 @@ def predict_images(network: nn.Module, prepare: Prepare, indices: Indices) -> ND
     return predict(network, batches, torch.autocast("cpu", enabled=False))
 
 
+def mean_loss(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> float | None:
+    """Return the cross-entropy (nats) of logits [n, classes], given classes [n]; None if it is not finite."""
+    loss = float(functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(targets)))
+    return loss if math.isfinite(loss) else None
+
+
 def score(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> dict[str, float | None]:
-    """Return cross-entropy (nats), accuracy, balanced accuracy and AUROC of logits [n, classes], given classes [n].
+    """Return cross-entropy (nats), plain and tempered, accuracy, balanced accuracy and AUROC of logits [n, classes].
 
     All are None if the loss is not finite; AUROC is None unless all classes are there.
     """
-    tensor = torch.from_numpy(logits)
-    loss = float(functional.cross_entropy(tensor, torch.from_numpy(targets)))
-    if not math.isfinite(loss):
-        return dict.fromkeys(("loss", "accuracy", "balanced_accuracy", "auroc"))
+    loss = mean_loss(logits, targets)
+    if loss is None:
+        return dict.fromkeys(("loss", "tempered_loss", "accuracy", "balanced_accuracy", "auroc"))
     predicted = logits.argmax(axis=1)
-    probabilities = torch.softmax(tensor.double(), dim=1).numpy()
+    probabilities = torch.softmax(torch.from_numpy(logits).double(), dim=1).numpy()
     classes = np.unique(targets)
     return {
         "loss": loss,
+        "tempered_loss": tempered_loss(logits, targets),
         "accuracy": float((predicted == targets).mean()),
         "balanced_accuracy": float(np.mean([(predicted[targets == index] == index).mean() for index in classes])),
         "auroc": float(np.mean([auroc(targets == index, probabilities[:, index]) for index in classes]))
