@@ -74,7 +74,9 @@ if [[ ${SLURM_RESTART_COUNT:-0} -gt 0 && " $* " != *" --resume "* ]]; then
             --name=*) name=${!place#*=} ;;
         esac
     done
-    if [[ -n $name && (-e $storage/$name/plan.yaml || $storage == *://*) ]]; then
+    there='import sys; from tuning.record.storage import stored; sys.exit(stored([sys.argv[1]]) == [None])'
+    plan=$storage/$name/plan.yaml
+    if [[ -n $name ]] && { [[ -e $plan ]] || { [[ $storage == *://* ]] && "$python" -c "$there" "$plan"; }; }; then
         set -- --resume --storage "$storage" --name "$name"
     fi
 fi

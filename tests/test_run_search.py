@@ -238,7 +238,7 @@ def test_a_run_once_made_is_not_touched(space, folder, tmp_path):
     Path(space).write_text(yaml.safe_dump(edited))
     assert "can't change the space" in faults(resume=True, name="once", space=space)[0]
     other = draw_folder(tmp_path / "other", count=20)
-    assert "20 images are not there (dark/020.png," in faults(resume=True, name="once", data=str(other))[0]
+    assert "20 missing images (dark/020.png," in faults(resume=True, name="once", data=str(other))[0]
     assert {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()} == before
     recorded = yaml.safe_load((run_folder / "plan.yaml").read_text())
     assert recorded["settings"]["trials"] == 2 and recorded["settings"]["patience"] == 5
@@ -296,6 +296,12 @@ def test_a_password_is_used_but_not_kept(space, folder, tmp_path):
     assert again.optuna_storage == url
 
 
+@pytest.mark.parametrize("driver", ["", "+pysqlite"])
+def test_a_relative_database_is_the_same_in_any_folder(space, folder, tmp_path, driver):
+    given = {"space": space, "data": str(folder), "name": "one", "set": ((f"optuna_storage=sqlite{driver}:///st.db",),)}
+    assert planned(Flags(**given))[0].optuna_storage == f"sqlite{driver}:///{Path.cwd()}/st.db"
+
+
 def test_names_of_any_kind_are_text_on_the_screen(tmp_path, capsys):
     odd = ("[red]x[/red]", "<script>alert(1)</script> :smile:\n\x1b[31m")
     folder = draw_folder(tmp_path / "[bold]films", count=10)
@@ -346,7 +352,8 @@ def test_a_search_says_what_to_type_next_and_reports_meanwhile(
     assert run(tyro.cli(Flags, args=shlex.split(command)[2:])) == 0
     said = capsys.readouterr().out
     assert re.search("Verdict: (winner|nothing beats the default)", said) and "--resume" not in said
-    assert "paired runs" in (tmp_path / "results" / "once" / "best.yaml").read_text()
+    why = yaml.safe_load((tmp_path / "results" / "once" / "best.yaml").read_text())["provenance"]["why"]
+    assert "paired runs" in why
 
 
 @pytest.mark.slow

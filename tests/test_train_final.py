@@ -213,6 +213,25 @@ def test_images_that_were_moved_are_the_same_data_and_weights_that_changed_are_r
 
 
 @pytest.mark.slow
+def test_data_that_says_otherwise_of_the_searchs_images_is_other_data(tmp_path, capsys):
+    images = draw_folder(tmp_path / "images", count=15)
+    best = make_best(tmp_path / "run", images)
+    more = draw_folder(tmp_path / "more", count=25)
+    model = run(Flags(str(best), data=str(more), set=(("epochs=1",),)))
+    said = capsys.readouterr().out
+    assert "--data is used as other data, with splits of its own: " in said and " further images (" in said
+    assert (
+        metrics_of(model)["test"]["images"] > 6 and "configuration or data differs" in (model / "README.md").read_text()
+    )
+    first, second, *_ = sorted(images.iterdir())
+    moved = next(first.iterdir())
+    moved.rename(second / f"relabelled-{moved.name}")
+    (best / "model").rename(best / "before")
+    with pytest.raises(InputError, match=r"has changed since .*: 1 further image"):
+        run(Flags(str(best)))
+
+
+@pytest.mark.slow
 def test_other_data_in_another_shape_is_another_test_set(best, tmp_path):
     run(Flags(str(best), set=(("epochs=1",),)))
     (best / "model").rename(best / "before")

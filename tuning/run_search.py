@@ -20,7 +20,7 @@ import tyro
 
 from tuning.checks.audit import Checked, load_checked
 from tuning.data.images import held, parallel_map
-from tuning.data.samples import elsewhere
+from tuning.data.samples import changes, elsewhere
 from tuning.insight import analysis
 from tuning.insight.best import write_best
 from tuning.insight.guessing import guess_error
@@ -43,13 +43,13 @@ from tuning.settings.command_line import (
     DONE,
     INTERRUPTED,
     NO_FINITE_LOSS,
-    Enduring,
     Pairs,
     command_line,
+    endure,
     exit_code,
     flag,
 )
-from tuning.settings.config import SAMPLE_SETTINGS, InputError, SearchPlan, without_secrets
+from tuning.settings.config import InputError, SearchPlan, without_secrets
 from tuning.settings.documents import read_plan
 from tuning.settings.space import Space, backbones, image_sizes, largest, sizes_of_backbones
 from tuning.settings.words import count, examples
@@ -90,7 +90,7 @@ class Flags:
 
 def main() -> int:
     """Run the command line; return the exit code."""
-    sys.stdout = Enduring(sys.stdout)
+    endure()
     return exit_code(lambda: run(tyro.cli(Flags, config=(tyro.conf.DisallowNone,))))
 
 
@@ -281,9 +281,17 @@ def _data(plan: SearchPlan, space: Space, recorded: pd.DataFrame | None, map: Ca
 def _recorded_samples(folder: Path, plan: SearchPlan) -> pd.DataFrame:
     """Return the samples of a run to resume, with the files of the place that --data gives anew."""
     recorded = tables.read_table(folder / "samples.parquet")
+    anew = "or start a new run under another --name"
     if plan.data is None or plan.data == read_plan(folder)["settings"]["data"]:
+        if changed := changes(recorded, plan):
+            what = f"{plan.data} has changed since {plan.name} started: {changed}"
+            raise InputError(f"--resume: {what}; restore it, {anew}")
         return recorded
-    return elsewhere(recorded, plan.data, **{key: getattr(plan, key) for key in SAMPLE_SETTINGS})
+    try:
+        return elsewhere(recorded, plan)
+    except InputError as error:
+        cure = f"give the place that all images of the run were moved to, {anew}"
+        raise InputError([f"--data {fault}; {cure}" for fault in error.faults]) from None
 
 
 def _check_unchanged(

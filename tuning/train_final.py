@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from tuning.checks.audit import Checked, load_checked
 from tuning.data.images import open_images
-from tuning.data.samples import elsewhere
+from tuning.data.samples import OtherSamples, changes, elsewhere
 from tuning.insight.ensemble import named_shares
 from tuning.model.held_out import READINGS, print_metrics, record_evaluation, score_test_set
 from tuning.record import tables
@@ -31,8 +31,8 @@ from tuning.record.predictions import read_predictions, write_tested
 from tuning.record.storage import is_uri, joined
 from tuning.record.temperature import fit_temperature, logarithms, tempered
 from tuning.search.plans import other_packages, short_training
-from tuning.settings.command_line import BAD_INPUT, DONE, Pairs, command_line, exit_code
-from tuning.settings.config import SAMPLE_SETTINGS, InputError, SearchPlan, TrialConfig, build, cache_folder, visible
+from tuning.settings.command_line import BAD_INPUT, DONE, Pairs, command_line, endure, exit_code
+from tuning.settings.config import InputError, SearchPlan, TrialConfig, build, cache_folder, visible
 from tuning.settings.documents import check_parts, read_mapping
 from tuning.settings.words import examples
 
@@ -55,6 +55,7 @@ class Flags:
 
 def main() -> int:
     """Run the command line; return the exit code."""
+    endure()
     return exit_code(lambda: _run_at(tyro.cli(Flags)), "what is not in model/ was not written")
 
 
@@ -103,6 +104,9 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     table = _table(run_folder / "samples.parquet")
     if flags.data is not None and table is not None:
         table = _moved(table, plan)
+    elif table is not None and (changed := changes(table, plan)):
+        cure = "restore it, or give the new data by --data"
+        raise InputError(f"{plan.data} has changed since {best.path} was written: {changed}; {cure}")
     last = _median_best_epoch(best) if plan.final_data == "train+val" else None
     configs = {"": config}
     if plan.ensemble:
@@ -269,10 +273,11 @@ def _read_best(path: Path, flags: Flags) -> Best:
 
 
 def _moved(samples: pd.DataFrame, plan: SearchPlan) -> pd.DataFrame | None:
-    """Return the samples of the search with their files in --data; None if --data has other images."""
+    """Return the samples of the search with their files in --data; None, with a word, if --data has other samples."""
     try:
-        return elsewhere(samples, str(plan.data), **{key: getattr(plan, key) for key in SAMPLE_SETTINGS})
-    except InputError:
+        return elsewhere(samples, plan)
+    except OtherSamples as error:
+        print(f"--data is used as other data, with splits of its own: {'; '.join(map(visible, error.faults))}")
         return None
 
 

@@ -23,7 +23,7 @@ def test_two_spellings_of_a_class(spellings):
 
 
 @pytest.mark.parametrize(
-    "spellings", [("0007", "7"), ("p-12", "P12"), ("12 34", "1234"), ("1,234", "1234"), ("A_1", "a1")]
+    "spellings", [("0007", "7"), ("p-12", "P12"), ("12 34", "1234"), ("1,234", "1234"), ("A_1", "a1"), ("00001", "1.0")]
 )
 def test_two_spellings_of_a_patient(spellings):
     groups = [*spellings, *(f"x{number}" for number in range(38))]
@@ -33,6 +33,8 @@ def test_two_spellings_of_a_patient(spellings):
 def test_patients_whose_ids_only_resemble_each_other_are_nothing():
     assert found(groups=[str(1000 + number) for number in range(40)]) == {}
     assert found(groups=[f"1.{number}" for number in range(10, 50)]) == {}
+    apart = ["1-11", "11-1", "site1_12", "site11_2", "2-3", "23", "1.2.840.1.11", "1.2.840.11.1", "-1", "00001", "1.10"]
+    assert found(groups=[*apart, *(f"x{number}" for number in range(29))]) == {}
 
 
 def test_placeholders_and_rounded_ids():
@@ -45,3 +47,8 @@ def test_placeholders_and_rounded_ids():
 def test_a_class_that_a_split_lacks():
     splits = ["train"] * 30 + ["test"] * 10
     assert found(labels=["ill"] * 20 + ["well"] * 20, splits=splits)["missing_class"] == "no image of ill in test"
+
+
+def test_a_class_that_stands_for_no_label():
+    details = found(labels=["ill", "well", "NA", "ill"] * 10, splits=["train"] * 40)
+    assert details == {"placeholder_class": "'NA' is a class; is it a missing label?"}

@@ -20,6 +20,7 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGBaseline8Bit,
+    JPEGExtended12Bit,
     JPEGLosslessSV1,
     RLELossless,
     generate_uid,
@@ -418,3 +419,44 @@ def test_a_file_may_lack_the_preamble_before_its_header(tmp_path):
     whole = shown(file)
     Path(file).write_bytes(Path(file).read_bytes()[132:])
     assert (shown(file) == whole).all()
+
+
+@pytest.mark.parametrize("function", ["SIGMOID", "Sigmoid", "linear", "FOO"])
+@pytest.mark.filterwarnings("ignore:Invalid value for VR CS")  # lower case is what is tried
+def test_a_functions_case_does_not_matter_and_an_unknown_one_is_noted(tmp_path, function):
+    window_of = {"WindowCenter": 2048, "WindowWidth": 1000}
+    known = {"sigmoid": "SIGMOID"}.get(function.lower(), "LINEAR")
+    wanted, _ = decode(write(tmp_path / "wanted.dcm", RAMP, **window_of, VOILUTFunction=known), 32)
+    found, facts = decode(write(tmp_path / "found.dcm", RAMP, **window_of, VOILUTFunction=function), 32)
+    assert np.array_equal(found, wanted)
+    assert ("VOI LUT function 'FOO', shown as LINEAR" in str(facts.notes)) == (function == "FOO")
+
+
+def test_a_table_may_begin_below_zero_in_implicit_vr(tmp_path):
+    pictures = []
+    for syntax, kind, first in ((ExplicitVRLittleEndian, "SS", -1024), (ImplicitVRLittleEndian, "US", 65536 - 1024)):
+        table = Dataset()
+        table.add_new("LUTDescriptor", kind, [2048, first, 12])
+        table.add_new("LUTData", "US", [2 * number for number in range(2048)])
+        rescaled = {"RescaleSlope": 1, "RescaleIntercept": -1024, "RescaleType": "HU", "VOILUTSequence": [table]}
+        pictures.append(shown(write(tmp_path / f"{kind}.dcm", RAMP, syntax=syntax, **rescaled)))
+    explicit, implicit = pictures
+    assert np.array_equal(implicit, explicit) and explicit.max() > 250 and len(np.unique(explicit)) > 30
+
+
+def test_floating_point_pixels_are_named(tmp_path):
+    file = write(tmp_path / "x.dcm", RAMP)
+    dataset = dcmread(file)
+    dataset.FloatPixelData = RAMP.astype(np.float32).tobytes()
+    dataset.BitsAllocated = 32
+    del dataset.PixelData
+    dataset.save_as(file)
+    with pytest.raises(InputError, match="floating-point pixels, which isn't supported"):
+        decode(file, 32)
+
+
+def test_jpeg_of_12_bits_names_what_decodes_it(tmp_path):
+    file = write(tmp_path / "x.dcm", RAMP, syntax=JPEGExtended12Bit, compressed=bytes(64))
+    with pytest.raises(InputError, match="JPEG Extended") as caught:
+        decode(file, 32)
+    assert "pip install pylibjpeg pylibjpeg-libjpeg" in str(caught.value) and "gdcm" not in str(caught.value)

@@ -82,6 +82,15 @@ def test_dev_beside_train_is_validation_and_other_folders_are_said(tmp_path):
     assert set(load_samples(str(tmp_path / "classes"))["label"]) == {"dev", "ops"}
 
 
+def test_a_dicomdir_is_no_image_wherever_it_lies(tmp_path):
+    touch(tmp_path, *(f"{name}/{number}.png" for name in "ab" for number in range(8)))
+    for place in ("a", "b/study"):
+        (tmp_path / place).mkdir(exist_ok=True)
+        (tmp_path / place / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
+    samples = load_samples(str(tmp_path))
+    assert len(samples) == 16 and samples.attrs["remarks"] == ["left out: 2 files (no images), such as DICOMDIR"]
+
+
 def test_a_class_of_masks_is_one(tmp_path):
     touch(tmp_path, *(f"{name}/{number}_mask.png" for name in "ab" for number in range(8)))
     assert len(load_samples(str(tmp_path))) == 16

@@ -232,3 +232,12 @@ def test_in_what_runs_differ(folders):
     }
     assert analysis.differences({"a": plans["first"], "b": plans["first"]}).empty
     assert set(analysis.load_space(folders[0]).parameters) == set(plans["first"]["space"]["parameters"])
+
+
+def test_parameters_in_words():
+    assert analysis.described({"type": "int", "low": 0, "high": "all"}) == "0 to all"
+    assert analysis.described({"type": "float", "low": 1e-4, "high": 0.1, "log": True, "when": "a > 1"}) == (
+        "0.0001 to 0.1, log (when a > 1)"
+    )
+    assert analysis.described({"type": "int", "low": 1, "high": 9, "step": 2}) == "1 to 9, step 2"
+    assert analysis.described({"type": "categorical", "choices": ["none", 2]}) == "none, 2"

@@ -64,6 +64,8 @@ def test_a_whole_run(tmp_path):
     assert "winner: it beats the default t00000." in told and "12 trials (" in told
     assert "| normal | 12 | 4 | 4 |" in told and "| all | 24 | 8 | 8 |" in told
     assert "- stop: exact\\_duplicate: 3" in told.replace("duplicate\\_across\\_splits", "exact\\_duplicate")
+    moved = read_table(run / "audit.parquet").assign(detail="the same pixels; moved: a.png from train to test")
+    assert ": 3, of which 3 were resolved by" in card(model, run, known, read_table(run / "samples.parquet"), moved)
     assert "fine-tuned on 24 images" in told and "secret" not in told  # no file's name
     assert "| accuracy | 0.750 | 0.500 to 0.900 |" in told and "0.040 (0.090 without temperature scaling)" in told
     assert "`learning_rate`: 1e-05 to 0.1, log" in told and "Not a medical device" in told

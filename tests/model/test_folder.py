@@ -34,6 +34,7 @@ def test_a_saved_model_predicts_the_same_from_anywhere(tmp_path, network):
     files = sorted(draw_folder(tmp_path / "images", count=3).rglob("*.png"))
     model = load_model(tmp_path / "moved")
     assert model.classes == ("dark", "light") and model.config == CONFIG
+    assert model.predict([]).shape == (0, 2)
     together = model.predict(files)
     assert together.shape == (6, 2)
     assert together.sum(axis=1) == pytest.approx(1.0)

@@ -4,7 +4,7 @@ import os
 import sys
 from contextlib import suppress
 
-from tuning.settings.command_line import Enduring
+from tuning.settings.command_line import Enduring, endure
 
 
 def test_what_reads_the_output_may_end_and_a_disk_may_be_full(capsys):
@@ -25,3 +25,16 @@ def test_there_may_be_no_output_at_all(capsys):
     assert not enduring.isatty() and capsys.readouterr().err == ""
     print("somebody", file=Enduring(sys.stdout), flush=True)
     assert capsys.readouterr().out == "somebody\n"
+
+
+def test_output_and_errors_may_break_together(monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, open("/dev/full", "w"))
+    broken = [sys.stdout, sys.stderr]
+    endure()
+    for _ in range(2):
+        print("still here", flush=True)
+        print("and here", file=sys.stderr, flush=True)
+    for stream in broken:
+        with suppress(OSError):
+            stream.close()

@@ -1,6 +1,7 @@
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from tuning.settings.command_line import command_line
 from tuning.settings.config import (
@@ -139,3 +140,11 @@ def test_any_text_is_taken_or_refused_in_words(key, text):
         command_line({}, [[f"{key}={text}"]])
     except InputError as error:
         assert error.faults[0].startswith(f"--set {key}: ")
+
+
+def test_a_seed_leaves_room_for_those_of_finalists():
+    largest = 2**31 - 1001
+    plan = SearchPlan(name="x", seed=largest, finalist_seeds=1000)
+    assert TrialConfig(backbone="a", seed=plan.seed + plan.finalist_seeds).seed < 2**31
+    with pytest.raises(ValidationError, match="less than"):
+        SearchPlan(name="x", seed=largest + 1)

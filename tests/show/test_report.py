@@ -1,7 +1,9 @@
 import json
 import os
 import re
+import shlex
 import shutil
+from html import unescape
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -200,6 +202,14 @@ def test_names_of_runs_and_settings_are_text_in_a_comparison(tmp_path):
     assert "<img" not in told and "&lt;img src=x onerror=alert(1)&gt; &#x27;a&#x27; &quot;b&quot; 🫁\\n" in told
     assert "<img" not in html.partition('id="packed-data"')[2].partition("</script>")[0]
     assert [one["name"] for one in data(html)["runs"]] == [f"{odd}a", f"{odd}b"]
+
+
+def test_the_command_of_a_run_whose_folder_has_a_space_can_be_typed(folder, tmp_path):
+    place = tmp_path / "my results" / "run"
+    shutil.copytree(folder, place)
+    told = page(place)
+    typed = told.partition("python tuning/train_final.py ")[2].partition("<")[0]
+    assert shlex.split(unescape(typed)) == [str(place)]
 
 
 def test_it_is_refreshed_when_it_is_due(folder):

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from tuning.checks.shortcuts import Shortcut
 
 SEVERITIES = ("stop", "warn", "info")  # worst first
+OF_NAMES = ("missing_class", "similar_classes", "placeholder_class", "similar_groups", "rounded_groups", "large_group")
 KINDS = (  # also worst first
     *("unreadable", "group_across_splits", "exact_duplicate", "label_conflict", "near_duplicate", "sequence"),
     *("shortcut_shape", "shortcut_colour", "shortcut_metadata", "shortcut_border", "shortcut_thumbnail"),
-    *("missing_class", "similar_classes", "similar_groups", "rounded_groups", "large_group"),
+    *OF_NAMES,
     *("imbalance", "look_alike", "decoding"),
 )
 LEAKS = {"stop": "stop", "warn": "warn", "move": "warn"}  # severity of a leak, by `on_leak`
@@ -246,7 +247,7 @@ def _lines(rows: Sequence[Finding]) -> dict[str, list[str]]:
 
 def _in_words(finding: str, found: Sequence[Finding]) -> list[str]:
     first, n = found[0], len(found)
-    if finding in ("missing_class", "similar_classes", "similar_groups", "rounded_groups", "large_group"):
+    if finding in OF_NAMES:
         return [f"{finding.replace('_', ' ')}: {row.detail}" for row in found]
     if finding == "imbalance":
         return [f"imbalance: {first.detail}; consider --set class_weighting=balanced metric=val_balanced_accuracy"]

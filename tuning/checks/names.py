@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import pandas as pd
 
 from tuning.checks.findings import Finding
+from tuning.data.samples import NO_VALUE
 from tuning.settings.words import count, examples
 
 LARGE_GROUP = 0.2  # share of all images from which a group may be a placeholder for unknown ones
@@ -22,6 +23,9 @@ def of_names(samples: pd.DataFrame) -> list[Finding]:
         _finding("similar_classes", f"{' and '.join(map(repr, names))} are two classes; are they one?")
         for names in _alike(samples["label"], _folded)
     ]
+    if missing := sorted({label for label in samples["label"] if label in NO_VALUE}):
+        words = f"{examples(map(repr, missing))} is a class; is it a missing label?"
+        found.append(_finding("placeholder_class", words))
     if similar := [" and ".join(map(repr, names)) for names in _alike(groups, _bare)]:
         found.append(
             _finding("similar_groups", f"{examples(similar)} are two groups each; are they one?", len(similar))
@@ -65,6 +69,10 @@ def _folded(name: str) -> str:
 
 
 def _bare(name: str) -> str:
-    """An id without case, spaces, punctuation and leading zeros; a decimal comma or thousands are punctuation."""
-    bare = re.sub(r"[\W_]+", "", _folded(name))
-    return bare.lstrip("0") or bare
+    """An id without case, spaces, punctuation, leading zeros and the .0 of a whole number; 1-11 and 11-1 are two."""
+    folded = re.sub(r"^(\d+)\.0+$", r"\1", _folded(name))
+    folded = re.sub(r"(?<=\d),(?=\d{3}(\D|$))", "", folded)  # thousands
+    if re.fullmatch(r"-\d+", folded):
+        return folded
+    parts = [re.sub(r"[\W_]+", "", part) for part in re.split(r"(?<=\d)[\W_]+(?=\d)", folded)]
+    return "-".join(re.sub(r"\d+", lambda digits: digits[0].lstrip("0") or "0", part) for part in parts)

@@ -23,6 +23,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from tuning.data import dicom
 from tuning.record.storage import is_uri, readable
 from tuning.settings.config import FORMATS, InputError
+from tuning.settings.words import count
 
 DECODER_VERSION = 4  # raised with any change of pixels or facts (not of the notes' words): no older array is used
 FEW_LEVELS = 16  # of a grey picture, for a note
@@ -138,6 +139,8 @@ def decode(file: str, image_size: int, *, fit: str = "squash", drop_colour: bool
 
 def is_image(file: str) -> bool:
     """Return whether a file on this machine begins as an image of a format that can be read, whatever its suffix."""
+    if os.path.basename(file).upper() == "DICOMDIR":  # an index, which begins as a DICOM image
+        return False
     try:
         with open(file, "rb") as stream:
             return bool(_kind(stream))
@@ -256,7 +259,7 @@ def _emptiness(pixels: Pixels, shown: Shown) -> list[str]:
     if pixels.max() < NEARLY_BLACK:
         return [] if any("nearly black" in note for note in shown.notes) else ["is nearly black"]
     levels = np.unique(pixels).size
-    return [f"has only {levels} grey levels"] if levels < FEW_LEVELS else []
+    return [f"has only {count(levels, 'grey level')}"] if levels < FEW_LEVELS else []
 
 
 @contextmanager

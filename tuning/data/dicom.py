@@ -12,8 +12,10 @@ if TYPE_CHECKING:
 
 FRAMES = "has several frames, only the first is used"  # a note of other formats too
 NEEDED = ("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored")
-SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio")  # of a pixel's height and width
-JPEG_12_BITS = "1.2.840.10008.1.2.4.51"  # which Pillow reads up to 8 bits
+# Of a pixel's height and width.
+SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio")
+FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
+JPEG_12_BITS = "1.2.840.10008.1.2.4.51"  # which Pillow and gdcm read up to 8 bits
 
 
 def read(stream: BinaryIO) -> "Dataset":
@@ -30,6 +32,8 @@ def read(stream: BinaryIO) -> "Dataset":
         raise InputError(f"is a DICOM file, which needs pydicom; {cure}") from None
 
     dataset = dcmread(stream, force=True)  # also without the preamble and header, as PACS and old tools write
+    if {"FloatPixelData", "DoubleFloatPixelData"} & set(dataset.dir("FloatPixelData")):
+        raise InputError("is a DICOM file of floating-point pixels, which isn't supported; convert it to 16 bits")
     if "PixelData" not in dataset:
         kind = dataset["SOPClassUID"].value.name if "SOPClassUID" in dataset else "of unknown class"
         raise InputError(f"is a DICOM file without an image ({kind}); leave it out")
@@ -41,8 +45,9 @@ def read(stream: BinaryIO) -> "Dataset":
         dataset.file_meta.TransferSyntaxUID = _uncompressed_syntax(dataset)
     syntax = dataset.file_meta.TransferSyntaxUID
     decoder = get_decoder(syntax)
-    if syntax == JPEG_12_BITS and dataset.BitsStored > 8 and decoder.available_plugins == ("pillow",):
-        raise InputError(f"is a DICOM file whose pixels are compressed as {syntax.name}; pip install python-gdcm")
+    if syntax == JPEG_12_BITS and dataset.BitsStored > 8 and "pylibjpeg" not in decoder.available_plugins:
+        cure = "pip install pylibjpeg pylibjpeg-libjpeg, or store it uncompressed"
+        raise InputError(f"is a DICOM file whose pixels are compressed as {syntax.name}; {cure}")
     if not decoder.is_available:
         lacking = " ".join(decoder.missing_dependencies)
         packages = "python-gdcm" if "gdcm" in lacking else "pylibjpeg pylibjpeg-openjpeg pylibjpeg-libjpeg"
@@ -195,7 +200,9 @@ def _looked_up(dataset: "Dataset", sequence: str, values: Any) -> tuple[Any, int
     """
     item = dataset[sequence].value[0]
     entries, first, bits = item.LUTDescriptor
-    entries, content = entries or 65_536, item.LUTData
+    entries, content = entries % 65_536 or 65_536, item.LUTData
+    if first > 32_767 and values.min() < 0:  # a negative number, which implicit VR can't say of unsigned pixels
+        first -= 65_536
     if isinstance(content, bytes):
         order = "<" if dataset.file_meta.TransferSyntaxUID.is_little_endian else ">"
         packed = bits <= 8 and len(content) < 2 * entries
@@ -220,14 +227,16 @@ def _brightness(dataset: "Dataset", stored: Any, pixels: Any) -> tuple[Any, list
         note = f"has a lookup table that says {bits} bits and holds {used}, in which it is shown"
         return levels / (2 ** max(used, 1) - 1), [note]
     known = dataset.get("WindowCenter") is not None and dataset.get("WindowWidth") is not None
-    function = str(dataset.get("VOILUTFunction") or "LINEAR")
+    function = str(dataset.get("VOILUTFunction") or "LINEAR").upper()
+    notes = [] if function in FUNCTIONS else [f"has the VOI LUT function {function!r}, shown as LINEAR"]
+    function = function if function in FUNCTIONS else "LINEAR"
     width = float(np.ravel(dataset["WindowWidth"].value)[0]) if known else 0.0
     if width >= 1 or (width > 0 and function != "LINEAR"):  # C.11.2.1.2; others are no window, as in dcmtk
         centre = float(np.ravel(dataset["WindowCenter"].value)[0])
         if function == "LINEAR":
             centre, width = centre - 0.5, width - 1
         steps = (values - centre) / max(width, 1e-9)
-        return expit(4 * steps) if function == "SIGMOID" else steps + 0.5, []
+        return expit(4 * steps) if function == "SIGMOID" else steps + 0.5, notes
     if dataset.BitsStored <= 8 and not dataset.PixelRepresentation:
         ends, notes = [0, 2**dataset.BitsStored - 1], []
     else:

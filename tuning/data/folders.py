@@ -112,8 +112,8 @@ def read_folder(root: str, entries_of: Lister, faults: list[str], remarks: list[
 
 
 def _is_loose_image(entry: Entry) -> bool:
-    """Whether a file beside class folders is an image; a DICOMDIR, which begins as one, is an index."""
-    if entry.is_folder or entry.name.upper() == "DICOMDIR":
+    """Whether a file beside class folders is an image."""
+    if entry.is_folder:
         return False
     known = entry.name.lower().endswith(IMAGE_SUFFIXES)
     return known or (not storage.is_uri(entry.path) and is_image(entry.path))

@@ -18,16 +18,21 @@ import pyarrow.parquet as pq
 from tuning.data.folders import SPLIT_WORDS, Entry, Sample, class_faults, read_folder
 from tuning.data.splits import random_splits
 from tuning.record import storage
-from tuning.settings.config import InputError
+from tuning.settings.config import SAMPLE_SETTINGS, InputError, SearchPlan
 from tuning.settings.words import are, count, examples
 
-NO_GROUP = ("NA", "N/A", "<NA>", "NaN", "nan", "NULL", "null", "None")  # as R, pandas and databases write no value
+NO_VALUE = ("NA", "N/A", "<NA>", "NaN", "nan", "NULL", "null", "None")  # as R, pandas and databases write no value
 LIKELY = {  # names, without case and punctuation, of columns that are split or group by other names
     "split_column": ("split", "set", "dataset", "fold", "partition", "subset", "phase"),
     "group_column": (
         "group",
         "patient",
         "patientid",
+        "patientname",
+        "patientno",
+        "patientnumber",
+        "mrn",
+        "recordid",
         "subject",
         "subjectid",
         "pid",
@@ -37,6 +42,7 @@ LIKELY = {  # names, without case and punctuation, of columns that are split or 
         "studyid",
     ),
 }
+ABSENT = "missing image"
 WANTED = "give a folder of class folders, or a CSV or Parquet manifest"
 
 
@@ -111,22 +117,59 @@ def load_samples(
         raise InputError([f"{data}: {fault}" for fault in error.faults]) from None
 
 
-def elsewhere(samples: pd.DataFrame, data: str, **columns: Any) -> pd.DataFrame:
-    """Return the samples of a run with their files in another place.
+class OtherSamples(InputError):
+    """The data has other samples than a run."""
 
-    Args:
-        samples: as `load_samples` returned them.
-        data, columns: the place, and settings of `load_samples`. Only its paths and files are used.
+
+def elsewhere(samples: pd.DataFrame, plan: SearchPlan) -> pd.DataFrame:
+    """Return the samples of a run with their files where `plan.data` has them.
 
     Raises:
-        InputError: as `load_samples`, or an image isn't there.
+        OtherSamples: the data lacks images of the run, has more, or says otherwise of their labels, splits or groups.
+        InputError: as `load_samples`.
     """
-    there = load_samples(data, **columns).set_index("path")["file"]
-    absent = samples["path"][~samples["path"].isin(there.index)]
-    if len(absent):
-        missing = f"{are(len(absent), 'image')} not there ({examples(absent)})"
-        raise InputError(f"--data {data}: {missing}; give the place that all images of the run were moved to")
-    return samples.assign(file=samples["path"].map(there))
+    there = _load(plan)
+    if faults := _differences(samples, there, plan):
+        raise OtherSamples(f"{plan.data}: has other samples than the run: {'; '.join(faults.values())}")
+    return samples.assign(file=samples["path"].map(there.set_index("path")["file"]))
+
+
+def changes(samples: pd.DataFrame, plan: SearchPlan) -> str | None:
+    """Say how the data differs by now from the samples of a run; None if it doesn't, or can't be read any more.
+
+    Images that are missing are left to whoever opens them.
+    """
+    if plan.data is None:
+        return None
+    try:
+        found = _differences(samples, _load(plan), plan)
+    except InputError:
+        return None
+    found.pop(ABSENT, None)
+    return "; ".join(found.values()) or None
+
+
+def _load(plan: SearchPlan) -> pd.DataFrame:
+    return load_samples(str(plan.data), **{key: getattr(plan, key) for key in SAMPLE_SETTINGS})
+
+
+def _differences(samples: pd.DataFrame, there: pd.DataFrame, plan: SearchPlan) -> dict[str, str]:
+    """Say in what a table of samples differs from a run's; where it says nothing of splits or groups, it doesn't."""
+    both = samples.merge(there[["path", "label", "split", "group"]], "left", "path", suffixes=("", "_there"))
+    known = both["label_there"].notna()
+    differ = {name: both[name].fillna("") != both[f"{name}_there"].fillna("") for name in ("label", "split", "group")}
+    drawn = there.attrs["random_splits"]
+    # A run that moves images, or leaves some out, has other splits, or fewer images, than its data.
+    given = ~(both["split"].isin(drawn) & both["split_there"].isin(drawn)) & (plan.on_leak != "move")
+    more = ~there["path"].isin(samples["path"]) & (not plan.skip_unreadable)
+    found = {
+        ABSENT: both.loc[~known, "path"],
+        "further image": there.loc[more, "path"],
+        "other label": both.loc[known & differ["label"], "path"],
+        "other split": both.loc[known & differ["split"] & given, "path"],
+        "other group": both.loc[known & differ["group"] & there["group"].notna().any(), "path"],
+    }
+    return {what: f"{count(len(paths), what)} ({examples(paths)})" for what, paths in found.items() if len(paths)}
 
 
 def fingerprint(samples: pd.DataFrame, hashes: Sequence[str]) -> str:
@@ -230,7 +273,7 @@ def _read_manifest(
         if setting in ("label_column", "group_column"):
             values = _one_spelling(values)
         if setting == "group_column":
-            values = [None if value in NO_GROUP else value for value in values]
+            values = [None if value in NO_VALUE else value for value in values]
         empty = [row for row, value in enumerate(values, start=1) if value is None]
         if empty:
             unique = " (a unique id for each image of an unknown group)" if setting == "group_column" else ""

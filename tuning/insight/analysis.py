@@ -319,6 +319,7 @@ def described(spec: Mapping[str, Any]) -> str:
     if spec["type"] == "categorical":
         words = ", ".join(map(str, spec["choices"]))
     else:
-        words = f"{spec['low']:g} to {spec['high']:g}" + (", log" if spec.get("log") else "")
+        low, high = (bound if isinstance(bound, str) else f"{bound:g}" for bound in (spec["low"], spec["high"]))
+        words = f"{low} to {high}" + (", log" if spec.get("log") else "")
         words += f", step {spec['step']:g}" if spec.get("step") else ""
     return words + (f" (when {spec['when']})" if "when" in spec else "")

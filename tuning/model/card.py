@@ -234,6 +234,8 @@ def _audit(audit: pd.DataFrame | None) -> str:
     for (severity, finding), rows in audit.groupby(["severity", "finding"], sort=False):
         names_files = rows["path_a"].notna().any()  # which a card must not
         detail = len(rows) if names_files else plain(rows["detail"].str.cat(sep="; "))
+        if moved := int(rows["detail"].str.contains("; moved: ").sum()) if names_files else 0:
+            detail = f"{detail}, of which {moved} were resolved by moving images into one split"
         lines.append(f"- {severity}: {plain(finding)}: {detail}")
     return "## Data audit\n\n" + ("\n".join(lines) or "No findings.")
 

@@ -65,6 +65,8 @@ class Model:
             decoded.append(image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2))
         if faults:
             raise InputError(faults)
+        if not decoded:
+            return np.empty((0, len(self.classes)))
         prepare = preparer(np.stack(decoded), self.config.backbone, torch.device("cpu"))
         return tempered(predict_images(self.network, prepare, np.arange(len(decoded))), self.temperature)
 

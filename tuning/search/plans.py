@@ -184,7 +184,8 @@ def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
         place = settings.get(key)
         if place in (None, "auto", "random"):
             continue
-        prefix = "sqlite:///" if place.startswith("sqlite:///") else ""
+        named = re.match(r"sqlite(\+\w+)?:///", place)
+        prefix = named[0] if named else ""
         if prefix or not is_uri(place):
             absolute[key] = prefix + os.path.abspath(os.path.expanduser(place.removeprefix(prefix)))
     return absolute

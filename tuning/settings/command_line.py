@@ -45,8 +45,13 @@ def exit_code(command: Callable[[], int | None], interrupted: str = "") -> int:
         return INTERRUPTED
 
 
+def endure() -> None:
+    """Let the work go on if standard output or standard error break, which may be one place, such as a job's log."""
+    sys.stdout, sys.stderr = Enduring(sys.stdout), Enduring(sys.stderr)
+
+
 class Enduring:
-    """Standard output that may break, as what reads it ends or its disk is full: the work goes on without it."""
+    """Output that may break, as what reads it ends or its disk is full: the work goes on without it."""
 
     def __init__(self, stream: TextIO | None):
         self._stream = stream  # None if the shell has closed it, and once it has broken

@@ -162,7 +162,7 @@ class SearchPlan(BaseModel):
     """Number of trials: the start points, then suggestions. Probes and finalists are not counted."""
     epochs: int = Field(10, ge=1, le=10_000)
     """Number of epochs of a trial that is not ended early."""
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(0, ge=0, lt=2**31 - 1000)  # finalists' runs have the next ones
     """Random seed of the sampler and of every trial."""
     time_budget: Seconds | None = Field(None, gt=0)
     """Time after which the search ends, once the running epochs are done: 90s, 45m, 2h. Default: no limit."""

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ def _best(run: Run, verdict: finalists.Verdict) -> str:
         "best",
         f"Best configuration: {verdict.trial_id}",
         f'<div class="copy">{button}<pre id="config">{words}</pre></div>',
-        note(f"To retrain it and test it on the held-out test set: python tuning/train_final.py {place}"),
+        note(f"To retrain it and test it on the held-out test set: python tuning/train_final.py {shlex.quote(place)}"),
     )
 
 

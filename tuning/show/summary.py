@@ -94,7 +94,7 @@ def _print_table(title: str, frame: pd.DataFrame, note: str = "") -> None:
 
 def _trials(trials: pd.DataFrame, metric: str) -> pd.DataFrame:
     losses: pd.Series = loss_like(metric, trials[metric])
-    rows = trials.loc[losses.sort_values(na_position="last").index]
+    rows = trials.loc[losses.sort_values(na_position="last", kind="stable").index]
     rows = rows.assign(
         config_unfreeze_depth=rows["config_unfreeze_depth"].map(depth),
         config_learning_rate=rows["config_learning_rate"].map("{:.1e}".format),
