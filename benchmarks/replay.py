@@ -153,7 +153,7 @@ class Product:
     ):
         self._folder = tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
         settings = {name: value for name, value in changed.items() if name in SearchPlan.model_fields}
-        self._plan = SearchPlan(name="replay", trials=100_000, epochs=EPOCHS, seed=seed, **settings)
+        self._plan = SearchPlan(name="replay", trials=100_000, epochs=EPOCHS, seed=seed, metric="val_loss", **settings)
         self.search = Search(
             self._plan,
             parse(space() | {"start": START if start is None else start}, "grid"),

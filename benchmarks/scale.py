@@ -49,7 +49,7 @@ def main() -> None:
     """Search and print."""
     flags = tyro.cli(Flags)
     settings = {"trials": flags.trials, "epochs": flags.epochs, "early_stopping": flags.early_stopping}
-    plan = SearchPlan(name="scale", probe=False, **settings)
+    plan = SearchPlan(name="scale", probe=False, metric="val_loss", **settings)
     clock = SimpleNamespace(now=0.0)
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         search = Search(

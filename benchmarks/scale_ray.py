@@ -144,7 +144,7 @@ def main() -> None:
     """Search and print."""
     flags = tyro.cli(Flags)
     settings = {"trials": flags.trials, "epochs": flags.epochs, "early_stopping": flags.early_stopping}
-    plan = SearchPlan(name="scale", probe=False, finalists=0, concurrent=flags.slots, **settings)
+    plan = SearchPlan(name="scale", probe=False, finalists=0, metric="val_loss", concurrent=flags.slots, **settings)
     # These actors need no torch, and wait for no neighbours, whose actors have the low priority that Ray gives them.
     os.environ |= {"RAY_preload_python_modules": "", "RAY_worker_niceness": "0"}
     with tempfile.TemporaryDirectory() as folder, ray_running(plan) as resources:

@@ -22,6 +22,7 @@ from shared import draw_folder
 from tuning import train_final
 from tuning.checks.audit import load_checked
 from tuning.data import phantoms
+from tuning.insight.ensemble import Offer
 from tuning.model.folder import Ensemble, load_model
 from tuning.record.journal import Journal, best_epoch, read_journal, read_record
 from tuning.record.predictions import read_predictions
@@ -280,7 +281,7 @@ def test_an_ensemble_of_kept_trials(searched, folder, capsys):
     model = run(Flags(str(searched), set=(("ensemble=true",),)))
     metrics = metrics_of(model)
     shares = metrics["ensemble"]
-    assert sum(shares.values()) == pytest.approx(1) and 1 <= len(shares) <= 5
+    assert sum(shares.values()) == pytest.approx(1) and 1 <= len(shares) <= 5 and len(set(shares.values())) == 1
     assert {path.name for path in model.iterdir()} == {*WRITTEN, *shares}
     assert metrics["test"]["accuracy"] > 0.9 and metrics["test_reading"]["number"] == 1
     loaded = load_model(model)
@@ -298,6 +299,29 @@ def test_an_ensemble_of_kept_trials(searched, folder, capsys):
         member.predict(list(validation["file"])), stored.of({next(iter(shares))}).probabilities[0], atol=1e-5
     )
     assert "ensemble: " in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("gain", "settings", "several"),
+    [
+        (0.1, (), True),
+        (-0.1, (), False),
+        (0.1, ("ensemble=false", "epochs=1"), False),
+        (0.1, ("epochs=1",), False),
+        (0.1, ("final_data=train+val",), False),
+    ],
+)
+def test_the_mean_of_several_trials_is_handed_over_if_it_is_clearly_better(
+    searched, monkeypatch, capsys, gain, settings, several
+):
+    found = Offer(("t00000", "t00002"), 0.3, 0.3 + gain, gain, (gain - 0.05, gain + 0.05))
+    monkeypatch.setattr(train_final, "offer", lambda predictions: found)
+    metrics = metrics_of(run(Flags(str(searched), set=(settings,) if settings else ())))
+    assert ("ensemble" in metrics) == several
+    said = capsys.readouterr().out
+    assert ("the mean of 2 trials of the search has a val_tempered_loss 0.1000 lower" in said) == several
+    assert ("--set ensemble=false trains one network" in said) == several
 
 
 @pytest.mark.parametrize(

@@ -22,19 +22,19 @@ from numpy.typing import NDArray
 from tuning.checks.audit import Checked, load_checked
 from tuning.data.images import open_images
 from tuning.data.samples import OtherSamples, changes, elsewhere
-from tuning.insight.ensemble import named_shares
+from tuning.insight.ensemble import Offer, members, offer
 from tuning.model.held_out import READINGS, print_metrics, record_evaluation, score_test_set
 from tuning.record import tables
 from tuning.record.journal import read_journal
 from tuning.record.mirror import borrowed
-from tuning.record.predictions import read_predictions, write_tested
+from tuning.record.predictions import Predictions, read_predictions, write_tested
 from tuning.record.storage import is_uri, joined
 from tuning.record.temperature import fit_temperature, logarithms, tempered
 from tuning.search.plans import other_packages, short_training
 from tuning.settings.command_line import BAD_INPUT, DONE, Pairs, command_line, endure, exit_code
 from tuning.settings.config import InputError, SearchPlan, TrialConfig, build, cache_folder, visible
 from tuning.settings.documents import check_parts, read_mapping
-from tuning.settings.words import examples
+from tuning.settings.words import count, examples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +80,7 @@ class Best:
     provenance: dict[str, Any]
     changed: bool  # whether the configuration or the data differs from the search's
     chosen_weights: bool  # whether the command line names the pretrained weights
+    retrained: bool  # whether the command line asks for another training than the search's
 
 
 def run(flags: Flags, *, onnx: bool = True) -> Path:
@@ -108,15 +109,8 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
         cure = "restore it, or give the new data by --data"
         raise InputError(f"{plan.data} has changed since {best.path} was written: {changed}; {cure}")
     last = _median_best_epoch(best) if plan.final_data == "train+val" else None
-    configs = {"": config}
-    if plan.ensemble:
-        if table is None:
-            needed = "the folder of a run, with its tables, and the images of its search"
-            raise InputError(f"ensemble=true: needs {needed}; leave out ensemble or --data")
-        from tuning.model.final import kept_trials
-
-        predictions, known = kept_trials(run_folder, table)
-        configs = {trial_id: known[trial_id] for trial_id in named_shares(predictions)}
+    averaged = _averaged(best, run_folder, table)
+    configs = {"": config} if averaged is None else averaged.configs
     sizes = sorted({each.image_size for each in configs.values()})
     table, folders, found, audit, notes = _load(best, sizes, table, moved=flags.data is not None)
     if audit is not None:
@@ -164,8 +158,8 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
         keep_memory()
 
     # Train, or build an ensemble of trained models.
-    if plan.ensemble:
-        final = assemble(run_folder, predictions, configs, data, weights=weights, device=device)
+    if averaged is not None:
+        final = assemble(run_folder, averaged.predictions, configs, data, weights=weights, device=device)
     else:
         with outputs_folder(cache_folder(), folder) as outputs:
             final = train(
@@ -198,7 +192,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     tested, reading, logits = None, None, None
     rows = table.iloc[some.test]
     if len(rows):
-        reading = record_evaluation(run_folder, found, final.metrics["trained_on"], plan.ensemble)
+        reading = record_evaluation(run_folder, found, final.metrics["trained_on"], averaged is not None)
         logits = final.logits(data, "test", device)
         tested = score_test_set(logits, temperature, rows, some.classes)
 
@@ -214,9 +208,9 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     described = {"provenance": provenance} | ({} if "error" in exported else {"onnx": interface(final)})
     shaped: dict[str, Any] = {"fit": plan.fit, "drop_colour": plan.drop_colour}
     for name, (network, each) in final.networks.items():
-        own = {"provenance": provenance} if plan.ensemble else described | {"temperature": temperature}
+        own = {"provenance": provenance} if averaged is not None else described | {"temperature": temperature}
         save_model(unfinished / name, network, each, some.classes, **shaped, **own)
-    if plan.ensemble:
+    if averaged is not None:
         save_ensemble(unfinished, final.shares, some.classes, temperature, **described, preprocessing=shaped)
     (unfinished / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     if logits is not None:
@@ -264,12 +258,57 @@ def _read_best(path: Path, flags: Flags) -> Best:
     overrides |= {key: given[key] for key in ("epochs", "seed") if key in given}
     plan = build(SearchPlan, settings | given, str(path))
     reshaped = any(given.get(key, settings.get(key)) != settings.get(key) for key in ("fit", "drop_colour"))
-    if plan.ensemble and (overrides or reshaped or plan.final_data != "train"):
+    retrained = bool(overrides) or reshaped or plan.final_data != "train"
+    if plan.ensemble is True and retrained:
         cure = "leave it out, or leave out final_data, fit, drop_colour and parameters of trials"
         raise InputError(f"ensemble=true: uses the weights that the search has trained; {cure}")
     chosen = "weights" in given
     changed = reshaped or chosen or bool(overrides.keys() - {"seed"})
-    return Best(path, build(TrialConfig, document | overrides, str(path)), plan, provenance, changed, chosen)
+    trained = build(TrialConfig, document | overrides, str(path))
+    return Best(path, trained, plan, provenance, changed, chosen, retrained or chosen)
+
+
+@dataclasses.dataclass(frozen=True)
+class Averaged:
+    """The trials of an ensemble, by their ids."""
+
+    configs: dict[str, TrialConfig]
+    predictions: Predictions
+
+
+def _averaged(best: Best, run: Path, table: pd.DataFrame | None) -> Averaged | None:
+    """Return the ensemble that is asked for, or that is significantly better than the best trial alone; else None."""
+    asked = best.plan.ensemble
+    if asked is False or (asked == "auto" and (table is None or best.retrained)):
+        return None
+    if table is None:
+        needed = "the folder of a run, with its tables, and the images of its search"
+        raise InputError(f"ensemble=true: needs {needed}; leave out ensemble or --data")
+    from tuning.model.final import kept_trials
+
+    try:
+        predictions, known = kept_trials(run, table)
+    except InputError:
+        if asked is True:
+            raise
+        return None
+    gained = offer(predictions)
+    if asked == "auto" and (gained is None or not gained.better):
+        return None
+    if gained is not None:
+        _print_gain(gained, tables.read_table(run / "trials.parquet").set_index("trial_id")["latency_ms"])
+    return Averaged({trial_id: known[trial_id] for trial_id in members(predictions)}, predictions)
+
+
+def _print_gain(gained: Offer, latency_ms: "pd.Series[float]") -> None:
+    each = latency_ms[list(gained.members)]
+    print(
+        f"the mean of {count(len(gained.members), 'trial')} of the search has a val_tempered_loss "
+        "{:.4f} lower than the best alone (95% confidence interval {:.4f} to {:.4f});".format(
+            gained.gain, *gained.gain_95
+        ),
+        f"one image takes {each.sum():.1f} ms instead of {each.iloc[0]:.1f}; --set ensemble=false trains one network",
+    )
 
 
 def _moved(samples: pd.DataFrame, plan: SearchPlan) -> pd.DataFrame | None:

@@ -64,7 +64,7 @@ def test_earlier_runs_count_in_the_cap_of_a_search_that_goes_on():
 
 
 def test_what_a_verdict_still_needs():
-    plan = SearchPlan(name="x", epochs=8, finalist_seeds=3)
+    plan = SearchPlan(name="x", epochs=8, finalist_seeds=3, metric="val_loss")
     trials = table([0.9, 0.5, 0.4, 0.6], {})
     asked = {("t00000", 1), ("t00000", 2), ("t00001", 1)}
     left = [("t00002", 1), ("t00002", 2), ("t00001", 2), ("t00000", 3), ("t00002", 3), ("t00001", 3)]

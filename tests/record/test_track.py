@@ -20,7 +20,7 @@ EPOCHS = 4
 
 
 def plan(**settings):
-    return SearchPlan(name="x", trials=9, epochs=EPOCHS, **settings)
+    return SearchPlan(name="x", trials=9, epochs=EPOCHS, metric="val_loss", **settings)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from tuning.show.live import ASCII_BLOCKS, BLOCKS, MOST_LINES, Tally, about, blo
 def tallied(trials, *, running, slots=2, epochs=8, **settings):
     """A search of so many trials, of which the last few run."""
     record = make_record(trials=trials, epochs=epochs, running=running)
-    tally = Tally(SearchPlan(name="x", trials=trials, epochs=epochs, **settings), slots)
+    tally = Tally(SearchPlan(name="x", trials=trials, epochs=epochs, metric="val_loss", **settings), slots)
     for trial in record.trials.values():
         tally.take(trial)
     return record, tally, [trial for trial in record.trials.values() if trial.status == "running"]

@@ -111,7 +111,7 @@ def test_no_escape_codes_where_they_would_not_be_understood(monkeypatch, search,
         text = "".join(said)
     assert "\x1b" not in text
     assert re.search(
-        r"8 of 10 trials, about \d+ min left.*; best val_loss 0\.\d{4} \(t0000\d\); running: t00008 \d", text
+        r"8 of 10 trials, about \d+ min left.*; best val_tempered_loss 0\.\d{4} \(t0000\d\); running: t00008 \d", text
     )
 
 

@@ -80,7 +80,7 @@ def test_what_a_verdict_still_needs_can_be_typed(folder, tmp_path):
     """Where the run is now, and only what the search itself doesn't make."""
     html = page(make_run(tmp_path / "short", finalists=False))
     typed = f"python tuning/run_search.py --resume --name short --storage {tmp_path} --set finalist_epochs=120"
-    assert f"The verdict needs 15 more runs: {typed}" in html
+    assert f"To compare them by 15 more runs, with other seeds: {typed}" in html
     assert "finalist_epochs" not in page(folder)
     assert "finalist_epochs" not in page(make_run(tmp_path / "killed", killed=True))
     assert "finalist_epochs" not in page(make_run(tmp_path / "unjudged", trials=100, finalists=False))

@@ -1,7 +1,4 @@
-"""Ensembles of a search's trials, by greedy selection on validation probabilities.
-
-Caruana et al. 2004 (https://doi.org/10.1145/1015330.1015432).
-"""
+"""Ensembles of a search's best trials: the mean of their probabilities, at one temperature."""
 
 import hashlib
 from collections import Counter
@@ -13,19 +10,19 @@ from numpy.typing import NDArray
 
 from tuning.insight.intervals import mean_interval
 from tuning.record.predictions import Predictions
-from tuning.record.temperature import Floats, Ints
+from tuning.record.temperature import Floats, Ints, fit_temperature, logarithms, tempered, tempered_loss
 
-ROUNDS = 50  # of greedy selection
+MOST_MEMBERS = 5
 
 
 @dataclass(frozen=True)
 class Offer:
     """What an ensemble would gain. Losses on each half of the validation set are of what was selected on the other."""
 
-    shares: dict[str, float]  # of the members selected on the whole validation set, largest first; they add up to 1
-    val_loss: float  # of the ensemble
-    alone: float  # val_loss of the best single trial
-    gain: float  # alone - val_loss
+    members: tuple[str, ...]  # that are selected on the whole validation set, the best first
+    val_tempered_loss: float  # of the ensemble
+    alone: float  # val_tempered_loss of the best single trial
+    gain: float  # alone - val_tempered_loss
     gain_95: tuple[float, float]  # 95% confidence interval of the gain, by group
 
     @property
@@ -42,39 +39,38 @@ def offer(predictions: Predictions) -> Offer | None:
     first = halves(predictions.targets, predictions.groups)
     if len(predictions.trial_ids) < 2 or first.all() or not first.any():
         return None
-    true = predictions.true
     ensemble, alone = np.empty(len(first)), np.empty(len(first))
     for half in (first, ~first):
-        best = np.log(true[:, half]).mean(axis=1).argmax()
-        ensemble[~half] = -np.log(selected(true[:, half]) @ true[:, ~half])
-        alone[~half] = -np.log(true[best, ~half])
+        ranked, size = selected(predictions.probabilities[:, half], predictions.targets[half])
+        for losses, chosen in ((ensemble, ranked[:size]), (alone, ranked[:1])):
+            logs = logarithms(predictions.probabilities[chosen].mean(axis=0))
+            temperature = fit_temperature(logs[half], predictions.targets[half])
+            others = logarithms(tempered(logs[~half], temperature))
+            losses[~half] = -others[np.arange(len(others)), predictions.targets[~half]]
     gain, low, high = mean_interval(alone - ensemble, predictions.groups)
-    return Offer(named_shares(predictions), float(ensemble.mean()), float(alone.mean()), gain, (low, high))
+    return Offer(members(predictions), float(ensemble.mean()), float(alone.mean()), gain, (low, high))
 
 
-def named_shares(predictions: Predictions) -> dict[str, float]:
-    """Return each member's share in the ensemble selected on the whole validation set, the largest first."""
-    shares = selected(predictions.true)
-    order = np.argsort(-shares, kind="stable")
-    return {predictions.trial_ids[index]: float(shares[index]) for index in order if shares[index]}
+def members(predictions: Predictions) -> tuple[str, ...]:
+    """Return the trials of the ensemble selected on the whole validation set, the best first."""
+    ranked, size = selected(predictions.probabilities, predictions.targets)
+    return tuple(predictions.trial_ids[index] for index in ranked[:size])
 
 
-def selected(true: Floats) -> Floats:
-    """Return shares [trials] in the ensemble of lowest cross-entropy, by greedy forward selection with replacement.
+def selected(probabilities: Floats, targets: Ints) -> tuple[NDArray[np.int64], int]:
+    """Return the trials from the best to the worst by tempered loss, and how many of the best make the best mean.
 
-    Each round adds the trial that lowers the loss most. Of the ensembles of all rounds the best is returned, of equally
-    good ones the smallest. `true` [trials, images] are the probabilities of each image's true class.
+    All members have the same share: shares that are fitted too, greedily (Caruana et al. 2004), follow the few images
+    (benchmarks/README.md).
+
+    Args:
+        probabilities: [trials, images, classes].
+        targets: classes [images].
     """
-    total, times = np.zeros(true.shape[1]), np.zeros(len(true))
-    least, best = np.inf, times
-    for size in range(1, ROUNDS + 1):
-        losses = -np.log((total + true) / size).mean(axis=1)
-        chosen = int(losses.argmin())
-        total += true[chosen]
-        times[chosen] += 1
-        if losses[chosen] < least - 1e-9:
-            least, best = losses[chosen], times / size
-    return best
+    ranked = np.argsort([tempered_loss(logarithms(each), targets) for each in probabilities], kind="stable")
+    means = [logarithms(probabilities[ranked[:size]].mean(axis=0)) for size in range(1, 1 + MOST_MEMBERS)]
+    losses = [tempered_loss(each, targets) for each in means[: len(ranked)]]
+    return ranked, 1 + int(np.argmin(np.round(losses, 9)))
 
 
 def halves(targets: Ints, groups: Sequence[int] | Ints) -> NDArray[np.bool_]:

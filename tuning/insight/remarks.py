@@ -1,6 +1,5 @@
 """What trials' validation probabilities show, in sentences: whether they tell classes apart, calibration, ensemble."""
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,8 +27,7 @@ def remarks(folder: Path, trials: pd.DataFrame, samples: pd.DataFrame, metric: s
     found = [] if compared is None else _on_baseline(compared)
     if chosen is not None and chosen in predictions.trial_ids:
         found.append(_on_calibration(predictions, chosen))
-    worthless = compared is not None and not compared.better
-    return found + _on_ensemble(predictions, kept(folder, trials), worthless=worthless)
+    return found + _on_ensemble(predictions.of(kept(folder, trials)))
 
 
 def _on_baseline(found: Comparison) -> list[Remark]:
@@ -65,22 +63,18 @@ def _on_calibration(predictions: Predictions, trial_id: str) -> Remark:
     )
 
 
-def _on_ensemble(predictions: Predictions, saved: Collection[str], *, worthless: bool) -> list[Remark]:
+def _on_ensemble(saved: Predictions) -> list[Remark]:
     """Say what an ensemble of the trials with saved weights would gain; nothing if that can't be judged."""
-    found, of_all = offer(predictions.of(saved)), offer(predictions)
-    if found is None or of_all is None:
+    found = offer(saved)
+    if found is None:
         return []
     if found.gain_95 == (0.0, 0.0):
-        words = f"An ensemble of the {len(saved)} trials with saved weights gains nothing: its selection"
+        words = f"An ensemble of the {len(saved.trial_ids)} trials with saved weights gains nothing: its selection"
         return [Remark(f"{words} keeps the best single trial alone.")]
-    total = len(predictions.trial_ids)
-    others = f" ({of_all.val_loss:.4f} for all {total} trials)" if len(saved) < total else ""
-    build = " To build it: train_final.py --set ensemble=true." if found.better and not worthless else ""
-    return [
-        Remark(
-            f"An ensemble of the {len(saved)} trials with saved weights has val_loss {found.val_loss:.4f}{others}, the "
-            f"best single trial {found.alone:.4f}, each on the half of the validation set that it was not selected on: "
-            "a gain of {:.4f} (95% confidence interval {:.4f} to {:.4f}).".format(found.gain, *found.gain_95)
-            + build
-        )
-    ]
+    build = " train_final.py builds it, unless --set ensemble=false." if found.better else ""
+    words = (
+        f"An ensemble of {count(len(found.members), 'trial')} with saved weights has val_tempered_loss "
+        f"{found.val_tempered_loss:.4f}, the best single trial {found.alone:.4f}, each on the half of the validation "
+        f"set that it was not selected on: a gain of {found.gain:.4f} (95% confidence interval "
+    )
+    return [Remark(words + "{:.4f} to {:.4f}).".format(*found.gain_95) + build)]

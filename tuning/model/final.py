@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from tuning.insight.ensemble import named_shares, offer
+from tuning.insight.ensemble import offer
 from tuning.model.folder import build_network
 from tuning.record import tables
 from tuning.record.journal import best_epoch
@@ -118,12 +118,12 @@ def assemble(
     weights: Mapping[str, Path | None],
     device: torch.device,
 ) -> Final:
-    """Build the ensemble of `kept_trials` with the lowest validation loss; data is by image size, weights by backbone.
+    """Build the ensemble of these `kept_trials`; data is by image size, weights by backbone.
 
     Raises:
         InputError: kept weights don't reproduce their trial's probabilities.
     """
-    shares = named_shares(predictions)
+    shares = dict.fromkeys(configs, 1 / len(configs))
     probabilities = dict(zip(predictions.trial_ids, predictions.probabilities, strict=True))
     networks = {}
     for trial_id in shares:
@@ -139,7 +139,9 @@ def assemble(
             )
         networks[trial_id] = network.cpu(), config
     found = offer(predictions)
-    validation = None if found is None else {"val_loss": found.val_loss, "best_trial_alone": found.alone}
+    validation = (
+        None if found is None else {"val_tempered_loss": found.val_tempered_loss, "best_trial_alone": found.alone}
+    )
     metrics = {"trained_on": "train", "ensemble": shares, "validation": validation}
     return Final(networks, shares, _mixture(shares, [probabilities[trial_id] for trial_id in shares]), metrics)
 

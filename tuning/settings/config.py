@@ -179,7 +179,7 @@ class SearchPlan(BaseModel):
     early_stopping: bool = True
     """ASHA, `patience`, divergence rules, probes and finalists. If false, only a non-finite loss ends a trial early."""
 
-    metric: Literal["val_loss", "val_tempered_loss", "val_balanced_accuracy", "val_auroc"] = "val_loss"
+    metric: Literal["val_loss", "val_tempered_loss", "val_balanced_accuracy", "val_auroc"] = "val_tempered_loss"
     """By what epochs and trials are chosen: `val_loss`, `val_tempered_loss`, `val_balanced_accuracy` or `val_auroc`."""
     probe: bool = True
     """Whether the search starts with a linear probe of each backbone (not if `early_stopping` is false)."""
@@ -215,8 +215,8 @@ class SearchPlan(BaseModel):
     """Maximum number of epochs of all retrained runs, also the default's. Default: a quarter of the search's epochs."""
     final_data: Literal["train", "train+val"] = "train"
     """Training data of the final model: `train`, or `train+val` up to the median best epoch of its retrained runs."""
-    ensemble: bool = False
-    """Whether the final model is an ensemble of kept trials, without any training."""
+    ensemble: bool | Literal["auto"] = "auto"
+    """Whether the final model is the mean of the best kept trials: `true`, `false`, or `auto`: if clearly better."""
     weights: str = "auto"
     """Pretrained weights: `auto` (installed, cached or downloaded), a folder of weight files, or `random`."""
     fit: Literal["squash", "crop", "letterbox"] = "squash"
