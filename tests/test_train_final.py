@@ -27,6 +27,7 @@ from tuning.model.folder import Ensemble, load_model
 from tuning.record.journal import Journal, best_epoch, read_journal, read_record
 from tuning.record.predictions import read_predictions
 from tuning.record.tables import SAMPLES, make_tables, read_table, write_tables
+from tuning.record.temperature import logarithms, tempered
 from tuning.search.plans import write_run
 from tuning.search.trainable import FinetuneTrial
 from tuning.settings.config import InputError, SearchPlan, TrialConfig
@@ -302,6 +303,30 @@ def test_an_ensemble_of_kept_trials(searched, folder, capsys):
 
 
 @pytest.mark.slow
+def test_what_was_chosen_is_what_is_deployed(searched, capsys):
+    """The best trial's weights are taken from the search, and give its numbers everywhere."""
+    row = read_table(searched / "trials.parquet").set_index("trial_id").loc["t00000"]
+    model = train_final.run(Flags(str(searched), set=(("ensemble=false",),)))
+    metrics, said = metrics_of(model), capsys.readouterr().out
+    assert "t00000 as the search has trained it" in said and "epoch 1/" not in said
+    assert metrics["taken_from"] == "t00000" and metrics["epochs"] == row["best_epoch"]
+    for name in ("val_loss", "val_tempered_loss", "val_auroc", "val_balanced_accuracy"):
+        assert metrics["validation"][name] == row[name]
+    samples = read_table(searched / "samples.parquet")
+    validation = samples[samples["split"] == "val"]
+    (stored,) = (
+        read_predictions(searched, read_table(searched / "trials.parquet"), samples).of({"t00000"}).probabilities
+    )
+    loaded = load_model(model)
+    files = list(validation["file"])
+    wanted = tempered(logarithms(stored), loaded.temperature)
+    assert np.abs(loaded.predict(files) - wanted).max() < 1e-4
+    assert metrics["onnx"]["largest_difference"] < 1e-4
+    targets = validation["label"].map({name: place for place, name in enumerate(loaded.classes)}).to_numpy()
+    assert -np.log(wanted[np.arange(len(targets)), targets]).mean() == pytest.approx(row["val_tempered_loss"], abs=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gain", "settings", "several"),
     [
@@ -349,7 +374,7 @@ def test_kept_weights_that_are_not_of_the_best_epoch_are_left_out(searched):
     journal.close()
     write_tables(make_tables(read_record(searched / "journal.jsonl"), "val_loss"), searched)
     metrics = metrics_of(run(Flags(str(searched), set=(("ensemble=true",),))))
-    assert metrics["ensemble"].keys() <= {"t00000", "f00000", "f00001"}
+    assert set(metrics.get("ensemble") or [metrics["taken_from"]]) <= {"t00000", "f00000", "f00001"}
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import os
 import shlex
 import statistics
 import tempfile
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -27,7 +27,7 @@ from tuning.model.held_out import READINGS, print_metrics, record_evaluation, sc
 from tuning.record import tables
 from tuning.record.journal import read_journal
 from tuning.record.mirror import borrowed
-from tuning.record.predictions import Predictions, read_predictions, write_tested
+from tuning.record.predictions import read_predictions, write_tested
 from tuning.record.storage import is_uri, joined
 from tuning.record.temperature import fit_temperature, logarithms, tempered
 from tuning.search.plans import other_packages, short_training
@@ -35,6 +35,9 @@ from tuning.settings.command_line import BAD_INPUT, DONE, Pairs, command_line, e
 from tuning.settings.config import InputError, SearchPlan, TrialConfig, build, cache_folder, visible
 from tuning.settings.documents import check_parts, read_mapping
 from tuning.settings.words import count, examples
+
+if TYPE_CHECKING:
+    from tuning.model.final import Kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +112,8 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
         cure = "restore it, or give the new data by --data"
         raise InputError(f"{plan.data} has changed since {best.path} was written: {changed}; {cure}")
     last = _median_best_epoch(best) if plan.final_data == "train+val" else None
-    averaged = _averaged(best, run_folder, table)
-    configs = {"": config} if averaged is None else averaged.configs
+    taken = _taken(best, run_folder, table)
+    configs = {"": config} if taken is None else taken.configs
     sizes = sorted({each.image_size for each in configs.values()})
     table, folders, found, audit, notes = _load(best, sizes, table, moved=flags.data is not None)
     if audit is not None:
@@ -157,9 +160,9 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     if device.type == "cpu":
         keep_memory()
 
-    # Train, or build an ensemble of trained models.
-    if averaged is not None:
-        final = assemble(run_folder, averaged.predictions, configs, data, weights=weights, device=device)
+    # Take what the search has trained, or train.
+    if taken is not None:
+        final = assemble(taken, data, weights=weights, device=device)
     else:
         with outputs_folder(cache_folder(), folder) as outputs:
             final = train(
@@ -192,7 +195,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     tested, reading, logits = None, None, None
     rows = table.iloc[some.test]
     if len(rows):
-        reading = record_evaluation(run_folder, found, final.metrics["trained_on"], averaged is not None)
+        reading = record_evaluation(run_folder, found, final.metrics["trained_on"], len(final.networks) > 1)
         logits = final.logits(data, "test", device)
         tested = score_test_set(logits, temperature, rows, some.classes)
 
@@ -208,9 +211,9 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     described = {"provenance": provenance} | ({} if "error" in exported else {"onnx": interface(final)})
     shaped: dict[str, Any] = {"fit": plan.fit, "drop_colour": plan.drop_colour}
     for name, (network, each) in final.networks.items():
-        own = {"provenance": provenance} if averaged is not None else described | {"temperature": temperature}
+        own = {"provenance": provenance} if name else described | {"temperature": temperature}
         save_model(unfinished / name, network, each, some.classes, **shaped, **own)
-    if averaged is not None:
+    if len(final.networks) > 1:
         save_ensemble(unfinished, final.shares, some.classes, temperature, **described, preprocessing=shaped)
     (unfinished / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     if logits is not None:
@@ -268,36 +271,36 @@ def _read_best(path: Path, flags: Flags) -> Best:
     return Best(path, trained, plan, provenance, changed, chosen, retrained or chosen)
 
 
-@dataclasses.dataclass(frozen=True)
-class Averaged:
-    """The trials of an ensemble, by their ids."""
+def _taken(best: Best, run: Path, table: pd.DataFrame | None) -> "Kept | None":
+    """Return what the search has trained: the mean of several trials, or the best one; None if it is to be trained.
 
-    configs: dict[str, TrialConfig]
-    predictions: Predictions
-
-
-def _averaged(best: Best, run: Path, table: pd.DataFrame | None) -> Averaged | None:
-    """Return the ensemble that is asked for, or that is significantly better than the best trial alone; else None."""
+    Raises:
+        InputError: `ensemble=true` can't be.
+    """
     asked = best.plan.ensemble
-    if asked is False or (asked == "auto" and (table is None or best.retrained)):
+    if asked is not True and (table is None or best.retrained):
         return None
     if table is None:
         needed = "the folder of a run, with its tables, and the images of its search"
         raise InputError(f"ensemble=true: needs {needed}; leave out ensemble or --data")
     from tuning.model.final import kept_trials
 
-    try:
-        predictions, known = kept_trials(run, table)
-    except InputError:
-        if asked is True:
-            raise
+    if asked is not True and not (run / "trials.parquet").exists():
         return None
-    gained = offer(predictions)
-    if asked == "auto" and (gained is None or not gained.better):
+    found = kept_trials(run, table)
+    gained = offer(found.predictions) if asked is not False else None
+    if asked is True and not found.predictions.trial_ids:
+        lacks = f"no trial of {run} has both its best weights (checkpoints/) and its validation probabilities"
+        raise InputError(f"ensemble=true: {lacks} (predictions/); leave ensemble out to train the best configuration")
+    if asked is True or (gained is not None and gained.better):
+        if gained is not None:
+            _print_gain(gained, found.rows["latency_ms"])
+        return found.of(members(found.predictions))
+    chosen = str(best.provenance.get("trial_id"))
+    if chosen not in found.predictions.trial_ids:
         return None
-    if gained is not None:
-        _print_gain(gained, tables.read_table(run / "trials.parquet").set_index("trial_id")["latency_ms"])
-    return Averaged({trial_id: known[trial_id] for trial_id in members(predictions)}, predictions)
+    print(f"{chosen} as the search has trained it, with the weights of its best epoch")
+    return found.of([chosen])
 
 
 def _print_gain(gained: Offer, latency_ms: "pd.Series[float]") -> None:

@@ -1,7 +1,7 @@
 """The final model before its test: one configuration trained again, or an ensemble of the search's trials."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,59 +91,73 @@ def train(
     return Final({"": (network, config)}, {"": 1.0}, validated, metrics)
 
 
-def kept_trials(run: Path, samples: pd.DataFrame) -> tuple[Predictions, dict[str, TrialConfig]]:
-    """Return validation probabilities and configurations of a run's trials whose best weights were kept.
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Trials of a search whose best weights were kept, with their validation probabilities."""
+
+    run: Path
+    predictions: Predictions
+    configs: dict[str, TrialConfig]
+    rows: pd.DataFrame  # of the table of trials, by trial_id
+
+    def of(self, trial_ids: Sequence[str]) -> "Kept":
+        """Return some of the trials, in this order."""
+        configs = {trial_id: self.configs[trial_id] for trial_id in trial_ids}
+        return dataclasses.replace(self, predictions=self.predictions.of(trial_ids), configs=configs)
+
+
+def kept_trials(run: Path, samples: pd.DataFrame) -> Kept:
+    """Return the trials of a run that have both their best weights and their validation probabilities.
 
     Raises:
-        InputError: there are none.
+        InputError: the run has no tables.
     """
     trials = tables.read_table(run / "trials.parquet")
     trials = trials[trials["origin"] != "probe"]
     configs = kept(run, trials)
     predictions = read_predictions(run, trials[trials["trial_id"].isin(list(configs))], samples)
-    if not predictions.trial_ids:
-        raise InputError(
-            f"ensemble=true: no trial of {run} has both its best weights (checkpoints/) and its validation "
-            "probabilities (predictions/); leave ensemble out to train the best configuration again"
-        )
-    return predictions, configs
+    return Kept(run, predictions, configs, trials.set_index("trial_id"))
 
 
 def assemble(
-    run: Path,
-    predictions: Predictions,
-    configs: Mapping[str, TrialConfig],
-    data: Mapping[int, Data],
-    *,
-    weights: Mapping[str, Path | None],
-    device: torch.device,
+    chosen: Kept, data: Mapping[int, Data], *, weights: Mapping[str, Path | None], device: torch.device
 ) -> Final:
-    """Build the ensemble of these `kept_trials`; data is by image size, weights by backbone.
+    """Build the model of one kept trial, or the mean of several; data is by image size, weights by backbone.
 
     Raises:
         InputError: kept weights don't reproduce their trial's probabilities.
     """
-    shares = dict.fromkeys(configs, 1 / len(configs))
-    probabilities = dict(zip(predictions.trial_ids, predictions.probabilities, strict=True))
+    probabilities = dict(zip(chosen.predictions.trial_ids, chosen.predictions.probabilities, strict=True))
     networks = {}
-    for trial_id in shares:
-        config = configs[trial_id]
+    for trial_id, config in chosen.configs.items():
         images = data[config.image_size]
         network = build_network(config, len(images.classes), weights[config.backbone])
-        network.load_state_dict(best_weights(run, trial_id), strict=False)
+        network.load_state_dict(best_weights(chosen.run, trial_id), strict=False)
         again = tempered(_logits(network, config, images, images.val[:CHECKED_IMAGES], device), 1.0)
         if not np.abs(again - probabilities[trial_id][:CHECKED_IMAGES]).max() < CHECKED_DIFFERENCE:
             raise InputError(
                 f"{trial_id}: its kept weights do not reproduce its probabilities in the search, perhaps because the "
-                "pretrained weights differ; give the search's by --set weights=FOLDER, or leave ensemble out"
+                "pretrained weights differ; give the search's by --set weights=FOLDER, or train by --set epochs=..."
             )
         networks[trial_id] = network.cpu(), config
-    found = offer(predictions)
-    validation = (
-        None if found is None else {"val_tempered_loss": found.val_tempered_loss, "best_trial_alone": found.alone}
-    )
-    metrics = {"trained_on": "train", "ensemble": shares, "validation": validation}
+    metrics: dict[str, Any] = {"trained_on": "train"}
+    if len(networks) == 1:
+        ((trial_id, network_of),) = networks.items()
+        row = chosen.rows.loc[trial_id]
+        scores = {name: row[name] for name in row.index if name.startswith("val_")}
+        metrics |= {"epochs": int(row["best_epoch"]), "train_eval_loss": _number(row["train_eval_loss"])}
+        metrics |= {"validation": {name: _number(value) for name, value in scores.items()}, "taken_from": trial_id}
+        return Final({"": network_of}, {"": 1.0}, logarithms(probabilities[trial_id]), metrics)
+    shares = dict.fromkeys(networks, 1 / len(networks))
+    found, validation = offer(chosen.predictions), None
+    if found is not None:
+        validation = {"val_tempered_loss": found.val_tempered_loss, "best_trial_alone": found.alone}
+    metrics |= {"ensemble": shares, "validation": validation}
     return Final(networks, shares, _mixture(shares, [probabilities[trial_id] for trial_id in shares]), metrics)
+
+
+def _number(value: Any) -> float | None:
+    return None if pd.isna(value) else float(value)
 
 
 def _logits(

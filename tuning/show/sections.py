@@ -157,7 +157,9 @@ def _best(run: Run, verdict: finalists.Verdict) -> str:
         "best",
         f"Best configuration: {verdict.trial_id}",
         f'<div class="copy">{button}<pre id="config">{words}</pre></div>',
-        note(f"To retrain it and test it on the held-out test set: python tuning/train_final.py {shlex.quote(place)}"),
+        note(
+            f"To test it, or the mean of the best trials, on the held-out test set: python tuning/train_final.py {shlex.quote(place)}"
+        ),
     )
 
 
