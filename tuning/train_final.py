@@ -1,4 +1,4 @@
-"""best.yaml -> final training -> the test set, once -> the model folder."""
+"""best.yaml -> what the search has trained, or a training anew -> the test set, once -> the model folder."""
 
 import sys
 from pathlib import Path
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """Train the best configuration, evaluate it once on the test set, and write the model folder.
+    """Take the best trial of a search, or the mean of its best, or train; test it once, and write the model folder.
 
     Example: python tuning/train_final.py results/xray
     """

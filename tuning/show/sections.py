@@ -158,7 +158,8 @@ def _best(run: Run, verdict: finalists.Verdict) -> str:
         f"Best configuration: {verdict.trial_id}",
         f'<div class="copy">{button}<pre id="config">{words}</pre></div>',
         note(
-            f"To test it, or the mean of the best trials, on the held-out test set: python tuning/train_final.py {shlex.quote(place)}"
+            "To test it, or the mean of the best trials, on the held-out test set: "
+            f"python tuning/train_final.py {shlex.quote(place)}"
         ),
     )
 

@@ -147,9 +147,8 @@ def _print_next(place: str, more: tuple[int, str] | None) -> None:
     lines = []
     if more is not None:
         lines.append(f"{more[1]}        # compares them by {count(more[0], 'more run')}, with other seeds")
-    lines.append(
-        f"python tuning/train_final.py {shlex.quote(place)}        # test the best, or the mean of the best; write model/"
-    )
+    final = f"python tuning/train_final.py {shlex.quote(place)}"
+    lines.append(f"{final}        # test the best, or the mean of the best; write model/")
     table = json.dumps(joined(place, "trials.parquet"), ensure_ascii=False)  # a string of Python too
     lines.append("python -c " + shlex.quote(f"import pandas as pd; print(pd.read_parquet({table}))"))
     console.print("\nNext:")
