@@ -112,7 +112,9 @@ def _verdict(run: Run, verdict: finalists.Verdict) -> str:
     sentence = "No trial has started." if trials.empty else capitalized(verdict.sentence)
     runs = run.trials[run.trials["origin"] == "finalist"]
     left = int((~runs["status"].isin(FINAL)).sum())
-    state = f"Verdict so far, with {count(left, 'unfinished finalist run')}" if left else f"Verdict: {verdict.verdict}"
+    so_far = len(trials) < run.settings["trials"] or not trials["status"].isin(FINAL).all()
+    state = f"Verdict{' so far' if so_far else ''}: {verdict.verdict}"
+    state = f"Verdict so far, with {count(left, 'unfinished finalist run')}" if left else state
     label = f'<p class="verdict {"" if left else verdict.verdict.partition(" ")[0]}">{text(state)}</p>'
     notes = [
         f'<p class="warning">{text(words)}</p>' if alarming else note(words)

@@ -1,4 +1,4 @@
-"""The summary that a search prints at its end: its trials, overfitting, time, verdict and best configuration."""
+"""The summary that a search prints at its end: verdict, trials, overfitting, time and the best configuration."""
 
 import json
 import shlex
@@ -57,6 +57,11 @@ def summarize(
         console.print("No trial has started.")
         return
     epochs = tables.read_table(folder / "epochs.parquet")
+    if verdict.trial_id is not None:
+        console.print(f"[bold]Verdict: {verdict.verdict}[/bold]: {verdict.sentence}.\n")
+    if judged["runs"].any():
+        _print_table("Retrained with the same seeds", frames.finalists(judged), f" ({plan.metric})")
+        console.print()
     _print_table("Trials, best first", _trials(trials, plan.metric))
     _print_overfitting(trials, epochs, plan.metric)
     _print_time(trials, epochs, analysis.backbone_cost(everything), plan.epochs)
@@ -71,9 +76,6 @@ def summarize(
         advice = " Try lower learning rates." if (trials["status"] == "diverged").any() else ""
         console.print(f"\n[bold]No trial had a finite loss[/bold]: there is no best.yaml.{advice}")
         return
-    if judged["runs"].any():
-        _print_table("\nRetrained with the same seeds", frames.finalists(judged), f" ({plan.metric})")
-    console.print(f"\n[bold]Verdict: {verdict.verdict}[/bold]: {verdict.sentence}.")
     _print_best(trials.set_index("trial_id").loc[verdict.trial_id], plan.metric)
     console.print()
     samples = tables.read_table(folder / "samples.parquet")
