@@ -295,7 +295,7 @@ def _taken(best: Best, run: Path, table: pd.DataFrame | None) -> "Kept | None":
     if asked is True or (gained is not None and gained.better):
         if gained is not None:
             _print_gain(gained, found.rows["latency_ms"])
-        return found.of(members(found.predictions))
+        return dataclasses.replace(found.of(members(found.predictions)), gained=gained)
     chosen = str(best.provenance.get("trial_id"))
     if chosen not in found.predictions.trial_ids:
         return None

@@ -1,4 +1,4 @@
-"""The final model before its test: one configuration trained again, or an ensemble of the search's trials."""
+"""The final model before its test: one configuration trained again, or what the search has trained."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from tuning.insight.ensemble import offer
+from tuning.insight.ensemble import Offer
 from tuning.model.folder import build_network
 from tuning.record import tables
 from tuning.record.journal import best_epoch
@@ -99,6 +99,7 @@ class Kept:
     predictions: Predictions
     configs: dict[str, TrialConfig]
     rows: pd.DataFrame  # of the table of trials, by trial_id
+    gained: Offer | None = None  # by the mean of those that were selected among all
 
     def of(self, trial_ids: Sequence[str]) -> "Kept":
         """Return some of the trials, in this order."""
@@ -149,9 +150,9 @@ def assemble(
         metrics |= {"validation": {name: _number(value) for name, value in scores.items()}, "taken_from": trial_id}
         return Final({"": network_of}, {"": 1.0}, logarithms(probabilities[trial_id]), metrics)
     shares = dict.fromkeys(networks, 1 / len(networks))
-    found, validation = offer(chosen.predictions), None
-    if found is not None:
-        validation = {"val_tempered_loss": found.val_tempered_loss, "best_trial_alone": found.alone}
+    gained, validation = chosen.gained, None
+    if gained is not None:
+        validation = {"val_tempered_loss": gained.val_tempered_loss, "best_trial_alone": gained.alone}
     metrics |= {"ensemble": shares, "validation": validation}
     return Final(networks, shares, _mixture(shares, [probabilities[trial_id] for trial_id in shares]), metrics)
 
