@@ -327,6 +327,28 @@ def test_what_was_chosen_is_what_is_deployed(searched, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("change", ["document", "metric", "content"])
+def test_what_asks_for_another_training_is_trained(searched, folder, tmp_path, capsys, change):
+    given = {}
+    if change == "document":
+        text = (searched / "best.yaml").read_text()
+        (searched / "best.yaml").write_text(text.replace("learning_rate: 0.003", "learning_rate: 0.004", 1))
+    elif change == "metric":
+        given = {"set": (("metric=val_auroc",),)}
+    else:
+        other = Path(shutil.copytree(folder, tmp_path / "other"))
+        trained = read_table(searched / "samples.parquet").query("split == 'train'")["path"].iloc[0]
+        Image.fromarray(np.full((40, 40), 90, np.uint8)).save(other / trained)
+        given = {"data": str(other)}
+    metrics, said = metrics_of(run(Flags(str(searched), **given))), capsys.readouterr().out
+    assert "taken_from" not in metrics and "epoch 1/6" in said
+    if change == "document":
+        assert "t00000 is trained anew: " in said and "has another configuration" in said
+    if change == "content":
+        assert "used as other data" in said and "not all have their content" in said
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gain", "settings", "several"),
     [
@@ -341,12 +363,12 @@ def test_the_mean_of_several_trials_is_handed_over_if_it_is_clearly_better(
     searched, monkeypatch, capsys, gain, settings, several
 ):
     found = Offer(("t00000", "t00002"), 0.3, 0.3 + gain, gain, (gain - 0.05, gain + 0.05))
-    monkeypatch.setattr(train_final, "offer", lambda predictions: found)
+    monkeypatch.setattr(train_final, "offer", lambda predictions, chosen: found)
     metrics = metrics_of(run(Flags(str(searched), set=(settings,) if settings else ())))
     assert ("ensemble" in metrics) == several
     said = capsys.readouterr().out
     assert ("the mean of 2 trials of the search has a val_tempered_loss 0.1000 lower" in said) == several
-    assert ("--set ensemble=false trains one network" in said) == several
+    assert ("--set ensemble=false takes t00000 alone" in said) == several
 
 
 @pytest.mark.parametrize(

@@ -282,13 +282,15 @@ def _recorded_samples(folder: Path, plan: SearchPlan) -> pd.DataFrame:
     """Return the samples of a run to resume, with the files of the place that --data gives anew."""
     recorded = tables.read_table(folder / "samples.parquet")
     anew = "or start a new run under another --name"
-    if plan.data is None or plan.data == read_plan(folder)["settings"]["data"]:
-        if changed := changes(recorded, plan):
+    started = read_plan(folder)
+    listing = started["provenance"].get("listing")
+    if plan.data is None or plan.data == started["settings"]["data"]:
+        if changed := changes(recorded, plan, listing):
             what = f"{plan.data} has changed since {plan.name} started: {changed}"
             raise InputError(f"--resume: {what}; restore it, {anew}")
         return recorded
     try:
-        return elsewhere(recorded, plan)
+        return elsewhere(recorded, plan, listing)
     except InputError as error:
         cure = f"give the place that all images of the run were moved to, {anew}"
         raise InputError([f"--data {fault}; {cure}" for fault in error.faults]) from None
@@ -302,7 +304,12 @@ def _check_unchanged(
 
     anew = "or start a new run under another --name"
     if provenance["fingerprint"] != fingerprint:
-        raise InputError(f"--resume: the data ({plan.data}) has changed since {plan.name} started; restore it, {anew}")
+        what = (
+            "of the generated radiographs, which processors draw differently,"
+            if plan.data is None
+            else f"({plan.data})"
+        )
+        raise InputError(f"--resume: the data {what} has changed since {plan.name} started; restore it, {anew}")
     if other := other_weights(weights, provenance.get("weights")):
         what = f"the pretrained weights of {examples(other)} have changed since {plan.name} started"
         raise InputError(f"--resume: {what}; restore them, {anew}")

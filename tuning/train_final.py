@@ -25,7 +25,7 @@ from tuning.data.samples import OtherSamples, changes, elsewhere
 from tuning.insight.ensemble import Offer, members, offer
 from tuning.model.held_out import READINGS, print_metrics, record_evaluation, score_test_set
 from tuning.record import tables
-from tuning.record.journal import read_journal
+from tuning.record.journal import LOSSES, read_journal
 from tuning.record.mirror import borrowed
 from tuning.record.predictions import read_predictions, write_tested
 from tuning.record.storage import is_uri, joined
@@ -107,8 +107,8 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
         raise InputError(f"{run_folder}: no permission to write there; copy best.yaml to a folder of your own")
     table = _table(run_folder / "samples.parquet")
     if flags.data is not None and table is not None:
-        table = _moved(table, plan)
-    elif table is not None and (changed := changes(table, plan)):
+        table = _moved(table, best)
+    elif table is not None and (changed := changes(table, plan, best.provenance.get("listing"))):
         cure = "restore it, or give the new data by --data"
         raise InputError(f"{plan.data} has changed since {best.path} was written: {changed}; {cure}")
     last = _median_best_epoch(best) if plan.final_data == "train+val" else None
@@ -116,6 +116,9 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     configs = {"": config} if taken is None else taken.configs
     sizes = sorted({each.image_size for each in configs.values()})
     table, folders, found, audit, notes = _load(best, sizes, table, moved=flags.data is not None)
+    if taken is not None and found != best.provenance["fingerprint"] and flags.data is not None:  # other images
+        taken, configs, sizes = None, {"": config}, [config.image_size]
+        table, folders, found, audit, notes = _load(best, sizes, None, moved=True)
     if audit is not None:
         findings = audit.to_pandas()
     best = dataclasses.replace(best, changed=best.changed or found != best.provenance["fingerprint"])
@@ -261,7 +264,7 @@ def _read_best(path: Path, flags: Flags) -> Best:
     overrides |= {key: given[key] for key in ("epochs", "seed") if key in given}
     plan = build(SearchPlan, settings | given, str(path))
     reshaped = any(given.get(key, settings.get(key)) != settings.get(key) for key in ("fit", "drop_colour"))
-    retrained = bool(overrides) or reshaped or plan.final_data != "train"
+    retrained = bool(overrides) or reshaped or plan.final_data != "train" or plan.metric != settings.get("metric")
     if plan.ensemble is True and retrained:
         cure = "leave it out, or leave out final_data, fit, drop_colour and parameters of trials"
         raise InputError(f"ensemble=true: uses the weights that the search has trained; {cure}")
@@ -288,36 +291,42 @@ def _taken(best: Best, run: Path, table: pd.DataFrame | None) -> "Kept | None":
     if asked is not True and not (run / "trials.parquet").exists():
         return None
     found = kept_trials(run, table)
-    gained = offer(found.predictions) if asked is not False else None
     if asked is True and not found.predictions.trial_ids:
         lacks = f"no trial of {run} has both its best weights (checkpoints/) and its validation probabilities"
         raise InputError(f"ensemble=true: {lacks} (predictions/); leave ensemble out to train the best configuration")
-    if asked is True or (gained is not None and gained.better):
-        if gained is not None:
-            _print_gain(gained, found.rows["latency_ms"])
-        return dataclasses.replace(found.of(members(found.predictions)), gained=gained)
     chosen = str(best.provenance.get("trial_id"))
-    if chosen not in found.predictions.trial_ids:
-        return None
-    print(f"{chosen} as the search has trained it, with the weights of its best epoch")
-    return found.of([chosen])
+    same = chosen in found.predictions.trial_ids and found.configs[chosen] == best.config
+    if asked is True or (asked == "auto" and same and best.plan.metric in LOSSES):
+        averaged, gained = members(found.predictions), offer(found.predictions, chosen)
+        if len(averaged) > 1 and (asked is True or (gained is not None and gained.better)):
+            if gained is not None:
+                _print_gain(gained, chosen, found.rows["latency_ms"])
+            return dataclasses.replace(found.of(averaged), gained=gained)
+    if same:
+        print(f"{chosen} as the search has trained it, with the weights of its best epoch")
+        return found.of([chosen])
+    if chosen in found.rows.index:
+        kept = chosen in found.predictions.trial_ids
+        why = f"{best.path} has another configuration" if kept else "its weights were not kept"
+        print(f"{chosen} is trained anew: {why}")
+    return None
 
 
-def _print_gain(gained: Offer, latency_ms: "pd.Series[float]") -> None:
+def _print_gain(gained: Offer, chosen: str, latency_ms: "pd.Series[float]") -> None:
     each = latency_ms[list(gained.members)]
+    low, high = gained.gain_95
     print(
-        f"the mean of {count(len(gained.members), 'trial')} of the search has a val_tempered_loss "
-        "{:.4f} lower than the best alone (95% confidence interval {:.4f} to {:.4f});".format(
-            gained.gain, *gained.gain_95
-        ),
-        f"one image takes {each.sum():.1f} ms instead of {each.iloc[0]:.1f}; --set ensemble=false trains one network",
+        f"the mean of {count(len(gained.members), 'trial')} of the search has a val_tempered_loss {gained.gain:.4f} "
+        f"lower than {chosen} alone (95% confidence interval {low:.4f} to {high:.4f});",
+        f"one image takes {each.sum():.1f} ms instead of {latency_ms.get(chosen, each.iloc[0]):.1f}; "
+        f"--set ensemble=false takes {chosen} alone",
     )
 
 
-def _moved(samples: pd.DataFrame, plan: SearchPlan) -> pd.DataFrame | None:
+def _moved(samples: pd.DataFrame, best: Best) -> pd.DataFrame | None:
     """Return the samples of the search with their files in --data; None, with a word, if --data has other samples."""
     try:
-        return elsewhere(samples, plan)
+        return elsewhere(samples, best.plan, best.provenance.get("listing"))
     except OtherSamples as error:
         print(f"--data is used as other data, with splits of its own: {'; '.join(map(visible, error.faults))}")
         return None
@@ -327,6 +336,8 @@ def _load(best: Best, sizes: list[int], table: pd.DataFrame | None, *, moved: bo
     """Load the samples of the search or, without them or if files of the same names have other content, --data."""
     checked = load_checked(best.plan, sizes, table=table)
     if moved and table is not None and checked.fingerprint != best.provenance["fingerprint"]:
+        why = "its images have the names of the search's, but not all have their content"
+        print(f"--data is used as other data, with splits of its own: {why}")
         return load_checked(best.plan, sizes)
     return checked
 

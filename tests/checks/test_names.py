@@ -14,7 +14,14 @@ def found(labels=None, groups=None, splits=None, count=40):
 
 
 @pytest.mark.parametrize(
-    "spellings", [("normal", "NORMAL"), ("COVID 19", "COVID  19"), ("caf\u00e9", "cafe\u0301"), ("a\u200bb", "ab")]
+    "spellings",
+    [
+        ("normal", "NORMAL"),
+        ("COVID 19", "COVID  19"),
+        ("caf\u00e9", "cafe\u0301"),
+        ("a\u200bb", "ab"),
+        ("COVID-19", "COVID 19"),
+    ],
 )
 def test_two_spellings_of_a_class(spellings):
     details = found(labels=[spellings[0], spellings[1], "other", "other"] * 10, splits=["train"] * 40)

@@ -20,7 +20,7 @@ def simulated(noises, images=300, groups=None, seed=0):
 
 
 def test_trials_that_err_apart_are_better_together():
-    found = offer(simulated([2.5] * 7))
+    found = offer(simulated([2.5] * 7), "t0")
     assert found.better and found.val_tempered_loss < found.alone - 0.02
     assert found.gain == pytest.approx(found.alone - found.val_tempered_loss)
     assert len(found.members) == MOST_MEMBERS == len(set(found.members))
@@ -29,7 +29,7 @@ def test_trials_that_err_apart_are_better_together():
 def test_trials_that_are_alike_offer_nothing():
     one = simulated([1.0])
     alike = Predictions(("x", "y"), np.repeat(one.probabilities, 2, axis=0), one.targets, one.groups, one.classes)
-    found = offer(alike)
+    found = offer(alike, "x")
     assert found.gain == 0 and not found.better and found.members == ("x",)
 
 
@@ -43,7 +43,7 @@ def test_what_was_luck_on_one_half_is_not_offered():
         guesses = Predictions(tuple(map(str, range(50))), softmax(logits, axis=2), targets, np.arange(60), tuple("abc"))
         chosen = guesses.of(members(guesses)).probabilities.mean(axis=0)
         on_all = tempered_loss(logarithms(chosen), targets)
-        gains.append((offer(guesses).val_tempered_loss - np.log(3), on_all - np.log(3)))
+        gains.append((offer(guesses, "0").val_tempered_loss - np.log(3), on_all - np.log(3)))
     honest, fooled = np.mean(gains, axis=0)
     assert honest > 0.02 and fooled < -0.02  # judged on what it was chosen on, guessing seems to be better than it is
 
@@ -80,5 +80,5 @@ def test_halves_keep_groups_together_and_classes_even(rows):
 
 
 def test_too_little_to_choose_from_or_to_judge_on():
-    assert offer(simulated([1.0])) is None
-    assert offer(simulated([1.0, 1.0], groups=np.zeros(300, np.int64))) is None
+    assert offer(simulated([1.0]), "t0") is None
+    assert offer(simulated([1.0, 1.0], groups=np.zeros(300, np.int64)), "t0") is None

@@ -73,6 +73,17 @@ def test_the_more_were_tried_the_surer_it_must_be():
     assert few.low > many.low > most.low and few.p_value < many.p_value < most.p_value
 
 
+def test_a_trial_that_hardly_differs_from_the_default_does_not_widen_the_interval():
+    targets = np.arange(60) % 2
+    right = np.ones((3, 60))
+    right[0, 40:] = 0  # the default
+    right[2, 39:] = 0  # wrong on one more image
+    logits = 4 * right[..., None] * np.eye(2)[targets] + 4 * (1 - right[..., None]) * np.eye(2)[1 - targets]
+    alone = compare(predicted(logits[:2], targets), "t1", "t0", "val_balanced_accuracy", tried=2)
+    beside = compare(predicted(logits, targets), "t1", "t0", "val_balanced_accuracy", tried=3)
+    assert alone.better and beside.better and beside.high - beside.low < 1.3 * (alone.high - alone.low)
+
+
 def test_of_very_many_groups_the_interval_is_nearly_the_same(monkeypatch):
     logits, targets = search(np.random.default_rng(4), trials=8, images=1500, better=0.1)
     resampled = compare(predicted(logits, targets), "t1", "t0", "val_loss", tried=8)

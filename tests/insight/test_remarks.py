@@ -140,5 +140,5 @@ def test_an_ensemble_of_one_trial_is_no_ensemble():
     right = np.eye(2)[targets]
     probabilities = np.stack([right * 0.98 + 0.01, right * 0.2 + 0.4])
     predictions = Predictions(("t00000", "t00001"), probabilities, targets, np.arange(40), ("a", "b"))
-    (remark,) = _on_ensemble(predictions)
+    (remark,) = _on_ensemble(predictions, "t00000")
     assert "gains nothing: its selection keeps the best single trial alone" in remark.words

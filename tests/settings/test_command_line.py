@@ -38,3 +38,13 @@ def test_output_and_errors_may_break_together(monkeypatch):
     for stream in broken:
         with suppress(OSError):
             stream.close()
+
+
+def test_what_is_closed_or_broken_still_has_a_file_number():
+    assert os.fstat(Enduring(None).fileno())
+    with open("/dev/full", "w") as stream:
+        broken = Enduring(stream)
+        print("still here", file=broken, flush=True)
+        assert os.fstat(broken.fileno())
+        with suppress(OSError):
+            stream.close()

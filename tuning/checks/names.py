@@ -21,7 +21,7 @@ def of_names(samples: pd.DataFrame) -> list[Finding]:
     groups = samples["group"].dropna()
     found = [
         _finding("similar_classes", f"{' and '.join(map(repr, names))} are two classes; are they one?")
-        for names in _alike(samples["label"], _folded)
+        for names in _alike(samples["label"], _plain)
     ]
     if missing := sorted({label for label in samples["label"] if label in NO_VALUE}):
         words = f"{examples(map(repr, missing))} is a class; is it a missing label?"
@@ -60,6 +60,11 @@ def _alike(names: Iterable[str], key: Callable[[str], str]) -> list[list[str]]:
     for name in names:
         by_key[key(name)].add(name)
     return [sorted(same) for same in by_key.values() if len(same) > 1]
+
+
+def _plain(name: str) -> str:
+    """A class without case, spaces, hyphens, underscores and ways to write a letter."""
+    return re.sub(r"[-_]+", "", _folded(name)) or name
 
 
 def _folded(name: str) -> str:

@@ -186,11 +186,11 @@ def _modality(dataset: "Dataset", stored: Any) -> Any:
     from pydicom.pixels import apply_modality_lut
 
     if dataset.get("ModalityLUTSequence"):
-        return _looked_up(dataset, "ModalityLUTSequence", stored)[0]
+        return _looked_up(dataset, "ModalityLUTSequence", stored, below_zero=bool(dataset.PixelRepresentation))[0]
     return apply_modality_lut(stored, dataset)
 
 
-def _looked_up(dataset: "Dataset", sequence: str, values: Any) -> tuple[Any, int]:
+def _looked_up(dataset: "Dataset", sequence: str, values: Any, *, below_zero: bool) -> tuple[Any, int]:
     """Return what a lookup table gives for values, those beyond an end as the end does, and how many bits it uses.
 
     pydicom's own counts the entries of a table of 8 bits in 8 bits, so that their numbers wrap at 256. Entries of 8
@@ -201,7 +201,7 @@ def _looked_up(dataset: "Dataset", sequence: str, values: Any) -> tuple[Any, int
     item = dataset[sequence].value[0]
     entries, first, bits = item.LUTDescriptor
     entries, content = entries % 65_536 or 65_536, item.LUTData
-    if first > 32_767 and values.min() < 0:  # a negative number, which implicit VR can't say of unsigned pixels
+    if first > 32_767 and below_zero:  # a negative number, which implicit VR can't say of unsigned pixels
         first -= 65_536
     if isinstance(content, bytes):
         order = "<" if dataset.file_meta.TransferSyntaxUID.is_little_endian else ">"
@@ -221,7 +221,9 @@ def _brightness(dataset: "Dataset", stored: Any, pixels: Any) -> tuple[Any, list
     values = _modality(dataset, stored)
     if dataset.get("VOILUTSequence"):
         bits = dataset.VOILUTSequence[0].LUTDescriptor[2]
-        levels, used = _looked_up(dataset, "VOILUTSequence", values)
+        lowest = -(2 ** (dataset.BitsStored - 1)) if dataset.PixelRepresentation else 0
+        below_zero = bool(_modality(dataset, np.array([lowest], stored.dtype))[0] < 0)
+        levels, used = _looked_up(dataset, "VOILUTSequence", values, below_zero=below_zero)
         if used > bits - 2:
             return levels / (2**bits - 1), []
         note = f"has a lookup table that says {bits} bits and holds {used}, in which it is shown"

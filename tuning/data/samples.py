@@ -7,7 +7,7 @@ import os
 import posixpath
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import TextIOWrapper
 from typing import Any, BinaryIO
 
@@ -42,7 +42,7 @@ LIKELY = {  # names, without case and punctuation, of columns that are split or 
         "studyid",
     ),
 }
-ABSENT = "missing image"
+ABSENT, UNLISTED, OTHER = "missing image", "image no longer listed", "images, splits or groups were added or changed"
 WANTED = "give a folder of class folders, or a CSV or Parquet manifest"
 
 
@@ -74,7 +74,8 @@ def load_samples(
         One row per image, sorted by path: `path` (relative to the root if it lies below, with slashes), `file`
         (absolute path or URI), `label`, `split` (train, val or test), `group` (None if no groups are given); Python
         strings. `attrs["random_splits"]` names the splits made here: none, train and val, or all three;
-        `attrs["remarks"]` are lines for the user: what was left out, and what may not be meant.
+        `attrs["remarks"]` are lines for the user: what was left out, and what may not be meant;
+        `attrs["listing"]` is a digest of what the data says, before anything is drawn, moved or left out.
 
     Raises:
         InputError: every fault found in the data.
@@ -103,7 +104,7 @@ def load_samples(
             f"{data}: {are(len(missing), 'image file')} missing ({examples(missing)}); restore them or leave them out"
         )
     if faults:
-        raise InputError(faults)
+        raise (AbsentFiles if missing and len(faults) == 1 else InputError)(faults)
 
     samples.sort(key=lambda sample: sample.path)
     given = {sample.split for sample in samples}
@@ -112,7 +113,9 @@ def load_samples(
     table.attrs |= {"random_splits": splits, "remarks": remarks}
     units = [sample.group or sample.path for sample in samples]
     try:
-        return random_splits(table, units, val_fraction=val_fraction, test_fraction=test_fraction)
+        split = random_splits(table, units, val_fraction=val_fraction, test_fraction=test_fraction)
+        split.attrs["listing"] = _listing(split)
+        return split
     except InputError as error:
         raise InputError([f"{data}: {fault}" for fault in error.faults]) from None
 
@@ -121,45 +124,77 @@ class OtherSamples(InputError):
     """The data has other samples than a run."""
 
 
-def elsewhere(samples: pd.DataFrame, plan: SearchPlan) -> pd.DataFrame:
+class AbsentFiles(InputError):
+    """The data is listed as it should be, but files are missing."""
+
+
+def elsewhere(samples: pd.DataFrame, plan: SearchPlan, listing: str | None) -> pd.DataFrame:
     """Return the samples of a run with their files where `plan.data` has them.
+
+    Args:
+        samples: of the run, after images were moved between splits, or left out.
+        listing: digest of what the run's data listed; None of an older run.
 
     Raises:
         OtherSamples: the data lacks images of the run, has more, or says otherwise of their labels, splits or groups.
         InputError: as `load_samples`.
     """
     there = _load(plan)
-    if faults := _differences(samples, there, plan):
-        raise OtherSamples(f"{plan.data}: has other samples than the run: {'; '.join(faults.values())}")
+    faults = _differences(samples, there, plan, listing)
+    if faults:
+        raise OtherSamples(f"{plan.data}: has other samples than the run: {_in_words(faults)}")
     return samples.assign(file=samples["path"].map(there.set_index("path")["file"]))
 
 
-def changes(samples: pd.DataFrame, plan: SearchPlan) -> str | None:
-    """Say how the data differs by now from the samples of a run; None if it doesn't, or can't be read any more.
+def changes(samples: pd.DataFrame, plan: SearchPlan, listing: str | None) -> str | None:
+    """Say how the data differs by now from the samples of a run; None if it doesn't, or is no longer there.
 
-    Images that are missing are left to whoever opens them.
+    Files that are missing are left to whoever opens them. Arguments as `elsewhere`.
     """
-    if plan.data is None:
+    if plan.data is None or not (storage.is_uri(plan.data) or os.path.exists(os.path.expanduser(plan.data))):
         return None
     try:
-        found = _differences(samples, _load(plan), plan)
-    except InputError:
+        there = _load(plan)
+    except AbsentFiles:
         return None
-    found.pop(ABSENT, None)
-    return "; ".join(found.values()) or None
+    except InputError as error:
+        return None if storage.is_uri(plan.data) else f"it can't be read as before: {'; '.join(error.faults)}"
+    found = _differences(samples, there, plan, listing)
+    absent = found.pop(ABSENT, pd.Series(dtype=object))
+    files = samples.set_index("path")["file"][absent]
+    left = [path for path, file in files.items() if not storage.is_uri(file) and os.path.exists(file)]
+    if left:
+        found[UNLISTED] = pd.Series(left)
+    if found.keys() == {OTHER} and len(absent):
+        return None
+    return _in_words(found) or None
 
 
 def _load(plan: SearchPlan) -> pd.DataFrame:
     return load_samples(str(plan.data), **{key: getattr(plan, key) for key in SAMPLE_SETTINGS})
 
 
-def _differences(samples: pd.DataFrame, there: pd.DataFrame, plan: SearchPlan) -> dict[str, str]:
-    """Say in what a table of samples differs from a run's; where it says nothing of splits or groups, it doesn't."""
+def _listing(table: pd.DataFrame) -> str:
+    """Return a digest of what data says of its images: paths, labels, groups, and the splits that it gives."""
+    given = table["split"].where(~table["split"].isin(table.attrs["random_splits"]), None)
+    return fingerprint(table.assign(split=given), [""] * len(table))
+
+
+def _differences(
+    samples: pd.DataFrame, there: pd.DataFrame, plan: SearchPlan, listing: str | None
+) -> dict[str, "pd.Series[str]"]:
+    """Return the paths at which a table of samples differs from a run's, by how.
+
+    Where it says nothing of splits or groups, it doesn't differ in them.
+    """
+    if listing is not None and there.attrs["listing"] == listing:
+        return {}
     both = samples.merge(there[["path", "label", "split", "group"]], "left", "path", suffixes=("", "_there"))
     known = both["label_there"].notna()
     differ = {name: both[name].fillna("") != both[f"{name}_there"].fillna("") for name in ("label", "split", "group")}
     drawn = there.attrs["random_splits"]
     # A run that moves images, or leaves some out, has other splits, or fewer images, than its data.
+    altered = plan.on_leak == "move" or plan.skip_unreadable
     given = ~(both["split"].isin(drawn) & both["split_there"].isin(drawn)) & (plan.on_leak != "move")
     more = ~there["path"].isin(samples["path"]) & (not plan.skip_unreadable)
     found = {
@@ -169,7 +204,16 @@ def _differences(samples: pd.DataFrame, there: pd.DataFrame, plan: SearchPlan) -
         "other split": both.loc[known & differ["split"] & given, "path"],
         "other group": both.loc[known & differ["group"] & there["group"].notna().any(), "path"],
     }
-    return {what: f"{count(len(paths), what)} ({examples(paths)})" for what, paths in found.items() if len(paths)}
+    found = {what: paths for what, paths in found.items() if len(paths)}
+    if altered and listing is not None and not found.keys() - {ABSENT}:
+        found[OTHER] = pd.Series(dtype=object)
+    return found
+
+
+def _in_words(found: Mapping[str, "pd.Series[str]"]) -> str:
+    return "; ".join(
+        f"{count(len(paths), what)} ({examples(paths)})" if len(paths) else what for what, paths in found.items()
+    )
 
 
 def fingerprint(samples: pd.DataFrame, hashes: Sequence[str]) -> str:

@@ -29,7 +29,7 @@ def write_best(
         "metric": plan.metric,
         "best_epoch": dict(best_epoch(trial.rows, plan.metric) or {}),
         "best_epochs": [int(epoch) for epoch in runs["best_epoch"].dropna()],
-        **{key: run[key] for key in ("fingerprint", "packages", "weights") if key in run},
+        **{key: run[key] for key in ("fingerprint", "listing", "packages", "weights") if key in run},
         "settings": plan.model_dump(),
     }
     write_yaml(folder / "best.yaml", trial.config | {"provenance": provenance})

@@ -21,7 +21,7 @@ class Offer:
 
     members: tuple[str, ...]  # that are selected on the whole validation set, the best first
     val_tempered_loss: float  # of the ensemble
-    alone: float  # val_tempered_loss of the best single trial
+    alone: float  # val_tempered_loss of the single trial that it is compared with
     gain: float  # alone - val_tempered_loss
     gain_95: tuple[float, float]  # 95% confidence interval of the gain, by group
 
@@ -31,9 +31,10 @@ class Offer:
         return self.gain_95[0] > 0
 
 
-def offer(predictions: Predictions) -> Offer | None:
+def offer(predictions: Predictions, chosen: str) -> Offer | None:
     """Return what the ensemble of these trials would gain; None if there are too few trials or groups to judge it.
 
+    It is compared with the trial `chosen` or, if it isn't among these, with the best on the half that is selected on.
     The trials' best epochs were selected on the whole validation set, which favours ensemble and single trial alike.
     """
     first = halves(predictions.targets, predictions.groups)
@@ -42,8 +43,9 @@ def offer(predictions: Predictions) -> Offer | None:
     ensemble, alone = np.empty(len(first)), np.empty(len(first))
     for half in (first, ~first):
         ranked, size = selected(predictions.probabilities[:, half], predictions.targets[half])
-        for losses, chosen in ((ensemble, ranked[:size]), (alone, ranked[:1])):
-            logs = logarithms(predictions.probabilities[chosen].mean(axis=0))
+        single = [predictions.trial_ids.index(chosen)] if chosen in predictions.trial_ids else ranked[:1]
+        for losses, averaged in ((ensemble, ranked[:size]), (alone, single)):
+            logs = logarithms(predictions.probabilities[averaged].mean(axis=0))
             temperature = fit_temperature(logs[half], predictions.targets[half])
             others = logarithms(tempered(logs[~half], temperature))
             losses[~half] = -others[np.arange(len(others)), predictions.targets[~half]]

@@ -12,6 +12,7 @@ from tuning.record.temperature import Floats, Ints
 
 TAIL = 0.025  # probability beyond each end of the 95% confidence interval
 SAMPLES = 4000  # of the bootstrap
+LEAST_ERROR = 0.5  # of a resample, as a share of the sample's
 MANY = 2000  # groups, from which on sums over them are as good as normal
 
 
@@ -21,7 +22,7 @@ class Paired(NamedTuple):
     difference: float  # in the metric's units; above 0 if it is better
     low: float  # 95% confidence interval, corrected for the choice of the best of all trials
     high: float
-    p_value: float  # one-sided, with the same correction
+    p_value: float  # two-sided, with the same correction
     images: int
     groups: int
 
@@ -69,7 +70,7 @@ def compare(predictions: Predictions, best: str, default: str, metric: str, *, t
     reach = float(np.quantile(largest, max(1 - TAIL / more, 0.0), method="higher")) * error
     p_value = (1 + float((largest >= gains[chosen] / error).sum())) / (SAMPLES + 1)
     gain = float(gains[chosen])
-    return Paired(gain, gain - reach, gain + reach, min(1.0, more * p_value), images, total)
+    return Paired(gain, gain - reach, gain + reach, min(1.0, 2 * more * p_value), images, total)
 
 
 def _resampled(differences: Floats) -> Floats:
@@ -81,7 +82,9 @@ def _resampled(differences: Floats) -> Floats:
         return rng.multivariate_normal(np.zeros(len(centre)), correlation, SAMPLES, check_valid="ignore")
     draws = rng.multinomial(total, np.full(total, 1 / total), SAMPLES).astype(np.float64)
     sums, squares = draws @ differences.T, draws @ np.square(differences).T
-    resampled: Floats = (sums - centre) / _error(sums, squares, total)
+    # Where a trial differs from the default on a few images only, samples without them seem to have no error.
+    least = _error(centre, np.square(differences).sum(axis=1), total) * LEAST_ERROR
+    resampled: Floats = (sums - centre) / np.maximum(_error(sums, squares, total), least)
     return resampled
 
 

@@ -27,7 +27,7 @@ def remarks(folder: Path, trials: pd.DataFrame, samples: pd.DataFrame, metric: s
     found = [] if compared is None else _on_baseline(compared)
     if chosen is not None and chosen in predictions.trial_ids:
         found.append(_on_calibration(predictions, chosen))
-    return found + _on_ensemble(predictions.of(kept(folder, trials)))
+    return found + ([] if chosen is None else _on_ensemble(predictions.of(kept(folder, trials)), chosen))
 
 
 def _on_baseline(found: Comparison) -> list[Remark]:
@@ -63,18 +63,18 @@ def _on_calibration(predictions: Predictions, trial_id: str) -> Remark:
     )
 
 
-def _on_ensemble(saved: Predictions) -> list[Remark]:
+def _on_ensemble(saved: Predictions, chosen: str) -> list[Remark]:
     """Say what an ensemble of the trials with saved weights would gain; nothing if that can't be judged."""
-    found = offer(saved)
+    found = offer(saved, chosen)
     if found is None:
         return []
-    if found.gain_95 == (0.0, 0.0):
+    if len(found.members) == 1:
         words = f"An ensemble of the {len(saved.trial_ids)} trials with saved weights gains nothing: its selection"
         return [Remark(f"{words} keeps the best single trial alone.")]
     build = " train_final.py builds it, unless --set ensemble=false." if found.better else ""
     words = (
         f"An ensemble of {count(len(found.members), 'trial')} with saved weights has val_tempered_loss "
-        f"{found.val_tempered_loss:.4f}, the best single trial {found.alone:.4f}, each on the half of the validation "
-        f"set that it was not selected on: a gain of {found.gain:.4f} (95% confidence interval "
+        f"{found.val_tempered_loss:.4f}, {chosen} alone {found.alone:.4f}, each on the half of the validation set "
+        f"that it was not selected on: a gain of {found.gain:.4f} (95% confidence interval "
     )
     return [Remark(words + "{:.4f} to {:.4f}).".format(*found.gain_95) + build)]

@@ -49,7 +49,7 @@ def print_metrics(metrics: dict[str, Any]) -> None:
         print("ensemble:", ", ".join(f"{trial_id} {share:.0%}" for trial_id, share in metrics["ensemble"].items()))
         if validation is not None:
             print(
-                f"val_tempered_loss {validation['val_tempered_loss']:.4f}, best single trial "
+                f"val_tempered_loss {validation['val_tempered_loss']:.4f}, a single trial "
                 f"{validation['best_trial_alone']:.4f} "
                 "(cross-validated: chosen on one half of the validation set, scored on the other)"
             )

@@ -212,6 +212,7 @@ def write_run(
     provenance = {
         "run_id": uuid.uuid4().hex,
         "fingerprint": fingerprint,
+        "listing": samples.attrs.get("listing"),
         "val_drawn": "val" in samples.attrs["random_splits"],
         "git_commit": _git_commit(),
         "python": platform.python_version(),

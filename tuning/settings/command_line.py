@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any, TextIO
 
 import tyro
@@ -55,6 +56,7 @@ class Enduring:
 
     def __init__(self, stream: TextIO | None):
         self._stream = stream  # None if the shell has closed it, and once it has broken
+        self._first = stream
         self.encoding = "utf-8" if stream is None else stream.encoding
 
     def write(self, text: str) -> int:
@@ -75,8 +77,17 @@ class Enduring:
             self._stream = None
             print(f"standard output: can't be written ({error.strerror}); going on without it", file=sys.stderr)
 
+    def fileno(self) -> int:
+        """Return the file number, for which Ray asks: that of nothing if the shell has closed the stream."""
+        return _nothing() if self._first is None else self._first.fileno()
+
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        return getattr(self._first, name)
+
+
+@cache
+def _nothing() -> int:
+    return os.open(os.devnull, os.O_WRONLY)
 
 
 def command_line(flags: Mapping[str, Any], pairs: Iterable[Iterable[str]]) -> tuple[dict[str, Any], dict[str, Any]]:
