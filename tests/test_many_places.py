@@ -202,7 +202,7 @@ def test_a_storage_that_is_cut_off_for_a_while_has_the_whole_run_at_the_end(plac
         predictions = {path.stem for path in (run / "predictions").iterdir()}
     assert list(trials["status"]) == ["completed"] * 12
     assert predictions == set(trials["trial_id"])
-    best = trials.sort_values("val_loss")["trial_id"][:5]
+    best = trials.sort_values("val_tempered_loss")["trial_id"][:5]
     assert left == {f"{trial_id}.best.safetensors" for trial_id in best}
     assert any((here / "node" / "runs").iterdir())  # trials did run there
 

@@ -19,8 +19,8 @@ import pyarrow as pa
 import tyro
 
 from tuning.checks.audit import Checked, load_checked
+from tuning.data.changes import changes, elsewhere
 from tuning.data.images import held, parallel_map
-from tuning.data.samples import changes, elsewhere
 from tuning.insight import analysis
 from tuning.insight.best import write_best
 from tuning.insight.guessing import guess_error

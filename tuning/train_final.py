@@ -20,8 +20,8 @@ import tyro
 from numpy.typing import NDArray
 
 from tuning.checks.audit import Checked, load_checked
+from tuning.data.changes import OtherSamples, changes, elsewhere
 from tuning.data.images import open_images
-from tuning.data.samples import OtherSamples, changes, elsewhere
 from tuning.insight.ensemble import Offer, members, offer
 from tuning.model.held_out import READINGS, print_metrics, record_evaluation, score_test_set
 from tuning.record import tables

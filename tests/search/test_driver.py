@@ -404,7 +404,7 @@ def test_without_early_stopping_every_epoch_is_run(tmp_path, folder):
 @pytest.mark.slow
 def test_the_tables_are_the_journal(whole):
     run, _, search = whole
-    made = make_tables(search.record, "val_loss")
+    made = make_tables(search.record, search.plan.metric)
     for name in ("trials", "epochs", "decisions"):
         assert made[name].to_pandas().equals(read_table(run / f"{name}.parquet"))
 

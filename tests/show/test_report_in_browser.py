@@ -147,7 +147,7 @@ def test_it_prints(opened, tmp_path):
 def test_the_table_sorts_and_filters(opened, tmp_path):
     browser = opened(report.write(make_run(tmp_path / "run", trials=60)))
     assert "of 75" in find(browser, ".count")[0].text and len(rows(browser)) == 50
-    values = [float(value) for value in column(browser, "val_loss")]
+    values = [float(value) for value in column(browser, "val_tempered_loss")]
     assert values == sorted(values)  # the best first
     head = find(browser, "th[data-key=config_learning_rate] button")[0]
     head.click()
@@ -197,7 +197,7 @@ def test_hovering_tells_the_trial(opened, tmp_path):
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", point)
     ActionChains(browser).move_to_element(point).perform()
     told = wait(browser, "document.querySelector('[data-figure=time] .hoverlayer')?.textContent")
-    assert "t000" in told and "val_loss" in told and "learning rate" in told
+    assert "t000" in told and "val_tempered_loss" in told and "learning rate" in told
 
 
 def test_what_looks_like_markup_is_text_everywhere(opened, tmp_path):

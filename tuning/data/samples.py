@@ -7,7 +7,7 @@ import os
 import posixpath
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from io import TextIOWrapper
 from typing import Any, BinaryIO
 
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from tuning.data.folders import SPLIT_WORDS, Entry, Sample, class_faults, read_folder
 from tuning.data.splits import random_splits
 from tuning.record import storage
-from tuning.settings.config import SAMPLE_SETTINGS, InputError, SearchPlan
+from tuning.settings.config import InputError
 from tuning.settings.words import are, count, examples
 
 NO_VALUE = ("NA", "N/A", "<NA>", "NaN", "nan", "NULL", "null", "None")  # as R, pandas and databases write no value
@@ -42,7 +42,6 @@ LIKELY = {  # names, without case and punctuation, of columns that are split or 
         "studyid",
     ),
 }
-ABSENT, UNLISTED, OTHER = "missing image", "image no longer listed", "images, splits or groups were added or changed"
 WANTED = "give a folder of class folders, or a CSV or Parquet manifest"
 
 
@@ -120,100 +119,8 @@ def load_samples(
         raise InputError([f"{data}: {fault}" for fault in error.faults]) from None
 
 
-class OtherSamples(InputError):
-    """The data has other samples than a run."""
-
-
 class AbsentFiles(InputError):
     """The data is listed as it should be, but files are missing."""
-
-
-def elsewhere(samples: pd.DataFrame, plan: SearchPlan, listing: str | None) -> pd.DataFrame:
-    """Return the samples of a run with their files where `plan.data` has them.
-
-    Args:
-        samples: of the run, after images were moved between splits, or left out.
-        listing: digest of what the run's data listed; None of an older run.
-
-    Raises:
-        OtherSamples: the data lacks images of the run, has more, or says otherwise of their labels, splits or groups.
-        InputError: as `load_samples`.
-    """
-    there = _load(plan)
-    faults = _differences(samples, there, plan, listing)
-    if faults:
-        raise OtherSamples(f"{plan.data}: has other samples than the run: {_in_words(faults)}")
-    return samples.assign(file=samples["path"].map(there.set_index("path")["file"]))
-
-
-def changes(samples: pd.DataFrame, plan: SearchPlan, listing: str | None) -> str | None:
-    """Say how the data differs by now from the samples of a run; None if it doesn't, or is no longer there.
-
-    Files that are missing are left to whoever opens them. Arguments as `elsewhere`.
-    """
-    if plan.data is None or not (storage.is_uri(plan.data) or os.path.exists(os.path.expanduser(plan.data))):
-        return None
-    try:
-        there = _load(plan)
-    except AbsentFiles:
-        return None
-    except InputError as error:
-        return None if storage.is_uri(plan.data) else f"it can't be read as before: {'; '.join(error.faults)}"
-    found = _differences(samples, there, plan, listing)
-    absent = found.pop(ABSENT, pd.Series(dtype=object))
-    files = samples.set_index("path")["file"][absent]
-    left = [path for path, file in files.items() if not storage.is_uri(file) and os.path.exists(file)]
-    if left:
-        found[UNLISTED] = pd.Series(left)
-    if found.keys() == {OTHER} and len(absent):
-        return None
-    return _in_words(found) or None
-
-
-def _load(plan: SearchPlan) -> pd.DataFrame:
-    return load_samples(str(plan.data), **{key: getattr(plan, key) for key in SAMPLE_SETTINGS})
-
-
-def _listing(table: pd.DataFrame) -> str:
-    """Return a digest of what data says of its images: paths, labels, groups, and the splits that it gives."""
-    given = table["split"].where(~table["split"].isin(table.attrs["random_splits"]), None)
-    return fingerprint(table.assign(split=given), [""] * len(table))
-
-
-def _differences(
-    samples: pd.DataFrame, there: pd.DataFrame, plan: SearchPlan, listing: str | None
-) -> dict[str, "pd.Series[str]"]:
-    """Return the paths at which a table of samples differs from a run's, by how.
-
-    Where it says nothing of splits or groups, it doesn't differ in them.
-    """
-    if listing is not None and there.attrs["listing"] == listing:
-        return {}
-    both = samples.merge(there[["path", "label", "split", "group"]], "left", "path", suffixes=("", "_there"))
-    known = both["label_there"].notna()
-    differ = {name: both[name].fillna("") != both[f"{name}_there"].fillna("") for name in ("label", "split", "group")}
-    drawn = there.attrs["random_splits"]
-    # A run that moves images, or leaves some out, has other splits, or fewer images, than its data.
-    altered = plan.on_leak == "move" or plan.skip_unreadable
-    given = ~(both["split"].isin(drawn) & both["split_there"].isin(drawn)) & (plan.on_leak != "move")
-    more = ~there["path"].isin(samples["path"]) & (not plan.skip_unreadable)
-    found = {
-        ABSENT: both.loc[~known, "path"],
-        "further image": there.loc[more, "path"],
-        "other label": both.loc[known & differ["label"], "path"],
-        "other split": both.loc[known & differ["split"] & given, "path"],
-        "other group": both.loc[known & differ["group"] & there["group"].notna().any(), "path"],
-    }
-    found = {what: paths for what, paths in found.items() if len(paths)}
-    if altered and listing is not None and not found.keys() - {ABSENT}:
-        found[OTHER] = pd.Series(dtype=object)
-    return found
-
-
-def _in_words(found: Mapping[str, "pd.Series[str]"]) -> str:
-    return "; ".join(
-        f"{count(len(paths), what)} ({examples(paths)})" if len(paths) else what for what, paths in found.items()
-    )
 
 
 def fingerprint(samples: pd.DataFrame, hashes: Sequence[str]) -> str:
@@ -224,6 +131,12 @@ def fingerprint(samples: pd.DataFrame, hashes: Sequence[str]) -> str:
         row = [path, label, split, None if pd.isna(group) else group, content]
         digest.update(json.dumps(row).encode() + b"\n")
     return digest.hexdigest()
+
+
+def _listing(table: pd.DataFrame) -> str:
+    """Return a digest of what data says of its images: paths, labels, groups, and the splits that it gives."""
+    given = table["split"].where(~table["split"].isin(table.attrs["random_splits"]), None)
+    return fingerprint(table.assign(split=given), [""] * len(table))
 
 
 # --- Folders ---------------------------------------------------------------------------------------------------------
