@@ -33,6 +33,7 @@ def test_trials_that_are_alike_offer_nothing():
     assert found.gain == 0 and not found.better and found.members == ("x",)
 
 
+@pytest.mark.slow
 def test_what_was_luck_on_one_half_is_not_offered():
     """Fifty trials that only guess: the best of them on one half of validation are as bad as any on the other."""
     gains = []
@@ -48,6 +49,7 @@ def test_what_was_luck_on_one_half_is_not_offered():
     assert honest > 0.02 and fooled < -0.02  # judged on what it was chosen on, guessing seems to be better than it is
 
 
+@pytest.mark.slow
 @given(st.integers(1, 7), st.integers(0, 2**31 - 1))
 def test_on_what_it_is_chosen_on_an_ensemble_is_never_worse_than_its_best_trial(count, seed):
     rng = np.random.default_rng(seed)

@@ -284,6 +284,7 @@ def seeds_alone(shift, rng, *, images=60, runs=5):
     return table([0.5, 0.3], {"t00000": list(losses[0]), "t00001": list(losses[1])}), predictions
 
 
+@pytest.mark.slow
 def test_on_a_given_split_the_validation_images_vary_too():
     """Seeds agree that the finalist is better, by images that happen to be there; other images wouldn't."""
     rng, by_seed, by_image, large = np.random.default_rng(0), 0, 0, 0
