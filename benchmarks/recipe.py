@@ -103,17 +103,29 @@ def train(config: dict[str, Any], table: pd.DataFrame, weights: dict[str, Path |
 
     for epoch in range(1, trial.epochs + 1):
         started = time.perf_counter()
-        backbones.train_mode(model)
-        for step, (images, targets) in enumerate(loader):
-            factor = learning_rate_factor(trial, epoch - 1 + step / len(loader))
-            for group, rate in zip(optimizer.param_groups, peak_rates, strict=True):
-                group["lr"] = rate * factor
-            loss = functional.cross_entropy(model(images), targets)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        train_epoch(model, optimizer, peak_rates, loader, trial, epoch)
         losses = {"val_loss": mean_loss(model, val_loader), "train_eval_loss": mean_loss(model, train_eval_loader)}
         tune.report({"epoch": epoch, **losses, "seconds": time.perf_counter() - started, "clock": time.time()})
+
+
+def train_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    peak_rates: list[float],
+    loader: DataLoader,
+    trial: TrialConfig,
+    epoch: int,
+) -> None:
+    """Train for an epoch, counted from 1, with the product's schedule of learning rates."""
+    backbones.train_mode(model)
+    for step, (images, targets) in enumerate(loader):
+        factor = learning_rate_factor(trial, epoch - 1 + step / len(loader))
+        for group, rate in zip(optimizer.param_groups, peak_rates, strict=True):
+            group["lr"] = rate * factor
+        loss = functional.cross_entropy(model(images), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
 @torch.no_grad()

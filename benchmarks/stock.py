@@ -25,14 +25,12 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 from ray.tune.search.optuna import OptunaSearch
-from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from benchmarks.recipe import Images, mean_loss, transforms
+from benchmarks.recipe import Images, mean_loss, train_epoch, transforms
 from tuning.data.samples import load_samples
 from tuning.settings.config import TrialConfig
 from tuning.training import backbones
-from tuning.training.finetune import learning_rate_factor
 from tuning.training.weights import find_weights
 
 TRIALS, EPOCHS, SLOTS, IMAGE_SIZE, BATCH = 16, 8, 2, 64, 32
@@ -75,15 +73,7 @@ def train(config: dict[str, Any], table: pd.DataFrame, weights: dict[str, Path |
     val_loader = DataLoader(Images(val_set, classes, plain), 64, num_workers=0)
     peak_rates = [group["lr"] for group in optimizer.param_groups]
     for epoch in range(1, EPOCHS + 1):
-        backbones.train_mode(model)
-        for step, (images, targets) in enumerate(loader):
-            factor = learning_rate_factor(trial, epoch - 1 + step / len(loader))
-            for group, rate in zip(optimizer.param_groups, peak_rates, strict=True):
-                group["lr"] = rate * factor
-            loss = functional.cross_entropy(model(images), targets)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        train_epoch(model, optimizer, peak_rates, loader, trial, epoch)
         with tempfile.TemporaryDirectory() as folder:
             torch.save(model.state_dict(), f"{folder}/model.pt")
             checkpoint = tune.Checkpoint.from_directory(folder)
