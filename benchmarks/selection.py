@@ -31,7 +31,7 @@ from tuning.data.images import open_images
 from tuning.insight.ensemble import halves, selected
 from tuning.record.predictions import group_numbers
 from tuning.record.tables import replacing
-from tuning.record.temperature import fit_temperature, logarithms, tempered
+from tuning.record.temperature import fit_temperature, logarithms, tempered, tempered_loss
 from tuning.search.optimizer import Optimizer
 from tuning.settings.config import SearchPlan, TrialConfig
 from tuning.settings.space import trial_values
@@ -131,11 +131,6 @@ def cross_entropy(logits: NDArray[Any], targets: NDArray[np.int64], temperature:
     return float(-logarithms(tempered(logits, temperature))[np.arange(len(targets)), targets].mean())
 
 
-def tempered_loss(logits: NDArray[Any], targets: NDArray[np.int64], _: Any = None) -> float:
-    """Return the loss at the temperature that fits these images best."""
-    return cross_entropy(logits, targets, fit_temperature(logits, targets))
-
-
 def crosswise(logits: NDArray[Any], targets: NDArray[np.int64], groups: NDArray[np.int64]) -> float:
     """Return the loss of each half of the images at the temperature that fits the other half."""
     first = halves(targets, groups)
@@ -156,7 +151,7 @@ def mixed(logits: NDArray[Any], targets: NDArray[np.int64], groups: NDArray[np.i
 
 CRITERIA: dict[str, Callable[..., float]] = {
     "loss": lambda logits, targets, groups: cross_entropy(logits, targets),
-    "tempered loss": tempered_loss,
+    "tempered loss": lambda logits, targets, groups: tempered_loss(logits, targets),
     "tempered loss, crosswise": crosswise,
     "calibrated loss": lambda logits, targets, groups: calibrated_loss(logits, targets),
     "AUROC": auroc,

@@ -346,6 +346,7 @@ def test_what_asks_for_another_training_is_trained(searched, folder, tmp_path, c
         assert "t00000 is trained anew: " in said and "has another configuration" in said
     if change == "content":
         assert "used as other data" in said and "not all have their content" in said
+        assert "as the search has trained it" not in said
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tuning.checks.audit import Checked, load_checked
 from tuning.data.changes import OtherSamples, changes, elsewhere
 from tuning.data.images import open_images
-from tuning.insight.ensemble import Offer, members, offer
+from tuning.insight.ensemble import members, offer
 from tuning.model.held_out import READINGS, print_metrics, record_evaluation, score_test_set
 from tuning.record import tables
 from tuning.record.journal import LOSSES, read_journal
@@ -118,7 +118,10 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     table, folders, found, audit, notes = _load(best, sizes, table, moved=flags.data is not None)
     if taken is not None and found != best.provenance["fingerprint"] and flags.data is not None:  # other images
         taken, configs, sizes = None, {"": config}, [config.image_size]
-        table, folders, found, audit, notes = _load(best, sizes, None, moved=True)
+        if config.image_size not in folders:
+            table, folders, found, audit, notes = _load(best, sizes, None, moved=True)
+    if taken is not None:
+        _print_taken(taken, best.provenance)
     if audit is not None:
         findings = audit.to_pandas()
     best = dataclasses.replace(best, changed=best.changed or found != best.provenance["fingerprint"])
@@ -299,11 +302,8 @@ def _taken(best: Best, run: Path, table: pd.DataFrame | None) -> "Kept | None":
     if asked is True or (asked == "auto" and same and best.plan.metric in LOSSES):
         averaged, gained = members(found.predictions), offer(found.predictions, chosen)
         if len(averaged) > 1 and (asked is True or (gained is not None and gained.better)):
-            if gained is not None:
-                _print_gain(gained, chosen, found.rows["latency_ms"])
             return dataclasses.replace(found.of(averaged), gained=gained)
     if same:
-        print(f"{chosen} as the search has trained it, with the weights of its best epoch")
         return found.of([chosen])
     if chosen in found.rows.index:
         kept = chosen in found.predictions.trial_ids
@@ -312,7 +312,13 @@ def _taken(best: Best, run: Path, table: pd.DataFrame | None) -> "Kept | None":
     return None
 
 
-def _print_gain(gained: Offer, chosen: str, latency_ms: "pd.Series[float]") -> None:
+def _print_taken(taken: "Kept", provenance: dict[str, Any]) -> None:
+    chosen, gained = str(provenance.get("trial_id")), taken.gained
+    if len(taken.configs) == 1:
+        print(f"{chosen} as the search has trained it, with the weights of its best epoch")
+    if gained is None:
+        return
+    latency_ms = taken.rows["latency_ms"]
     each = latency_ms[list(gained.members)]
     low, high = gained.gain_95
     print(
