@@ -237,7 +237,7 @@ def test_data_that_says_otherwise_of_the_searchs_images_is_other_data(tmp_path, 
 def test_other_data_in_another_shape_is_another_test_set(best, tmp_path):
     run(Flags(str(best), set=(("epochs=1",),)))
     (best / "model").rename(best / "before")
-    other = draw_folder(tmp_path / "other", count=15)
+    other = draw_folder(tmp_path / "other", count=15, side=44)
     model = run(Flags(str(best), data=str(other), set=(("epochs=1", "fit=letterbox", "drop_colour=true"),)))
     assert load_model(model).fit == "letterbox" and load_model(model).drop_colour
     assert metrics_of(model)["test_reading"]["number"] == 1
@@ -282,7 +282,7 @@ def test_an_ensemble_of_kept_trials(searched, folder, capsys):
     model = run(Flags(str(searched), set=(("ensemble=true",),)))
     metrics = metrics_of(model)
     shares = metrics["ensemble"]
-    assert sum(shares.values()) == pytest.approx(1) and 1 <= len(shares) <= 5 and len(set(shares.values())) == 1
+    assert sum(shares.values()) == pytest.approx(1) and 2 <= len(shares) <= 5 and len(set(shares.values())) == 1
     assert {path.name for path in model.iterdir()} == {*WRITTEN, *shares}
     assert metrics["test"]["accuracy"] > 0.9 and metrics["test_reading"]["number"] == 1
     loaded = load_model(model)
@@ -397,19 +397,16 @@ def test_kept_weights_that_are_not_of_the_best_epoch_are_left_out(searched):
     journal.close()
     write_tables(make_tables(read_record(searched / "journal.jsonl"), "val_loss"), searched)
     metrics = metrics_of(run(Flags(str(searched), set=(("ensemble=true",),))))
-    assert set(metrics.get("ensemble") or [metrics["taken_from"]]) <= {"t00000", "f00000", "f00001"}
+    assert set(metrics["ensemble"]) <= {"t00000", "f00000", "f00001"}
 
 
 @pytest.mark.slow
 def test_weights_that_do_not_reproduce_the_trials_probabilities_are_refused(searched, tmp_path):
-    path = searched / "checkpoints" / "t00000.best.safetensors"
-    with safe_open(path, "pt") as file:
-        described = file.metadata()
-    save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(path).items()}, path, described)
-    for other in searched.glob("checkpoints/[tf]*.best.safetensors"):
-        if other != path:
-            other.unlink()
-    with pytest.raises(InputError, match="t00000: its kept weights do not reproduce"):
+    for path in searched.glob("checkpoints/[tf]*.best.safetensors"):
+        with safe_open(path, "pt") as file:
+            described = file.metadata()
+        save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(path).items()}, path, described)
+    with pytest.raises(InputError, match=r"[tf]0000\d: its kept weights do not reproduce"):
         run(Flags(str(searched), set=(("ensemble=true",),)))
     assert not (searched / "test_readings.jsonl").exists()
 

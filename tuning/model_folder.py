@@ -10,8 +10,9 @@ import csv
 import dataclasses
 import glob
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -21,13 +22,12 @@ import tyro
 from numpy.typing import NDArray
 
 from tuning.checks.findings import notes_in_words
-from tuning.data.decoding import is_image
+from tuning.data.folders import images_below, left_out, local_entries, stored_entries
 from tuning.model.folder import Ensemble, Model, load_model
 from tuning.record.mirror import borrowed
-from tuning.record.storage import files_below, is_uri, joined, stored
+from tuning.record.storage import files_below, is_uri, stored
 from tuning.settings.command_line import exit_code
-from tuning.settings.config import FORMATS, InputError, visible
-from tuning.settings.words import count
+from tuning.settings.config import InputError, visible
 
 __all__ = ["load_model"]
 
@@ -100,45 +100,35 @@ def run(flags: Predict) -> None:
 def named_images(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the image files that files, folders, globs and URIs name, in order, and what is wrong with the others.
 
-    In folders, files with the suffix or the first bytes of an image count (in a storage by the suffix alone); hidden
-    files and folders do not.
+    In folders the same files count as in a folder of training images; a line is printed for what is left out.
     """
-    files, faults = [], []
+    files: list[str] = []
+    faults: list[str] = []
     for word in words:
-        if is_uri(word):
-            found = [word] if stored([word]) != [None] else [joined(word, name) for name in _images(files_below(word))]
-            what = "is neither an image nor a folder of images"
-        else:
-            there = [word] if os.path.lexists(word) else sorted(glob.glob(word, recursive=True))
-            found = [
-                str(Path(file)) for place in there for file in (_below(place) if os.path.isdir(place) else [place])
-            ]
-            what = "has no images" if there else "no such file or folder, and as a glob it matches nothing"
+        there = [word] if is_uri(word) or os.path.lexists(word) else sorted(glob.glob(word, recursive=True))
+        found = [file for place in there for file in _images_of(place, faults)]
         if not found:
+            what = "has no images" if there else "no such file or folder, and as a glob it matches nothing"
+            what = "is neither an image nor a folder of images" if is_uri(word) else what
             faults.append(f"{word}: {what}; give image files, folders of images, or globs")
         files += found
     return list(dict.fromkeys(files)), faults
 
 
-def _below(folder: str) -> list[str]:
-    """Return the images below a folder, by suffix or first bytes; how many other files there are is printed."""
-    images: list[str] = []
-    others: list[str] = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for file in (os.path.join(place, name) for name in names if not name.startswith(".")):
-            known = os.path.splitext(file)[1].lower() in FORMATS or is_image(file)
-            (images if known else others).append(file)
-    if others:
-        what = f"{count(len(others), 'file')} (no images), such as {visible(os.path.basename(min(others)))}"
-        print(f"{visible(folder)}: left out: {what}", file=sys.stderr)
-    return sorted(images)
-
-
-def _images(names: Iterable[str]) -> list[str]:
-    """Return, sorted, the names that have the suffix of an image and no hidden part."""
-    images = [name for name in sorted(names) if os.path.splitext(name)[1].lower() in FORMATS]
-    return [name for name in images if not any(part.startswith(".") for part in name.split("/"))]
+def _images_of(place: str, faults: list[str]) -> list[str]:
+    """Return a file itself, or the images below a folder; what is left out of them is printed."""
+    if is_uri(place):
+        if stored([place]) != [None]:
+            return [place]
+        entries_of = stored_entries(place, files_below(place))
+    elif os.path.isdir(place):
+        entries_of = partial(local_entries, faults=faults)
+    else:
+        return [str(Path(place))]
+    images, others = images_below(place, entries_of)
+    for line in left_out(others):
+        print(f"{visible(place)}: {visible(line)}", file=sys.stderr)
+    return sorted(images if is_uri(place) else [str(Path(image)) for image in images])
 
 
 def _predict_readable(

@@ -321,13 +321,16 @@ def _priors(plan: SearchPlan, space: Space) -> list[Any]:
     """Return what the sampler learns from another run."""
     if plan.warm_start is None:
         return []
-    from tuning.search.optimizer import read_priors
+    from tuning.search.optimizer import STARTUP_TRIALS, read_priors
 
     with borrowed(plan.warm_start, without=("checkpoints/", "predictions/")) as run:
         trials = tables.read_table(run / "trials.parquet")
     priors, outside = read_priors(trials, space, plan.metric, plan.warm_start_weight)
     without = f" ({outside} more are outside this space, and are left out)" if outside else ""
     console.print(f"warm start: {count(len(priors), 'trial')} of {plain(plan.warm_start)}{without}")
+    if len(priors) < STARTUP_TRIALS and plan.sampler == "tpe":
+        few = f"of {STARTUP_TRIALS} trials that TPE needs; until it knows the others, suggestions are random"
+        console.print(f"  these are {len(priors)} {few}")
     return priors
 
 

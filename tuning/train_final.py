@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from tuning.checks.audit import Checked, load_checked
 from tuning.data.changes import OtherSamples, changes, elsewhere
-from tuning.data.images import open_images
+from tuning.data.images import content_hashes, open_images
 from tuning.insight.ensemble import members, offer
 from tuning.model.held_out import READINGS, print_metrics, record_evaluation, score_test_set
 from tuning.record import tables
@@ -201,7 +201,8 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     tested, reading, logits = None, None, None
     rows = table.iloc[some.test]
     if len(rows):
-        reading = record_evaluation(run_folder, found, final.metrics["trained_on"], len(final.networks) > 1)
+        hashes = content_hashes(list(rows["file"]), cache_folder())
+        reading = record_evaluation(run_folder, found, final.metrics["trained_on"], len(final.networks) > 1, hashes)
         logits = final.logits(data, "test", device)
         tested = score_test_set(logits, temperature, rows, some.classes)
 
@@ -294,13 +295,13 @@ def _taken(best: Best, run: Path, table: pd.DataFrame | None) -> "Kept | None":
     if asked is not True and not (run / "trials.parquet").exists():
         return None
     found = kept_trials(run, table)
-    if asked is True and not found.predictions.trial_ids:
-        lacks = f"no trial of {run} has both its best weights (checkpoints/) and its validation probabilities"
-        raise InputError(f"ensemble=true: {lacks} (predictions/); leave ensemble out to train the best configuration")
+    if asked is True and len(found.predictions.trial_ids) < 2:
+        lacks = f"fewer than two trials of {run} have both their best weights (checkpoints/) and their validation"
+        raise InputError(f"ensemble=true: {lacks} probabilities (predictions/); leave ensemble out")
     chosen = str(best.provenance.get("trial_id"))
     same = chosen in found.predictions.trial_ids and found.configs[chosen] == best.config
     if asked is True or (asked == "auto" and same and best.plan.metric in LOSSES):
-        averaged, gained = members(found.predictions), offer(found.predictions, chosen)
+        gained, averaged = offer(found.predictions, chosen), members(found.predictions, least=2 if asked is True else 1)
         if len(averaged) > 1 and (asked is True or (gained is not None and gained.better)):
             return dataclasses.replace(found.of(averaged), gained=gained)
     if same:

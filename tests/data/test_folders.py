@@ -91,6 +91,17 @@ def test_a_dicomdir_is_no_image_wherever_it_lies(tmp_path):
     assert len(samples) == 16 and samples.attrs["remarks"] == ["left out: 2 files (no images), such as DICOMDIR"]
 
 
+@pytest.mark.parametrize(
+    "mask",
+    ["lung masks/0.png", "infection_masks/0.png", "Segmentations/0.png", "0 (1)_mask_1.png", "0_segmentation.png"],
+)
+def test_masks_by_other_names(tmp_path, mask):
+    touch(tmp_path, *(f"{name}/{number}.png" for name in ("masked", "bare") for number in range(8)), f"bare/{mask}")
+    touch(tmp_path, "masked/unmasked.png", "masked/damask/0.png")
+    samples = load_samples(str(tmp_path))
+    assert len(samples) == 18 and "left out: 1 file (masks)" in samples.attrs["remarks"][0]
+
+
 def test_a_class_of_masks_is_one(tmp_path):
     touch(tmp_path, *(f"{name}/{number}_mask.png" for name in "ab" for number in range(8)))
     assert len(load_samples(str(tmp_path))) == 16
@@ -153,7 +164,13 @@ def test_sites_above_classes_are_pointed_out(tmp_path):
     sites, classes = ("internal", "external"), ("ill", "well")
     touch(tmp_path, *(f"{site}/{name}/{number}.png" for site in sites for name in classes for number in range(8)))
     (said,) = load_samples(str(tmp_path)).attrs["remarks"]
-    assert said == "the folders external, internal are taken for the classes, not ill, well, which lie in each of them"
+    assert (
+        said
+        == "the folders external, internal are taken for the classes, not ill, well, found in more than one of them"
+    )
+    touch(tmp_path / "uneven", *(f"{place}/{n}.png" for place in ("a/ill", "a/well", "b/ill") for n in range(8)))
+    (said,) = load_samples(str(tmp_path / "uneven")).attrs["remarks"]
+    assert said == "the folders a, b are taken for the classes, not ill, found in more than one of them"
 
 
 def test_columns_mean_nothing_in_a_folder(tmp_path):

@@ -31,6 +31,7 @@ def test_trials_that_are_alike_offer_nothing():
     alike = Predictions(("x", "y"), np.repeat(one.probabilities, 2, axis=0), one.targets, one.groups, one.classes)
     found = offer(alike, "x")
     assert found.gain == 0 and not found.better and found.members == ("x",)
+    assert members(alike, least=2) == ("x", "y") and members(one, least=2) == one.trial_ids
 
 
 @pytest.mark.slow

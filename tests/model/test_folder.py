@@ -12,7 +12,7 @@ from PIL import Image
 from shared import draw_folder
 
 from tuning.model.folder import load_model, save_ensemble, save_model
-from tuning.model_folder import main
+from tuning.model_folder import main, named_images
 from tuning.record import storage
 from tuning.settings.config import InputError, TrialConfig
 from tuning.training import backbones
@@ -171,6 +171,32 @@ def test_folders_and_globs(named, tmp_path, monkeypatch, capfd):
     assert sorted(paths("*.png")) == sorted(NAMES)
     assert paths("more/*", "more") == ["more/IM0001", "more/x.PNG"] and paths("**/*.PNG") == ["more/x.PNG"]
     assert paths("[1].png", "--", "-dash.png") == ["[1].png", "-dash.png"]
+
+
+def test_a_folder_is_read_as_one_of_training_images(named, tmp_path, monkeypatch, capfd):
+    """Links are followed, and what training leaves out is left out, with a line."""
+    films, inside = tmp_path / "films", tmp_path / "inside"
+    for name in ("masks", "thumbnails"):
+        (inside / name).mkdir(parents=True)
+    for name in ("a.png", "a_mask.png", "masks/a.png", "thumbnails/a.png"):
+        (inside / name).write_bytes((films / "[1].png").read_bytes())
+    (inside / "patient").symlink_to(films / "more")
+    (inside / "patient" / "again").symlink_to(inside)  # a circle
+    code, said, told = predict(monkeypatch, capfd, named, inside)
+    rows = list(csv.DictReader(io.StringIO(said, newline="")))
+    assert code == 0 and [row["path"] for row in rows] == [
+        f"{inside}/{name}" for name in ("a.png", "patient/IM0001", "patient/x.PNG")
+    ]
+    assert f"{inside}: left out: 2 files (masks), such as a_mask.png\n" in told
+    assert f"{inside}: left out: 1 file (thumbnails), such as a.png\n" in told
+
+
+def test_a_folder_that_cannot_be_listed_is_told(tmp_path):
+    if os.geteuid() == 0:
+        pytest.skip("root lists every folder")
+    (tmp_path / "locked").mkdir(mode=0o000)
+    _, faults = named_images([str(tmp_path)])
+    assert any("locked: can't be listed" in fault for fault in faults)
 
 
 def test_unreadable_files_are_told_and_the_rest_is_written(named, tmp_path, monkeypatch, capfd):

@@ -275,7 +275,7 @@ def test_a_live_study_shows_every_trial(tmp_path, url):
     live = LiveStudy(url, "run", SPACE, "this run")
     for number, status in enumerate(["completed", "stopped", "failed", "running"]):
         params = {"unfreeze_depth": 0, "learning_rate": 1e-3}
-        trial = ended(number, params, status, [0.5, 0.4])
+        trial = ended(number, params, status, [0.4, 0.5] if status == "stopped" else [0.5, 0.4])
         live.show({"event": "asked"}, trial, "val_loss")
         for row in trial.rows:
             live.show({"event": "epoch"} | row, trial, "val_loss")
@@ -284,7 +284,8 @@ def test_a_live_study_shows_every_trial(tmp_path, url):
     storage = url if url.startswith("sqlite") else JournalStorage(JournalFileBackend(url))
     shown = optuna.load_study(study_name="run", storage=storage).trials
     assert [trial.state.name for trial in shown] == ["COMPLETE", "PRUNED", "FAIL", "RUNNING"]
-    assert [trial.value for trial in shown[:2]] == [0.4, 0.4]
+    assert [trial.value for trial in shown[:2]] == [0.4, 0.5]  # of a pruned trial Optuna takes the last
+    assert [trial.user_attrs["best val_loss"] for trial in shown[:2]] == [0.4, 0.4]
     assert shown[0].intermediate_values == {1: 0.5, 2: 0.4} and shown[0].params["learning_rate"] == 1e-3
     assert shown[3].user_attrs["trial_id"] == "t00003"
     for run_id in (None, "another run"):

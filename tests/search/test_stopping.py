@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuning.search.stopping import Rungs, compared_value, stratum
+from tuning.search.stopping import Rungs, compared_value, stop_reason, stratum
+from tuning.settings.config import SearchPlan
 
 
 def test_rungs_grow_by_the_reduction_factor_and_end_before_the_last_epoch():
@@ -117,3 +118,10 @@ def test_strata(strata, depth, expected):
 def test_what_is_compared(losses, best, last, mean):
     found = [compared_value(losses, compared) for compared in ("best", "last", "mean")]
     assert found == [best, last, pytest.approx(mean)]
+
+
+@pytest.mark.parametrize(("value", "words"), [(0.5, "0.5"), (0.40001, "0.40001"), (0.4 + 1e-12, "0.400000000001")])
+def test_the_reason_shows_in_what_digits_the_values_differ(value, words):
+    decision = {"value": value, "cutoff": 0.4, "rung": 2, "stratum": "all"}
+    reason = stop_reason(SearchPlan(name="x"), decision)
+    assert reason == f"early_loss {words} after epoch 2 is worse than the cut-off 0.4"

@@ -25,7 +25,7 @@ from tuning.record.storage import is_uri, readable
 from tuning.settings.config import FORMATS, InputError
 from tuning.settings.words import count
 
-DECODER_VERSION = 4  # raised with any change of pixels or facts (not of the notes' words): no older array is used
+DECODER_VERSION = 5  # raised with any change of pixels or facts (not of the notes' words): no older array is used
 FEW_LEVELS = 16  # of a grey picture, for a note
 MAX_PIXELS = 178_000_000  # of one image; Pillow's own limit for what it calls a decompression bomb
 # Channels that differ by at most this many levels are grey, apart from JPEG's rounding of chroma. Of 120 chest X-rays
@@ -34,7 +34,7 @@ MAX_PIXELS = 178_000_000  # of one image; Pillow's own limit for what it calls a
 GREY_LEVELS = 12
 LEAST_ASPECT, MIN_ASPECT = 0.01, 0.1  # of pixels: nearer to 1 they count as square, further from it as nonsense
 DARK = 64  # of 255: what 14 of 16 bits come to
-FEW_PIXELS = 0.005  # share of an image that a burnt-in mark may have
+MOST_PIXELS = 0.99  # share of the pixels without marks and borders, whose edges are blurred
 NEARLY_BLACK = 16  # of 255: what 12 of 16 bits come to
 SIGNATURES = [  # format, and the offset and bytes that identify it
     ("DICOM", 128, b"DICM"),  # first, since another format's signature may precede it
@@ -124,6 +124,7 @@ def decode(file: str, image_size: int, *, fit: str = "squash", drop_colour: bool
             n_bytes = stream.seek(0, os.SEEK_END)
             image = _in_mode("L", shown.image) if drop_colour else shown.image
             pixels = _pixels(_square(image, image_size, fit, shown.aspect))
+            empty = [] if pixels.ndim == 3 else _emptiness(image, shown)
     except InputError:
         raise
     except DECODER_ERRORS as error:
@@ -131,7 +132,7 @@ def decode(file: str, image_size: int, *, fit: str = "squash", drop_colour: bool
         raise InputError(f"can't be decoded ({reason}); replace it or leave it out") from error
     suffix = os.path.splitext(file)[1].lower()
     misnamed = [f"is a {kind} file named {suffix}"] if FORMATS.get(suffix, kind) != kind else []
-    notes = "; ".join(misnamed + shown.notes + _emptiness(pixels, shown)) or None
+    notes = "; ".join(misnamed + shown.notes + empty) or None
     digest = hashlib.sha256(f"{pixels.shape}".encode())
     digest.update(pixels.data)
     return pixels, Facts(shown.width, shown.height, shown.mode, kind, n_bytes, notes, digest.hexdigest())
@@ -243,23 +244,35 @@ def _eight_bits(image: Image.Image, notes: list[str]) -> Image.Image:
         grey = 255 - grey
     if grey.max() < NEARLY_BLACK:
         notes.append("is nearly black: its 16-bit values use less than 1/16 of their range")
-    elif np.count_nonzero(grey >= NEARLY_BLACK) < FEW_PIXELS * grey.size:  # a mark on a film of 12 bits
-        notes.append("is nearly black but for a few pixels: the other 16-bit values use less than 1/16 of their range")
-    elif grey.max() < DARK:
-        notes.append("is dark: its 16-bit values use less than 1/4 of their range")
-    return Image.fromarray(grey)
+        return Image.fromarray(grey)
+    picture = Image.fromarray(grey)
+    counts = np.array(picture.histogram())
+    counts[grey.max()] = 0  # marks and borders on a film of 12 or 14 bits
+    most = MOST_PIXELS * counts.sum()
+    if counts[:NEARLY_BLACK].sum() >= most:
+        notes.append("is nearly black but for marks or a border: the other 16-bit values use 1/16 of their range")
+    elif counts[:DARK].sum() >= most:
+        notes.append("is dark: its 16-bit values, apart from marks or a border, use less than 1/4 of their range")
+    return picture
 
 
-def _emptiness(pixels: Pixels, shown: Shown) -> list[str]:
+def _emptiness(image: Image.Image, shown: Shown) -> list[str]:
     """Notes of a grey picture on which little can be seen, whatever made it so."""
-    if pixels.ndim == 3 or shown.mode == "1":
+    if shown.mode == "1" or any("nearly black" in note for note in shown.notes):
         return []
-    if pixels.min() > 255 - NEARLY_BLACK:
+    counts = np.array((image if image.mode == "L" else image.getchannel("G")).histogram())
+    used = np.flatnonzero(counts)
+    if used[0] > 255 - NEARLY_BLACK:
         return ["is nearly white"]
-    if pixels.max() < NEARLY_BLACK:
-        return [] if any("nearly black" in note for note in shown.notes) else ["is nearly black"]
-    levels = np.unique(pixels).size
-    return [f"has only {count(levels, 'grey level')}"] if levels < FEW_LEVELS else []
+    if used[-1] < NEARLY_BLACK:
+        return ["is nearly black"]
+    if len(used) < FEW_LEVELS:
+        return [f"has only {count(len(used), 'grey level')}"]
+    between = np.sort(counts[used[1:-1]])[::-1].cumsum()  # without collimation, padding, marks and borders
+    levels = 1 + int(np.searchsorted(between, MOST_PIXELS * between[-1]))
+    return (
+        [f"has only {count(levels, 'grey level')} between its darkest and its brightest"] if levels < FEW_LEVELS else []
+    )
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """Samples of a folder of class folders: which of its files are images, and which are left out."""
 
 import os
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, TypeAlias
 
 from tuning.data.decoding import is_image
@@ -12,7 +13,9 @@ from tuning.settings.words import are, count, examples
 
 IMAGE_SUFFIXES = tuple(FORMATS)
 IMAGES = "images"
-MASK_FOLDERS, MASK_ENDINGS = {"mask", "masks"}, ("_mask", "-mask", ".mask")
+MASKS = "masks"
+MASK_FOLDER = re.compile(r"(.*[_\-. ])?(masks?|segmentations?)([_\-. ].*)?")  # whole names in lower case
+MASK_FILE = re.compile(r".*[_\-. ](masks?|segmentation)([_\-. ]?\d+)?")  # without the suffix
 SPLIT_WORDS = {"train": "train", "training": "train"}
 SPLIT_WORDS |= {"val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test"}
 FOLDER_WORDS = SPLIT_WORDS | {"dev": "val", "eval": "val"}  # only beside a folder for training: both may be classes
@@ -76,33 +79,28 @@ def read_folder(root: str, entries_of: Lister, faults: list[str], remarks: list[
             faults.append(f"{folder}: no class folders; put the images of each class into a folder named after it")
         for entry in class_folders:
             classes[split].add(entry.name)
-            files = _list_files(entry.path, entries_of, set())
-            below = [file.removeprefix(entry.path).strip(os.sep).split(os.sep) for file in files]
-            inside_class.setdefault(entry.name, set()).update(first for first, *rest in below if rest)
-            kinds = _by_kind(files, entry.path)
-            images = kinds.pop(IMAGES, None) or kinds.pop("masks", [])  # a class may be one of masks
-            for kind, there in kinds.items():
+            images, others = images_below(entry.path, entries_of)
+            for kind, there in others.items():
                 asides[kind] += there
+            below = [file.removeprefix(entry.path).strip(os.sep).split(os.sep) for file in images]
+            inside_class.setdefault(entry.name, set()).update(first for first, *rest in below if rest)
             if not images:
-                suffixes = sorted({os.path.splitext(file)[1] or "none" for file in files})
-                others = f"{count(len(files), 'file')} with other suffixes: {examples(suffixes)}"
+                left = [file for files in others.values() for file in files]
+                suffixes = sorted({os.path.splitext(file)[1] or "none" for file in left})
+                what = f"{count(len(left), 'file')} with other suffixes: {examples(suffixes)}" if left else "no files"
                 faults.append(
-                    f"{entry.path}: no images in this class folder ({others if files else 'no files'}); add some "
+                    f"{entry.path}: no images in this class folder ({what}); add some "
                     f"({', '.join(IMAGE_SUFFIXES)}) or remove the folder"
                 )
             for file in images:
                 path = file.removeprefix(root).lstrip(os.sep).replace(os.sep, "/")
                 samples.append(Sample(path, file, entry.name, split, None))
     faults += [f"{root}: {fault}" for fault in class_faults(classes)]
-    for kind, there in asides.items():
-        shown = [os.path.basename(file) for file in there]
-        remarks.append(f"left out: {count(len(there), 'file')} ({kind}), such as {shown[0]}")
-    parts = [{name for name in inner if name.lower() not in MASK_FOLDERS} for inner in inside_class.values()]
-    if len(parts) > 1 and len(parts[0]) > 1 and all(part == parts[0] for part in parts):
-        taken = (
-            f"the folders {examples(sorted(inside_class))} are taken for the classes, not {examples(sorted(parts[0]))}"
-        )
-        remarks.append(f"{taken}, which lie in each of them")
+    remarks += left_out(asides)
+    times = Counter(name for inner in inside_class.values() for name in inner)
+    if recurring := sorted(name for name, number in times.items() if number > 1 and len(times) > 1):
+        classes_of = f"the folders {examples(sorted(inside_class))} are taken for the classes"
+        remarks.append(f"{classes_of}, not {examples(recurring)}, found in more than one of them")
 
     # Neither Parquet nor a hash takes a name that is not Unicode.
     odd = [repr(path) for path, file, *_ in samples if file.encode("utf-8", "ignore") != os.fsencode(file)]
@@ -119,21 +117,52 @@ def _is_loose_image(entry: Entry) -> bool:
     return known or (not storage.is_uri(entry.path) and is_image(entry.path))
 
 
-def _by_kind(files: list[str], folder: str) -> dict[str, list[str]]:
-    """Files below a class folder by kind: images, masks, thumbnails, and what is no image."""
+def images_below(folder: str, entries_of: Lister) -> tuple[list[str], dict[str, list[str]]]:
+    """Return the images below a folder, and by kind the files that are left out: masks, thumbnails and no images.
+
+    In a folder of masks alone these are the images. Links are followed.
+    """
     kinds: dict[str, list[str]] = defaultdict(list)
-    for file in files:
+    for file in _list_files(folder, entries_of, set()):
         *folders, name = file.removeprefix(folder).lower().strip(os.sep).split(os.sep)
         stem, suffix = os.path.splitext(name)
         if suffix not in FORMATS and (storage.is_uri(file) or not is_image(file)):
             kinds["no images"].append(file)
         elif "@eadir" in folders or "thumbnails" in folders:
             kinds["thumbnails"].append(file)
-        elif MASK_FOLDERS & set(folders) or stem.endswith(MASK_ENDINGS):
-            kinds["masks"].append(file)
+        elif any(map(MASK_FOLDER.fullmatch, folders)) or MASK_FILE.fullmatch(stem):
+            kinds[MASKS].append(file)
         else:
             kinds[IMAGES].append(file)
-    return kinds
+    return kinds.pop(IMAGES, None) or kinds.pop(MASKS, []), kinds
+
+
+def left_out(kinds: Mapping[str, list[str]]) -> list[str]:
+    """Return a line for each kind of file that is left out."""
+    shown = {kind: os.path.basename(files[0]) for kind, files in kinds.items() if files}
+    return [f"left out: {count(len(kinds[kind]), 'file')} ({kind}), such as {name}" for kind, name in shown.items()]
+
+
+def local_entries(folder: str, faults: list[str]) -> list[Entry]:
+    """Return the entries of a folder on this machine; one that can't be listed is a fault."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(Entry(each.name, each.path, each.is_dir()) for each in entries if each.name[:1] != ".")
+    except OSError as error:
+        faults.append(f"{folder}: can't be listed ({error.strerror}); make the folder readable")
+        return []
+
+
+def stored_entries(root: str, names: Iterable[str]) -> Lister:
+    """Return the lister of a folder in a storage whose files below, at any depth, have these names."""
+    below: dict[str, dict[str, Entry]] = defaultdict(dict)
+    for name in names:
+        folder, parts = root, name.split("/")
+        for part in parts[:-1]:
+            below[folder][part] = Entry(part, storage.joined(folder, part), True)
+            folder = storage.joined(folder, part)
+        below[folder].setdefault(parts[-1], Entry(parts[-1], storage.joined(folder, parts[-1]), False))
+    return lambda folder: sorted(entry for entry in below[folder].values() if entry.name[:1] != ".")
 
 
 def _list_files(folder: str, entries_of: Lister, seen: set[str]) -> list[str]:

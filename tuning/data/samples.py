@@ -8,6 +8,7 @@ import posixpath
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from functools import partial
 from io import TextIOWrapper
 from typing import Any, BinaryIO
 
@@ -15,7 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tuning.data.folders import SPLIT_WORDS, Entry, Sample, class_faults, read_folder
+from tuning.data.folders import SPLIT_WORDS, Sample, class_faults, local_entries, read_folder, stored_entries
 from tuning.data.splits import random_splits
 from tuning.record import storage
 from tuning.settings.config import InputError
@@ -143,22 +144,13 @@ def _listing(table: pd.DataFrame) -> str:
 
 
 def _read_local(root: str, columns: tuple[str, str, str, str], faults: list[str], remarks: list[str]) -> list[Sample]:
-    def entries_of(folder: str) -> list[Entry]:
-        try:
-            with os.scandir(folder) as entries:
-                found = [Entry(entry.name, entry.path, entry.is_dir()) for entry in entries if entry.name[:1] != "."]
-        except OSError as error:
-            faults.append(f"{folder}: can't be listed ({error.strerror}); make the folder readable")
-            return []
-        return sorted(found)
-
     if os.path.isdir(root):
         remarks += [
             f"{column!r} is a column of a manifest: in a folder the names of folders are classes and splits"
             for column, usual in zip(columns, ("path", "label", "split", "group"), strict=True)
             if column != usual
         ]
-        return read_folder(root, entries_of, faults, remarks)
+        return read_folder(root, partial(local_entries, faults=faults), faults, remarks)
     if os.path.exists(root):
         return _read_manifest(root, columns, faults, remarks)
     faults.append(f"{root}: no such folder or file; {WANTED}")
@@ -173,19 +165,7 @@ def _read_stored(root: str, columns: tuple[str, str, str, str], faults: list[str
     if not files:
         faults.append(f"{root}: nothing is there; {WANTED}")
         return []
-    below: dict[str, dict[str, Entry]] = defaultdict(dict)
-    for name in files:
-        folder, parts = root, name.split("/")
-        for part in parts[:-1]:
-            below[folder][part] = Entry(part, storage.joined(folder, part), True)
-            folder = storage.joined(folder, part)
-        below[folder].setdefault(parts[-1], Entry(parts[-1], storage.joined(folder, parts[-1]), False))
-    return read_folder(
-        root,
-        lambda folder: sorted(entry for entry in below[folder].values() if entry.name[:1] != "."),
-        faults,
-        remarks,
-    )
+    return read_folder(root, stored_entries(root, files), faults, remarks)
 
 
 # --- Manifests -------------------------------------------------------------------------------------------------------

@@ -53,13 +53,13 @@ def offer(predictions: Predictions, chosen: str) -> Offer | None:
     return Offer(members(predictions), float(ensemble.mean()), float(alone.mean()), gain, (low, high))
 
 
-def members(predictions: Predictions) -> tuple[str, ...]:
-    """Return the trials of the ensemble selected on the whole validation set, the best first."""
-    ranked, size = selected(predictions.probabilities, predictions.targets)
+def members(predictions: Predictions, *, least: int = 1) -> tuple[str, ...]:
+    """Return the trials of the ensemble selected on the whole validation set, the best first; at least so many."""
+    ranked, size = selected(predictions.probabilities, predictions.targets, least=least)
     return tuple(predictions.trial_ids[index] for index in ranked[:size])
 
 
-def selected(probabilities: Floats, targets: Ints) -> tuple[NDArray[np.int64], int]:
+def selected(probabilities: Floats, targets: Ints, *, least: int = 1) -> tuple[NDArray[np.int64], int]:
     """Return the trials from the best to the worst by tempered loss, and how many of the best make the best mean.
 
     All members have the same share: shares that are fitted too, greedily (Caruana et al. 2004), follow the few images
@@ -68,11 +68,13 @@ def selected(probabilities: Floats, targets: Ints) -> tuple[NDArray[np.int64], i
     Args:
         probabilities: [trials, images, classes].
         targets: classes [images].
+        least: members of the mean; all trials if there are fewer.
     """
     ranked = np.argsort([tempered_loss(logarithms(each), targets) for each in probabilities], kind="stable")
     means = [logarithms(probabilities[ranked[:size]].mean(axis=0)) for size in range(1, 1 + MOST_MEMBERS)]
     losses = [tempered_loss(each, targets) for each in means[: len(ranked)]]
-    return ranked, 1 + int(np.argmin(np.round(losses, 9)))
+    least = min(least, len(losses))
+    return ranked, least + int(np.argmin(np.round(losses[least - 1 :], 9)))
 
 
 def halves(targets: Ints, groups: Sequence[int] | Ints) -> NDArray[np.bool_]:

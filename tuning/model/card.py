@@ -177,10 +177,15 @@ def _test(model: Path, metrics: Mapping[str, Any]) -> str:
         return "## Test results\n\nThere were no test images, so its performance on new images is unknown."
     alone = tested["groups"] == tested["images"]
     groups, unit = ("", "image") if alone else (f" from {count(tested['groups'], 'group')}", "group")
-    times = "once" if reading["number"] == 1 else f"{reading['number']} times, this is the last"
+    times = "evaluated once"
+    if reading["number"] > 1:
+        known = reading.get("known_images", tested["images"])
+        times = (
+            f"evaluation number {reading['number']} on {'them' if known == tested['images'] else f'{known} of them'}"
+        )
     overall = [[words, *_estimate(tested, name)] for name, words in OVERALL.items()]
     parts = [
-        f"## Test results\n\n{count(tested['images'], 'image')}{groups}, evaluated {times}. "
+        f"## Test results\n\n{count(tested['images'], 'image')}{groups}, {times}. "
         f"95% CI: confidence interval, with each {unit} as one observation.",
         _table(overall, ["", "test", "95% CI"]),
     ]

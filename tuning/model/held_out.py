@@ -1,5 +1,6 @@
 """Evaluation on the held-out test set: recorded for good, scored and printed."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,43 @@ from tuning.settings.words import count
 # images, and in one of two sets of 50 (200 simulated sets each).
 FEW_IMAGES = 100
 READINGS = "test_readings.jsonl"  # beside best.yaml: one line for each evaluation on the test set
+HASH_DIGITS = 16  # of an image's sha256 in that file
 
 
-def record_evaluation(folder: Path, fingerprint: str, trained_on: str, ensemble: bool) -> dict[str, Any]:
-    """Record, for good, an evaluation on this data's test set; return its number, its time and the first one's."""
-    path = folder / READINGS
+def record_evaluation(
+    folder: Path, fingerprint: str, trained_on: str, ensemble: bool, hashes: Sequence[str]
+) -> dict[str, Any]:
+    """Record, for good, an evaluation on a test set; return its number among those that share an image with it.
+
+    Args:
+        folder: of best.yaml, which holds all evaluations of its models.
+        fingerprint: of the whole data.
+        trained_on: split or splits.
+        ensemble: whether several networks are evaluated.
+        hashes: sha256 of each test image's file, in hex.
+
+    Returns:
+        `number`, `at`, `first_at` (the times of this evaluation and of the first of them) and `known_images`: how many
+        of the images earlier evaluations had.
+    """
+    path, images = folder / READINGS, sorted({each[:HASH_DIGITS] for each in hashes})
     journal = Journal(path)
-    journal.append("test_read", fingerprint=fingerprint, trained_on=trained_on, ensemble=ensemble)
+    journal.append("test_read", fingerprint=fingerprint, trained_on=trained_on, ensemble=ensemble, images=images)
     journal.close()
-    times = [event["time"] for event in read_journal(path) if event.get("fingerprint") == fingerprint]
-    first, this = (datetime.fromtimestamp(time, UTC).isoformat(timespec="seconds") for time in (times[0], times[-1]))
-    return {"number": len(times), "at": this, "first_at": first}
+    *before, this = read_journal(path)
+    known: set[str] = set()
+    times = []
+    for event in before:  # an older version recorded no images
+        same = event.get("images") or (images if event.get("fingerprint") == fingerprint else [])
+        if shared := set(images).intersection(same):
+            known |= shared
+            times.append(event["time"])
+    first, last = (
+        datetime.fromtimestamp(time, UTC).isoformat(timespec="seconds")
+        for time in (min(times, default=this["time"]), this["time"])
+    )
+    in_both = sum(each[:HASH_DIGITS] in known for each in hashes)
+    return {"number": 1 + len(times), "at": last, "first_at": first, "known_images": in_both}
 
 
 def score_test_set(
@@ -78,9 +105,10 @@ def few_images(temperature: dict[str, Any]) -> str:
 
 def _print_test(tested: dict[str, Any], reading: dict[str, Any]) -> None:
     if reading["number"] > 1:
+        some = "" if reading["known_images"] == tested["images"] else f"{count(reading['known_images'], 'image')} of "
         print(
-            f"evaluation number {reading['number']} on this test set (the first: {reading['first_at']}): if you choose "
-            "between models by it, its figures are too optimistic"
+            f"evaluation number {reading['number']} on {some}this test set (the first: {reading['first_at']}): if you "
+            "choose between models by it, its figures are too optimistic"
         )
     groups = "" if tested["groups"] == tested["images"] else f" from {count(tested['groups'], 'group')}"
     print(f"test set of {count(tested['images'], 'image')}{groups}, 95% confidence intervals in brackets:")

@@ -20,10 +20,11 @@ from tuning.settings.space import Key, Space, active, same, suggest
 
 MOST_SEEN = 1000  # ended trials that the sampler sees: the time of a suggestion grows with them
 SLACK = 200  # ended trials beyond `MOST_SEEN` before the study is thinned again
+STARTUP_TRIALS = 10  # until so many are known, TPE suggests at random
 # Multivariate and grouped for conditional spaces; less greedy than Optuna's weight of 1 and 24 candidates, as
 # benchmarks/replay.py showed. Optuna 6 drops the prior weight.
 TPE: dict[str, Any] = {"multivariate": True, "group": True, "constant_liar": True}
-TPE |= {"prior_weight": 5.0, "n_ei_candidates": 4}
+TPE |= {"prior_weight": 5.0, "n_ei_candidates": 4, "n_startup_trials": STARTUP_TRIALS}
 Sampler = Literal["tpe", "gp", "random"]
 Prior = Mapping[str, Any]  # a trial of another run: params, status, epochs, rank (0 the best, 1 the worst)
 
@@ -299,6 +300,7 @@ class LiveStudy:
             elif kind == "ended" and event["status"] in FINAL:
                 status, running, best = event["status"], self._trials.pop(trial_id), best_epoch(trial.rows, metric)
                 running.set_user_attr("status", status)
+                running.set_user_attr(f"best {metric}", None if best is None else best[metric])
                 if best is not None and status in ("completed", "converged"):
                     self._study.tell(running, loss_like(metric, best[metric]))
                 else:

@@ -98,6 +98,8 @@ def stop_reason(plan: SearchPlan, decision: Mapping[str, Any]) -> str:
     value = templates[plan.compared].format(plan.metric)
     if decision["value"] is None:
         return f"{value} could not be computed at epoch {decision['rung']}"
+    compared = decision["value"], decision["cutoff"]
     among = "" if decision["stratum"] == "all" else f" of stratum {decision['stratum']}"
-    after = f"{decision['value']:.4g} after epoch {decision['rung']}"
-    return f"{value} {after} is worse than the cut-off {decision['cutoff']:.4g}{among}"
+    digits = next((digits for digits in range(4, 17) if len({f"{each:.{digits}g}" for each in compared}) > 1), 17)
+    own, cutoff = (f"{each:.{digits}g}" for each in compared)
+    return f"{value} {own} after epoch {decision['rung']} is worse than the cut-off {cutoff}{among}"

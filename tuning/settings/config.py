@@ -208,7 +208,7 @@ class SearchPlan(BaseModel):
     divergence_factor: float = Field(10.0, gt=1)
     """A trial ends as `diverged` if in two epochs its loss exceeds this times the class entropy, or its own best."""
     finalists: int = Field(2, ge=0)
-    """Number of best trials that are retrained and compared with the default. 0: no verdict."""
+    """Number of best trials that are retrained and compared with the default. 0: none is retrained."""
     finalist_seeds: int = Field(5, ge=3, le=1000)
     """Number of seeds that each finalist and the default are retrained with; fewer if `finalist_epochs` is short."""
     finalist_epochs: int | None = Field(None, ge=0)
