@@ -325,6 +325,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "grace 3": partial(Product, grace_epochs=3),
     "reduction 3": partial(Product, reduction_factor=3),
     "reduction 4": partial(Product, reduction_factor=4),
+    "strata head": partial(Product, strata="head"),
     "strata unfrozen": partial(Product, strata="unfrozen"),
     "strata backbone": partial(Product, strata="backbone"),
     "strata both": partial(Product, strata="both"),

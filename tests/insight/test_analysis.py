@@ -204,9 +204,14 @@ def test_the_best_of_each_run(folders):
     trials = analysis.load_trials(*folders)
     found = analysis.best(trials, count=3)
     assert found["run"].value_counts().to_dict() == {"first": 3, "second": 3}
-    assert found["val_loss"].is_monotonic_increasing
+    assert found["val_tempered_loss"].is_monotonic_increasing  # as the searches chose
     for run, rows in trials.groupby("run"):
-        assert list(found.loc[found["run"] == run, "val_loss"]) == sorted(rows["val_loss"].dropna())[:3]
+        for metric in ("val_tempered_loss", "val_loss"):
+            chosen = analysis.best(rows, metric, 3)
+            assert list(chosen[metric]) == sorted(rows[metric].dropna())[:3]
+        assert analysis.best(rows, count=3).equals(analysis.best(rows, "val_tempered_loss", 3))
+        older = rows.drop(columns="val_tempered_loss")
+        assert list(analysis.best(older, count=3)["trial_id"]) == list(analysis.best(rows, "val_loss", 3)["trial_id"])
     assert len(analysis.best(trials.drop(columns="run"), "val_auroc", 5)) == 5
 
 
@@ -216,7 +221,8 @@ def test_runs_are_compared_by_what_they_spent_and_found(folders):
     assert list(found["trials"]) == [20, 12] and list(found.index) == ["first", "second"]
     searched = analysis.searched(trials)
     assert found.loc["first", "epochs"] == searched.loc[searched["run"] == "first", "epochs"].sum()
-    assert found.loc["second", "val_loss"] == searched.loc[searched["run"] == "second", "val_loss"].min()
+    losses = searched.loc[searched["run"] == "second", "val_tempered_loss"]
+    assert found.loc["second", "val_tempered_loss"] == losses.min()
     nothing = analysis.compare(trials.assign(val_loss=None), "val_auroc")
     assert len(nothing) == 2 and nothing["trial_id"].isna().all()
 

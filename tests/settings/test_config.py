@@ -74,7 +74,7 @@ def test_durations(text, seconds):
     assert parse_duration(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "h", "2 hours", "2h -3m", "soon", "1e3s"])
+@pytest.mark.parametrize("text", ["", "h", "2 hours", "2h -3m", "soon", "1e3s", "2h30", "5m10", "30ss"])
 def test_what_is_no_duration_is_refused(text):
     with pytest.raises(ValueError, match="must be a duration such as"):
         parse_duration(text)

@@ -73,11 +73,20 @@ def run_names(runs: Sequence[str | Path]) -> list[str]:
 # ---- the best trials --------------------------------------------------------------------------------------------
 
 
-def best(trials: pd.DataFrame, metric: str = "val_loss", count: int = 1) -> pd.DataFrame:
+def default_metric(trials: pd.DataFrame) -> str:
+    """Return the metric that searches choose by unless told otherwise; `val_loss` if a run is older than it."""
+    newest = trials.get("val_tempered_loss")
+    lacks = newest is None or bool((newest.isna() & trials["val_loss"].notna()).any())
+    return "val_loss" if lacks else "val_tempered_loss"
+
+
+def best(trials: pd.DataFrame, metric: str | None = None, count: int = 1) -> pd.DataFrame:
     """Return the rows of the best `count` trials of the search (of each `run`, if there is such a column), best first.
 
-    Trials are compared at their best epoch; those without a finite loss are left out.
+    Trials are compared at their best epoch; those without a finite loss are left out. Here and below, `metric` is by
+    default that of `default_metric`: give the one that the search was run with if it was another.
     """
+    metric = metric or default_metric(trials)
     finite = searched(trials[trials["val_loss"].notna() & trials[metric].notna()])
     losses: pd.Series = loss_like(metric, finite[metric])
     ranked = finite.loc[losses.sort_values(kind="stable").index]
@@ -90,11 +99,12 @@ def top(trials: pd.DataFrame, metric: str) -> pd.Series | None:
     return None if ranked.empty else ranked.iloc[0]
 
 
-def pareto(trials: pd.DataFrame, cost: str = "seconds", metric: str = "val_loss") -> pd.DataFrame:
+def pareto(trials: pd.DataFrame, cost: str = "seconds", metric: str | None = None) -> pd.DataFrame:
     """Return the rows of the Pareto front: trials that no other beats in both `cost` and `metric`, cheapest first.
 
     `cost` is a column of which less is better: seconds, trained_parameters, parameters, latency_ms, ...
     """
+    metric = metric or default_metric(trials)
     rows = searched(trials[trials["val_loss"].notna() & trials[metric].notna() & trials[cost].notna()])
     order = rows[[cost]].assign(loss=loss_like(metric, rows[metric])).sort_values([cost, "loss"], kind="stable")
     front = order["loss"] < order["loss"].cummin().shift(fill_value=math.inf)
@@ -118,7 +128,7 @@ def best_so_far(trials: pd.DataFrame, epochs: pd.DataFrame, metric: str) -> pd.D
 # ---- parameters -------------------------------------------------------------------------------------------------
 
 
-def importance(trials: pd.DataFrame, space: Space, metric: str = "val_loss") -> pd.DataFrame:
+def importance(trials: pd.DataFrame, space: Space, metric: str | None = None) -> pd.DataFrame:
     """Compute parameter importance by PED-ANOVA: how the best 10% of trials differ from all trials in each parameter.
 
     Watanabe et al. 2023, https://arxiv.org/abs/2304.10255. Diverged trials count as the worst. Trials of several runs
@@ -131,7 +141,7 @@ def importance(trials: pd.DataFrame, space: Space, metric: str = "val_loss") -> 
 
     from tuning.search.optimizer import frozen_trial, read_priors
 
-    ranked, _ = read_priors(trials, space, metric, 1.0)
+    ranked, _ = read_priors(trials, space, metric or default_metric(trials), 1.0)
     shares: dict[str, float] = {}
     if len(ranked) >= LEAST_RANKED and len(space.parameters) > 1:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -274,14 +284,14 @@ def class_entropy(samples: pd.DataFrame) -> float:
 # ---- several runs -----------------------------------------------------------------------------------------------
 
 
-def compare(trials: pd.DataFrame, metric: str = "val_loss") -> pd.DataFrame:
+def compare(trials: pd.DataFrame, metric: str | None = None) -> pd.DataFrame:
     """Return what each run spent and found, without probes and finalist runs.
 
     Returns:
         A row for each run: run, trials, early (how many of them stopped, converged or diverged), failed, epochs,
         seconds, gpu_seconds (summed over trials), and of the best trial trial_id, config_backbone, `metric`, gap.
     """
-    rows = searched(trials)
+    rows, metric = searched(trials), metric or default_metric(trials)
     flags = rows.assign(trials=1, early=rows["status"].isin(EARLY), failed=rows["status"] == "failed")
     sums = ["trials", "early", "failed", "epochs", "seconds", "gpu_seconds"]
     totals = flags.groupby("run", sort=False, as_index=False)[sums].sum()

@@ -173,7 +173,7 @@ def _without_runs(
     found = predictions and paired.compare(predictions, best, default, metric, tried=tried)
     if not found:
         lost = trials.loc[trials["trial_id"] == default, metric].isna().all()
-        why = "the default had no finite loss" if lost else "their predictions are missing"
+        why = "the default failed or had no finite loss" if lost else "their predictions are missing"
         sentence = f"{best} is the best trial of the search; it was not compared with the default, because {why}"
         return nothing, Verdict("not enough runs", best, sentence)
     images = f"on the same {count(found.images, 'validation image')}"

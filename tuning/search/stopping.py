@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tuning.record.journal import loss_like
-from tuning.settings.config import SearchPlan, unfrozen
+from tuning.settings.config import UNFROZEN, SearchPlan, unfrozen
 
 
 class Decision(NamedTuple):
@@ -60,8 +60,11 @@ class Rungs:
 
 
 def stratum(strata: str, config: Mapping[str, Any]) -> str:
-    """Return the stratum that a trial is compared within: `all`, or by `strata` (none, unfrozen, backbone, both)."""
-    kinds = {"backbone": str(config["backbone"]), "unfrozen": unfrozen(config["unfreeze_depth"])}
+    """Return the stratum that a trial is compared within: `all`, or by `strata` (see `SearchPlan.strata`)."""
+    part = unfrozen(config["unfreeze_depth"])
+    if strata == "head":
+        return part if part == UNFROZEN[0] else "all"
+    kinds = {"backbone": str(config["backbone"]), "unfrozen": part}
     names = {"none": [], "both": list(kinds)}.get(strata, [strata])
     return " ".join(kinds[name] for name in names) or "all"
 

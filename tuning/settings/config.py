@@ -79,7 +79,9 @@ def parse_duration(value: Any) -> Any:
     """Return the seconds in `90s`, `45m`, `2h`, `1h30m` or a plain number; raise ValueError for other text."""
     if not isinstance(value, str):
         return value
-    parts = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?", value.strip())
+    number = r"\d+(?:\.\d+)?"
+    pattern = rf"(?:({number})h)?(?:({number})m)?(?:({number})s)?"
+    parts = re.fullmatch(pattern, f"{value.strip()}s" if re.fullmatch(number, value.strip()) else value.strip())
     if parts is None or not any(parts.groups()):
         raise ValueError("must be a duration such as 90s, 45m, 2h or 1h30m")
     return sum(float(number or 0) * unit for number, unit in zip(parts.groups(), (3600, 60, 1), strict=True))
@@ -195,8 +197,8 @@ class SearchPlan(BaseModel):
     """Experiment tracking of trials and epochs: `none`, `mlflow` or `tensorboard`."""
     grace_epochs: int = Field(1, ge=1)
     """Number of epochs before ASHA can stop a trial: the first rung."""
-    strata: Literal["none", "unfrozen", "backbone", "both"] = "none"
-    """Trials that ASHA compares: all (`none`), with the same part `unfrozen`, of the same `backbone`, or `both`."""
+    strata: Literal["none", "head", "unfrozen", "backbone", "both"] = "none"
+    """Trials that ASHA compares: all, head-only and others apart, with the same part unfrozen, backbone, or both."""
     compared: Literal["early_loss", "best", "last", "mean"] = "early_loss"
     """Value that ASHA compares: `early_loss`, or the metric's `best`, `last`, or `mean` of the last two epochs."""
     early_loss: Literal["rungs", "always"] = "rungs"
