@@ -99,7 +99,10 @@ def of_recipe(data: Path, seed: int, seconds: float | None) -> dict[str, dict[st
 def of_product(flags: Flags, data: Path, seed: int, seconds: float) -> dict[str, Any]:
     """Run a search and the final training of a checkout."""
     with tempfile.TemporaryDirectory() as place:
-        environment = os.environ | {"FINETUNE_SEARCH_CACHE": f"{place}/cache"}
+        environment = os.environ | {
+            "FINETUNE_SEARCH_CACHE": f"{place}/cache",
+            "PYTHONPATH": str(Path(flags.checkout).resolve()),
+        }
         began = time.perf_counter()
 
         def command(name: str, *arguments: str) -> None:

@@ -26,7 +26,7 @@ from tuning.data.folders import images_below, left_out, local_entries, stored_en
 from tuning.model.folder import Ensemble, Model, load_model
 from tuning.record.mirror import borrowed
 from tuning.record.storage import files_below, is_uri, stored
-from tuning.settings.command_line import exit_code
+from tuning.settings.command_line import exit_code, leave
 from tuning.settings.config import InputError, visible
 
 __all__ = ["load_model"]
@@ -175,4 +175,4 @@ def _write_table(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -48,6 +48,7 @@ from tuning.settings.command_line import (
     endure,
     exit_code,
     flag,
+    leave,
 )
 from tuning.settings.config import InputError, SearchPlan, without_secrets
 from tuning.settings.documents import read_plan
@@ -336,7 +337,4 @@ def _priors(plan: SearchPlan, space: Space) -> list[Any]:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # ends as Ctrl-C does
-    status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # Python's own exit takes 1.4 s, for torch and its like
+    leave(main())

@@ -31,7 +31,7 @@ from tuning.record.predictions import read_predictions, write_tested
 from tuning.record.storage import is_uri, joined
 from tuning.record.temperature import fit_temperature, logarithms, tempered
 from tuning.search.plans import other_packages, short_training
-from tuning.settings.command_line import BAD_INPUT, DONE, Pairs, command_line, endure, exit_code
+from tuning.settings.command_line import BAD_INPUT, DONE, Pairs, command_line, endure, exit_code, leave
 from tuning.settings.config import InputError, SearchPlan, TrialConfig, build, cache_folder, visible
 from tuning.settings.documents import check_parts, read_mapping
 from tuning.settings.words import count, examples
@@ -384,4 +384,4 @@ def _print_epoch(row: dict[str, Any], epochs: int, *, on_both: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

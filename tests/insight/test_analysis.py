@@ -205,7 +205,7 @@ def test_the_best_of_each_run(folders):
     found = analysis.best(trials, count=3)
     assert found["run"].value_counts().to_dict() == {"first": 3, "second": 3}
     assert found["val_tempered_loss"].is_monotonic_increasing  # as the searches chose
-    for run, rows in trials.groupby("run"):
+    for _, rows in trials.groupby("run"):
         for metric in ("val_tempered_loss", "val_loss"):
             chosen = analysis.best(rows, metric, 3)
             assert list(chosen[metric]) == sorted(rows[metric].dropna())[:3]

@@ -23,6 +23,14 @@ from tuning.search.trainable import FinetuneTrial
 from tuning.settings.config import cache_folder
 from tuning.training.features import run_folder
 
+ROW = {  # of an epoch, but for its number and end
+    **dict.fromkeys(("train_loss", "train_eval_loss", "val_loss", "val_accuracy", "val_balanced_accuracy"), 0.5),
+    **dict.fromkeys(("val_auroc", "data_seconds", "evaluate_seconds", "train_seconds", "seconds"), 0.5),
+    **dict.fromkeys(("prefix_seconds", "learning_rate"), 0.0),
+    **{"images": 30, "cache_hits": 0, "micro_batch": 8, "batch_size": 8, "trained_parameters": 9, "unfreeze_depth": 1},
+    **{"peak_memory_mb": 500.0, "gpu_memory_mb": 80_000.0},
+}
+
 
 @pytest.fixture
 def ray_started():
@@ -409,6 +417,22 @@ def test_the_tables_are_the_journal(whole):
         assert made[name].to_pandas().equals(read_table(run / f"{name}.parquet"))
 
 
+def test_start_points_are_not_stopped_by_asha(tmp_path, folder):
+    """As Ray tells, without it: the second start point is worse after an epoch, and so is a suggested trial."""
+    start = [{"unfreeze_depth": 5, "learning_rate": rate, "augmentation": "none"} for rate in (1e-3, 1e-2)]
+    search = make_run(tmp_path / "run", folder, start=start, trials=3)()
+    goes_on = []
+    for number, loss in enumerate((0.5, 0.7, 0.6)):
+        search.next_trial(f"ray{number}")
+        search.started(f"ray{number}")
+        row = ROW | {"epoch": 1, "val_loss": loss, "val_tempered_loss": loss, "early_loss": loss}
+        goes_on.append(search.result(f"ray{number}", row | {"ends": None, "reason": None}))
+    search.journal.close()
+    assert goes_on == [True, True, False]
+    made = [trial.decisions[0]["verdict"] for trial in search.record.trials.values()]
+    assert made == ["continue", "kept", "stop"]
+
+
 def test_trials_are_packed_once_one_has_been_measured(tmp_path, folder):
     """As Ray asks and tells, without it: two trials fill two GPUs, the third waits until the first has ended."""
     rates = (1e-3, 2e-3, 3e-3, 4e-3)
@@ -417,18 +441,7 @@ def test_trials_are_packed_once_one_has_been_measured(tmp_path, folder):
     search.resources = Slots(1, 1.0, 8, packed=2)
     given = [search.next_trial(f"ray{number}") for number in range(3)]
     search.started("ray0")
-    row = dict.fromkeys(("train_loss", "train_eval_loss", "val_accuracy", "val_balanced_accuracy", "val_auroc"), 0.5)
-    row |= {"epoch": 1, "val_loss": 0.5, "learning_rate": 0.1, "seconds": 2.0, "data_seconds": 0.5, "images": 30}
-    row |= {
-        "prefix_seconds": 0.0,
-        "train_seconds": 1.0,
-        "evaluate_seconds": 0.5,
-        "cache_hits": 0,
-        "micro_batch": 8,
-        "batch_size": 8,
-    }
-    row |= {"peak_memory_mb": 500.0, "gpu_memory_mb": 80_000.0, "trained_parameters": 9, "unfreeze_depth": 1}
-    search.result("ray0", row | {"ends": "completed", "reason": "all 1 epochs"})
+    search.result("ray0", ROW | {"epoch": 1, "ends": "completed", "reason": "all 1 epochs"})
     given += [search.next_trial(f"ray{number}") for number in (3, 4)]
     search.started("ray3")
     search.journal.close()
@@ -438,22 +451,23 @@ def test_trials_are_packed_once_one_has_been_measured(tmp_path, folder):
 
 
 @pytest.mark.slow
-def test_probes_come_first_count_as_no_trial_and_are_made_once(tmp_path, folder):
+def test_probes_follow_start_points_count_as_no_trial_and_are_made_once(tmp_path, folder):
     parameters = PARAMETERS | {"backbone": {"type": "categorical", "choices": ["test_resnet", "test_vit"]}}
     fixed = {name: value for name, value in FIXED.items() if name != "backbone"}
     weights = {"test_resnet": None, "test_vit": None}
     run = tmp_path / "run"
-    make = make_run(run, folder, parameters=parameters, fixed=fixed, weights=weights, probe=True, trials=3)
+    start = [{"backbone": "test_resnet", "unfreeze_depth": 0, "learning_rate": 1e-3, "augmentation": "none"}]
+    make = make_run(run, folder, parameters=parameters, fixed=fixed, start=start, weights=weights, probe=True, trials=3)
     search = make()
     run_here(search)
     trials = read_table(run / "trials.parquet")
-    assert list(trials["trial_id"]) == ["p00000", "p00001", "t00000", "t00001", "t00002"]
+    assert list(trials["trial_id"]) == ["t00000", "p00000", "p00001", "t00001", "t00002"]
     probes = trials[trials["origin"] == "probe"]
     assert list(probes["config_backbone"]) == ["test_resnet", "test_vit"]
     assert list(probes["status"]) == ["completed"] * 2 and list(probes["epochs"]) == [1, 1]
     assert probes["number"].isna().all() and probes["val_loss"].notna().all()
     told = [trial.params["backbone"] for trial in search.optimizer.study.trials]
-    assert told[:2] == ["test_resnet", "test_vit"] and len(told) == 5
+    assert told[:3] == ["test_resnet", "test_resnet", "test_vit"] and len(told) == 5
 
     again = make(trials=4)
     run_here(again)

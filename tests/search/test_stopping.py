@@ -125,3 +125,18 @@ def test_the_reason_shows_in_what_digits_the_values_differ(value, words):
     decision = {"value": value, "cutoff": 0.4, "rung": 2, "stratum": "all"}
     reason = stop_reason(SearchPlan(name="x"), decision)
     assert reason == f"early_loss {words} after epoch 2 is worse than the cut-off 0.4"
+
+
+def test_head_only_trials_are_compared_with_all_and_stop_no_others():
+    """They show more after an epoch than others, and gain less later."""
+    head, whole = ({"backbone": "lite0", "unfreeze_depth": depth} for depth in (0, 5))
+    rungs = Rungs(grace_epochs=1, reduction_factor=2, epochs=9)
+
+    def verdict(name, value, config):
+        return rungs.decide(name, 1, value, stratum("head", config)).verdict
+
+    assert [verdict(f"h{number}", 0.5, head) for number in range(3)] == ["continue"] * 3
+    assert verdict("h3", 0.6, head) == "stop"
+    assert verdict("a", 0.9, whole) == "continue" and verdict("b", 1.0, whole) == "stop"
+    assert verdict("c", 0.4, whole) == "continue" and verdict("h4", 0.55, head) == "stop"
+    assert verdict("h5", 0.45, head) == "continue"

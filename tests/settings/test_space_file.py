@@ -350,9 +350,9 @@ def test_shipped_spaces_say_how_they_are_run_and_what_they_found(path):
 
 def test_quick_begins_with_the_classifier_alone():
     space = load("quick")
-    first, last_stages, whole = (trial_values(space, point) for point in space.start)
+    first, *others = (trial_values(space, point) for point in space.start)
     assert (first["unfreeze_depth"], first["learning_rate"], first["augmentation"]) == (0, 1e-3, "none")
-    assert (last_stages["unfreeze_depth"], whole["unfreeze_depth"]) == (2, 5)
+    assert [(each["unfreeze_depth"], each["batch_norm"]) for each in others] == [(3, "frozen"), (3, "train")]
     assert (space.search["trials"], space.search["epochs"], image_sizes(space)) == (20, 6, [64])
 
 

@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import os
 import re
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -21,7 +24,7 @@ from tuning.training.dataset import Data
 
 CHECKED_IMAGES, CHECKED_DIFFERENCE = 64, 1e-4  # validation images; largest difference between probabilities
 BATCH = 16  # of the comparison: another size than the model was traced with
-MODEL = "model.onnx"
+MODEL, OPSET = "model.onnx", 18
 
 
 class Classifier(nn.Module):
@@ -53,22 +56,25 @@ def export(
 ) -> dict[str, Any]:
     """Write the model as ONNX with `described` as metadata, and compare it with PyTorch on validation images.
 
+    Tracing comes first; what it can't write, or writes wrongly, `torch.export` tries, which takes ten seconds longer.
+
     Return, for `metrics.json`, the largest difference between probabilities and the number of images, or the error: the
     model is usable without ONNX, so any failure is printed, never raised. The networks are moved to the CPU.
     """
-    try:
-        write_onnx(path, final, temperature, described)
-        some = {size: dataclasses.replace(each, val=each.val[:CHECKED_IMAGES]) for size, each in data.items()}
-        wanted = tempered(final.logits(some, "val", torch.device("cpu")), temperature)
-        difference = float(np.abs(run_onnx(path, some) - wanted).max())
-        if not difference <= CHECKED_DIFFERENCE:
-            raise RuntimeError(f"its probabilities differ from PyTorch's by {difference:.2g}")
-    except Exception as error:
-        path.unlink(missing_ok=True)
-        reason = _reason(error)
-        print(f"{path.name} could not be exported ({reason}); the model is complete without it", file=sys.stderr)
-        return {"error": reason}
-    return {"largest_difference": difference, "images": len(wanted)}
+    some = {size: dataclasses.replace(each, val=each.val[:CHECKED_IMAGES]) for size, each in data.items()}
+    wanted = tempered(final.logits(some, "val", torch.device("cpu")), temperature)
+    for traced in (True, False):
+        try:
+            write_onnx(path, final, temperature, described, traced=traced)
+            difference = float(np.abs(run_onnx(path, some) - wanted).max())
+            if not difference <= CHECKED_DIFFERENCE:
+                raise RuntimeError(f"its probabilities differ from PyTorch's by {difference:.2g}")
+            return {"largest_difference": difference, "images": len(wanted)}
+        except Exception as error:
+            path.unlink(missing_ok=True)
+            reason = _reason(error)
+    print(f"{path.name} could not be exported ({reason}); the model is complete without it", file=sys.stderr)
+    return {"error": reason}
 
 
 def _reason(error: BaseException) -> str:
@@ -79,31 +85,49 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.partition(chr(10))[0]}"
 
 
-def write_onnx(path: Path, final: Final, temperature: float, described: Mapping[str, Any]) -> None:
-    """Write an ONNX file that gives `probabilities`, for any batch size.
+def write_onnx(
+    path: Path, final: Final, temperature: float, described: Mapping[str, Any], *, traced: bool = True
+) -> None:
+    """Write an ONNX file that gives `probabilities`, for any batch size, by tracing or by `torch.export`.
 
     Its input is `images`, float32 [batch, 3, side, side] in 0 to 1, or one `images_<side>` for each of several sizes.
     """
     model = Classifier(final, temperature).cpu().eval()
     examples = tuple(torch.rand(2, 3, side, side) for side in model.sizes)
-    batch = torch.export.Dim("batch")
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.filterwarnings("ignore", "Anomaly Detection has been enabled")  # by the exporter's tracing
-        warnings.filterwarnings("ignore", "# The axis name: batch will not be used")  # if there are several inputs
-        program = torch.onnx.export(
-            model,
-            examples,
-            dynamo=True,
-            dynamic_shapes={"images": tuple({0: batch} for _ in examples)},
-            input_names=input_names(model.sizes),
-            output_names=["probabilities"],
-            verbose=False,
-        )
-    assert program is not None
-    program.model.metadata_props.update(
-        {key: value if isinstance(value, str) else json.dumps(value) for key, value in described.items()}
-    )
-    program.save(path, external_data=False)
+    inputs, output = input_names(model.sizes), "probabilities"
+    named: dict[str, Any] = {"input_names": inputs, "output_names": [output]}
+    with warnings.catch_warnings(record=True) as warned, torch.no_grad():
+        if traced:
+            warnings.simplefilter("always")
+            axes = {name: {0: "batch"} for name in (*inputs, output)}
+            with _silent():
+                torch.onnx.export(model, examples, path, dynamo=False, dynamic_axes=axes, opset_version=OPSET, **named)
+            if any(each.category.__name__ == "TracerWarning" for each in warned):
+                raise RuntimeError("what depends on the values of an image would become constant")
+            program = onnx.load(path)
+        else:
+            shapes = {"images": tuple({0: torch.export.Dim("batch")} for _ in examples)}
+            exported = torch.onnx.export(model, examples, dynamo=True, dynamic_shapes=shapes, verbose=False, **named)
+            assert exported is not None
+            program = exported.model_proto
+    text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in described.items()}
+    onnx.helper.set_model_props(program, text)
+    onnx.save(program, path)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Discard what C++ prints: torch shows the whole graph of what tracing can't write, whatever `verbose` says."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def interface(final: Final) -> dict[str, Any]:

@@ -171,9 +171,11 @@ class Search:
         return fields | self._context | {"gpus": gpus, "ending": ending, "redraw": is_finalist and self._redraw}
 
     def _ask(self) -> Trial | str | None:
-        """Journal a new trial: the probes first, then start points and suggested trials, then finalists."""
-        plan, trials = self.plan, self.record.trials
-        asked = probe(self.space, plan, self.record) if plan.probe and plan.early_stopping else None
+        """Journal a new trial: the start points first, then the probes, suggested trials and finalists."""
+        plan, trials, asked = self.plan, self.record.trials, None
+        started = self.searched >= min(len(self.space.start), plan.trials)
+        if started and plan.probe and plan.early_stopping:
+            asked = probe(self.space, plan, self.record)
         if asked is None and self.searched < plan.trials:
             asked = searched_trial(self.searched, self.space, plan, self.optimizer, self._untried())
         elif asked is None:
@@ -277,6 +279,8 @@ class Search:
         decision = self.rungs.decide(trial.trial_id, epoch, value, kind)
         if decision is None:
             return None
+        if decision.verdict == "stop" and trial.origin == "start":
+            decision = decision._replace(verdict="kept")
         in_own_units = {"value": as_loss(self.plan, value), "cutoff": as_loss(self.plan, decision.cutoff)}
         return self._write("decision", trial_id=trial.trial_id, epoch=epoch, **decision._asdict() | in_own_units)
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from tuning.record.journal import loss_like
 from tuning.settings.config import UNFROZEN, SearchPlan, unfrozen
 
+ANY = "any"  # a stratum that is compared with all strata
+
 
 class Decision(NamedTuple):
     """A trial judged at a rung; lower is better."""
@@ -18,15 +20,15 @@ class Decision(NamedTuple):
     stratum: str
     value: float | None
     cutoff: float | None
-    verdict: str  # continue | stop | kept: stopped within its stratum, but among the best of all trials
+    verdict: str  # continue | stop | kept: worse than the cut-off, but among the best of all trials, or a start point
 
 
 class Rungs:
     """The values of all trials at each rung.
 
     A trial continues while it is among the best 1/reduction_factor (rounded down, at least one) of the trials of its
-    stratum that have reached the rung, itself included, or of all trials that have. A missing value (a metric that
-    can't be computed) ranks last.
+    stratum that have reached the rung, itself included, or of all trials that have; one of stratum `any` is compared
+    with those of all strata. A missing value (a metric that can't be computed) ranks last.
     """
 
     def __init__(self, *, grace_epochs: int, reduction_factor: int, epochs: int):
@@ -49,8 +51,10 @@ class Rungs:
         self.enter(trial_id, epoch, stratum, value)
         entered = self._values[epoch]
         own = entered[trial_id][1]
-        cutoff = self._cutoff(value for other, value in entered.values() if other == stratum)
         overall = self._cutoff(value for _, value in entered.values())
+        cutoff = overall
+        if stratum != ANY:
+            cutoff = self._cutoff(value for other, value in entered.values() if other == stratum)
         verdict = "continue" if own <= cutoff else "kept" if own <= overall else "stop"
         return Decision(epoch, stratum, value, cutoff if math.isfinite(cutoff) else None, verdict)
 
@@ -63,7 +67,7 @@ def stratum(strata: str, config: Mapping[str, Any]) -> str:
     """Return the stratum that a trial is compared within: `all`, or by `strata` (see `SearchPlan.strata`)."""
     part = unfrozen(config["unfreeze_depth"])
     if strata == "head":
-        return part if part == UNFROZEN[0] else "all"
+        return ANY if part == UNFROZEN[0] else "unfrozen"
     kinds = {"backbone": str(config["backbone"]), "unfrozen": part}
     names = {"none": [], "both": list(kinds)}.get(strata, [strata])
     return " ".join(kinds[name] for name in names) or "all"
@@ -102,7 +106,7 @@ def stop_reason(plan: SearchPlan, decision: Mapping[str, Any]) -> str:
     if decision["value"] is None:
         return f"{value} could not be computed at epoch {decision['rung']}"
     compared = decision["value"], decision["cutoff"]
-    among = "" if decision["stratum"] == "all" else f" of stratum {decision['stratum']}"
+    among = "" if decision["stratum"] in ("all", ANY) else f" of stratum {decision['stratum']}"
     digits = next((digits for digits in range(4, 17) if len({f"{each:.{digits}g}" for each in compared}) > 1), 17)
     own, cutoff = (f"{each:.{digits}g}" for each in compared)
     return f"{value} {own} after epoch {decision['rung']} is worse than the cut-off {cutoff}{among}"

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import tyro
 
@@ -44,6 +44,13 @@ def exit_code(command: Callable[[], int | None], interrupted: str = "") -> int:
     except KeyboardInterrupt:
         print("; ".join(filter(None, ("interrupted", interrupted))), file=sys.stderr)
         return INTERRUPTED
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once: Python's own exit takes 1.4 to 2 s, for torch and its like."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None if the shell has closed it
+        stream.flush()
+    os._exit(code)
 
 
 def endure() -> None:

@@ -197,8 +197,8 @@ class SearchPlan(BaseModel):
     """Experiment tracking of trials and epochs: `none`, `mlflow` or `tensorboard`."""
     grace_epochs: int = Field(1, ge=1)
     """Number of epochs before ASHA can stop a trial: the first rung."""
-    strata: Literal["none", "head", "unfrozen", "backbone", "both"] = "none"
-    """Trials that ASHA compares: all, head-only and others apart, with the same part unfrozen, backbone, or both."""
+    strata: Literal["none", "head", "unfrozen", "backbone", "both"] = "head"
+    """Trials that ASHA compares: all; all but head-only ones; those with the same part unfrozen, backbone, or both."""
     compared: Literal["early_loss", "best", "last", "mean"] = "early_loss"
     """Value that ASHA compares: `early_loss`, or the metric's `best`, `last`, or `mean` of the last two epochs."""
     early_loss: Literal["rungs", "always"] = "rungs"
