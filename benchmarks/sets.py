@@ -10,7 +10,7 @@ from PIL import Image
 from tuning.data.phantoms import write_phantoms
 from tuning.data.samples import load_samples
 
-CHOSEN_ON, CONFIRMED_ON = ("xrays", "generated"), ("xrays-covid", "digits", "mnist")  # defaults were chosen, confirmed
+CHOSEN_ON, CONFIRMED_ON = ("xrays", "generated", "digits"), ("xrays-covid", "mnist")  # defaults were chosen, confirmed
 SETS = (*CHOSEN_ON, *CONFIRMED_ON)
 SIDE = 64  # pixels of a digit's picture
 Row = tuple[Path, str, str]  # file, label, split
