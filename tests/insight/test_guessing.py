@@ -3,11 +3,15 @@
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 from scipy import stats
 from scipy.special import ndtri, softmax
+from searches import make_run, run_here
 from shared import SOAK
 
 from tuning.insight.guessing import guess_error, separation
+from tuning.insight.verdict import judged
+from tuning.record.tables import read_table
 
 SEARCHES = 4000 if SOAK else 400
 TAIL = 0.05
@@ -83,3 +87,24 @@ def test_the_error_that_needs_no_predictions_is_never_smaller():
             if len(shares) == 2 and not grouped:
                 assert guess_error(samples) == pytest.approx(error(found))
     assert guess_error(samples[samples["label"] == 0]) == np.inf
+
+
+@pytest.mark.slow
+@pytest.mark.soak
+def test_on_random_labels_nothing_beats_guessing(tmp_path):
+    """Whole searches on noise, six trials each: of 100 at most 5 may claim more, however lucky their best trial was."""
+    claimed = []
+    for seed in range(100 if SOAK else 3):
+        rng = np.random.default_rng(seed)
+        data = tmp_path / f"data{seed}"
+        for name in ("a", "b"):
+            (data / name).mkdir(parents=True)
+            for number in range(60):
+                pixels = rng.integers(0, 256, (32, 32), dtype=np.uint8)
+                Image.fromarray(pixels).save(data / name / f"{number:02d}.png")
+        run = tmp_path / f"run{seed}"
+        run_here(make_run(run, data, trials=6, epochs=3, seed=seed, finalists=0)())
+        trials, samples = (read_table(run / f"{name}.parquet") for name in ("trials", "samples"))
+        _, verdict = judged(run, trials, samples, "val_tempered_loss", val_drawn=True)
+        claimed += [verdict.verdict] if verdict.verdict != "nothing beats guessing" else []
+    assert len(claimed) <= (5 if SOAK else 1), claimed

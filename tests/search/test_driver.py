@@ -10,7 +10,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 from ray.tune.error import TuneError
-from searches import FIXED, PARAMETERS, FreeTrial, make_run, workers
+from searches import FIXED, PARAMETERS, FreeTrial, make_run, run_here, workers
 from shared import shared_ray
 
 from tuning.record.journal import FINAL, read_journal
@@ -19,9 +19,6 @@ from tuning.record.tables import make_tables, read_table
 from tuning.search.cluster import Slots
 from tuning.search.driver import Search
 from tuning.search.finalists import finalist_runs_left
-from tuning.search.trainable import FinetuneTrial
-from tuning.settings.config import cache_folder
-from tuning.training.features import run_folder
 
 ROW = {  # of an epoch, but for its number and end
     **dict.fromkeys(("train_loss", "train_eval_loss", "val_loss", "val_accuracy", "val_balanced_accuracy"), 0.5),
@@ -35,26 +32,6 @@ ROW = {  # of an epoch, but for its number and end
 @pytest.fixture
 def ray_started():
     shared_ray()
-
-
-def run_here(search):
-    """As `search.run` with one slot, in this process: no worker has to start, which takes ten seconds of a core."""
-    with run_folder(cache_folder(), search.run_folder) as features:
-        search._context["features"] = str(features)
-        worker, number = None, 0
-        while (given := search.next_trial(f"ray{number}")) != "FINISHED":
-            if worker is None:
-                worker = FinetuneTrial(given)
-            else:
-                worker.reset_config(given)
-            search.started(f"ray{number}")
-            while search.result(f"ray{number}", json.loads(worker.step()["row"])):
-                pass
-            number += 1
-        if worker is not None:
-            worker.cleanup()
-    search._write_tables(now=True)
-    search.journal.close()
 
 
 def losses(run):
