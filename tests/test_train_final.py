@@ -364,7 +364,7 @@ def test_the_mean_of_several_trials_is_handed_over_if_it_is_clearly_better(
     searched, monkeypatch, capsys, gain, settings, several
 ):
     found = Offer(("t00000", "t00002"), 0.3, 0.3 + gain, gain, (gain - 0.05, gain + 0.05))
-    monkeypatch.setattr(train_final, "offer", lambda predictions, chosen: found)
+    monkeypatch.setattr(train_final, "offer", lambda predictions, chosen, least: found)
     metrics = metrics_of(run(Flags(str(searched), set=(settings,) if settings else ())))
     assert ("ensemble" in metrics) == several
     said = capsys.readouterr().out

@@ -299,15 +299,17 @@ def _taken(best: Best, run: Path, table: pd.DataFrame | None) -> "Kept | None":
         lacks = f"fewer than two trials of {run} have both their best weights (checkpoints/) and their validation"
         raise InputError(f"ensemble=true: {lacks} probabilities (predictions/); leave ensemble out")
     chosen = str(best.provenance.get("trial_id"))
-    same = chosen in found.predictions.trial_ids and found.configs[chosen] == best.config
+    kept = chosen in found.predictions.trial_ids
+    same = kept and found.configs[chosen] == best.config
     if asked is True or (asked == "auto" and same and best.plan.metric in LOSSES):
-        gained, averaged = offer(found.predictions, chosen), members(found.predictions, least=2 if asked is True else 1)
+        least = 2 if asked is True else 1
+        averaged = members(found.predictions, least=least)
+        gained = offer(found.predictions, chosen, least=least) if kept else None  # else nothing to compare it with
         if len(averaged) > 1 and (asked is True or (gained is not None and gained.better)):
             return dataclasses.replace(found.of(averaged), gained=gained)
     if same:
         return found.of([chosen])
     if chosen in found.rows.index:
-        kept = chosen in found.predictions.trial_ids
         why = f"{best.path} has another configuration" if kept else "its weights were not kept"
         print(f"{chosen} is trained anew: {why}")
     return None
@@ -317,14 +319,17 @@ def _print_taken(taken: "Kept", provenance: dict[str, Any]) -> None:
     chosen, gained = str(provenance.get("trial_id")), taken.gained
     if len(taken.configs) == 1:
         print(f"{chosen} as the search has trained it, with the weights of its best epoch")
+    elif gained is None:
+        print(f"the mean of {count(len(taken.configs), 'trial')}; it could not be compared with {chosen} alone")
     if gained is None:
         return
     latency_ms = taken.rows["latency_ms"]
     each = latency_ms[list(gained.members)]
-    low, high = gained.gain_95
+    low, high = gained.gain_95 if gained.gain >= 0 else (-gained.gain_95[1], -gained.gain_95[0])
+    change = f"{abs(gained.gain):.4f} {'lower' if gained.gain >= 0 else 'higher'}"
     print(
-        f"the mean of {count(len(gained.members), 'trial')} of the search has a val_tempered_loss {gained.gain:.4f} "
-        f"lower than {chosen} alone (95% confidence interval {low:.4f} to {high:.4f});",
+        f"the mean of {count(len(gained.members), 'trial')} of the search has a val_tempered_loss {change} than "
+        f"{chosen} alone (95% confidence interval {low:.4f} to {high:.4f});",
         f"one image takes {each.sum():.1f} ms instead of {latency_ms.get(chosen, each.iloc[0]):.1f}; "
         f"--set ensemble=false takes {chosen} alone",
     )

@@ -34,6 +34,16 @@ def test_trials_that_are_alike_offer_nothing():
     assert members(alike, least=2) == ("x", "y") and members(one, least=2) == one.trial_ids
 
 
+def test_an_ensemble_of_at_least_two_is_judged_as_one():
+    """Also where the best trial alone is better, and a half that selects freely would take it alone."""
+    predictions = simulated([0.2, 6.0])
+    assert offer(predictions, "t0").members == ("t0",) and offer(predictions, "t0").gain == 0
+    found = offer(predictions, "t0", least=2)
+    mean = logarithms(predictions.probabilities.mean(axis=0))
+    assert found.members == ("t0", "t1") and found.gain < 0 and not found.better
+    assert found.val_tempered_loss == pytest.approx(tempered_loss(mean, predictions.targets), abs=0.02)
+
+
 @pytest.mark.slow
 def test_what_was_luck_on_one_half_is_not_offered():
     """Fifty trials that only guess: the best of them on one half of validation are as bad as any on the other."""

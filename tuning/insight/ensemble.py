@@ -31,18 +31,19 @@ class Offer:
         return self.gain_95[0] > 0
 
 
-def offer(predictions: Predictions, chosen: str) -> Offer | None:
+def offer(predictions: Predictions, chosen: str, *, least: int = 1) -> Offer | None:
     """Return what the ensemble of these trials would gain; None if there are too few trials or groups to judge it.
 
     It is compared with the trial `chosen` or, if it isn't among these, with the best on the half that is selected on.
-    The trials' best epochs were selected on the whole validation set, which favours ensemble and single trial alike.
+    `least` is as in `selected`. The trials' best epochs were selected on the whole validation set, which favours
+    ensemble and single trial alike.
     """
     first = halves(predictions.targets, predictions.groups)
     if len(predictions.trial_ids) < 2 or first.all() or not first.any():
         return None
     ensemble, alone = np.empty(len(first)), np.empty(len(first))
     for half in (first, ~first):
-        ranked, size = selected(predictions.probabilities[:, half], predictions.targets[half])
+        ranked, size = selected(predictions.probabilities[:, half], predictions.targets[half], least=least)
         single = [predictions.trial_ids.index(chosen)] if chosen in predictions.trial_ids else ranked[:1]
         for losses, averaged in ((ensemble, ranked[:size]), (alone, single)):
             logs = logarithms(predictions.probabilities[averaged].mean(axis=0))
@@ -50,7 +51,7 @@ def offer(predictions: Predictions, chosen: str) -> Offer | None:
             others = logarithms(tempered(logs[~half], temperature))
             losses[~half] = -others[np.arange(len(others)), predictions.targets[~half]]
     gain, low, high = mean_interval(alone - ensemble, predictions.groups)
-    return Offer(members(predictions), float(ensemble.mean()), float(alone.mean()), gain, (low, high))
+    return Offer(members(predictions, least=least), float(ensemble.mean()), float(alone.mean()), gain, (low, high))
 
 
 def members(predictions: Predictions, *, least: int = 1) -> tuple[str, ...]:
