@@ -304,7 +304,7 @@ def _taken(best: Best, run: Path, table: pd.DataFrame | None) -> "Kept | None":
     if asked is True or (asked == "auto" and same and best.plan.metric in LOSSES):
         least = 2 if asked is True else 1
         averaged = members(found.predictions, least=least)
-        gained = offer(found.predictions, chosen, least=least) if kept else None  # else nothing to compare it with
+        gained = offer(found.predictions, chosen, least=least)
         if len(averaged) > 1 and (asked is True or (gained is not None and gained.better)):
             return dataclasses.replace(found.of(averaged), gained=gained)
     if same:

@@ -94,4 +94,5 @@ def test_halves_keep_groups_together_and_classes_even(rows):
 
 def test_too_little_to_choose_from_or_to_judge_on():
     assert offer(simulated([1.0]), "t0") is None
+    assert offer(simulated([1.0, 1.0]), "t2") is None  # its weights were not kept: another trial would stand for it
     assert offer(simulated([1.0, 1.0], groups=np.zeros(300, np.int64)), "t0") is None

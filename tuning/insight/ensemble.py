@@ -32,19 +32,19 @@ class Offer:
 
 
 def offer(predictions: Predictions, chosen: str, *, least: int = 1) -> Offer | None:
-    """Return what the ensemble of these trials would gain; None if there are too few trials or groups to judge it.
+    """Return what the ensemble of these trials would gain over the trial `chosen`.
 
-    It is compared with the trial `chosen` or, if it isn't among these, with the best on the half that is selected on.
-    `least` is as in `selected`. The trials' best epochs were selected on the whole validation set, which favours
-    ensemble and single trial alike.
+    None if `chosen` isn't among these, or if there are too few trials or groups to judge it. `least` is as in
+    `selected`. The trials' best epochs were selected on the whole validation set, which favours ensemble and single
+    trial alike.
     """
     first = halves(predictions.targets, predictions.groups)
-    if len(predictions.trial_ids) < 2 or first.all() or not first.any():
+    if chosen not in predictions.trial_ids or len(predictions.trial_ids) < 2 or first.all() or not first.any():
         return None
     ensemble, alone = np.empty(len(first)), np.empty(len(first))
     for half in (first, ~first):
         ranked, size = selected(predictions.probabilities[:, half], predictions.targets[half], least=least)
-        single = [predictions.trial_ids.index(chosen)] if chosen in predictions.trial_ids else ranked[:1]
+        single = [predictions.trial_ids.index(chosen)]
         for losses, averaged in ((ensemble, ranked[:size]), (alone, single)):
             logs = logarithms(predictions.probabilities[averaged].mean(axis=0))
             temperature = fit_temperature(logs[half], predictions.targets[half])
