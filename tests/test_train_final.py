@@ -1,6 +1,7 @@
 """From a best.yaml to a tested model, with the search's own tables beside it."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -370,6 +371,20 @@ def test_the_mean_of_several_trials_is_handed_over_if_it_is_clearly_better(
     said = capsys.readouterr().out
     assert ("the mean of 2 trials of the search has a val_tempered_loss 0.1000 lower" in said) == several
     assert ("--set ensemble=false takes t00000 alone" in said) == several
+
+
+@pytest.mark.slow
+def test_an_ensemble_that_the_metric_does_not_judge_is_not_taken_in_silence(searched, monkeypatch, capsys):
+    for name in ("best.yaml", "plan.yaml"):
+        text = (searched / name).read_text()
+        (searched / name).write_text(text.replace("metric: val_tempered_loss", "metric: val_auroc"))
+    found = Offer(("t00000", "t00002"), 0.3, 0.4, 0.1, (0.05, 0.15))
+    monkeypatch.setattr(train_final, "offer", lambda predictions, chosen, least: found)
+    assert "ensemble" not in metrics_of(run(Flags(str(searched))))
+    said = capsys.readouterr().out
+    why = "the gain is one of val_tempered_loss, and metric=val_auroc; --set ensemble=true builds it"
+    assert re.search(rf"the mean of \d trials would be significantly better, but is not taken: {why}", said)
+    assert "t00000 as the search has trained it" in said
 
 
 @pytest.mark.parametrize(

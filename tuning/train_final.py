@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from tuning.checks.audit import Checked, load_checked
 from tuning.data.changes import OtherSamples, changes, elsewhere
 from tuning.data.images import content_hashes, open_images
-from tuning.insight.ensemble import members, offer
+from tuning.insight.ensemble import declined, members, offer
 from tuning.model.held_out import READINGS, print_metrics, record_evaluation, score_test_set
 from tuning.record import tables
-from tuning.record.journal import LOSSES, read_journal
+from tuning.record.journal import read_journal
 from tuning.record.mirror import borrowed
 from tuning.record.predictions import read_predictions, write_tested
 from tuning.record.storage import is_uri, joined
@@ -301,12 +301,14 @@ def _taken(best: Best, run: Path, table: pd.DataFrame | None) -> "Kept | None":
     chosen = str(best.provenance.get("trial_id"))
     kept = chosen in found.predictions.trial_ids
     same = kept and found.configs[chosen] == best.config
-    if asked is True or (asked == "auto" and same and best.plan.metric in LOSSES):
+    if asked is True or (asked == "auto" and same):
         least = 2 if asked is True else 1
         averaged = members(found.predictions, least=least)
         gained = offer(found.predictions, chosen, least=least)
         if len(averaged) > 1 and (asked is True or (gained is not None and gained.better)):
-            return dataclasses.replace(found.of(averaged), gained=gained)
+            if not (why := declined(best.plan)):
+                return dataclasses.replace(found.of(averaged), gained=gained)
+            print(f"the mean of {count(len(averaged), 'trial')} would be significantly better, but is not taken: {why}")
     if same:
         return found.of([chosen])
     if chosen in found.rows.index:

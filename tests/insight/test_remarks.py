@@ -9,6 +9,7 @@ from shared import SOAK
 from tuning.insight.analysis import searched, top
 from tuning.insight.remarks import _on_baseline, _on_ensemble, remarks, with_baseline
 from tuning.record.predictions import Predictions, predictions_file, write_predictions
+from tuning.settings.config import SearchPlan
 from tuning.show import report
 from tuning.show.sections import read
 
@@ -26,7 +27,7 @@ def make_judged(folder, sure):
         named = {"epoch": int(row.best_epoch), "val_loss": row.val_loss}
         write_predictions(predictions_file(folder, row.trial_id), validation, classes, probabilities, **named)
     chosen = top(run.trials, "val_loss")["trial_id"]
-    return chosen, remarks(folder, searched(run.trials), run.samples, "val_loss", chosen)
+    return chosen, remarks(folder, searched(run.trials), run.samples, run.plan, chosen)
 
 
 @pytest.mark.slow
@@ -46,7 +47,7 @@ def test_a_trial_that_only_guesses_is_reported_on_the_page_too(tmp_path, sure, b
 
 def test_a_run_without_predictions_has_no_remarks(tmp_path):
     run = read(make_run(tmp_path / "run", trials=3))
-    assert remarks(run.folder, searched(run.trials), run.samples, "val_loss", "t00000") == []
+    assert remarks(run.folder, searched(run.trials), run.samples, run.plan, "t00000") == []
 
 
 SEARCHES = 300 if SOAK else 20
@@ -140,5 +141,46 @@ def test_an_ensemble_of_one_trial_is_no_ensemble():
     right = np.eye(2)[targets]
     probabilities = np.stack([right * 0.98 + 0.01, right * 0.2 + 0.4])
     predictions = Predictions(("t00000", "t00001"), probabilities, targets, np.arange(40), ("a", "b"))
-    (remark,) = _on_ensemble(predictions, "t00000")
+    (remark,) = _on_ensemble(predictions, "t00000", SearchPlan(name="x"))
     assert "gains nothing: its selection keeps the best single trial alone" in remark.words
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "train_final.py builds it, unless --set ensemble=false."),
+        ({"ensemble": True, "metric": "val_auroc"}, "train_final.py builds it, unless --set ensemble=false."),
+        ({"ensemble": False}, "train_final.py does not build it: ensemble=false."),
+        ({"final_data": "train+val"}, "train_final.py does not build it: final_data=train+val trains one network."),
+        ({"metric": "val_auroc"}, "and metric=val_auroc; --set ensemble=true builds it."),
+    ],
+)
+def test_an_ensemble_is_promised_only_where_it_is_built(settings, said):
+    rng = np.random.default_rng(0)
+    targets = np.arange(300) % 2
+    logits = 2.5 * (targets - 0.5) + 2 * rng.normal(size=(5, 300))
+    right = 1 / (1 + np.exp(-logits))
+    trials = tuple(f"t{number:05d}" for number in range(5))
+    predictions = Predictions(trials, np.stack([1 - right, right], axis=2), targets, np.arange(300), ("a", "b"))
+    (remark,) = _on_ensemble(predictions, trials[0], SearchPlan(name="x", **settings))
+    assert remark.words.endswith(said)
+
+
+@pytest.mark.parametrize("rare", [1, 2])
+def test_a_class_of_a_single_group_is_named_where_the_auroc_is_without_it(rare):
+    """Such a class can't be judged, however many images it has, and the trial may not find it at all."""
+    targets = np.repeat(np.arange(2 + rare), 20)
+    groups = np.where(targets < 2, np.arange(len(targets)), 1000 + targets)
+    probabilities = np.full((len(targets), 2 + rare), 0.05) + np.random.default_rng(0).uniform(
+        0, 0.01, (len(targets), 1)
+    )
+    probabilities[np.arange(len(targets)), np.where(targets < 2, targets, 0)] = 0.9
+    classes = tuple("abcd"[: 2 + rare])
+    known = Predictions(("t7",), probabilities[None], targets, groups, classes)
+    found = with_baseline(pd.DataFrame({"epochs": [8]}), known)
+    assert found.auroc == 1.0 and found.unjudged == classes[2:]
+    without = "class c" if rare == 1 else "classes c, d"
+    assert (
+        f"AUROC 1.0000 without {without}, whose validation images are of a single group, at"
+        in _on_baseline(found)[0].words
+    )

@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuning.insight.intervals import mean_interval
+from tuning.record.journal import LOSSES
 from tuning.record.predictions import Predictions
 from tuning.record.temperature import Floats, Ints, fit_temperature, logarithms, tempered, tempered_loss
+from tuning.settings.config import SearchPlan
 
 MOST_MEMBERS = 5
 
@@ -29,6 +31,17 @@ class Offer:
     def better(self) -> bool:
         """Whether the ensemble is significantly better than the best trial."""
         return self.gain_95[0] > 0
+
+
+def declined(plan: SearchPlan) -> str:
+    """Return why the final model is one network even where an ensemble is significantly better; empty if it isn't."""
+    if plan.final_data != "train":
+        return f"final_data={plan.final_data} trains one network"
+    if plan.ensemble is False:
+        return "ensemble=false"
+    if plan.ensemble == "auto" and plan.metric not in LOSSES:
+        return f"the gain is one of val_tempered_loss, and metric={plan.metric}; --set ensemble=true builds it"
+    return ""
 
 
 def offer(predictions: Predictions, chosen: str, *, least: int = 1) -> Offer | None:

@@ -108,6 +108,7 @@ class Comparison:
     temperature: float  # at which the trial's loss is lowest
     tempered_loss: float
     epochs: int  # that the trial's best epoch was selected from
+    unjudged: tuple[str, ...]  # classes with a single group in validation, whose images the AUROC is without
 
     @property
     def better(self) -> bool:
@@ -146,4 +147,5 @@ def with_baseline(trials: pd.DataFrame, predictions: Predictions) -> Comparison 
         temperature=temperature,
         tempered_loss=float(-logarithms(tempered(logs, temperature))[images, targets].mean()),
         epochs=epochs,
+        unjudged=tuple(predictions.classes[index] for index in np.setdiff1d(targets, judged)),
     )

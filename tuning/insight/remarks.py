@@ -6,11 +6,12 @@ from typing import NamedTuple
 import pandas as pd
 
 from tuning.insight.calibration import calibration_error
-from tuning.insight.ensemble import offer
+from tuning.insight.ensemble import declined, offer
 from tuning.insight.guessing import Comparison, with_baseline
 from tuning.record.predictions import Predictions, read_predictions
 from tuning.search.checkpoints import kept
-from tuning.settings.words import count
+from tuning.settings.config import SearchPlan
+from tuning.settings.words import count, examples
 
 
 class Remark(NamedTuple):
@@ -20,23 +21,27 @@ class Remark(NamedTuple):
     alarming: bool = False  # shown as a warning
 
 
-def remarks(folder: Path, trials: pd.DataFrame, samples: pd.DataFrame, metric: str, chosen: str | None) -> list[Remark]:
+def remarks(
+    folder: Path, trials: pd.DataFrame, samples: pd.DataFrame, plan: SearchPlan, chosen: str | None
+) -> list[Remark]:
     """Return the remarks that a run's predictions allow; the calibration reported is that of the `chosen` trial."""
-    predictions = read_predictions(folder, trials, samples, metric)
+    predictions = read_predictions(folder, trials, samples, plan.metric)
     compared = with_baseline(trials, predictions)
     found = [] if compared is None else _on_baseline(compared)
     if chosen is not None and chosen in predictions.trial_ids:
         found.append(_on_calibration(predictions, chosen))
-    return found + ([] if chosen is None else _on_ensemble(predictions.of(kept(folder, trials)), chosen))
+    return found + ([] if chosen is None else _on_ensemble(predictions.of(kept(folder, trials)), chosen, plan))
 
 
 def _on_baseline(found: Comparison) -> list[Remark]:
     verb = "tells the classes apart" if found.better else "does not tell the classes apart significantly"
+    classes = f"class{'es' * (len(found.unjudged) > 1)} {examples(found.unjudged)}"
+    without = f" without {classes}, whose validation images are of a single group" if found.unjudged else ""
     remark = Remark(
-        f"{found.trial_id}, the best trial of the search, {verb} better than guessing: AUROC {found.auroc:.4f}, at "
-        f"least {max(found.least_auroc, 0.0):.4f} with 95% confidence after correction for selection bias (best of "
-        f"{count(found.epochs, 'epoch')}). val_loss {found.val_loss:.4f}, of always predicting the class frequencies "
-        f"{found.baseline:.4f}.",
+        f"{found.trial_id}, the best trial of the search, {verb} better than guessing: AUROC "
+        f"{found.auroc:.4f}{without}, at least {max(found.least_auroc, 0.0):.4f} with 95% confidence after correction "
+        f"for selection bias (best of {count(found.epochs, 'epoch')}). val_loss {found.val_loss:.4f}, of always "
+        f"predicting the class frequencies {found.baseline:.4f}.",
         alarming=not found.better,
     )
     if not found.better or found.val_loss < found.baseline:
@@ -63,18 +68,22 @@ def _on_calibration(predictions: Predictions, trial_id: str) -> Remark:
     )
 
 
-def _on_ensemble(saved: Predictions, chosen: str) -> list[Remark]:
+def _on_ensemble(saved: Predictions, chosen: str, plan: SearchPlan) -> list[Remark]:
     """Say what an ensemble of the trials with saved weights would gain; nothing if that can't be judged."""
-    found = offer(saved, chosen)
+    found = offer(saved, chosen, least=2 if plan.ensemble is True else 1)
     if found is None:
         return []
     if len(found.members) == 1:
         words = f"An ensemble of the {len(saved.trial_ids)} trials with saved weights gains nothing: its selection"
         return [Remark(f"{words} keeps the best single trial alone.")]
-    build = " train_final.py builds it, unless --set ensemble=false." if found.better else ""
     words = (
         f"An ensemble of {count(len(found.members), 'trial')} with saved weights has val_tempered_loss "
         f"{found.val_tempered_loss:.4f}, {chosen} alone {found.alone:.4f}, each on the half of the validation set "
         f"that it was not selected on: a gain of {found.gain:.4f} (95% confidence interval "
     )
-    return [Remark(words + "{:.4f} to {:.4f}).".format(*found.gain_95) + build)]
+    words += "{:.4f} to {:.4f}).".format(*found.gain_95)
+    if why := declined(plan):
+        build = f" train_final.py does not build it: {why}."
+    else:
+        build = " train_final.py builds it, unless --set ensemble=false."
+    return [Remark(words + (build if found.better or plan.ensemble is True else ""))]

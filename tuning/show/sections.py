@@ -118,7 +118,7 @@ def _verdict(run: Run, verdict: finalists.Verdict) -> str:
     label = f'<p class="verdict {"" if left else verdict.verdict.partition(" ")[0]}">{text(state)}</p>'
     notes = [
         f'<p class="warning">{text(words)}</p>' if alarming else note(words)
-        for words, alarming in remarks(run.folder, trials, run.samples, run.metric, verdict.trial_id)
+        for words, alarming in remarks(run.folder, trials, run.samples, run.plan, verdict.trial_id)
     ]
     if (more := finalists.more_runs(run.trials, run.plan)) is not None:
         notes.insert(0, note(f"To compare them by {count(more[0], 'more run')}, with other seeds: {more[1]}"))

@@ -79,7 +79,7 @@ def summarize(
     _print_best(trials.set_index("trial_id").loc[verdict.trial_id], plan.metric)
     console.print()
     samples = tables.read_table(folder / "samples.parquet")
-    for words, alarming in remarks(folder, trials, samples, plan.metric, verdict.trial_id):
+    for words, alarming in remarks(folder, trials, samples, plan, verdict.trial_id):
         console.print(words, style="bold" if alarming else None)
     _print_next(place, finalists.more_runs(everything, plan))
 
