@@ -115,12 +115,12 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers don't fin
 ACTORS = (b"ray::FinetuneTrial", b"ray::FreeTrial", b"ray::SlowTrial", b"ray::ResourceTrainable")
 
 
-def workers():
-    """Process ids of the trial actors below this process."""
+def workers(titles=ACTORS):
+    """Process ids of the trial actors, or of Ray's workers with other titles, below this process."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if (folder / "cmdline").read_bytes().startswith(ACTORS):
+            if (folder / "cmdline").read_bytes().startswith(titles):
                 raylet = int((folder / "stat").read_text().rsplit(")")[-1].split()[1])
                 if int(Path(f"/proc/{raylet}/stat").read_text().rsplit(")")[-1].split()[1]) == os.getpid():
                     found.append(int(folder.name))

@@ -13,10 +13,13 @@ import pytest
 import ray
 from PIL import Image
 from ray.cluster_utils import Cluster
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from searches import make_run, workers
 
 from tuning.data.images import content_hashes, decode_all, open_images
 from tuning.search.cluster import (
+    MOST_PRELOADING,
     Slots,
     cluster_map,
     gpu_share,
@@ -54,6 +57,28 @@ def test_workers_have_loaded_what_trials_need_before_the_first(no_ray):
         assert of_ray and not [line for line in of_ray if "monitor.py" in line or "dashboard.py" in line]
     assert not ray.is_initialized()
     assert dict(os.environ) == environment
+
+
+@pytest.mark.slow
+@pytest.mark.skipif((os.cpu_count() or 1) > MOST_PRELOADING, reason="no worker loads torch ahead")
+def test_trials_run_in_the_workers_that_have_loaded_torch(tmp_path, folder, no_ray):
+    """New ones would load it while the trial waits. Ray ends those that wait once a trial has reserved their cores."""
+    search = make_run(tmp_path / "run", folder, trials=1, epochs=1, early_stopping=False)()
+    ran = []
+    search.show = lambda search, trial: ran.extend(workers())
+    with ray_running(SearchPlan(name="test")) as nodes:
+        ((cores, _),) = nodes()
+        deadline = time.monotonic() + 60.0
+        while len(waiting := workers((b"ray::IDLE",))) < cores and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert len(waiting) == cores
+        reserved = placement_group([{"CPU": cores}])
+        assert reserved.wait(60)
+        time.sleep(2.0)
+        assert sorted(workers((b"ray::IDLE",))) == sorted(waiting)
+        remove_placement_group(reserved)
+        assert search.run()
+    assert len(set(ran)) == 1 and set(ran) <= set(waiting)
 
 
 def test_an_address_at_which_nothing_answers_is_named_at_once(monkeypatch):

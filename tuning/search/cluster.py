@@ -27,6 +27,7 @@ if not os.environ.get("RAY_ADDRESS"):
     os.environ.pop("RAY_ADDRESS", None)  # Ray takes an empty one for the cluster last started on this machine
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 import ray
+from ray._private.accelerators import get_accelerator_manager_for_resource
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -38,7 +39,7 @@ from tuning.settings.words import count
 SHARES = (1.0, 0.5, 0.25)  # of a GPU; few, since an actor can only serve trials of one share
 MEMORY_MARGIN = 1.25  # over the peak of allocated tensors: the allocator's blocks are never quite full
 CONTEXT_MB = 600.0  # roughly what a process takes on a GPU before its first tensor
-MOST_PRELOADING = 16  # cores; Ray starts a worker on each, and on a machine with GPUs most would load torch in vain
+MOST_PRELOADING = 16  # cores; Ray starts a worker on each
 PART = 16  # items in one task of `cluster_map`
 SHARD_BYTES = 256 * 2**20  # of decoded images, sent between nodes at once
 IMAGE_SERVER = "finetune-search-images"
@@ -107,10 +108,13 @@ def start_ray(plan: SearchPlan) -> list[Node]:
         if len(tempfile.gettempdir()) > LONGEST_TEMPDIR:
             options["_temp_dir"] = f"/tmp/ray-{os.getuid()}"
         cores = os.cpu_count() or 1
-        if cores <= MOST_PRELOADING and 2 * min(plan.concurrent or cores, plan.trials) >= cores:
-            # Workers load torch at once, not when a trial starts: 7.9 s to the first epoch, not 10.4.
+        wanted = min(plan.concurrent or cores // (plan.cpus_per_trial or 1), plan.trials)
+        if cores <= MOST_PRELOADING and 2 * wanted >= cores and not (plan.gpus_per_trial != 0 and _gpus()):
+            # Workers load torch at once, while the driver reads and audits, not when a trial starts.
             environment["RAY_preload_python_modules"] = "tuning.search.trainable"
-            environment["RAY_prestart_worker_first_driver"] = "0"  # those would be extra workers, unused
+            environment["RAY_num_workers_soft_limit"] = str(
+                wanted
+            )  # else Ray ends them when trials reserve their cores
         if str(package.parent) not in site.getsitepackages():
             paths = [str(package.parent), os.environ.get("PYTHONPATH", "")]
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -119,6 +123,11 @@ def start_ray(plan: SearchPlan) -> list[Node]:
     with _few_processes():
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", **options)
     return ray_nodes()
+
+
+def _gpus() -> int:
+    """Return how many GPUs Ray finds on this machine."""
+    return int(get_accelerator_manager_for_resource("GPU").get_current_node_num_accelerators())
 
 
 def _check_answers(address: str) -> None:

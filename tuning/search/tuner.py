@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import ray
 from ray import tune
 from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.tune.execution.class_cache import _ActorClassCache
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
@@ -23,7 +24,7 @@ from tuning.search.trainable import LAST_SENDING_SECONDS
 FINISHED = str(Searcher.FINISHED)  # what `Search.next_trial` returns at the end
 START_SECONDS = 120.0  # for a placed worker to come up, before its trial may be given another
 _placed: WeakKeyDictionary[Any, float] = WeakKeyDictionary()  # when each worker was first seen, in monotonic seconds
-_reuse = TuneController._maybe_reuse_cached_actor
+_reuse, _actor_class = TuneController._maybe_reuse_cached_actor, _ActorClassCache.get
 LOOK_SECONDS = 1.0  # at most this much is added to a trial's silence at each look
 
 
@@ -32,7 +33,7 @@ def fit(search: Any, trainable: type[tune.Trainable]) -> None:
     # Ray's memory monitor kills workers with an error that Tune doesn't take for a dead actor's: it would end the run.
     OutOfMemoryError.__bases__ = (RayActorError,)
     OutOfMemoryError._preempted = OutOfMemoryError._actor_init_failed = False
-    TuneController._maybe_reuse_cached_actor = reuse
+    TuneController._maybe_reuse_cached_actor, _ActorClassCache.get = reuse, actor_class
     settings = {
         "RAY_AIR_NEW_OUTPUT": "0",  # only the old output respects verbose=0
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -75,6 +76,16 @@ def reuse(controller: Any, trial: Any) -> bool:
     Ray would cancel that one. If trials end faster than workers start, a node that has joined would never be used.
     """
     return not starts(controller, trial) and _reuse(controller, trial)
+
+
+def actor_class(cache: Any, trainable: type[tune.Trainable]) -> Any:
+    """Return the trainable's remote class, whose actors on this machine alone are workers that have loaded torch.
+
+    Ray gives it environment variables, which only new processes could have; here they inherit the driver's.
+    """
+    if "RAY_ADDRESS" in os.environ:
+        return _actor_class(cache, trainable)
+    return cache._cache.setdefault(trainable, ray.remote(trainable))
 
 
 class _Searcher(Searcher):  # type: ignore[misc]
