@@ -1,6 +1,7 @@
 """Imports point down through the rooms, Ray and Optuna stay in theirs, and tables open without torch."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -91,3 +92,15 @@ def test_tables_and_spaces_open_without_torch_or_ray():
     modules = ", ".join(f"tuning.{module}".removesuffix(".__init__") for module in TORCHLESS)
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=TUNING.parent)
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")]
+)
+def test_threads_that_wait_leave_the_cores_to_others_unless_the_user_says_otherwise(given, spins):
+    code = "import tuning, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    others = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-c", code]
+    assert (
+        subprocess.run(command, env=others | given, capture_output=True, text=True, check=True).stdout.strip() == spins
+    )

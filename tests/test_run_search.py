@@ -26,7 +26,7 @@ from shared import ONE_CORE, draw_folder
 from tuning.checks.audit import load_checked
 from tuning.checks.findings import notes_in_words
 from tuning.data.images import parallel_map, read_facts
-from tuning.insight.best import write_best
+from tuning.insight.best import config_digest, write_best
 from tuning.insight.verdict import Verdict
 from tuning.record.journal import Record, Trial
 from tuning.record.tables import make_tables, read_table
@@ -340,6 +340,8 @@ def test_a_search_says_what_to_type_next_and_reports_meanwhile(
     assert "Median gap by augmentation" in said and "best epoch to its last" in said
     files = {path.name for path in (tmp_path / "results" / "once").iterdir()}
     assert files >= {"plan.yaml", "best.yaml", "trials.parquet", "samples.parquet", "report.html", "audit.parquet"}
+    document = yaml.safe_load(Path("results/once/best.yaml").read_text())
+    assert document.pop("provenance")["config_sha256"] == config_digest(document)
     assert "read, decoded, audited in" in said and "audit: " in said
 
     assert "on the same" in said.partition("Verdict: ")[2] or "than guessing" in said.partition("Verdict: ")[2]

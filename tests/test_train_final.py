@@ -14,6 +14,8 @@ import pyarrow as pa
 import pytest
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from runs import given_by_ray
 from safetensors import safe_open
@@ -23,6 +25,7 @@ from shared import draw_folder
 from tuning import train_final
 from tuning.checks.audit import load_checked
 from tuning.data import phantoms
+from tuning.insight.best import config_digest
 from tuning.insight.ensemble import Offer
 from tuning.model.folder import Ensemble, load_model
 from tuning.record.journal import Journal, best_epoch, read_journal, read_record
@@ -57,6 +60,7 @@ def make_best(run, folder):
     space = parse({"fixed": {"backbone": "test_resnet"}, "parameters": {}}, "test")
     write_run(run, plan, space, checked.samples, checked.audit, checked.fingerprint)
     provenance = {"run": "run", "trial_id": "t00000", "fingerprint": checked.fingerprint, "settings": plan.model_dump()}
+    provenance["config_sha256"] = config_digest(CONFIG.model_dump())
     (run / "best.yaml").write_text(yaml.safe_dump(CONFIG.model_dump() | {"provenance": provenance}))
     return run
 
@@ -343,6 +347,8 @@ def test_what_asks_for_another_training_is_trained(searched, folder, tmp_path, c
         given = {"data": str(other)}
     metrics, said = metrics_of(run(Flags(str(searched), **given))), capsys.readouterr().out
     assert "taken_from" not in metrics and "epoch 1/6" in said
+    card = (searched / "model" / "README.md").read_text()
+    assert ("search and verdict describe another model" in card) == (change != "metric")
     if change == "document":
         assert "t00000 is trained anew: " in said and "has another configuration" in said
     if change == "content":
@@ -399,6 +405,55 @@ def test_an_ensemble_that_cannot_be(best, values, said):
     with pytest.raises(InputError, match=said):
         run(Flags(str(best), set=(values,)))
     assert not (best / "test_readings.jsonl").exists()
+
+
+def edit(best):
+    text = (best / "best.yaml").read_text()
+    (best / "best.yaml").write_text(re.sub(r"(?m)^learning_rate: .*", "learning_rate: 0.5", text))
+
+
+def test_an_edited_configuration_is_no_ensemble_of_trials(searched):
+    edit(searched)
+    with pytest.raises(InputError, match="is no longer it; leave it out"):
+        run(Flags(str(searched), set=(("ensemble=true",),)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("edited", [False, True])
+def test_an_edited_configuration_has_no_temperature_of_the_trial_as_it_was(searched, capsys, edited):
+    if edited:
+        edit(searched)
+    found = metrics_of(run(Flags(str(searched), set=(("final_data=train+val",),)), onnx=False))
+    assert (found["temperature"]["fitted_on"] is None) == edited
+    assert ("the best of t00000, which was trained otherwise" in capsys.readouterr().out) == edited
+
+
+@given(
+    values=st.dictionaries(st.sampled_from(["learning_rate", "weight_decay"]), st.floats(1e-6, 1e-2), min_size=1),
+    seed=st.integers(0, 9),
+)
+def test_a_configuration_has_one_digest_however_it_is_written(values, seed):
+    config = {"backbone": "test_resnet", "epochs": 3} | values
+    written = yaml.safe_load("\n".join(f"{name}: {value:.17e}" for name, value in values.items()))
+    written = dict(reversed((config | written).items()))
+    assert config_digest(config | {"seed": seed}) == config_digest(written)
+    assert config_digest(config) != config_digest(config | {"learning_rate": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (("patience=3", "trials=4"), "patience: has no effect on the final model; leave it out"),
+        (
+            ("val_fraction=0.4", "on_leak=move"),
+            "on_leak: has no effect on the search's data; leave it out, or give --data",
+        ),
+    ],
+)
+def test_settings_without_an_effect_are_refused(searched, values, said):
+    with pytest.raises(InputError) as error:
+        run(Flags(str(searched), set=(values,)))
+    assert len(error.value.faults) == 2 and any(fault.startswith(said) for fault in error.value.faults)
 
 
 @pytest.mark.slow

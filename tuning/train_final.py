@@ -12,6 +12,7 @@ import os
 import shlex
 import statistics
 import tempfile
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from tuning.checks.audit import Checked, load_checked
 from tuning.data.changes import OtherSamples, changes, elsewhere
 from tuning.data.images import content_hashes, open_images
+from tuning.insight.best import config_digest
 from tuning.insight.ensemble import declined, members, offer
 from tuning.model.held_out import READINGS, print_metrics, record_evaluation, score_test_set
 from tuning.record import tables
@@ -32,12 +34,19 @@ from tuning.record.storage import is_uri, joined
 from tuning.record.temperature import fit_temperature, logarithms, tempered
 from tuning.search.plans import other_packages, short_training
 from tuning.settings.command_line import BAD_INPUT, DONE, Pairs, command_line, endure, exit_code, leave
-from tuning.settings.config import InputError, SearchPlan, TrialConfig, build, cache_folder, visible
+from tuning.settings.config import SAMPLE_SETTINGS, InputError, SearchPlan, TrialConfig, build, cache_folder, visible
 from tuning.settings.documents import check_parts, read_mapping
 from tuning.settings.words import count, examples
 
 if TYPE_CHECKING:
     from tuning.model.final import Kept
+
+
+OF_OTHER_DATA = (*SAMPLE_SETTINGS, "on_leak", "skip_unreadable")
+EFFECTIVE = (
+    *("data", "fit", "drop_colour", "disk_cache_bytes", "cache_bytes"),
+    *("weights", "epochs", "seed", "metric", "final_data", "ensemble"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +62,7 @@ class Flags:
     """Other data to train and test on, with splits of its own, or the place that the data of the search was moved to.
     Default: the data and splits of the search."""
     set: Annotated[Pairs, tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
-    """Any setting of docs/settings.md, such as --set final_data=train+val learning_rate=1e-4."""
+    """Settings of the final model or of --data, and trials' parameters: --set ensemble=false learning_rate=1e-4."""
 
 
 def main() -> int:
@@ -112,6 +121,8 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
         cure = "restore it, or give the new data by --data"
         raise InputError(f"{plan.data} has changed since {best.path} was written: {changed}; {cure}")
     last = _median_best_epoch(best) if plan.final_data == "train+val" else None
+    if last is not None and best.changed:
+        print(f"trained up to epoch {last}, the best of {best.provenance.get('trial_id')}, which was trained otherwise")
     taken = _taken(best, run_folder, table)
     configs = {"": config} if taken is None else taken.configs
     sizes = sorted({each.image_size for each in configs.values()})
@@ -266,6 +277,7 @@ def _read_best(path: Path, flags: Flags) -> Best:
     settings = provenance["settings"]
     given, overrides = command_line({"data": flags.data}, flags.set)
     overrides |= {key: given[key] for key in ("epochs", "seed") if key in given}
+    _check_effect(given, path.parent, flags)
     plan = build(SearchPlan, settings | given, str(path))
     reshaped = any(given.get(key, settings.get(key)) != settings.get(key) for key in ("fit", "drop_colour"))
     retrained = bool(overrides) or reshaped or plan.final_data != "train" or plan.metric != settings.get("metric")
@@ -273,9 +285,23 @@ def _read_best(path: Path, flags: Flags) -> Best:
         cure = "leave it out, or leave out final_data, fit, drop_colour and parameters of trials"
         raise InputError(f"ensemble=true: uses the weights that the search has trained; {cure}")
     chosen = "weights" in given
-    changed = reshaped or chosen or bool(overrides.keys() - {"seed"})
     trained = build(TrialConfig, document | overrides, str(path))
+    edited = provenance.get("config_sha256") not in (None, config_digest(document))
+    if plan.ensemble is True and edited:
+        raise InputError(f"ensemble=true: uses what the search has trained, and {path} is no longer it; leave it out")
+    changed = reshaped or chosen or edited or bool(overrides.keys() - {"seed"})
     return Best(path, trained, plan, provenance, changed, chosen, retrained or chosen)
+
+
+def _check_effect(given: Mapping[str, Any], run: Path, flags: Flags) -> None:
+    """Raise InputError for settings of the command line that change nothing about the final model."""
+    unused = given.keys() - {*EFFECTIVE, *OF_OTHER_DATA}
+    faults = [f"{name}: has no effect on the final model; leave it out" for name in sorted(unused)]
+    if flags.data is None and (run / "samples.parquet").exists():
+        cure = "has no effect on the search's data; leave it out, or give --data"
+        faults += [f"{name}: {cure}" for name in sorted(given.keys() & set(OF_OTHER_DATA))]
+    if faults:
+        raise InputError(faults)
 
 
 def _taken(best: Best, run: Path, table: pd.DataFrame | None) -> "Kept | None":
