@@ -34,6 +34,9 @@ USES = {
         from torch._dynamo.utils import counters, is_compile_supported
         import torch._dynamo.config
         assert torch._dynamo.config.recompile_limit and is_compile_supported("cpu")""",
+    "what torchvision knows of it": """
+        assert sys.modules["torchvision.ops.roi_align"].is_compile_supported("cpu")
+        assert torch._dynamo.eval_frame""",
     "torch.export": """
         exported = torch.export.export(layer.eval(), (torch.ones(4, 3),))
         assert torch.equal(exported.module()(torch.ones(4, 3)), layer(torch.ones(4, 3)))""",

@@ -18,10 +18,7 @@ class _StandIn(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and (self.__name__, name) != (NAME, "__path__"):  # asked for its other submodules
             raise AttributeError(name)
-        for module in (NAME, f"{NAME}.utils"):
-            if isinstance(sys.modules.get(module), _StandIn):
-                del sys.modules[module]
-        return getattr(importlib.import_module(self.__name__), name)
+        return getattr(_loaded(self.__name__), name)
 
 
 def load_when_used() -> None:
@@ -35,10 +32,18 @@ def load_when_used() -> None:
     sys.modules[f"{NAME}.utils"].__dict__.update(is_compile_supported=_is_compile_supported)
 
 
+def _loaded(module: str) -> ModuleType:
+    """Import the module itself."""
+    for name in (NAME, f"{NAME}.utils"):
+        if isinstance(sys.modules.get(name), _StandIn):
+            del sys.modules[name]
+    return importlib.import_module(module)
+
+
 def _disable(fn: Any = None, recursive: bool = True, **named: Any) -> Any:
     """Return the function as it is: nothing compiles it."""
     return fn if fn is not None else lambda fn: fn
 
 
 def _is_compile_supported(device_type: str) -> Any:
-    return importlib.import_module(f"{NAME}.utils").is_compile_supported(device_type)
+    return _loaded(f"{NAME}.utils").is_compile_supported(device_type)
