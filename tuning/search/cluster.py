@@ -110,8 +110,8 @@ def start_ray(plan: SearchPlan) -> list[Node]:
         cores = os.cpu_count() or 1
         wanted = min(plan.concurrent or cores // (plan.cpus_per_trial or 1), plan.trials)
         if cores <= MOST_PRELOADING and 2 * wanted >= cores and not (plan.gpus_per_trial != 0 and _gpus()):
-            # Workers load torch at once, while the driver reads and audits, not when a trial starts. As many as there are
-            # slots may wait; else Ray ends those that wait as soon as a trial has reserved their cores.
+            # Workers load torch at once, while the driver reads and audits, not when a trial starts. As many as there
+            # are slots may wait; else Ray ends those that wait as soon as a trial has reserved their cores.
             environment["RAY_preload_python_modules"] = "tuning.search.trainable"
             environment["RAY_num_workers_soft_limit"] = str(wanted)
         if str(package.parent) not in site.getsitepackages():
