@@ -326,9 +326,12 @@ def _priors(plan: SearchPlan, space: Space) -> list[Any]:
 
     with borrowed(plan.warm_start, without=("checkpoints/", "predictions/")) as run:
         trials = tables.read_table(run / "trials.parquet")
-    priors, outside = read_priors(trials, space, plan.metric, plan.warm_start_weight)
+    priors, outside, otherwise = read_priors(trials, space, plan.metric, plan.warm_start_weight)
     without = f" ({outside} more are outside this space, and are left out)" if outside else ""
     console.print(f"warm start: {count(len(priors), 'trial')} of {plain(plan.warm_start)}{without}")
+    if otherwise:
+        other = examples(f"{name} of {trials}" for name, trials in otherwise.items())
+        console.print(f"  whose {other} had another value than is fixed here")
     if len(priors) < STARTUP_TRIALS and plan.sampler == "tpe":
         few = f"of {STARTUP_TRIALS} trials that TPE needs; until it knows the others, suggestions are random"
         console.print(f"  these are {len(priors)} {few}")

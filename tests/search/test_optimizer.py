@@ -12,7 +12,7 @@ from tuning.record.journal import Trial
 from tuning.search.optimizer import LiveStudy, Optimizer, check_study, read_priors
 from tuning.settings.config import InputError
 from tuning.settings.space import configurations, same
-from tuning.settings.space_file import parse
+from tuning.settings.space_file import fix, parse
 
 SPACE = parse(
     {
@@ -243,20 +243,28 @@ def other_run(rates, **changed):
 
 
 def test_another_run_is_read_by_rank_thinned_and_held_to_the_space():
-    priors, outside = read_priors(other_run([1e-2, 1e-3, 1e-4, 0.5]), SPACE, "val_loss", 1.0)
+    priors, outside, otherwise = read_priors(other_run([1e-2, 1e-3, 1e-4, 0.5]), SPACE, "val_loss", 1.0)
     assert [prior["params"]["learning_rate"] for prior in priors] == [1e-2, 1e-3, 1e-4]
     assert [prior["rank"] for prior in priors] == pytest.approx([0.0, 1 / 3 * 1, 1.0], abs=0.4)
-    assert outside == 1
-    few, _ = read_priors(other_run([10.0**-power for power in (1.5, 2, 2.5, 3, 3.5, 4)]), SPACE, "val_loss", 0.5)
+    assert outside == 1 and not otherwise
+    few, *_ = read_priors(other_run([10.0**-power for power in (1.5, 2, 2.5, 3, 3.5, 4)]), SPACE, "val_loss", 0.5)
     assert len(few) == 3
-    assert read_priors(other_run([1e-3], config_backbone="resnet18"), SPACE, "val_loss", 1.0) == ([], 1)
+    assert read_priors(other_run([1e-3], config_backbone="resnet18"), SPACE, "val_loss", 1.0) == ([], 1, {})
     for changed in ({"status": "failed"}, {"status": "running"}, {"origin": "probe"}):
-        assert read_priors(other_run([1e-3], **changed), SPACE, "val_loss", 1.0) == ([], 0)
+        assert read_priors(other_run([1e-3], **changed), SPACE, "val_loss", 1.0) == ([], 0, {})
+
+
+def test_parameters_that_were_fixed_to_another_value_are_counted():
+    """They say less about this space; a parameter that the other run's version didn't have is no other value."""
+    fixed = fix(SPACE, {"unfreeze_depth": 0, "image_size": 64, "optimizer": "sgd"})
+    other = other_run([1e-2, 1e-3, 1e-4], config_image_size=64).assign(config_unfreeze_depth=[0, 1, 2])
+    priors, outside, otherwise = read_priors(other, fixed, "val_loss", 1.0)
+    assert len(priors) == 3 and not outside and otherwise == {"unfreeze_depth": 2}
 
 
 def test_what_another_run_knows_guides_the_first_suggestions_and_is_outweighed():
     rates = [10 ** -(1 + number / 10) for number in range(40)]
-    priors, _ = read_priors(other_run(rates), SPACE, "val_loss", 1.0)
+    priors, *_ = read_priors(other_run(rates), SPACE, "val_loss", 1.0)
     bridge = Optimizer(SPACE, seed=0, metric="val_loss", priors=priors)
     first = [bridge.ask(number)["learning_rate"] for number in range(30)]
     assert sum(2e-3 < rate < 5e-2 for rate in first) >= 15  # the other run's best was at 0.01; by chance 10

@@ -131,8 +131,8 @@ def best_so_far(trials: pd.DataFrame, epochs: pd.DataFrame, metric: str) -> pd.D
 def importance(trials: pd.DataFrame, space: Space, metric: str | None = None) -> pd.DataFrame:
     """Compute parameter importance by PED-ANOVA: how the best 10% of trials differ from all trials in each parameter.
 
-    Watanabe et al. 2023, https://arxiv.org/abs/2304.10255. Diverged trials count as the worst. Trials of several runs
-    must have searched the same space.
+    Watanabe et al. 2023, https://arxiv.org/abs/2304.10255. Trials without a finite value count as the worst. Trials of
+    several runs must have searched the same space.
 
     Returns:
         Columns parameter, importance (shares that add up to 1), the largest first; empty if fewer than 10 trials ended.
@@ -141,7 +141,7 @@ def importance(trials: pd.DataFrame, space: Space, metric: str | None = None) ->
 
     from tuning.search.optimizer import frozen_trial, read_priors
 
-    ranked, _ = read_priors(trials, space, metric or default_metric(trials), 1.0)
+    ranked, *_ = read_priors(trials, space, metric or default_metric(trials), 1.0)
     shares: dict[str, float] = {}
     if len(ranked) >= LEAST_RANKED and len(space.parameters) > 1:
         optuna.logging.set_verbosity(optuna.logging.WARNING)

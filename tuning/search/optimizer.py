@@ -3,9 +3,10 @@
 import math
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import optuna
@@ -207,29 +208,38 @@ def _order(ended: FrozenTrial) -> tuple[bool, float, float]:
 # ---- warm start -------------------------------------------------------------------------------------------------
 
 
-def read_priors(trials: pd.DataFrame, space: Space, metric: str, weight: float) -> tuple[list[Prior], int]:
+class Read(NamedTuple):
+    """What the sampler can learn from another run."""
+
+    priors: list[Prior]  # the best first
+    outside: int  # trials that lie outside the space
+    otherwise: Counter[str]  # of the priors, by fixed parameter: how many had another value than the space
+
+
+def read_priors(trials: pd.DataFrame, space: Space, metric: str, weight: float) -> Read:
     """Read from another run's table of trials what the sampler can learn about this space.
 
     Start points and suggested trials are ranked by their best value; those without one rank last. A share `weight` of
     them is taken, evenly over the ranks: the weight of another run's trial relative to one of this run.
-
-    Returns:
-        The priors, best first, and the number of trials that lie outside this space.
     """
     unusable = trials["status"].isin(["failed", "interrupted", "running"])
     ended = trials[trials["origin"].isin(["start", "suggested"]) & ~unusable]
     losses = ended[metric].map(lambda value: loss_like(metric, value)).fillna(math.inf)
     ended = ended.loc[losses.sort_values(kind="stable").index]
-    inside: list[dict[str, Any]] = []
+    inside: list[tuple[Prior, list[str]]] = []
     for place, row in enumerate(ended.to_dict("records")):
         values = {name.removeprefix("config_"): value for name, value in row.items() if name.startswith("config_")}
         params = active(space, values)
         if _contains(space, values, params):
             rank = place / max(len(ended) - 1, 1)
-            inside.append({"params": params, "status": row["status"], "epochs": int(row["epochs"]), "rank": rank})
+            prior = {"params": params, "status": row["status"], "epochs": int(row["epochs"]), "rank": rank}
+            others = [name for name, value in space.fixed.items() if values.get(name, value) != value]
+            inside.append((prior, others))
     count = math.ceil(weight * len(inside))
     places = np.unique(np.linspace(0, max(len(inside) - 1, 0), count).round().astype(int))
-    return [inside[place] for place in places], len(ended) - len(inside)
+    taken = [inside[place] for place in places]
+    otherwise = Counter(name for _, others in taken for name in others)
+    return Read([prior for prior, _ in taken], len(ended) - len(inside), otherwise)
 
 
 def _contains(space: Space, values: Mapping[str, Any], params: Mapping[str, Any]) -> bool:
