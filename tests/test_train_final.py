@@ -412,10 +412,10 @@ def edit(best):
     (best / "best.yaml").write_text(re.sub(r"(?m)^learning_rate: .*", "learning_rate: 0.5", text))
 
 
-def test_an_edited_configuration_is_no_ensemble_of_trials(searched):
-    edit(searched)
+def test_an_edited_configuration_is_no_ensemble_of_trials(best):
+    edit(best)
     with pytest.raises(InputError, match="is no longer it; leave it out"):
-        run(Flags(str(searched), set=(("ensemble=true",),)))
+        run(Flags(str(best), set=(("ensemble=true",),)))
 
 
 @pytest.mark.slow
@@ -450,9 +450,9 @@ def test_a_configuration_has_one_digest_however_it_is_written(values, seed):
         ),
     ],
 )
-def test_settings_without_an_effect_are_refused(searched, values, said):
+def test_settings_without_an_effect_are_refused(best, values, said):
     with pytest.raises(InputError) as error:
-        run(Flags(str(searched), set=(values,)))
+        run(Flags(str(best), set=(values,)))
     assert len(error.value.faults) == 2 and any(fault.startswith(said) for fault in error.value.faults)
 
 
