@@ -329,8 +329,8 @@ def _taken(best: Best, run: Path, table: pd.DataFrame | None) -> "Kept | None":
     same = kept and found.configs[chosen] == best.config
     if asked is True or (asked == "auto" and same):
         least = 2 if asked is True else 1
-        averaged = members(found.predictions, least=least)
         gained = offer(found.predictions, chosen, least=least)
+        averaged = members(found.predictions, least=least) if gained is None else gained.members
         if len(averaged) > 1 and (asked is True or (gained is not None and gained.better)):
             if not (why := declined(best.plan)):
                 return dataclasses.replace(found.of(averaged), gained=gained)
