@@ -16,7 +16,7 @@ from tuning.search.plans import write_run
 from tuning.search.trainable import FinetuneTrial
 from tuning.settings.config import SearchPlan, cache_folder
 from tuning.settings.space_file import parse
-from tuning.training.features import run_folder
+from tuning.training.outputs import run_folder
 
 PARAMETERS = {
     "unfreeze_depth": {"type": "categorical", "choices": [0, 1, 5]},

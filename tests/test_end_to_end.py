@@ -164,6 +164,7 @@ def test_a_search_that_is_stopped_in_every_way_goes_on(workplace):
     journal = run / "journal.jsonl"
     process = start(folder, *arguments, "--name", run.name)
     stand_still_in_a_trial(journal, process, 8)
+    assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()  # workers alone have it
     second = subprocess.run(
         command("run_search.py", "--resume", "--name", run.name),
         cwd=folder,

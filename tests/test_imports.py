@@ -24,7 +24,7 @@ BELOW = {
 }
 MODULES = sorted(str(path.relative_to(TUNING).with_suffix("")).replace("/", ".") for path in TUNING.rglob("*.py"))
 COMMANDS = {"run_search", "audit", "train_final", "report", "model_folder"}
-RAY = {"search.cluster", "search.driver", "search.trainable", "search.tuner"}
+RAY = {"search.cluster", "search.driver", "search.trainable", "search.tuner", "search.worker"}
 OPTUNA = {"search.optimizer", "insight.analysis"}
 TORCHLESS = [
     module
@@ -91,6 +91,13 @@ def test_a_package_says_its_purpose_and_nothing_more(room):
 def test_tables_and_spaces_open_without_torch_or_ray():
     modules = ", ".join(f"tuning.{module}".removesuffix(".__init__") for module in TORCHLESS)
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=TUNING.parent)
+
+
+@pytest.mark.slow
+def test_the_driver_starts_without_torch():
+    driver = "tuning.run_search, tuning.search.cluster, tuning.search.driver, tuning.training.checking"
+    code = f"import sys, {driver}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=TUNING.parent)
 
 

@@ -42,9 +42,11 @@ from tuning.run_search import (
 from tuning.search import driver as search
 from tuning.search.plans import check_new, claimed, without_effect, write_run
 from tuning.settings.config import RESUME_MAY_CHANGE, InputError, SearchPlan
+from tuning.settings.space import sizes_of_backbones
 from tuning.settings.space_file import load, parse
 from tuning.show import report
-from tuning.training.weights import digests
+from tuning.training.checking import weights_checked
+from tuning.training.digests import digests
 
 ROOT = Path(__file__).parent.parent
 SPACE = {
@@ -72,7 +74,8 @@ def without_ray(flags):
     """What `run` does until Ray is needed, which takes five seconds to start and to end."""
     plan, space, folder = planned(flags)
     never = partial(pytest.fail, "it was not reported before Ray was needed")
-    return _search(plan, space, folder, None, never, flags.resume)
+    with weights_checked(sizes_of_backbones(space), plan.weights) as weights:
+        return _search(plan, space, folder, None, never, weights, flags.resume)
 
 
 def faults(run=without_ray, **flags):

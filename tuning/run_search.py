@@ -56,8 +56,11 @@ from tuning.settings.space import Space, backbones, image_sizes, largest, sizes_
 from tuning.settings.words import count, examples
 from tuning.show.progress import Progress, console, plain
 from tuning.show.report import refresher, write_or_warn
+from tuning.training.checking import Weights, weights_checked
 
 Nodes = Callable[[], list[tuple[int, float]]]  # waits for Ray; gives the cores and GPUs of each node
+LOOK_SECONDS = 0.5  # between two looks for what a worker has found wrong, while images are decoded
+DOWNLOAD_SECONDS = 10.0  # after which a search that only waits for weights says so
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,11 +125,17 @@ def _started(plan: SearchPlan, space: Space, folder: Path, resumed: bool) -> int
     for words in without_effect(space, plan):
         console.print(f"  {words}")
 
-    # Ray starts in the background. It and torch take seconds to load, so wrong flags are reported before.
-    from tuning.search.cluster import ray_running
+    # Ray starts in the background, and so does the check. Both take seconds, so wrong flags are reported before.
+    from tuning.search.cluster import loading_ahead, ray_running
 
-    with mirrored(folder, plan.storage) as mirror, ray_running(plan) as nodes:
-        return _search(plan, space, folder, mirror, nodes, resumed)
+    sizes = sizes_of_backbones(space)
+    checked = {name: sizes[name] for name in backbones(space)}
+    with (
+        mirrored(folder, plan.storage) as mirror,
+        weights_checked(checked, plan.weights, by_worker=loading_ahead(plan) > 0) as weights,
+        ray_running(plan) as nodes,
+    ):
+        return _search(plan, space, folder, mirror, nodes, weights, resumed)
 
 
 def planned(flags: Flags) -> tuple[SearchPlan, Space, Path]:
@@ -136,16 +145,22 @@ def planned(flags: Flags) -> tuple[SearchPlan, Space, Path]:
     return (resumed_plan if flags.resume else new_plan)(*command_line(named, flags.set))
 
 
-def _search(plan: SearchPlan, space: Space, folder: Path, mirror: Mirror | None, nodes: Nodes, resumed: bool) -> int:
+def _search(
+    plan: SearchPlan,
+    space: Space,
+    folder: Path,
+    mirror: Mirror | None,
+    nodes: Nodes,
+    weights_within: Weights,
+    resumed: bool,
+) -> int:
     from tuning.search.cluster import cluster_map, serve_images, slots, small_shared_memories, small_shared_memory
     from tuning.search.driver import Search
     from tuning.search.optimizer import check_study
     from tuning.show.summary import summarize
-    from tuning.training.backbones import check
-    from tuning.training.weights import digests, find_weights
+    from tuning.training.digests import digests
 
     # Load and check. Nothing is written until all of it has been checked.
-    weights = find_weights(backbones(space), plan.weights)
     if plan.optuna_storage is not None:
         check_study(plan.optuna_storage, plan.name, read_plan(folder)["provenance"]["run_id"] if resumed else None)
     journal = folder / "journal.jsonl"
@@ -153,18 +168,20 @@ def _search(plan: SearchPlan, space: Space, folder: Path, mirror: Mirror | None,
     joining = "RAY_ADDRESS" in os.environ  # else Ray starts on this machine, while images are decoded
     spread = joining and _all_nodes_read(plan, nodes)
     recorded = _recorded_samples(folder, plan) if resumed else None
-    data = _data(plan, space, recorded, map=cluster_map if spread else parallel_map)
+    mapped = cluster_map if spread else parallel_map
+    data = _data(plan, space, recorded, map=lambda *given: map(_unless_wrong(weights_within), mapped(*given)))
     trained_on, batch = int((data.samples["split"] == "train").sum()), largest(space, "batch_size")
     if batch > trained_on:
         console.print(
             f"  batch_size={batch:g}: of {count(trained_on, 'training image')} a batch has at most {trained_on}"
         )
+    if (weights := weights_within(DOWNLOAD_SECONDS)) is None:
+        console.print("  waiting for the backbones' weights")
+        while (weights := weights_within(DOWNLOAD_SECONDS)) is None:
+            pass
     of_weights = digests(weights)
     if resumed:
         _check_unchanged(plan, read_plan(folder)["provenance"], data.fingerprint, of_weights)
-    sizes = sizes_of_backbones(space)
-    for backbone, file in weights.items():  # finds a damaged file or an impossible image size before the trials do
-        check(backbone, sizes[backbone], file)
 
     # Search.
     nodes()  # waits for Ray
@@ -279,6 +296,20 @@ def _data(plan: SearchPlan, space: Space, recorded: pd.DataFrame | None, map: Ca
     return data
 
 
+def _unless_wrong(weights_within: Weights) -> Callable[[Any], Any]:
+    """Return a function that gives back what it is given, or raises InputError once a worker has found it."""
+    due = time.monotonic()
+
+    def passed(item: Any) -> Any:
+        nonlocal due
+        if time.monotonic() >= due:
+            due = time.monotonic() + LOOK_SECONDS
+            weights_within(0.0)
+        return item
+
+    return passed
+
+
 def _recorded_samples(folder: Path, plan: SearchPlan) -> pd.DataFrame:
     """Return the samples of a run to resume, with the files of the place that --data gives anew."""
     recorded = tables.read_table(folder / "samples.parquet")
@@ -301,7 +332,7 @@ def _check_unchanged(
     plan: SearchPlan, provenance: dict[str, Any], fingerprint: str, weights: dict[str, str | None]
 ) -> None:
     """Raise InputError if data or weights differ from the run's; print which packages do."""
-    from tuning.training.weights import other_weights
+    from tuning.training.digests import other_weights
 
     anew = "or start a new run under another --name"
     if provenance["fingerprint"] != fingerprint:

@@ -159,10 +159,11 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     from tuning.show.plots import write_plots
     from tuning.training.backbones import check
     from tuning.training.dataset import join
+    from tuning.training.digests import digests, other_weights
     from tuning.training.features import FeatureCache
-    from tuning.training.features import run_folder as outputs_folder
     from tuning.training.models import keep_memory
-    from tuning.training.weights import digests, find_weights, other_weights
+    from tuning.training.outputs import run_folder as outputs_folder
+    from tuning.training.weights import find_weights
 
     data = {size: join(table, open_images(images)) for size, images in folders.items()}
     some = data[sizes[0]]

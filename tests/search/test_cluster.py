@@ -42,7 +42,7 @@ def test_workers_have_loaded_what_trials_need_before_the_first(no_ray):
         def loaded(self) -> bool:
             import sys
 
-            return "tuning.search.trainable" in sys.modules
+            return "tuning.search.worker" in sys.modules
 
     environment = dict(os.environ)
     with ray_running(SearchPlan(name="test")) as resources:

@@ -20,14 +20,15 @@ from tuning.record.journal import best_epoch
 from tuning.record.predictions import predictions_file
 from tuning.record.storage import files_below
 from tuning.record.tables import read_table
-from tuning.search import trainable as trial_module
+from tuning.search import worker as worker_module
 from tuning.search.checkpoints import best_file
 from tuning.search.plans import write_run
-from tuning.search.trainable import FinetuneTrial, StorageLost
+from tuning.search.trainable import FinetuneTrial
+from tuning.search.worker import StorageLost
 from tuning.settings.config import SearchPlan, TrialConfig
 from tuning.settings.space_file import parse
+from tuning.training.digests import digests
 from tuning.training.scores import score
-from tuning.training.weights import digests
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def check(given, trial_id, rows):
 
 
 def test_a_stopped_trial_leaves_the_probabilities_of_its_best_epoch_and_so_does_the_last(given, monkeypatch):
-    monkeypatch.setattr(trial_module, "CHECKPOINT_SECONDS", math.inf)
+    monkeypatch.setattr(worker_module, "CHECKPOINT_SECONDS", math.inf)
     trial = FinetuneTrial(given("t0"))
     first = step(trial, 3)
     assert not predictions_file(given("t0")["run"], "t0").exists()  # nothing is written while it is not needed
@@ -177,12 +178,12 @@ def test_a_trial_without_a_finite_loss_has_none(given):
 
 @pytest.mark.slow
 def test_what_a_storage_did_not_take_is_sent_later(given, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trial_module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(worker_module, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(transfer, "RETRY_SECONDS", 0.05)
     place = removable(f"file://{tmp_path}/storage")
     trial = FinetuneTrial(given("t0"))
-    trial._config |= {"storage": f"file://{place}"}
-    trial._away = True  # as on a node beside which no driver is
+    trial.worker._config |= {"storage": f"file://{place}"}
+    trial.worker._away = True  # as on a node beside which no driver is
     take_away(place)
     assert not step(trial)[0]["checkpoint"]
     assert "t0: no checkpoint was written" in capsys.readouterr().err
@@ -206,8 +207,8 @@ def test_a_storage_that_is_lost_before_a_trial_begins_is_no_failure_of_the_trial
     """It is raised, so that Ray tells the search, which hands the trial out again."""
     monkeypatch.setattr(transfer, "PATIENCE_SECONDS", 0.0)
     trial = FinetuneTrial(given("t0"))
-    trial._config |= {"storage": f"file://{tmp_path}/storage"}
-    trial._away = True
+    trial.worker._config |= {"storage": f"file://{tmp_path}/storage"}
+    trial.worker._away = True
     (tmp_path / "storage" / "checkpoints" / "t0.state.safetensors").mkdir(parents=True)
     (tmp_path / "storage" / "checkpoints" / "t0.best.safetensors").symlink_to("/proc/self/mem")  # fails when it is read
     with pytest.raises(StorageLost):

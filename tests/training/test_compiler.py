@@ -7,7 +7,7 @@ import pytest
 
 TRAIN = """
 import sys
-import tuning.search.trainable
+import tuning.search.worker
 import torch
 from torch import nn
 

@@ -12,10 +12,11 @@ from shared import CPU, SOAK, losses, make_data, on_each_device
 
 from tuning.settings.config import InputError, TrialConfig
 from tuning.training import features
-from tuning.training.features import CHUNK, FeatureCache, Key, run_folder
+from tuning.training.features import CHUNK, FeatureCache, Key
 from tuning.training.finetune import finetune
 from tuning.training.frozen import BLOCK, Frozen, Inputs
 from tuning.training.models import Models
+from tuning.training.outputs import run_folder
 from tuning.training.weights import find_weights
 
 KEY = Key("test_resnet", "random 0", 32, 2, "abc", "light", (0, 1))

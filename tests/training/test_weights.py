@@ -3,7 +3,8 @@ import timm
 from huggingface_hub import constants
 
 from tuning.settings.config import InputError
-from tuning.training.weights import digests, find_weights, other_weights
+from tuning.training.digests import digests, other_weights
+from tuning.training.weights import find_weights
 
 
 @pytest.fixture

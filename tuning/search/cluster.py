@@ -1,4 +1,4 @@
-"""Ray: started while the driver still loads and checks, with workers that have loaded what trials need; its nodes."""
+"""Ray: started while the driver still reads and audits, with workers that have loaded what trials need; its nodes."""
 
 import fcntl
 import logging
@@ -107,13 +107,11 @@ def start_ray(plan: SearchPlan) -> list[Node]:
         options["address"] = "local"  # else Ray joins the cluster last started on this machine
         if len(tempfile.gettempdir()) > LONGEST_TEMPDIR:
             options["_temp_dir"] = f"/tmp/ray-{os.getuid()}"
-        cores = os.cpu_count() or 1
-        wanted = min(plan.concurrent or cores // (plan.cpus_per_trial or 1), plan.trials)
-        if cores <= MOST_PRELOADING and 2 * wanted >= cores and not (plan.gpus_per_trial != 0 and _gpus()):
+        if loading := loading_ahead(plan):
             # Workers load torch at once, while the driver reads and audits, not when a trial starts. As many as there
             # are slots may wait; else Ray ends those that wait as soon as a trial has reserved their cores.
-            environment["RAY_preload_python_modules"] = "tuning.search.trainable"
-            environment["RAY_num_workers_soft_limit"] = str(wanted)
+            environment["RAY_preload_python_modules"] = "tuning.search.preloaded"
+            environment["RAY_num_workers_soft_limit"] = str(loading)
         if str(package.parent) not in site.getsitepackages():
             paths = [str(package.parent), os.environ.get("PYTHONPATH", "")]
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -122,6 +120,15 @@ def start_ray(plan: SearchPlan) -> list[Node]:
     with _few_processes():
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", **options)
     return ray_nodes()
+
+
+def loading_ahead(plan: SearchPlan) -> int:
+    """Return how many workers are to load what trials need while the driver still reads and audits."""
+    cores = os.cpu_count() or 1
+    wanted = min(plan.concurrent or cores // (plan.cpus_per_trial or 1), plan.trials)
+    of_gpus = plan.gpus_per_trial != 0 and _gpus()
+    few = "RAY_ADDRESS" in os.environ or cores > MOST_PRELOADING or 2 * wanted < cores
+    return 0 if few or of_gpus else wanted
 
 
 def _gpus() -> int:

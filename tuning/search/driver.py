@@ -26,7 +26,7 @@ from tuning.search.tuner import FINISHED, fit
 from tuning.settings.config import SearchPlan, cache_folder
 from tuning.settings.space import Key, Space, configurations, same
 from tuning.settings.words import count
-from tuning.training.features import run_folder
+from tuning.training.outputs import run_folder
 
 TABLE_SECONDS, TABLE_SHARE = 5.0, 0.05  # between two writings of the tables; the largest share of time spent on it
 LOST_ACTOR_RETRIES = 3

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import ray
 from ray import tune
+from ray.air._internal import usage
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune.execution.class_cache import _ActorClassCache
 from ray.tune.execution.tune_controller import TuneController
@@ -34,6 +35,8 @@ def fit(search: Any, trainable: type[tune.Trainable]) -> None:
     OutOfMemoryError.__bases__ = (RayActorError,)
     OutOfMemoryError._preempted = OutOfMemoryError._actor_init_failed = False
     TuneController._maybe_reuse_cached_actor, _ActorClassCache.get = reuse, actor_class
+    # To count callbacks for usage statistics, which are off, Ray imports MLflow and others, where they are installed.
+    usage.tag_callbacks = lambda callbacks: False
     settings = {
         "RAY_AIR_NEW_OUTPUT": "0",  # only the old output respects verbose=0
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",

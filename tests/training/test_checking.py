@@ -1,0 +1,88 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tuning.settings.config import InputError
+from tuning.training import checking
+from tuning.training.checking import FOLDER, answer, weights_checked
+
+SIZES = {"test_resnet": [32], "test_vit": [160]}
+RANDOM = {"test_resnet": None, "test_vit": None}
+
+
+@pytest.fixture
+def without_torch(monkeypatch):
+    """As in a driver: torch doesn't seem to be loaded."""
+    monkeypatch.setattr(checking, "sys", SimpleNamespace(modules={}, executable=sys.executable))
+
+
+def test_with_torch_no_other_process_is_asked(monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", None)
+    with weights_checked(SIZES, "random") as known:
+        assert known(0.0) == RANDOM
+    with pytest.raises(InputError, match=r"resnet81.*did you mean"), weights_checked({"resnet81": [32]}, "random"):
+        pass
+
+
+def test_a_worker_answers_once(without_torch):
+    answer()  # nothing is asked
+    with weights_checked(SIZES, "random", by_worker=True) as known:
+        assert known(0.0) is None
+        answer()
+        assert known(0.0) == RANDOM
+        answer()
+        assert known(0.0) == RANDOM
+    assert FOLDER not in os.environ
+
+
+def test_all_that_is_wrong_comes_from_the_worker(without_torch):
+    with weights_checked({"test_vit": [40, 50, 160]}, "random", by_worker=True) as known:
+        worker = threading.Thread(target=answer)
+        worker.start()
+        with pytest.raises(InputError) as wrong:
+            known(60.0)
+        worker.join()
+    assert [fault.partition(" px")[0] for fault in wrong.value.faults] == [
+        "image_size: test_vit can't take 40",
+        "image_size: test_vit can't take 50",
+    ]
+
+
+@pytest.mark.slow
+def test_where_no_worker_answers_a_process_does(without_torch, tmp_path):
+    with weights_checked({"resnet81": [32]}, "random") as known:
+        with pytest.raises(InputError, match=r"resnet81.*did you mean"):
+            known(60.0)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "test_resnet.pth").write_bytes(b"no weights")
+    with weights_checked({"test_resnet": [32]}, str(tmp_path / "damaged"), by_worker=True) as known:
+        with subprocess.Popen(["true"]) as gone:
+            pass
+        Path(os.environ[FOLDER], "taken").write_text(str(gone.pid))  # a worker that has died
+        with pytest.raises(InputError, match=r"test_resnet.pth can't be read"):
+            known(60.0)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_told(without_torch):
+    with weights_checked(SIZES, "random") as known:
+        while not (taken := Path(os.environ[FOLDER], "taken")).exists() or not taken.read_text():
+            assert known(0.05) is None
+        os.kill(int(taken.read_text()), signal.SIGKILL)
+        with pytest.raises(InputError, match=r"ended with status -9"):
+            known(60.0)
+
+
+def test_an_error_that_is_no_input_is_raised_with_its_traceback(without_torch):
+    with weights_checked({"test_resnet": [32]}, "random", by_worker=True) as known:
+        Path(os.environ[FOLDER], "question").write_text(json.dumps([{"test_resnet": ["wide"]}, "random"]))
+        answer()
+        with pytest.raises(RuntimeError, match=r"Traceback"):
+            known(0.0)

@@ -1,0 +1,225 @@
+"""What a worker does: one epoch of `finetune` per step, with its own checkpoints, one trial after another."""
+
+import gc
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from safetensors import SafetensorError
+
+from tuning.data.images import open_images
+from tuning.data.splits import resplit
+from tuning.record.journal import best_epoch
+from tuning.record.mirror import copy_folder
+from tuning.record.predictions import predictions_file, write_predictions
+from tuning.record.tables import read_table
+from tuning.record.transfer import fetch_files, patiently, push_file
+from tuning.search.checkpoints import best_file, load_state, save, state_file
+from tuning.search.cluster import images_here
+from tuning.settings.config import InputError, TrialConfig
+from tuning.training.dataset import Data, join, placed
+from tuning.training.digests import digests, other_weights
+from tuning.training.features import FeatureCache
+from tuning.training.finetune import finetune, out_of_memory
+from tuning.training.models import Models, keep_memory
+from tuning.training.probe import probe
+from tuning.training.state import Row, State
+
+CHECKPOINT_SECONDS = 30.0
+
+
+class StorageLost(OSError):
+    """The files that a trial begins with can't be fetched from the storage."""
+
+
+class Worker:
+    """Runs trials one after another; what they share stays in memory.
+
+    A step returns a row. The rows of the checkpoint's history come first, marked `replayed`. The last row has `ends`.
+    If the trial itself fails, that is a row without an epoch, not an exception, after which Ray would throw the actor
+    away. Only `StorageLost` is raised: the trial is then scheduled again, as after its worker died.
+    """
+
+    _rows: Iterator[tuple[Row, Callable[[], State]]] | None
+    _snapshot: Callable[[], State] | None  # of the last epoch
+    _saved_at: float  # monotonic seconds
+
+    def __init__(self, config: dict[str, Any]):
+        torch.set_num_threads(config["threads"])
+        self._device = torch.device(config["device"])
+        if self._device.type == "cpu":
+            keep_memory()
+        self._images: dict[int, Any] = {}  # by size; an array, or a tensor on the GPU
+        self._models = Models()
+        self._known_weights: set[tuple[str, int, int, int]] = set()  # name, size and times of files that were checked
+        self._unsent: dict[str, bool] = {}  # files to send to the storage, and whether to delete them here afterwards
+        folder = Path(config["features"]) / platform.node()  # nodes may share the disk of the cache
+        self._features = FeatureCache(folder, config["cache_bytes"], self._device)
+        gc.collect()
+        gc.freeze()  # what is imported stays: looking through it takes 0.3 s between two trials
+        self._begin(config)
+
+    def next_trial(self, config: dict[str, Any]) -> None:
+        """Begin the next trial. The one before has ended, so only its best weights are saved."""
+        if self._snapshot is not None:
+            self._save(self._snapshot(), final=True)
+        self._begin(config)
+
+    def end(self, patience: float) -> None:
+        """Save what the trial needs to resume: the worker is no longer needed; for some seconds, retry to send it."""
+        if self._snapshot is not None and not self._saved:
+            self._save(self._snapshot())
+        self._forget()
+        try:
+            patiently(self._send, patience)
+        except (OSError, InputError) as error:
+            print(f"{', '.join(self._unsent)}: could not be sent: {error}", file=sys.stderr)
+
+    def step(self) -> Row:
+        try:
+            if self._rows is None:
+                self._rows = self._start()
+            if self._replay:
+                return self._replay.pop(0) | {"replayed": True}
+            row, self._snapshot = next(self._rows)
+            self._saved = time.monotonic() - self._saved_at > CHECKPOINT_SECONDS and self._save(self._snapshot())
+            return row | {"checkpoint": self._saved}
+        except StorageLost:
+            raise
+        except Exception as error:
+            self._models.clear()  # their state is unknown, and they take memory
+            lines = traceback.format_exception(error)
+            ends = "out_of_memory" if out_of_memory(error) else "failed"
+            row = {"ends": ends, "reason": lines[-1].strip(), "error": "".join(lines)}
+        self._forget()
+        return row
+
+    def _forget(self) -> None:
+        self._rows = self._snapshot = None
+        gc.collect()  # the generator's frame holds optimizer and activations
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # another trial on the same GPU may need the memory
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        self._forget()
+        self._config, self._run = config, Path(config["run"])
+        self._away = config["storage"] is not None and ray.get_runtime_context().get_node_id() != config["home"]
+        if self._away:  # the driver's folder is on another node
+            self._run = copy_folder(f"{config['storage']} {config['run_id']}") / self._run.name
+        self._saved, self._saved_at = False, time.monotonic()  # whether the last epoch's checkpoint is on disk
+        self._predicted: int | None = None  # the epoch whose validation probabilities are on disk
+
+    def _start(self) -> Iterator[tuple[Row, Callable[[], State]]]:
+        if self._config["storage"] is not None:  # the trial may have begun on a node that died
+            self._fetch(self._checkpoint_names())
+        state = load_state(self._run, self._config["trial_id"])
+        self._replay: list[Row] = list(state.history) if state else []
+        trial = TrialConfig(**self._config["config"])
+        data = self._load(trial)
+        weights_file = self._weights(trial.backbone)
+        given: dict[str, Any] = {"device": self._device, "features": self._features, "models": self._models}
+        if self._config["origin"] == "probe":
+            row = probe(trial, data, weights=weights_file, **given)
+            return iter([(row, lambda: State([row], {}))])
+        return finetune(trial, data, state=state, weights=weights_file, **given, **self._config["ending"])
+
+    def _weights(self, backbone: str) -> Path | None:
+        """Return a backbone's file of weights; raise InputError if here, or by now, it is another than at the start."""
+        name = self._config["weights"][backbone]
+        if name is None:
+            return None
+        file = Path(name)
+        status = file.stat()
+        stamp = (name, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        if stamp not in self._known_weights:
+            if other_weights(digests({backbone: file}), self._config["digests"]):
+                cure = f"give {platform.node()} the file that the search began with"
+                raise InputError(f"weights: {file} holds other weights than at the start of the search; {cure}")
+            self._known_weights.add(stamp)
+        return file
+
+    def _fetch(self, names: list[str]) -> None:
+        """Fetch files from the storage. On the driver's node, which has all that is needed, a failure is ignored."""
+        storage = self._config["storage"]
+        try:
+            patiently(lambda: fetch_files(self._run, storage, names), None if self._away else 0.0)
+        except OSError as error:
+            if self._away:
+                raise StorageLost(f"{storage}: {error}") from error
+
+    def _load(self, trial: TrialConfig) -> Data:
+        if self._away:
+            self._fetch(["samples.parquet"])
+        samples = read_table(self._run / "samples.parquet")
+        if self._config["redraw"]:
+            samples = resplit(samples, trial.seed)
+        size = trial.image_size
+        if size not in self._images:
+            images = open_images(images_here(Path(self._config["images"][str(size)])))
+            self._images[size] = placed(images, self._device)
+        data = join(samples, self._images[size])
+        self._classes, self._validation = data.classes, samples[samples["split"] == "val"]
+        return data
+
+    def _save(self, state: State, *, final: bool = False) -> bool:
+        """Write a checkpoint; return whether it is on disk. A full disk costs the checkpoint, not the trial."""
+        trial_id, config = self._config["trial_id"], self._config["config"]
+        ended = final or state.history[-1]["ends"] is not None
+        best = best_epoch(state.history, self._config["ending"]["metric"])
+        self._save_predictions(state, best)
+        self._saved_at = time.monotonic()
+        try:
+            save(self._run, trial_id, state, best, config, ended=ended)
+            if self._away:
+                self._will_send(ended)
+                self._send()
+        except (OSError, SafetensorError, InputError) as error:
+            print(f"{trial_id}: no checkpoint was written: {error}", file=sys.stderr)
+            return False
+        return True
+
+    def _save_predictions(self, state: State, best: Row | None) -> None:
+        """Write validation probabilities, before the checkpoint: a resumed trial may not compute them again."""
+        logits = state.tensors.get("validation/logits")
+        if best is None or logits is None or best["epoch"] == self._predicted:
+            return
+        trial_id = self._config["trial_id"]
+        path, probabilities = predictions_file(self._run, trial_id), torch.softmax(logits.double(), dim=1).numpy()
+        at_best: dict[str, Any] = {"epoch": best["epoch"], "val_loss": best["val_loss"]}
+        try:
+            write_predictions(path, self._validation, self._classes, probabilities, **at_best)
+            self._predicted = best["epoch"]
+        except OSError as error:
+            print(f"{trial_id}: no validation probabilities were written: {error}", file=sys.stderr)
+
+    def _checkpoint_names(self) -> list[str]:
+        return [str(file("", self._config["trial_id"])) for file in (best_file, state_file)]
+
+    def _will_send(self, ended: bool) -> None:
+        """Note the trial's files for the next sending. Nobody resumes an ended trial from its state."""
+        best, state = self._checkpoint_names()
+        self._unsent |= dict.fromkeys((str(predictions_file("", self._config["trial_id"])), best), ended)
+        if ended:
+            self._unsent.pop(state, None)
+            (self._run / state).unlink(missing_ok=True)
+        else:
+            self._unsent[state] = False
+
+    def _send(self) -> None:
+        """Send the noted files to the storage; those that fail are sent the next time.
+
+        Raises:
+            InputError: another driver writes the run.
+            OSError: the storage fails.
+        """
+        for name, delete in list(self._unsent.items()):
+            push_file(self._run, self._config["storage"], name, self._config["driver"])
+            if delete:
+                (self._run / name).unlink(missing_ok=True)
+            del self._unsent[name]

@@ -1,0 +1,122 @@
+"""Backbones and their weights, found and checked in another process, since the driver loads no torch.
+
+The question lies in a folder, with the answer of the process that has taken it: a worker that has loaded torch and has
+no trial yet, or one that is started for it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from tuning.record.tables import replacing
+from tuning.settings.config import InputError
+
+Weights = Callable[[float], dict[str, Path | None] | None]
+FOLDER = "FINETUNE_SEARCH_CHECK"  # the environment's variable that names the folder
+TAKEN_SECONDS = 60.0  # within which a worker has taken the question; else a process is started
+LOOK_SECONDS = 0.05
+
+
+@contextmanager
+def weights_checked(sizes: Mapping[str, Sequence[int]], weights: str, *, by_worker: bool = False) -> Iterator[Weights]:
+    """Have another process do `backbones.checked_weights`, unless this one has loaded torch.
+
+    Args:
+        by_worker: whether workers that start meanwhile call `answer`.
+
+    Yields:
+        A function that waits for some seconds, and returns each backbone's file of weights (None if they are random),
+        or None if they aren't known yet.
+
+        Raises:
+            InputError: as `backbones.checked_weights` does, or the process that was started for it has died.
+    """
+    if "torch" in sys.modules:
+        done = _checked(sizes, weights)
+        yield lambda seconds: done
+        return
+    with ExitStack() as end:
+        folder = Path(end.enter_context(tempfile.TemporaryDirectory(prefix="finetune-search-")))
+        (folder / "question").write_text(json.dumps([sizes, weights]))
+        os.environ[FOLDER] = str(folder)
+        end.callback(os.environ.pop, FOLDER, None)
+        started, process = time.monotonic(), None
+
+        def start() -> subprocess.Popen[bytes]:
+            package, given = str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")
+            environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [package, given]))}
+            command = [sys.executable, "-c", f"from {__name__} import answer; answer()"]
+            # In a session of its own, since Ctrl-C is for the driver; what a download shows goes to the terminal.
+            begun = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+            end.callback(begun.wait)
+            end.callback(begun.kill)
+            return begun
+
+        def known(seconds: float) -> dict[str, Path | None] | None:
+            nonlocal process
+            until = time.monotonic() + seconds
+            while not (folder / "answer").exists():
+                if process is None and (_died(folder) or time.monotonic() > started + TAKEN_SECONDS * by_worker):
+                    (folder / "taken").unlink(missing_ok=True)
+                    process = start()
+                elif process is not None and process.poll() is not None and not (folder / "answer").exists():
+                    ended = f"the process that checks the backbones ended with status {process.returncode}"
+                    raise InputError(f"weights: {ended}; is there enough memory? Start again")
+                if time.monotonic() >= until:
+                    return None
+                time.sleep(LOOK_SECONDS)
+            found = json.loads((folder / "answer").read_text())
+            if "error" in found:
+                raise RuntimeError(found["error"])
+            if "faults" in found:
+                raise InputError(found["faults"])
+            return {name: None if file is None else Path(file) for name, file in found["files"].items()}
+
+        if not by_worker:
+            process = start()
+        yield known
+
+
+def answer() -> None:
+    """Answer the question in the folder that the environment names, if there is one that no other process has taken."""
+    folder = Path(os.environ.get(FOLDER, os.devnull))
+    try:
+        sizes, weights = json.loads((folder / "question").read_text())
+        with open(folder / "taken", "x") as file:
+            file.write(str(os.getpid()))
+    except OSError:
+        return
+    try:
+        files = _checked(sizes, weights)
+        found: dict[str, Any] = {"files": {name: file and str(file) for name, file in files.items()}}
+    except InputError as error:
+        found = {"faults": error.faults}
+    except Exception:
+        found = {"error": traceback.format_exc()}
+    with suppress(OSError), replacing(folder / "answer") as temporary:  # the folder goes with the driver
+        temporary.write_text(json.dumps(found))
+
+
+def _checked(sizes: Mapping[str, Sequence[int]], weights: str) -> dict[str, Path | None]:
+    from tuning.training.backbones import checked_weights
+
+    return checked_weights(sizes, weights)
+
+
+def _died(folder: Path) -> bool:
+    """Return whether the process that had taken the question is no longer there."""
+    with suppress(OSError, ValueError):
+        process = int((folder / "taken").read_text())
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return not (folder / "answer").exists()
+    return False
