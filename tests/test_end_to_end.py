@@ -162,8 +162,11 @@ def test_a_search_that_is_stopped_in_every_way_goes_on(workplace):
     folder, arguments = workplace
     run = folder / "results" / "stopped"
     journal = run / "journal.jsonl"
-    process = start(folder, *arguments, "--name", run.name)
+    (folder / "wandb.py").write_text(f"open({str(folder / 'loaded')!r}, 'w')")  # Ray loads it, if it can, to count uses
+    beside = ONE_CORE | {"PYTHONPATH": str(folder)}
+    process = start(folder, *arguments, "--name", run.name, environment=beside)
     stand_still_in_a_trial(journal, process, 8)
+    assert not (folder / "loaded").exists()
     assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()  # workers alone have it
     second = subprocess.run(
         command("run_search.py", "--resume", "--name", run.name),

@@ -13,7 +13,7 @@ from shared import SOAK
 from tuning.insight.verdict import Runs, holm, judge
 from tuning.record.predictions import Predictions
 from tuning.record.tables import FINALISTS, TRIALS
-from tuning.search.finalists import candidates, runs_left, runs_to_make
+from tuning.search.finalists import candidates, most_epochs, runs_left, runs_to_make, saved_epochs
 from tuning.settings.config import PARAMETERS, SearchPlan, TrialConfig
 
 RATIO = 0.25  # validation over training images
@@ -75,6 +75,25 @@ def test_what_a_verdict_still_needs():
         assert runs_left(trials, plan.model_copy(update=without), asked) == []
 
 
+def test_the_runs_may_take_a_fifth_of_what_early_stopping_saved():
+    trials = table([0.9, 0.5, 0.4, 0.6], {"t00000": [0.8]}).assign(epochs=[8, 3, 2, 1, 8])
+    trials["status"] = ["completed", "stopped", "converged", "failed", "stopped"]  # the last is no searched trial
+    assert saved_epochs(trials, 8) == 5 + 6
+    plan = SearchPlan(name="x", epochs=8, metric="val_loss")
+    assert most_epochs(plan, 104) == 20 and most_epochs(plan.model_copy(update={"finalist_epochs": 9}), 104) == 9
+
+
+def test_runs_of_the_classifier_alone_cost_an_epoch_unless_the_user_counts_epochs():
+    plan = SearchPlan(name="x", epochs=8, finalist_seeds=3, metric="val_loss")
+    trials = table([0.9, 0.5], {}).assign(config_unfreeze_depth=[0, 5], config_augmentation="none")
+    assert len(runs_left(trials, plan, set(), cap=3 * (8 + 1))) == 6
+    assert runs_left(trials, plan, set(), cap=3 * (8 + 1) - 1) == []
+    by_user = plan.model_copy(update={"finalist_epochs": 47})
+    assert runs_left(trials, by_user, set(), cap=47) == [] and len(runs_left(trials, by_user, set(), cap=48)) == 6
+    moved = trials.assign(config_augmentation="light")  # new outputs in each epoch
+    assert runs_left(moved, plan, set(), cap=47) == []
+
+
 def test_a_best_that_was_not_compared_is_named():
     runs = {"t00000": [0.9, 0.91, 0.92], "t00001": [0.5, 0.52, 0.51]}
     _, verdict = judge(table([0.9, 0.5, 0.6], runs), "val_loss", val_over_train=RATIO)
@@ -84,14 +103,23 @@ def test_a_best_that_was_not_compared_is_named():
 
 
 NAMES = st.permutations("abcde").map(lambda names: ["d0", *names])
+CHEAP = st.sets(st.sampled_from(["d0", *"abcde"]))
 EARLIER = st.sets(st.tuples(st.sampled_from(["d0", *"abcde"]), st.integers(1, 9)), max_size=20)
 
 
-@given(NAMES, st.integers(0, 6), st.integers(3, 9), EARLIER, st.integers(1, 50), st.integers(0, 2000))
-def test_what_is_to_be_run_fits_and_stays_the_same_while_it_is_run(names, finalists, runs, earlier, epochs, cap):
-    of = {"finalists": finalists, "seeds": list(range(1, runs + 1)), "epochs": epochs, "cap": cap}
+@given(
+    NAMES,
+    st.integers(0, 6),
+    st.integers(3, 9),
+    EARLIER,
+    st.integers(1, 50),
+    st.integers(0, 2000),
+    CHEAP,
+)
+def test_what_is_to_be_run_fits_and_stays_the_same_while_it_is_run(names, finalists, runs, earlier, epochs, cap, cheap):
+    of = {"finalists": finalists, "seeds": list(range(1, runs + 1)), "epochs": epochs, "cap": cap, "cheap": cheap}
     found = runs_to_make(names, **of, asked=earlier)
-    assert not found or len(earlier | set(found)) * epochs <= cap
+    assert not found or sum(1 if name in cheap else epochs for name, _ in earlier | set(found)) <= cap
     assert not earlier & set(found) and len({name for name, _ in found} - {"d0"}) <= finalists
     for place in range(len(found)):
         assert runs_to_make(names, **of, asked=earlier | set(found[:place])) == found[place:]

@@ -22,6 +22,23 @@ def test_the_average_is_of_all_steps_at_first_and_of_about_an_epoch_later():
     assert 0.25 < left < math.exp(-1) * 1.1
 
 
+def test_averages_of_all_tensors_at_once_are_those_of_each_to_the_bit():
+    torch.manual_seed(0)
+    model, epoch_steps = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), 3
+    names = list(model.state_dict())
+    averaged, each = Averaged(model, names, epoch_steps), {}
+    for step in range(1, 8):
+        model(torch.randn(2, 3, 8, 8))
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter))
+        averaged.update()
+        for name, tensor in model.state_dict().items():
+            share = max(1 - math.exp(-1 / epoch_steps), 1 / step)
+            before = each.get(name)
+            each[name] = tensor.clone() if before is None or name.endswith("tracked") else before.lerp(tensor, share)
+    assert all(torch.equal(averaged.mean[name], each[name]) for name in names)
+
+
 @given(st.integers(1, 6), st.integers(0, 6))
 def test_an_average_that_resumes_equals_one_that_never_stopped(before, after):
     torch.manual_seed(0)

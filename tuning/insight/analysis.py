@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import pandas as pd
 
-from tuning.record.journal import loss_like
+from tuning.record.journal import EARLY, loss_like
 from tuning.record.tables import TRIALS, read_table
 from tuning.record.tables import searched as searched
 from tuning.settings.config import UNFROZEN, InputError, TrialConfig, unfrozen
@@ -16,7 +16,6 @@ from tuning.settings.space import Space
 from tuning.settings.space_file import parse
 
 LEAST_RANKED = 10  # ended trials that parameter importance needs
-EARLY = ["stopped", "converged", "diverged"]  # statuses of trials that ended before their last epoch
 AUGMENTATIONS = get_args(TrialConfig.model_fields["augmentation"].annotation)  # from none to strong
 
 # ---- reading runs -----------------------------------------------------------------------------------------------

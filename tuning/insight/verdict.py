@@ -14,7 +14,7 @@ from tuning.insight.guessing import with_baseline
 from tuning.record.journal import FINAL, loss_like
 from tuning.record.predictions import MOST_TRIALS, Predictions, read_predictions
 from tuning.record.tables import FINALISTS
-from tuning.search.finalists import LEAST_RUNS, candidates, most_epochs, runs_left
+from tuning.search.finalists import LEAST_RUNS, candidates, most_epochs, runs_left, saved_epochs
 from tuning.settings.config import SearchPlan
 from tuning.settings.words import count
 
@@ -38,7 +38,7 @@ def more_runs(trials: pd.DataFrame, plan: SearchPlan) -> tuple[int, str] | None:
         return None
     runs = trials[trials["origin"] == "finalist"]
     asked = set(zip(runs["finalist_of"], runs["seed"], strict=True))
-    if runs_left(trials, plan, asked, most_epochs(plan, int(searched(trials)["epochs"].sum()))):
+    if runs_left(trials, plan, asked, most_epochs(plan, saved_epochs(trials, plan.epochs))):
         return None  # the search makes these, or --resume
     left = len(runs_left(trials, plan, asked))
     allowed = (len(asked) + left) * plan.epochs

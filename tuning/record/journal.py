@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from tuning.settings.config import InputError, TrialConfig
 
 FINAL = ("completed", "stopped", "converged", "diverged", "out_of_memory", "failed")  # ends that resume never undoes
+EARLY = ("stopped", "converged", "diverged")  # ends that early stopping brought about before the last epoch
 LOSSES = ("val_loss", "val_tempered_loss")  # metrics of which less is better
 METRICS = ("train_loss", "train_eval_loss", *LOSSES, "val_accuracy", "val_balanced_accuracy", "val_auroc")
 LATER = ("val_tempered_loss",)  # fields that older versions did not write

@@ -1,15 +1,16 @@
 """Finalists: which trials are retrained for the verdict, and with which seeds."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import pandas as pd
 
-from tuning.record.journal import Record, Trial, loss_like
+from tuning.record.journal import EARLY, Record, Trial, loss_like
 from tuning.record.tables import make_tables, searched
 from tuning.settings.config import PARAMETERS, SearchPlan
 
 LEAST_RUNS = 3  # of each configuration
+OF_SAVED = 5  # finalists' runs take at most this part of what early stopping saved
 CONFIG = [f"config_{name}" for name in PARAMETERS]
 Run = tuple[str, int]  # the trial that is retrained, and the seed
 
@@ -25,7 +26,14 @@ def candidates(trials: pd.DataFrame, metric: str) -> list[str]:
 
 
 def runs_to_make(
-    trial_ids: Sequence[str], finalists: int, seeds: Sequence[int], *, asked: set[Run], epochs: int, cap: float
+    trial_ids: Sequence[str],
+    finalists: int,
+    seeds: Sequence[int],
+    *,
+    asked: set[Run],
+    epochs: int,
+    cap: float,
+    cheap: Collection[str] = (),
 ) -> list[Run]:
     """Return the runs of the default and the finalists that fit into a cap on epochs, seed by seed.
 
@@ -36,28 +44,42 @@ def runs_to_make(
         asked: earlier runs, which are not made again; those of other trials count towards the cap.
         epochs: of one run.
         cap: epochs of all runs together.
+        cheap: trials whose runs count as one epoch.
     """
     most = min(finalists, len(trial_ids) - 1)
     tries = [(count, len(seeds)) for count in range(most, 0, -1)]
     tries += [(1, count) for count in range(len(seeds) - 1, LEAST_RUNS - 1, -1)] if most > 0 else []
     for count, runs in tries:
         wanted = [(trial_id, seed) for seed in seeds[:runs] for trial_id in trial_ids[: count + 1]]
-        if len(asked.union(wanted)) * epochs <= cap:
+        if sum(1 if trial_id in cheap else epochs for trial_id, _ in asked.union(wanted)) <= cap:
             return [run for run in wanted if run not in asked]
     return []
 
 
-def most_epochs(plan: SearchPlan, searched_epochs: int) -> int:
-    """Return the cap on the epochs of all finalists' runs, after a search of `searched_epochs`."""
-    return searched_epochs // 4 if plan.finalist_epochs is None else plan.finalist_epochs
+def most_epochs(plan: SearchPlan, saved: int) -> int:
+    """Return the cap on the epochs of all finalists' runs, after a search whose early stopping `saved` epochs."""
+    return saved // OF_SAVED if plan.finalist_epochs is None else plan.finalist_epochs
+
+
+def saved_epochs(trials: pd.DataFrame, epochs: int) -> int:
+    """Return how many of the planned `epochs` per trial early stopping saved, from `trials.parquet`."""
+    rows = searched(trials)
+    return int((epochs - rows.loc[rows["status"].isin(EARLY), "epochs"]).sum())
 
 
 def runs_left(trials: pd.DataFrame, plan: SearchPlan, asked: set[Run], cap: float = math.inf) -> list[Run]:
-    """Return the runs that a search's finalists still need, from `trials.parquet`; arguments as in `runs_to_make`."""
+    """Return the runs that a search's finalists still need, from `trials.parquet`; arguments as in `runs_to_make`.
+
+    A run of the classifier alone on unchanged images computes the frozen outputs once: it counts as one epoch, unless
+    the user has set the number of epochs.
+    """
     if not (plan.finalists and plan.early_stopping):
         return []
     trial_ids, seeds = candidates(trials, plan.metric), range(plan.seed + 1, plan.seed + 1 + plan.finalist_seeds)
-    return runs_to_make(trial_ids, plan.finalists, seeds, asked=asked, epochs=plan.epochs, cap=cap)
+    once = (trials["config_unfreeze_depth"] == 0) & (trials["config_augmentation"] == "none")
+    cheap = set(trials.loc[once, "trial_id"]) if plan.finalist_epochs is None else ()
+    epochs = plan.epochs
+    return runs_to_make(trial_ids, plan.finalists, seeds, asked=asked, epochs=epochs, cap=cap, cheap=cheap)
 
 
 def finalist_runs_left(record: Record, plan: SearchPlan) -> list[tuple[Trial, int]]:
@@ -65,6 +87,6 @@ def finalist_runs_left(record: Record, plan: SearchPlan) -> list[tuple[Trial, in
     trials = record.trials.values()
     # From the record, since tables lack runs that have not begun.
     asked = {(str(trial.finalist_of), int(trial.config["seed"])) for trial in trials if trial.origin == "finalist"}
-    cap = most_epochs(plan, sum(len(trial.rows) for trial in trials if trial.number is not None))
     table = make_tables(record, plan.metric)["trials"].to_pandas()
+    cap = most_epochs(plan, saved_epochs(table, plan.epochs))
     return [(record.trials[trial_id], seed) for trial_id, seed in runs_left(table, plan, asked, cap)]

@@ -214,7 +214,7 @@ class SearchPlan(BaseModel):
     finalist_seeds: int = Field(5, ge=3, le=1000)
     """Number of seeds that each finalist and the default are retrained with; fewer if `finalist_epochs` is short."""
     finalist_epochs: int | None = Field(None, ge=0)
-    """Maximum number of epochs of all retrained runs, also the default's. Default: a quarter of the search's epochs."""
+    """Maximum number of epochs of retrained runs, also the default's. Default: a fifth of what early stopping saved."""
     final_data: Literal["train", "train+val"] = "train"
     """Training data of the final model: `train`, or `train+val` up to the median best epoch of its retrained runs."""
     ensemble: bool | Literal["auto"] = "auto"

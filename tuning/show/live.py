@@ -84,17 +84,18 @@ class Tally:
         left = fresh * sum(shares)
         left += sum(sum(shares[done:]) / shares[done] for done in searched if done < self.plan.epochs)
         total = left + sum(length * number for length, number in self.lengths.items()) + sum(searched)
-        left += max(0, self._finalist_epochs(int(total)) - self.finalists * self.plan.epochs - sum(finalists))
+        saved = self.plan.trials * self.plan.epochs - int(total)
+        left += max(0, self._finalist_epochs(saved) - self.finalists * self.plan.epochs - sum(finalists))
         seconds = left * (self.reported - self.began) / self.epochs - (wall_s - self.reported)
         if self.plan.time_budget is not None:
             seconds = min(seconds, self.plan.time_budget - (wall_s - self.started))
         return max(0.0, seconds)
 
-    def _finalist_epochs(self, searched: int) -> int:
+    def _finalist_epochs(self, saved: int) -> int:
         plan = self.plan
         if not (plan.finalists and plan.early_stopping):
             return 0
-        cap = most_epochs(plan, searched)
+        cap = most_epochs(plan, saved)
         trials = [str(place) for place in range(plan.finalists + 1)]
         seeds = range(plan.finalist_seeds)
         runs = runs_to_make(trials, plan.finalists, seeds, asked=set(), epochs=plan.epochs, cap=cap)

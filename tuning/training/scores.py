@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize
+from scipy.special import log_softmax
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -85,17 +86,17 @@ def calibrated_loss(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> 
     if not np.isfinite(logits).all():
         return None
     centred = logits.astype(np.float64) - logits.mean(axis=0)  # far from it the search for the best shifts ends early
-    scale = float(np.abs(centred - centred.mean(axis=1, keepdims=True)).max()) or 1.0
-    inputs = torch.from_numpy(centred) / scale
-    wanted = torch.from_numpy(targets)
-    smoothing = 1 / (len(targets) + 2)  # of one image's worth: perfectly separated classes have no best scale otherwise
+    inputs = centred / (float(np.abs(centred - centred.mean(axis=1, keepdims=True)).max()) or 1.0)
+    n, classes = logits.shape
+    smoothing = 1 / (n + 2)  # of one image's worth: perfectly separated classes have no best scale otherwise
+    wanted = np.full((n, classes), smoothing / classes)
+    wanted[np.arange(n), targets] += 1 - smoothing
 
     def loss(parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        tensor = torch.from_numpy(parameters).requires_grad_()
-        found = functional.cross_entropy(inputs * tensor[0] + tensor[1:], wanted, label_smoothing=smoothing)
-        (gradient,) = torch.autograd.grad(found, tensor)
-        return float(found.detach()), gradient.numpy()
+        logs = log_softmax(inputs * parameters[0] + parameters[1:], axis=1)
+        slopes = (np.exp(logs) - wanted) / n
+        return -float((wanted * logs).sum()) / n, np.concatenate([[(slopes * inputs).sum()], slopes.sum(axis=0)])
 
-    bounds = [(0.0, None)] + [(None, None)] * logits.shape[1]
-    start = np.concatenate([[1.0], np.zeros(logits.shape[1])])
+    bounds = [(0.0, None)] + [(None, None)] * classes
+    start = np.concatenate([[1.0], np.zeros(classes)])
     return float(minimize(loss, start, jac=True, bounds=bounds).fun)

@@ -52,11 +52,12 @@ class Averaged:
         """Add the tensors' current values."""
         self._steps += 1
         share = max(self._share, 1 / self._steps)
-        for name, tensor in self._tensors.items():
-            if self._steps == 1 or not tensor.is_floating_point():
-                self.mean[name].copy_(tensor)
-            else:
-                self.mean[name].lerp_(tensor, share)
+        floating = [name for name, tensor in self._tensors.items() if self._steps > 1 and tensor.is_floating_point()]
+        for name in self._tensors.keys() - floating:
+            self.mean[name].copy_(self._tensors[name])
+        if floating:
+            means, values = ([of[name] for name in floating] for of in (self.mean, self._tensors))
+            torch._foreach_lerp_(means, values, share)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
