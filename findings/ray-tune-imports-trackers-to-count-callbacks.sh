@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Library:  Ray Tune 2.60.0, with mlflow-skinny 3.17.2 beside it.
 # Expected: a search with a callback of its own, and with usage statistics off, loads no experiment tracker.
-# Happens:  for usage statistics Tune counts callbacks by their classes. To know those of MLflow, Weights & Biases and
-#           Comet, it imports each of these packages that is installed, at the start of every search that has a callback;
-#           also if statistics are off, so that nothing is counted.
+# Happens:  for usage statistics Tune counts callbacks by their classes. To know those for MLflow and Weights & Biases, it
+#           imports these packages, where they are installed, at the start of every search that has a callback; also if
+#           statistics are off, so that nothing is counted.
 # Seen:
 #   without a callback, mlflow is loaded: False
 #   with a callback, mlflow is loaded: True

@@ -21,10 +21,9 @@ from tuning.record.predictions import predictions_file
 from tuning.record.storage import files_below
 from tuning.record.tables import read_table
 from tuning.search import worker as worker_module
-from tuning.search.checkpoints import best_file
+from tuning.search.checkpoints import StorageLost, best_file
 from tuning.search.plans import write_run
 from tuning.search.trainable import FinetuneTrial
-from tuning.search.worker import StorageLost
 from tuning.settings.config import SearchPlan, TrialConfig
 from tuning.settings.space_file import parse
 from tuning.training.digests import digests

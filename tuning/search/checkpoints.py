@@ -22,6 +22,10 @@ if TYPE_CHECKING:  # torch takes seconds to load, and the report only asks what 
 KEPT_TRIALS = 5  # ended trials whose best weights are kept
 
 
+class StorageLost(OSError):
+    """The files that a trial begins with can't be fetched from the storage."""
+
+
 def state_file(run: str | Path, trial_id: str) -> Path:
     """Return the file that an unfinished trial resumes from."""
     return Path(run) / "checkpoints" / f"{trial_id}.state.safetensors"

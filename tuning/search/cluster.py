@@ -126,9 +126,9 @@ def loading_ahead(plan: SearchPlan) -> int:
     """Return how many workers are to load what trials need while the driver still reads and audits."""
     cores = os.cpu_count() or 1
     wanted = min(plan.concurrent or cores // (plan.cpus_per_trial or 1), plan.trials)
-    of_gpus = plan.gpus_per_trial != 0 and _gpus()
-    few = "RAY_ADDRESS" in os.environ or cores > MOST_PRELOADING or 2 * wanted < cores
-    return 0 if few or of_gpus else wanted
+    if "RAY_ADDRESS" in os.environ or cores > MOST_PRELOADING or 2 * wanted < cores:
+        return 0
+    return 0 if plan.gpus_per_trial != 0 and _gpus() else wanted
 
 
 def _gpus() -> int:

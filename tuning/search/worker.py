@@ -20,7 +20,7 @@ from tuning.record.mirror import copy_folder
 from tuning.record.predictions import predictions_file, write_predictions
 from tuning.record.tables import read_table
 from tuning.record.transfer import fetch_files, patiently, push_file
-from tuning.search.checkpoints import best_file, load_state, save, state_file
+from tuning.search.checkpoints import StorageLost, best_file, load_state, save, state_file
 from tuning.search.cluster import images_here
 from tuning.settings.config import InputError, TrialConfig
 from tuning.training.dataset import Data, join, placed
@@ -32,10 +32,6 @@ from tuning.training.probe import probe
 from tuning.training.state import Row, State
 
 CHECKPOINT_SECONDS = 30.0
-
-
-class StorageLost(OSError):
-    """The files that a trial begins with can't be fetched from the storage."""
 
 
 class Worker:
