@@ -31,6 +31,10 @@ class Actor:
         return os.getpid()
 
 
+def task():
+    return os.getpid()
+
+
 def waiting():
     titles = {process.pid: process.cmdline() for process in psutil.Process().children(recursive=True)}
     return {number for number, title in titles.items() if title and title[0].startswith("ray::IDLE")}
@@ -39,7 +43,7 @@ def waiting():
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1", _temp_dir=os.getcwd())
 while len(ahead := waiting()) < 2:
     time.sleep(0.1)
-of_task = ray.get(ray.remote(num_cpus=1)(os.getpid).remote())
+of_task = ray.get(ray.remote(num_cpus=1)(task).remote())
 assert of_task in ahead
 time.sleep(3)  # a worker stays reserved for half a second after a task
 assert of_task in waiting()
