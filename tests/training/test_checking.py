@@ -70,6 +70,36 @@ def test_where_no_worker_answers_a_process_does(without_torch, tmp_path):
             known(60.0)
 
 
+def test_a_worker_may_take_long_and_is_asked_alone(without_torch, monkeypatch):
+    """As where it downloads the weights: a second process would download them, too."""
+    monkeypatch.setattr(checking, "TAKEN_SECONDS", 0.0)
+    with weights_checked(SIZES, "random", by_worker=True) as known:
+        Path(os.environ[FOLDER], "taken").write_text(str(os.getpid()))
+        monkeypatch.setattr(subprocess, "Popen", None)
+        assert known(0.1) is None
+
+
+@pytest.mark.slow
+def test_a_process_that_comes_too_late_leaves_the_answer_to_the_worker(without_torch, monkeypatch):
+    monkeypatch.setattr(checking, "TAKEN_SECONDS", 0.0)
+    started = []
+
+    class Noted(subprocess.Popen):
+        def __init__(self, *given, **named):
+            super().__init__(*given, **named)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Noted)
+    with weights_checked(SIZES, "random", by_worker=True) as known:
+        assert known(0.0) is None
+        Path(os.environ[FOLDER], "taken").write_text(str(os.getpid()))  # while the process still starts
+        assert started[0].wait() == 0
+        assert known(0.1) is None
+        Path(os.environ[FOLDER], "taken").unlink()
+        answer()
+        assert known(0.0) == RANDOM
+
+
 @pytest.mark.slow
 def test_a_process_that_is_killed_is_told(without_torch):
     with weights_checked(SIZES, "random") as known:

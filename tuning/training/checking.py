@@ -64,12 +64,14 @@ def weights_checked(sizes: Mapping[str, Sequence[int]], weights: str, *, by_work
             nonlocal process
             until = time.monotonic() + seconds
             while not (folder / "answer").exists():
-                if process is None and (_died(folder) or time.monotonic() > started + TAKEN_SECONDS * by_worker):
-                    (folder / "taken").unlink(missing_ok=True)
-                    process = start()
-                elif process is not None and process.poll() is not None and not (folder / "answer").exists():
-                    ended = f"the process that checks the backbones ended with status {process.returncode}"
-                    raise InputError(f"weights: {ended}; is there enough memory? Start again")
+                ended = process is None or process.poll() is not None
+                if ended and not _at_work(folder) and not (folder / "answer").exists():
+                    if process is not None:
+                        why = f"the process that checks the backbones ended with status {process.returncode}"
+                        raise InputError(f"weights: {why}; is there enough memory? Start again")
+                    if (folder / "taken").exists() or time.monotonic() > started + TAKEN_SECONDS:  # it died, or is late
+                        (folder / "taken").unlink(missing_ok=True)
+                        process = start()
                 if time.monotonic() >= until:
                     return None
                 time.sleep(LOOK_SECONDS)
@@ -111,12 +113,12 @@ def _checked(sizes: Mapping[str, Sequence[int]], weights: str) -> dict[str, Path
     return checked_weights(sizes, weights)
 
 
-def _died(folder: Path) -> bool:
-    """Return whether the process that had taken the question is no longer there."""
-    with suppress(OSError, ValueError):
-        process = int((folder / "taken").read_text())
-        try:
-            os.kill(process, 0)
-        except ProcessLookupError:
-            return not (folder / "answer").exists()
-    return False
+def _at_work(folder: Path) -> bool:
+    """Return whether a process has taken the question, and is there."""
+    try:
+        os.kill(int((folder / "taken").read_text()), 0)
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    except (OSError, ValueError):  # another user's, or it has just taken it
+        return True
+    return True
