@@ -46,6 +46,7 @@ from tuning.settings import config
 from tuning.settings.config import DEPTH_ALL, InputError, TrialConfig
 from tuning.training import backbones
 from tuning.training.depthwise import speed_up
+from tuning.training.folding import fold
 from tuning.training.models import keep_memory
 from tuning.training.prefix import split
 from tuning.training.weights import find_weights
@@ -201,6 +202,7 @@ def batch_seconds(trial: TrialConfig, classes: int, train: int, weights: Path | 
     model = backbones.build(trial.backbone, classes=classes, image_size=size, head_dropout=0.0, seed=0, weights=weights)
     speed_up(model)
     stages = backbones.stages(model, size)
+    fold(model, stages, size)
     backbones.unfreeze(model, stages, depth, batch_norm=trial.batch_norm)
     rates = {name: getattr(trial, name) for name in ("learning_rate", "stage_lr_decay", "weight_decay")}
     optimizer = torch.optim.AdamW(backbones.parameter_groups(model, stages, depth, **rates), fused=True)

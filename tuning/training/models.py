@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tuning.training import backbones
 from tuning.training.depthwise import speed_up
+from tuning.training.folding import fold
 from tuning.training.prefix import Cut, split
 
 KEPT_MODELS = 3  # of one actor; the least recently used is dropped first
@@ -123,6 +124,8 @@ class Models:
             if device.type == "cpu":
                 speed_up(model)
             stages = backbones.stages(model, image_size)
+            if device.type == "cpu":
+                fold(model, stages, image_size)
             name = f"random {seed}" if weights is None else str(weights)
             network = Network(model, stages, backbone, image_size, name, device, mixed_precision(device))
         self._networks[key] = network
