@@ -2,10 +2,11 @@
 
 - recipe: `recipe.py`, Ray Tune and torchvision as their documentation shows them.
 - product: `tuning/run_search.py --no-early-stopping` on the same configurations as start points, with an empty cache.
+- before: the product at another commit of this repository.
 - floor: measured seconds of the layers that have to run, see `floor_seconds`.
 
-Recipe and product run in the order recipe, product, product, recipe, each time on one half of the configurations, so a
-machine that grows slower or faster favours neither. Each part is kept in --out as JSON and not run again. Seconds of a
+The sides run in the order recipe, product, product, recipe, each time on one half of the configurations, so a machine
+that grows slower or faster favours neither. Each part is kept in --out as JSON and not run again. Seconds of a
 trial are those of its epochs; wall seconds are those of the whole command, imports and all.
 """
 
@@ -31,7 +32,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -77,6 +78,12 @@ class Flags:
     """Folder of the parts' results; parts that are there are not run again. Default: a new temporary folder."""
     slots: int = 2
     """Trials at once, each on one core."""
+    sides: tuple[Literal["recipe", "before", "product"], ...] = ("recipe", "product")
+    """Sides: recipe, before, product."""
+    commit: str = "9b2477d"
+    """Commit of the side `before`."""
+    json: str | None = None
+    """File for the figures as JSON."""
 
 
 def configs(count: int) -> list[dict[str, Any]]:
@@ -126,12 +133,12 @@ def run_recipe(folder: Path, flags: Flags, data: str, chosen: list[dict[str, Any
     return part | {"trials": [{"config": trial, "epochs": rows[number]} for number, trial in enumerate(chosen)]}
 
 
-def timed(command: list[str], folder: Path, environment: dict[str, str]) -> Part:
-    """Run a script, its output in `folder/log.txt`; when it started (Unix seconds) and how long it took."""
+def timed(command: list[str], folder: Path, environment: dict[str, str], root: Path = ROOT) -> Part:
+    """Run a checkout's script, its output in `folder/log.txt`; when it started (Unix seconds) and how long it took."""
     command = [sys.executable, *command]
     started, clock = time.time(), time.perf_counter()
     with open(folder / "log.txt", "w") as log:
-        code = subprocess.run(command, cwd=ROOT, env=os.environ | environment, stdout=log, stderr=log).returncode
+        code = subprocess.run(command, cwd=root, env=os.environ | environment, stdout=log, stderr=log).returncode
     if code:
         raise SystemExit(f"{folder / 'log.txt'}: exit status {code}\n{(folder / 'log.txt').read_text()[-2000:]}")
     return {"started": started, "wall_s": time.perf_counter() - clock}
@@ -148,13 +155,21 @@ def space(chosen: list[dict[str, Any]], image_size: int) -> dict[str, Any]:
     return {"parameters": parameters, "fixed": FIXED | {"image_size": image_size}, "start": chosen}
 
 
-def run_product(folder: Path, flags: Flags, data: str, chosen: list[dict[str, Any]]) -> Part:
+def run_before(folder: Path, flags: Flags, data: str, chosen: list[dict[str, Any]]) -> Part:
+    """The product at another commit on one half."""
+    archive = folder / "tree.tar"
+    subprocess.run(["git", "archive", "--output", archive, flags.commit], cwd=ROOT, check=True)
+    shutil.unpack_archive(archive, folder / "tree")
+    return run_product(folder, flags, data, chosen, root=folder / "tree")
+
+
+def run_product(folder: Path, flags: Flags, data: str, chosen: list[dict[str, Any]], *, root: Path = ROOT) -> Part:
     """The product on one half, with a cache that is empty at first."""
     (folder / "space.yaml").write_text(yaml.safe_dump(space(chosen, flags.image_size)))
     command = ["tuning/run_search.py", "--no-early-stopping", "--space", str(folder / "space.yaml")]
     command += ["--trials", str(len(chosen)), "--epochs", str(flags.epochs), "--concurrent", str(flags.slots)]
     command += ["--data", data, "--storage", str(folder), "--name", "run"]
-    part = timed(command, folder, {"FINETUNE_SEARCH_CACHE": str(folder / "cache")})
+    part = timed(command, folder, {"FINETUNE_SEARCH_CACHE": str(folder / "cache"), "PYTHONPATH": str(root)}, root)
 
     events = read_journal(folder / "run" / "journal.jsonl")
     epochs = read_table(folder / "run" / "epochs.parquet")
@@ -302,16 +317,19 @@ def tolerance(*trials: Trial) -> float:
     return max(LOSS_TOLERANCE, 3 * max(jumps, default=0.0))
 
 
-def faults(recipe: Trial, product: Trial, epochs: int) -> list[str]:
-    """What makes the comparison of one configuration invalid."""
-    counts = {"recipe": len(recipe["epochs"]), "product": len(product["epochs"])}
-    short = [f"{name} trained {count} of {epochs} epochs" for name, count in counts.items() if count != epochs]
+def faults(trials: dict[str, Trial], epochs: int) -> list[str]:
+    """What makes the comparison of one configuration invalid; its trials by side."""
+    counts = {side: len(trial["epochs"]) for side, trial in trials.items()}
+    short = [f"{side} trained {count} of {epochs} epochs" for side, count in counts.items() if count != epochs]
     if short:
         return short
-    theirs, ours, allowed = final_loss(recipe), final_loss(product), tolerance(recipe, product)
-    if abs(ours - theirs) <= allowed:  # false where one is not a number
-        return []
-    return [f"final val_loss {theirs:.4f} of the recipe and {ours:.4f} of the product are over {allowed:.4f} apart"]
+    ours, found = trials["product"], []
+    for side, theirs in trials.items():
+        losses, allowed = (final_loss(theirs), final_loss(ours)), tolerance(theirs, ours)
+        if not abs(losses[0] - losses[1]) <= allowed:  # also where one is not a number
+            of = f"{losses[0]:.4f} of {side} and {losses[1]:.4f} of product"
+            found.append(f"final val_loss {of} are over {allowed:.4f} apart")
+    return found
 
 
 def final_loss(trial: Trial) -> float:
@@ -319,40 +337,61 @@ def final_loss(trial: Trial) -> float:
     return math.nan if not losses or losses[-1] is None else losses[-1]
 
 
-def note(recipe: Trial, product: Trial) -> str:
+def note(trials: dict[str, Trial]) -> str:
     """What a head-only configuration shows of kept frozen outputs."""
-    chosen = product["config"]
-    if chosen["unfreeze_depth"] or not product["epochs"]:
+    product = trials["product"]
+    if product["config"]["unfreeze_depth"] or not product["epochs"]:
         return ""
-    if chosen["augmentation"] == "none":
-        return f"{ratio(seconds_of(recipe, 2), seconds_of(product, 2)):.1f}x from epoch 2 on"
+    if product["config"]["augmentation"] == "none" and "recipe" in trials:
+        return f"{ratio(seconds_of(trials['recipe'], 2), seconds_of(product, 2)):.1f}x from epoch 2 on"
     return "views from the cache" if product["epochs"][0].get("cache_hits") else ""
 
 
-def table_lines(pairs: list[tuple[Trial, Trial]]) -> list[str]:
-    """A line for each configuration."""
-    lines = ["    depth  backbone               policy  recipe s  product s    ratio  final val_loss of both"]
-    for number, (recipe, product) in enumerate(pairs):
-        chosen, seconds = product["config"], (seconds_of(recipe), seconds_of(product))
+def table_lines(rows: list[dict[str, Trial]]) -> list[str]:
+    """A line for each configuration: seconds, ratios to the product's and final losses of its trials by side."""
+    sides = list(rows[0])
+    others = [side for side in sides if side != "product"]
+    head = [f"{f'{side} s':>10}" for side in sides] + [f"{f'{side}/product':>15}" for side in others]
+    lines = [f"    depth  backbone               policy{''.join(head)}  final val_loss"]
+    for number, trials in enumerate(rows):
+        chosen = trials["product"]["config"]
+        seconds = {side: seconds_of(trial) for side, trial in trials.items()}
+        cells = [f"{seconds[side]:>10.1f}" for side in sides]
+        cells += [f"{ratio(seconds[side], seconds['product']):>14.2f}x" for side in others]
+        losses = "  ".join(f"{final_loss(trials[side]):.4f}" for side in sides)
         lines.append(
-            f"{number:>3} {chosen['unfreeze_depth']:>5}  {chosen['backbone']}  {chosen['augmentation']:<6}  "
-            f"{seconds[0]:>8.1f}  {seconds[1]:>9.1f}  {ratio(*seconds):>6.1f}x  "
-            f"{final_loss(recipe):.4f}  {final_loss(product):.4f}  {note(recipe, product)}".rstrip()
+            f"{number:>3} {chosen['unfreeze_depth']:>5}  {chosen['backbone']}  {chosen['augmentation']:<6}"
+            f"{''.join(cells)}  {losses}  {note(trials)}".rstrip()
         )
     return lines
 
 
-def summary_lines(recipe: list[Part], product: list[Part], floor_s: float, slots: int) -> list[str]:
-    """Totals of both sides; `floor_s` in wall seconds."""
-    walls = [sum(part["wall_s"] for part in parts) for parts in (recipe, product)]
-    sums = [sum(seconds_of(trial) for part in parts for trial in part["trials"]) for parts in (recipe, product)]
-    starts = [", ".join(f"{start_up(part):.1f}" for part in parts) for parts in (recipe, product)]
-    used = utilisation(product, slots)
+def totals(parts: dict[str, list[Part]]) -> dict[str, dict[str, Any]]:
+    """Wall seconds, the sum of the trials' seconds and start-ups of each side."""
+    return {
+        side: {
+            "wall_s": sum(part["wall_s"] for part in halves),
+            "trials_s": sum(seconds_of(trial) for part in halves for trial in part["trials"]),
+            "start_up_s": [start_up(part) for part in halves],
+        }
+        for side, halves in parts.items()
+    }
+
+
+def summary_lines(parts: dict[str, list[Part]], floor_s: float, slots: int) -> list[str]:
+    """Totals of the sides, each by its parts; `floor_s` in wall seconds."""
+    found, used = totals(parts), utilisation(parts["product"], slots)
+    ours = found["product"]
+    lines = []
+    for title, name in (("wall", "wall_s"), ("trials' sum", "trials_s")):
+        told = [f"{side} {each[name]:.1f} s" for side, each in found.items()]
+        ratios = [f"{ratio(each[name], ours[name]):.2f}x" for side, each in found.items() if side != "product"]
+        lines.append(f"{title:<13} {', '.join(told)}: {', '.join(ratios)}")
+    starts = [f"{side} {', '.join(f'{start:.1f}' for start in each['start_up_s'])} s" for side, each in found.items()]
     return [
-        f"wall          recipe {walls[0]:.1f} s, product {walls[1]:.1f} s: {ratio(*walls):.2f}x",
-        f"trials' sum   recipe {sums[0]:.1f} s, product {sums[1]:.1f} s: {ratio(*sums):.2f}x",
-        f"start-up      recipe {starts[0]} s; product {starts[1]} s",
-        f"floor         {floor_s:.1f} s of wall, {floor_s / walls[1]:.0%} of the product's",
+        *lines,
+        f"start-up      {'; '.join(starts)}",
+        f"floor         {floor_s:.1f} s of wall, {floor_s / ours['wall_s']:.0%} of the product's",
         f"utilisation   {'-' if math.isnan(used) else f'{used:.0%}'} of the product's slots until its last trial began",
     ]
 
@@ -398,10 +437,12 @@ def prepared(flags: Flags) -> tuple[Path, str]:
     for name, low, high in (("configs", 2, 100), ("slots", 1, os.cpu_count() or 1)):
         if not low <= getattr(flags, name) <= high:
             raise InputError(f"--{name} {getattr(flags, name)}: must be {low} to {high}")
+    if "product" not in flags.sides or len(set(flags.sides)) < max(len(flags.sides), 2):
+        raise InputError(f"--sides {' '.join(flags.sides)}: must be product and at least one other, each once")
     trial_config(configs(1)[0], flags)
     out = Path(tempfile.mkdtemp(prefix="speed-") if flags.out is None else flags.out).expanduser().resolve()
     data = str(out / "images") if flags.data is None else os.path.abspath(os.path.expanduser(flags.data))
-    settings = dataclasses.asdict(flags) | {"out": str(out), "data": data}
+    settings = dataclasses.asdict(flags) | {"out": str(out), "data": data, "sides": list(flags.sides), "json": None}
     if (out / "flags.json").exists() and json.loads((out / "flags.json").read_text()) != settings:
         raise InputError(f"--out {out}: its parts were made with other flags, see flags.json; choose another folder")
     if flags.data is None:
@@ -418,28 +459,35 @@ def run(flags: Flags) -> int:
     out, data = prepared(flags)
     print(f"parts     {out}")
     halves = [configs(flags.configs)[half::2] for half in (0, 1)]
-    parts = {
-        f"{side}-{half}": part(out, f"{side}-{half}", partial(make, flags=flags, data=data, chosen=halves[half]))
-        for side, make, half in (
-            ("recipe", run_recipe, 0),
-            ("product", run_product, 0),
-            ("product", run_product, 1),
-            ("recipe", run_recipe, 1),
-        )
-    }
+    makers = {"recipe": run_recipe, "before": run_before, "product": run_product}
+    parts: dict[str, list[Part]] = {side: [] for side in flags.sides}
+    for half, order in enumerate((flags.sides, flags.sides[::-1])):
+        for side in order:
+            made = partial(makers[side], flags=flags, data=data, chosen=halves[half])
+            parts[side].append(part(out, f"{side}-{half}", made))
     floor = part(out, "floor", lambda _: run_floor(flags, data))
-    recipe, product = ([parts[f"{side}-{half}"] for half in (0, 1)] for side in ("recipe", "product"))
 
     print("\n".join(machine_lines()))
     print(f"data      {floor['images']} images, {floor['train']} train, {floor['val']} val, {flags.image_size} px")
     print(f"plan      {flags.configs} configurations, {flags.epochs} epochs, {flags.slots} slots\n")
-    pairs = [(recipe[n % 2]["trials"][n // 2], product[n % 2]["trials"][n // 2]) for n in range(flags.configs)]
-    print("\n".join(table_lines(pairs)) + "\n")
+    rows = [
+        {side: parts[side][number % 2]["trials"][number // 2] for side in flags.sides}
+        for number in range(flags.configs)
+    ]
+    print("\n".join(table_lines(rows)) + "\n")
     counts = {"epochs": flags.epochs, "train": floor["train"], "val": floor["val"]}
     floor_s = sum(floor_seconds(half, floor["costs"], **counts) for half in halves) / flags.slots
-    print("\n".join(summary_lines(recipe, product, floor_s, flags.slots)))
-    wrong = [f"configuration {n}: {fault}" for n, pair in enumerate(pairs) for fault in faults(*pair, flags.epochs)]
-    print("\n" + "\n".join(wrong or ["All trials of both sides trained all epochs; their final losses agree."]))
+    print("\n".join(summary_lines(parts, floor_s, flags.slots)))
+    if flags.json is not None:
+        trials = [
+            row["product"]["config"]
+            | {side: {"seconds": seconds_of(trial), "val_loss": final_loss(trial)} for side, trial in row.items()}
+            for row in rows
+        ]
+        figures = {"machine": machine_lines(), "floor_s": floor_s, "totals": totals(parts), "configurations": trials}
+        Path(flags.json).write_text(json.dumps(figures, indent=1))
+    wrong = [f"configuration {n}: {fault}" for n, row in enumerate(rows) for fault in faults(row, flags.epochs)]
+    print("\n" + "\n".join(wrong or ["All trials of all sides trained all epochs; their final losses agree."]))
     return 1 if wrong else 0
 
 

@@ -111,22 +111,26 @@ def test_start_up_is_what_comes_before_the_first_epoch():
 
 
 def test_ratios_and_notes_of_a_configuration():
-    recipe, product = made_up([10.0, 10.0, 10.0]), made_up([8.0, 1.0, 1.0])
+    recipe, before, product = made_up([10.0] * 3), made_up([12.0] * 3), made_up([8.0, 1.0, 1.0])
     assert speed.ratio(speed.seconds_of(recipe), speed.seconds_of(product)) == 3
-    assert speed.note(recipe, product) == "10.0x from epoch 2 on"
+    assert speed.note({"recipe": recipe, "product": product}) == "10.0x from epoch 2 on"
     cached = made_up([1.0], augmentation="light")
-    assert speed.note(recipe, cached) == ""
+    assert speed.note({"recipe": recipe, "product": cached}) == ""
     cached["epochs"][0]["cache_hits"] = 64
-    assert speed.note(recipe, cached) == "views from the cache"
-    lines = speed.table_lines([(recipe, product), (made_up([]), made_up([]))])
-    assert "30.0       10.0     3.0x  0.5000  0.5000  10.0x from epoch 2 on" in lines[1]
+    assert speed.note({"recipe": recipe, "product": cached}) == "views from the cache"
+    lost = dict.fromkeys(("recipe", "before", "product"), made_up([]))
+    lines = speed.table_lines([{"recipe": recipe, "before": before, "product": product}, lost])
+    assert lines[0].split()[3:-2] == "recipe s before s product s recipe/product before/product".split()
+    assert lines[1].split()[4:] == "30.0 36.0 10.0 3.00x 3.60x 0.5000 0.5000 0.5000 10.0x from epoch 2 on".split()
     assert "nan" in lines[2]
 
 
 def test_summary_of_made_up_halves():
-    recipe = [{"started": 0.0, "wall_s": 50.0, "trials": [made_up([20.0], start=5.0)]}] * 2
-    product = [{"started": 0.0, "wall_s": 20.0, "trials": [made_up([10.0], start=6.0)]}] * 2
-    text = "\n".join(speed.summary_lines(recipe, product, 8.0, 2))
+    parts = {
+        "recipe": [{"started": 0.0, "wall_s": 50.0, "trials": [made_up([20.0], start=5.0)]}] * 2,
+        "product": [{"started": 0.0, "wall_s": 20.0, "trials": [made_up([10.0], start=6.0)]}] * 2,
+    }
+    text = "\n".join(speed.summary_lines(parts, 8.0, 2))
     assert "recipe 100.0 s, product 40.0 s: 2.50x" in text
     assert "recipe 40.0 s, product 20.0 s: 2.00x" in text
     assert "recipe 5.0, 5.0 s; product 6.0, 6.0 s" in text
@@ -140,21 +144,32 @@ def test_losses_may_differ_by_seed_noise_alone():
     still, jumping = made_up([1.0, 1.0], [0.51, 0.50]), made_up([1.0, 1.0], [0.7, 0.6])
     assert speed.tolerance(still) == 0.15
     assert speed.tolerance(still, jumping) == pytest.approx(0.3)
-    assert speed.faults(still, made_up([1.0, 1.0], [0.64, 0.64]), 2) == []
-    (fault,) = speed.faults(still, made_up([1.0, 1.0], [0.66, 0.66]), 2)
-    assert "0.5000 of the recipe and 0.6600 of the product are over 0.1500 apart" in fault
+    assert speed.faults({"recipe": still, "product": made_up([1.0, 1.0], [0.64, 0.64])}, 2) == []
+    (fault,) = speed.faults({"recipe": still, "before": jumping, "product": made_up([1.0, 1.0], [0.66, 0.66])}, 2)
+    assert "0.5000 of recipe and 0.6600 of product are over 0.1500 apart" in fault
 
 
 @pytest.mark.parametrize("lost", [None, math.nan])
 def test_a_lost_loss_is_a_fault(lost):
-    assert speed.faults(made_up([1.0], [0.5]), made_up([1.0], [lost]), 1)
+    assert speed.faults({"recipe": made_up([1.0], [0.5]), "product": made_up([1.0], [lost])}, 1)
 
 
 def test_missing_epochs_are_a_fault():
-    assert speed.faults(made_up([1.0]), made_up([]), 1) == ["product trained 0 of 1 epochs"]
+    trials = {"recipe": made_up([1.0]), "product": made_up([])}
+    assert speed.faults(trials, 1) == ["product trained 0 of 1 epochs"]
 
 
-@pytest.mark.parametrize("flags", [{"configs": 1}, {"slots": 10_000}, {"image_size": 8}, {"epochs": 0}])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"configs": 1},
+        {"slots": 10_000},
+        {"image_size": 8},
+        {"epochs": 0},
+        {"sides": ("product",)},
+        {"sides": ("recipe", "before")},
+    ],
+)
 def test_flags_that_make_no_sense(flags, tmp_path):
     with pytest.raises(InputError):
         speed.prepared(speed.Flags(out=str(tmp_path / "out"), **flags))
@@ -168,7 +183,7 @@ def test_flags_that_make_no_sense(flags, tmp_path):
 def test_two_configurations_end_to_end_and_parts_are_not_made_again(tmp_path):
     data = draw_folder(tmp_path / "images", count=12)
     command = [sys.executable, str(ROOT / "benchmarks" / "speed.py"), "--configs", "2", "--epochs", "2"]
-    command += ["--image-size", "32", "--data", str(data), "--out", "out", "--slots", "1"]
+    command += ["--image-size", "32", "--data", str(data), "--out", "out", "--slots", "1", "--json", "figures.json"]
 
     def run(*more):
         options = {"cwd": tmp_path, "env": os.environ | ONE_CORE, "capture_output": True, "text": True}
@@ -183,6 +198,9 @@ def test_two_configurations_end_to_end_and_parts_are_not_made_again(tmp_path):
         (trial,) = json.loads(part.read_text())["trials"]
         assert [row["epoch"] for row in trial["epochs"]] == [1, 2]
     assert "their final losses agree" in done.stdout
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [trial["unfreeze_depth"] for trial in figures["configurations"]] == [0, 3]
+    assert figures["totals"].keys() == {"recipe", "product"}
 
     again = run()
     assert again.returncode == 0

@@ -12,13 +12,12 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pandas as pd
 import pyarrow as pa
 import tyro
 
-from tuning.checks.audit import Checked, load_checked
 from tuning.data.changes import changes, elsewhere
 from tuning.data.images import held, parallel_map
 from tuning.insight import analysis
@@ -57,6 +56,9 @@ from tuning.settings.words import count, examples
 from tuning.show.progress import Progress, console, plain
 from tuning.show.report import refresher, write_or_warn
 from tuning.training.checking import Weights, weights_checked
+
+if TYPE_CHECKING:  # loaded, with SciPy, once Ray is starting
+    from tuning.checks.audit import Checked
 
 Nodes = Callable[[], list[tuple[int, float]]]  # waits for Ray; gives the cores and GPUs of each node
 LOOK_SECONDS = 0.5  # between two looks for what a worker has found wrong, while images are decoded
@@ -283,7 +285,9 @@ def _all_nodes_read(plan: SearchPlan, nodes: Nodes) -> bool:
     return not blind
 
 
-def _data(plan: SearchPlan, space: Space, recorded: pd.DataFrame | None, map: Callable[..., Any]) -> Checked:
+def _data(plan: SearchPlan, space: Space, recorded: pd.DataFrame | None, map: Callable[..., Any]) -> "Checked":
+    from tuning.checks.audit import load_checked
+
     console.print(f"data: {plain(without_secrets(plan.data or 'generated chest radiographs'))}")
     started = time.perf_counter()
     data = load_checked(plan, image_sizes(space), table=recorded, map=map)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tuning.training.augment import COLUMNS, POLICIES, augment, epoch_table
+from tuning.training.augment import BLUR, BRIGHTNESS, COLUMNS, CONTRAST, POLICIES, augment, epoch_table
 
 
 def batch(count=4, side=32):
@@ -46,3 +46,20 @@ def test_a_middling_table_moves_nothing_and_a_flip_mirrors():
     flipped = still.clone()
     flipped[:, 1] = 0.0
     assert torch.allclose(augment(images, flipped, "light"), images.flip(-1), atol=1e-5)
+
+
+def test_contrast_brightness_and_blur():
+    images, table = 0.3 + 0.4 * batch(2), torch.full((2, COLUMNS), 0.5)
+    table[:, BLUR] = 0.0
+    table[0, CONTRAST], table[1, BRIGHTNESS] = 0.75, 0.75
+    (contrast, brightness), mean = augment(images, table, "medium"), images.mean((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(contrast, mean[0] + 1.1 * (images[0] - mean[0]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(brightness, images[1] + 0.1 * mean[1], atol=1e-5, rtol=0)
+
+    blurred = torch.full((2, COLUMNS), 0.5)
+    blurred[1, BLUR] = 1.0  # half of each pixel is the blurred copy's
+    binomial = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
+    padded = torch.nn.functional.pad(images, (2, 2, 2, 2), mode="replicate")
+    wanted = torch.nn.functional.conv2d(padded, torch.outer(binomial, binomial).view(1, 1, 5, 5))
+    for view, image, blur, share in zip(augment(images, blurred, "medium"), images, wanted, (0.25, 0.5), strict=True):
+        torch.testing.assert_close(view, torch.lerp(image, blur, share), atol=1e-5, rtol=0)
