@@ -10,8 +10,8 @@ import torch
 from shared import make_data
 from torch import nn
 
-from tuning.model.export import Classifier, _reason, export
-from tuning.model.final import Final
+from tuning.model.export import Classifier, _reason, export, run_onnx, write_onnx
+from tuning.model.final import Final, folded_network
 from tuning.record.temperature import tempered
 from tuning.settings.config import TrialConfig
 from tuning.training import backbones
@@ -53,6 +53,17 @@ def test_what_is_exported_is_what_predict_gives(members):
     with torch.no_grad():
         found = model(*(pictures(data[size]) for size in model.sizes)).numpy()
     assert np.allclose(found, wanted, atol=1e-6) and np.ptp(wanted) > 0.01
+
+
+def test_a_folded_network_is_written_by_tracing(tmp_path):
+    config = TrialConfig(backbone="tf_efficientnet_lite0", image_size=32)  # with strided convolutions that pad
+    final = Final({"": (folded_network(config, 2, None).eval(), config)}, {"": 1.0}, None, {})
+    data = {32: DATA[32]}
+    write_onnx(tmp_path / "model.onnx", final, 1.7, {})
+    wanted = tempered(final.logits(data, "val", CPU), 1.7)
+    assert np.allclose(run_onnx(tmp_path / "model.onnx", data), wanted, atol=1e-5)
+    kinds = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    assert "Conv" in kinds and "BatchNormalization" not in kinds
 
 
 @pytest.mark.slow

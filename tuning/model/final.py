@@ -19,9 +19,11 @@ from tuning.record.predictions import Predictions, read_predictions
 from tuning.record.temperature import logarithms, tempered
 from tuning.search.checkpoints import best_weights, kept
 from tuning.settings.config import InputError, TrialConfig
+from tuning.training import backbones
 from tuning.training.dataset import Data, preparer
 from tuning.training.features import FeatureCache
 from tuning.training.finetune import finetune
+from tuning.training.folding import fold
 from tuning.training.scores import predict_images
 from tuning.training.state import Row
 
@@ -79,7 +81,7 @@ def train(
         raise InputError("no epoch had a finite loss; lower the learning rate by --set learning_rate=...")
     part = "model/" if both else "best/"
     changed = {name.removeprefix(part): tensor for name, tensor in state.tensors.items() if name.startswith(part)}
-    network = build_network(config, len(data.classes), weights)
+    network = folded_network(config, len(data.classes), weights)
     network.load_state_dict(changed, strict=False)
     metrics = {
         "trained_on": "train+val" if both else "train",
@@ -132,7 +134,7 @@ def assemble(
     networks = {}
     for trial_id, config in chosen.configs.items():
         images = data[config.image_size]
-        network = build_network(config, len(images.classes), weights[config.backbone])
+        network = folded_network(config, len(images.classes), weights[config.backbone])
         network.load_state_dict(best_weights(chosen.run, trial_id), strict=False)
         again = tempered(_logits(network, config, images, images.val[:CHECKED_IMAGES], device), 1.0)
         if not np.abs(again - probabilities[trial_id][:CHECKED_IMAGES]).max() < CHECKED_DIFFERENCE:
@@ -159,6 +161,13 @@ def assemble(
 
 def _number(value: Any) -> float | None:
     return None if pd.isna(value) else float(value)
+
+
+def folded_network(config: TrialConfig, classes: int, weights: Path | None) -> nn.Module:
+    """Build a network that is fast in eval mode."""
+    network = build_network(config, classes, weights)
+    fold(network, backbones.stages(network, config.image_size), config.image_size)
+    return network
 
 
 def _logits(
