@@ -22,17 +22,18 @@ def waits_for_a_lock(pid: int) -> bool:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_on_two_cores_workers_load_one_after_the_other():
-    path = {"PYTHONPATH": str(PRELOADED.parents[2])}
+    command = [sys.executable, "-c", CODE.format(cores=2)]
+    options = {"env": os.environ | {"PYTHONPATH": str(PRELOADED.parents[2])}, "stdout": subprocess.PIPE, "text": True}
     with open(PRELOADED) as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)  # as the worker that loads has it
-        command = [sys.executable, "-c", CODE.format(cores=2)]
-        worker = subprocess.Popen(command, env=os.environ | path, stdout=subprocess.PIPE, text=True)
-        while not waits_for_a_lock(worker.pid):
+        with subprocess.Popen(command, **options) as worker:
+            while not waits_for_a_lock(worker.pid):
+                assert worker.poll() is None
+                time.sleep(0.01)
+            assert "libtorch" not in Path(f"/proc/{worker.pid}/maps").read_text()
+            more = subprocess.run([sys.executable, "-c", CODE.format(cores=4)], **options)
+            assert more.stdout == "True\n"  # on more cores none waits
             assert worker.poll() is None
-            time.sleep(0.01)
-        assert "libtorch" not in Path(f"/proc/{worker.pid}/maps").read_text()
-        more = subprocess.run([sys.executable, "-c", CODE.format(cores=4)], env=os.environ | path, capture_output=True)
-        assert more.stdout == b"True\n"  # on more cores none waits
-        assert worker.poll() is None
-    assert worker.communicate()[0] == "True\n"
+            turn.close()
+            assert worker.communicate()[0] == "True\n"
     assert worker.returncode == 0

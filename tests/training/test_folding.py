@@ -1,5 +1,8 @@
 """Batch norms folded into convolutions: the same logits, the same gradients, and no folding where it would be wrong."""
 
+import gc
+import weakref
+
 import pytest
 import timm
 import torch
@@ -69,7 +72,7 @@ def test_a_frozen_batch_norm_leaves_the_gradients_of_the_weights():
     fold(model, [names], SIDE)
     assert folded(model)
     found = gradients(model)
-    assert found.keys() == wanted.keys() and not any(".bn" in name for name in found)
+    assert found.keys() == wanted.keys() and not any("bn" in name for name in found)
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
 
 
@@ -78,7 +81,7 @@ class Small(nn.Module):
 
     def __init__(self, combine):
         super().__init__()
-        self.conv, self.norm, self.combine = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, affine=False), combine
+        self.conv, self.norm, self.combine = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), combine
 
     def forward(self, inputs):
         return self.combine(self, inputs).mean((2, 3))
@@ -92,8 +95,9 @@ class Small(nn.Module):
         (lambda model, inputs: model.norm(model.conv(inputs)) + model.norm(inputs), 0),
         (lambda model, inputs: model.norm(model.conv(model.conv(inputs))), 0),
         (lambda model, inputs: model.norm(2 * model.conv(inputs)), 0),
+        (lambda model, inputs: model.norm(model.conv(inputs).mul_(2)), 0),
     ],
-    ids=["one after the other", "output read twice", "norm run twice", "convolution run twice", "something between"],
+    ids=["in turn", "output read twice", "norm run twice", "convolution run twice", "something between", "in place"],
 )
 def test_only_what_nothing_else_reads_is_folded(combine, count):
     model = Small(combine)
@@ -112,3 +116,16 @@ def test_a_pair_that_a_cut_could_part_is_not_folded():
     model = Small(lambda model, inputs: model.norm(model.conv(inputs)))
     fold(model, [["conv.weight"], ["norm.weight"]], SIDE)
     assert not folded(model)
+
+
+def test_a_dropped_model_is_freed_at_once():
+    model = built("test_resnet")
+    fold(model, [[name for name, _ in model.named_parameters()]], SIDE)
+    convolution = weakref.ref(model.conv1[0] if isinstance(model.conv1, nn.Sequential) else model.conv1)
+    assert folded(model)
+    gc.disable()
+    try:
+        del model
+        assert convolution() is None
+    finally:
+        gc.enable()

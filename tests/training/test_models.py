@@ -7,8 +7,9 @@ import torch
 from shared import CPU, losses, make_data
 
 from tuning.settings.config import TrialConfig
-from tuning.training import models
+from tuning.training import backbones, models
 from tuning.training.finetune import finetune
+from tuning.training.folding import FOLDED
 from tuning.training.models import Models
 
 GIVEN = {"classes": 2, "image_size": 32, "seed": 0, "weights": None, "device": CPU}
@@ -16,6 +17,16 @@ GIVEN = {"classes": 2, "image_size": 32, "seed": 0, "weights": None, "device": C
 
 def config(**values):
     return TrialConfig(**{"backbone": "test_resnet", "image_size": 32, "batch_size": 8, "epochs": 2} | values)
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "test_resnet"])
+def test_a_trials_network_is_folded_and_gives_the_logits_of_a_plain_one(name):
+    network = Models().get(name, **GIVEN).model.eval()
+    assert sum(type(module) in FOLDED.values() for module in network.modules()) > 10
+    plain = backbones.build(name, classes=2, image_size=32, head_dropout=0.0, seed=0, weights=None).eval()
+    images = torch.rand(3, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), plain(images), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow

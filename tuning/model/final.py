@@ -164,7 +164,7 @@ def _number(value: Any) -> float | None:
 
 
 def folded_network(config: TrialConfig, classes: int, weights: Path | None) -> nn.Module:
-    """Build a network that is fast in eval mode."""
+    """Build a network whose batch norms are folded, for evaluation and export on the CPU."""
     network = build_network(config, classes, weights)
     fold(network, backbones.stages(network, config.image_size), config.image_size)
     return network

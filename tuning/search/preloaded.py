@@ -8,7 +8,7 @@ FEW_CORES = 2  # of which the driver takes one meanwhile
 
 with open(__file__) as turn:
     if (os.cpu_count() or 1) <= FEW_CORES:
-        with suppress(OSError):  # a file system without locks
+        with suppress(OSError):  # a file system without locks, or without them on files that are only read
             fcntl.flock(turn, fcntl.LOCK_EX)  # one worker after the other, or both would have loaded only at the end
     import tuning.search.trainable
     import tuning.search.worker  # noqa: F401

@@ -1,6 +1,6 @@
-"""Batch norms in eval mode as part of the convolutions before them, on a CPU.
+"""Batch norms in eval mode as part of the convolutions before them, for models that run on a CPU.
 
-In eval mode a batch norm only scales and shifts channels, which the convolution does at no cost with other weights.
+In eval mode a batch norm only scales and shifts channels, which the convolution does at little cost with other weights.
 That saves a pass over the features forward, and two backward where trained stages keep their statistics
 (benchmarks/README.md).
 """
@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tuning.training.backbones import evaluating
 
@@ -41,20 +42,26 @@ def fold(model: nn.Module, stage_names: Sequence[Sequence[str]], image_size: int
     stage, so that it is never cut. The model stays as it was if something else reads a convolution's output too, which
     shows in the logits.
     """
-    pairs = _pairs(model, stage_names, image_size)
-    if not pairs:
+    if not any(type(module) in FOLDED for module in model.modules()):
         return
+    pairs = _pairs(model, stage_names, image_size)
     images = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     images = images.contiguous(memory_format=torch.channels_last)
     with evaluating(model), _varied([norm for _, norm in pairs]):
         wanted = model(images)
         for conv, norm in pairs:
-            conv._conv_forward = partial(_forward, conv._conv_forward, norm)  # type: ignore[method-assign]
+            conv._conv_forward = partial(_forward, _convolve(conv), norm)  # type: ignore[method-assign]
             norm.__class__ = FOLDED[type(norm)]
         if not (model(images) - wanted).abs().max() <= TOLERANCE * wanted.abs().max():
             for conv, norm in pairs:
                 conv._conv_forward = conv._conv_forward.args[0]  # type: ignore[method-assign,attr-defined]
                 norm.__class__ = type(norm).__mro__[1]
+
+
+def _convolve(conv: nn.Conv2d) -> Callable[..., Tensor]:
+    """Return what computes a convolution; it doesn't refer to it, so a dropped model's memory is free at once."""
+    shape = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
+    return conv.__dict__.get("_conv_forward") or partial(functional.conv2d, **shape)
 
 
 @contextmanager
@@ -84,32 +91,31 @@ def _forward(
     if norm.training:
         return convolve(inputs, weight, bias)
     mean, variance = _statistics(norm)
-    scale = torch.rsqrt(variance + norm.eps)
-    if norm.affine:
-        scale = scale * norm.weight
-    shift = (-mean if bias is None else bias - mean) * scale
-    return convolve(inputs, weight * scale.view(-1, 1, 1, 1), shift + norm.bias if norm.affine else shift)
+    scale = norm.weight * torch.rsqrt(variance + norm.eps)
+    shift = norm.bias + (-mean if bias is None else bias - mean) * scale
+    return convolve(inputs, weight * scale.view(-1, 1, 1, 1), shift)
 
 
 def _pairs(model: nn.Module, stage_names: Sequence[Sequence[str]], image_size: int) -> list[Pair]:
     """Return the convolutions and batch norms that run once, one after the other, in one stage."""
     stage_of = {name: stage for stage, names in enumerate(stage_names) for name in names}
     names = {module: name for name, module in model.named_modules()}
-    outputs: dict[int, tuple[nn.Module, Tensor]] = {}  # holding the tensors, so that none's id is used again
+    last: list[tuple[nn.Conv2d, Tensor, int]] = []  # the convolution that has just run, its output and that's version
     pairs: list[Pair] = []
     calls: dict[nn.Module, int] = {}
 
     def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         calls[module] = calls.get(module, 0) + 1
-        conv = outputs.get(id(inputs[0]), (None,))[0]
-        if isinstance(conv, nn.Conv2d) and isinstance(module, nn.BatchNorm2d) and type(module) in FOLDED:
+        if last and isinstance(module, nn.BatchNorm2d) and module.affine and module.running_mean is not None:
+            conv, output, version = last.pop()
             stages = [stage_of.get(f"{names[each]}.weight") for each in (conv, module)]
-            if stages[0] == stages[1] is not None and module.running_mean is not None:
+            if inputs[0] is output and output._version == version and stages[0] == stages[1] is not None:
                 pairs.append((conv, module))
 
     def after(module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        last.clear()
         if type(module) is nn.Conv2d and module.padding_mode == "zeros":
-            outputs[id(output)] = module, output
+            last.append((module, output, output._version))
 
     kinds = (nn.Conv2d, *FOLDED)
     hooks = [m.register_forward_pre_hook(before) for m in model.modules() if type(m) in kinds]
