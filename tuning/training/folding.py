@@ -44,7 +44,8 @@ def fold(model: nn.Module, stage_names: Sequence[Sequence[str]], image_size: int
     """
     if not any(type(module) in FOLDED for module in model.modules()):
         return
-    pairs = _pairs(model, stage_names, image_size)
+    if not (pairs := _pairs(model, stage_names, image_size)):
+        return
     images = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     images = images.contiguous(memory_format=torch.channels_last)
     with evaluating(model), _varied([norm for _, norm in pairs]):
