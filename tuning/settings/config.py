@@ -133,7 +133,7 @@ class TrialConfig(BaseModel):
     batch_norm: Literal["train", "frozen"] = "train"
     """Batch norm in unfrozen stages: `train`, or `frozen` with its pretrained statistics and affine weights."""
     augmentation: Literal["none", "light", "medium", "strong"] = "light"
-    """Augmentation of training images: `none`, or `light`, `medium` or `strong`, which also mirror half of them."""
+    """Augmentation of training images: `none`, `light`, or `medium` or `strong`, which also mirror half of them."""
     batch_size: int = Field(32, ge=2)
     """Number of images per optimizer step, at least 2."""
     image_size: int = Field(224, ge=32, le=1024)
