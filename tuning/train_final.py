@@ -161,7 +161,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     from tuning.training.dataset import join
     from tuning.training.digests import digests, other_weights
     from tuning.training.features import FeatureCache
-    from tuning.training.models import keep_memory
+    from tuning.training.models import set_up
     from tuning.training.outputs import run_folder as outputs_folder
     from tuning.training.weights import find_weights
 
@@ -175,8 +175,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
         check(each.backbone, [each.image_size], weights[each.backbone])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    if device.type == "cpu":
-        keep_memory()
+    set_up(device)
 
     # Take what the search has trained, or train.
     if taken is not None:

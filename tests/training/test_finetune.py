@@ -12,11 +12,15 @@ from shared import CPU, examples, losses, make_data, on_each_device
 from sklearn import metrics
 from torch.nn import functional
 
+from tuning.model.folder import build_network
+from tuning.record.journal import best_epoch
 from tuning.settings.config import TrialConfig
+from tuning.training import models
 from tuning.training.dataset import Data, placed, preparer
+from tuning.training.features import FeatureCache
 from tuning.training.finetune import divergence, ending, finetune, learning_rate_factor, out_of_memory
 from tuning.training.models import Models
-from tuning.training.scores import calibrated_loss, score
+from tuning.training.scores import calibrated_loss, mean_loss, predict_images, score
 from tuning.training.state import State
 
 
@@ -48,6 +52,24 @@ def test_two_runs_are_equal_and_another_seed_differs():
     first, again = train(config()), train(config())
     assert losses(first) == losses(again)
     assert losses(first) != losses(train(config(seed=1)))
+
+
+@pytest.mark.parametrize("depth", [0, 2, 5])
+def test_with_mixed_precision_too_what_is_evaluated_is_what_is_deployed(depth, monkeypatch, tmp_path):
+    """bfloat16 on a CPU, as on a GPU: losses and probabilities are those of the model in float32."""
+    data, plan = make_data(), config(unfreeze_depth=depth, epochs=2)
+    in_float32 = losses(train(plan))
+    monkeypatch.setattr(models, "mixed_precision", lambda device: torch.bfloat16)
+    features = FeatureCache(tmp_path, 2**30)
+    epochs = train(plan, data, features=features)
+    assert losses(epochs) != in_float32
+    state, network = epochs[-1][1](), build_network(plan, 2, None)
+    best = {name.removeprefix("best/"): tensor for name, tensor in state.tensors.items() if name.startswith("best/")}
+    network.load_state_dict(best, strict=False)
+    logits = predict_images(network, preparer(data.images, plan.backbone, CPU), data.val)
+    np.testing.assert_allclose(state.tensors["validation/logits"].numpy(), logits, atol=1e-5)
+    at_best = best_epoch(state.history, "val_loss")
+    assert at_best["val_loss"] == pytest.approx(mean_loss(logits, data.labels[data.val]), abs=1e-5)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])

@@ -27,7 +27,7 @@ from tuning.training.dataset import Data, join, placed
 from tuning.training.digests import digests, other_weights
 from tuning.training.features import FeatureCache
 from tuning.training.finetune import finetune, out_of_memory
-from tuning.training.models import Models, keep_memory
+from tuning.training.models import Models, set_up
 from tuning.training.probe import probe
 from tuning.training.state import Row, State
 
@@ -49,8 +49,7 @@ class Worker:
     def __init__(self, config: dict[str, Any]):
         torch.set_num_threads(config["threads"])
         self._device = torch.device(config["device"])
-        if self._device.type == "cpu":
-            keep_memory()
+        set_up(self._device)
         self._images: dict[int, Any] = {}  # by size; an array, or a tensor on the GPU
         self._models = Models()
         self._known_weights: set[tuple[str, int, int, int]] = set()  # name, size and times of files that were checked

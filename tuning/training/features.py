@@ -32,6 +32,7 @@ class Key:
     weights: str  # file, or the seed of random ones
     image_size: int
     depth: int  # stages above the cut
+    precision: str  # of the passes
     images: str  # hash of the images' indices
     policy: str
     moment: tuple[int, int] | None  # seed and epoch of the augmentation; None without it

@@ -48,7 +48,7 @@ def finetune(
     Args:
         config: what to train, and how.
         data: decoded images.
-        device: where to train; on CUDA with mixed precision.
+        device: where to train, on CUDA with mixed precision; evaluation is in float32, as the model is deployed.
         weights: the backbone's weight file; None: random weights.
         metric: chooses the best epoch.
         patience: epochs without improvement after which the trial has converged; None: no limit.
@@ -74,7 +74,7 @@ def finetune(
     models = models or Models()
     shape = {"classes": len(data.classes), "image_size": config.image_size}
     network = models.get(config.backbone, **shape, seed=config.seed, weights=weights, device=device)
-    model, stages, autocast = network.model, network.stages, network.autocast
+    model, stages, precision = network.model, network.stages, network.training_precision()
     depth = backbones.resolved_depth(stages, config.unfreeze_depth)
     changed = network.begin(depth, batch_norm=config.batch_norm, head_dropout=config.head_dropout)
     frozen = Frozen(network, depth, data.images, features)
@@ -86,8 +86,7 @@ def finetune(
     else:
         optimizer = torch.optim.AdamW(groups, fused=True)
     peak_rates = [group["lr"] for group in optimizer.param_groups]
-    scaled = device.type == "cuda" and autocast.fast_dtype == torch.float16
-    scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+    scaler = torch.amp.GradScaler(device.type, enabled=network.half == torch.float16)
 
     # The batches: an incomplete last one is dropped; if there are too few images, the batch is the whole set.
     labels = torch.from_numpy(data.labels)
@@ -106,7 +105,7 @@ def finetune(
         weight = len(targets) if class_weights is None else class_weights[targets].sum()
         total = torch.zeros((), device=device)
         for inputs, wanted in zip(torch.split(batch, micro_batch), torch.split(targets, micro_batch), strict=True):
-            with autocast:
+            with precision:
                 logits = frozen.trained(inputs)
                 smoothing = config.label_smoothing
                 loss = functional.cross_entropy(

@@ -4,9 +4,10 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ BLOCK = 256  # about as many images go through the prefix at once if their outpu
 HELD_BYTES = 2**28  # vectors up to this size are held in memory, on the trial's device
 VECTORS_BATCH = 4096  # vectors evaluated at once
 Fetch = Callable[[Indices], Tensor]  # from positions in a set of images to the trained part's inputs
+Precision = AbstractContextManager[Any]  # of passes through the prefix
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Frozen:
     def __init__(self, network: Network, depth: int, images: NDArray[np.uint8] | Tensor, cache: FeatureCache | None):
         self._network, self._cache, self._cut = network, cache, network.cut(depth)
         self._prepare = preparer(images, network.backbone, network.device)
-        self._key = Key(network.backbone, network.weights, network.image_size, depth, "", "none", None)
+        self._key = Key(network.backbone, network.weights, network.image_size, depth, "float32", "", "none", None)
         self.trained: Callable[[Tensor], Tensor] = network.model if self._cut is None else self._cut.suffix
         self.head_only = depth == 0 and self._cut is not None
         self.prefix_seconds = 0.0  # spent so far in frozen layers, or waiting for another trial's
@@ -67,21 +69,24 @@ class Frozen:
 
         Args:
             indices: of images.
-            table: their rows of the epoch's table; None: no augmentation.
+            table: their rows of the epoch's table, for training; None: no augmentation, for evaluation in float32.
             policy: of the augmentation.
             moment: seed and epoch of the table.
         """
         prepare = partial(self._prepared, indices, table, policy)
         if self._cut is None:
             return Inputs(prepare)
+        precision = nullcontext() if table is None else self._network.training_precision()
         found = None
         if self._cache is not None:
             images = hashlib.sha256(indices.tobytes()).hexdigest()
             key = replace(self._key, images=images, policy=policy, moment=None if policy == "none" else moment)
+            if table is not None and self._network.half is not None:
+                key = replace(key, precision=str(self._network.half))
             with self._prefix_timed():
-                found = self._cache.get(key, len(indices), partial(self._outputs, key, len(indices), prepare))
+                found = self._cache.get(key, len(indices), partial(self._outputs, key, len(indices), prepare, precision))
         if found is None:
-            return Inputs(partial(self._computed, prepare), blocks=True)
+            return Inputs(partial(self._computed, prepare, precision), blocks=True)
         return Inputs(self._reader(found[0]), hits=len(indices) if found[1] else 0)
 
     def vectors(self, indices: Indices) -> Tensor:
@@ -93,7 +98,7 @@ class Frozen:
         """Return logits [n, classes] of unaugmented images; the model is in eval mode."""
         size = VECTORS_BATCH if self.head_only else EVALUATION_BATCH
         batches = self.inputs(indices).batches(np.arange(len(indices)), size)
-        return predict(self.trained, batches, self._network.autocast)
+        return predict(self.trained, batches)
 
     def _prepared(self, indices: Indices, table: Tensor | None, policy: str, positions: Indices) -> Tensor:
         started = time.perf_counter()
@@ -102,18 +107,18 @@ class Frozen:
         self.data_seconds += time.perf_counter() - started
         return images
 
-    def _computed(self, prepare: Fetch, positions: Indices) -> Tensor:
+    def _computed(self, prepare: Fetch, precision: Precision, positions: Indices) -> Tensor:
         with self._prefix_timed():
-            return torch.cat([self._pass(prepare, part) for part in _chunks(positions)])
+            return torch.cat([self._pass(prepare, precision, part) for part in _chunks(positions)])
 
-    def _pass(self, prepare: Fetch, positions: Indices) -> Tensor:
+    def _pass(self, prepare: Fetch, precision: Precision, positions: Indices) -> Tensor:
         """Compute the outputs of at most CHUNK images."""
         assert self._cut is not None
         images = prepare(_filled(positions))
-        with self._network.autocast:
+        with precision:
             return self._cut.prefix(images)[: len(positions)]
 
-    def _outputs(self, key: Key, count: int, prepare: Fetch) -> Iterator[Array]:
+    def _outputs(self, key: Key, count: int, prepare: Fetch, precision: Precision) -> Iterator[Array]:
         """Compute the outputs of all images, from cached outputs of a cut further from the head if there are any."""
         assert self._cut is not None and self._cache is not None
         source = None
@@ -124,10 +129,10 @@ class Frozen:
                 break
         for positions in _chunks(np.arange(count)):
             if source is None:
-                yield stored(self._pass(prepare, positions))
+                yield stored(self._pass(prepare, precision, positions))
             else:
                 features = loaded(source[0][_filled(positions)], self._network.device)
-                with self._network.autocast:
+                with precision:
                     derived = self._cut.stop(partial(source[1], features))
                 yield stored(derived[: len(positions)])
 

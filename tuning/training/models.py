@@ -33,11 +33,22 @@ def keep_memory() -> None:
         mallopt(m_top_pad, 2**26)
 
 
-def mixed_precision(device: torch.device) -> torch.autocast:
-    """Return the autocast for models: on CUDA bfloat16 if the GPU has it, else float16; on the CPU none."""
-    cuda = device.type == "cuda"
-    half = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.autocast(device.type, dtype=half, enabled=cuda)
+def set_up(device: torch.device) -> None:
+    """Prepare this process for trials on a device: on a CPU by `keep_memory`, on CUDA by convolutions without TF32.
+
+    What is evaluated is in float32, as it is deployed; TF32 has float16's 10 bits of precision.
+    """
+    if device.type == "cpu":
+        keep_memory()
+    elif device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
+
+
+def mixed_precision(device: torch.device) -> torch.dtype | None:
+    """Return the type of training's mixed precision: on CUDA bfloat16 if the GPU has it, else float16; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 @dataclass
@@ -50,7 +61,7 @@ class Network:
     image_size: int
     weights: str  # file, or the seed of random ones
     device: torch.device
-    autocast: torch.autocast  # under which the model runs
+    half: torch.dtype | None  # of mixed precision in training; what is evaluated is in float32, as it is deployed
     _initial: dict[str, Tensor] = field(default_factory=dict)  # tensors that the last trial may have changed
     _cuts: dict[int, Cut | None] = field(default_factory=dict)
     _latency_ms: float = math.inf
@@ -75,6 +86,10 @@ class Network:
         self._initial = {name: tensors[name].clone() for name in changed}
         return changed
 
+    def training_precision(self) -> torch.autocast:
+        """Return the context of training's passes."""
+        return torch.autocast(self.device.type, dtype=self.half, enabled=self.half is not None)
+
     def cut(self, depth: int) -> Cut | None:
         """Return the cut below the last `depth` stages; None if nothing is frozen or the model can't be cut."""
         if depth not in self._cuts:
@@ -92,8 +107,7 @@ class Network:
         with backbones.evaluating(self.model):
             while self._passes < PASSES or time.perf_counter() - begun < PASSES_SECONDS:
                 started = clock()
-                with self.autocast:
-                    self.model(image).cpu()  # waits for the GPU
+                self.model(image).cpu()  # waits for the GPU
                 self._latency_ms = min(self._latency_ms, 1000 * (clock() - started))
                 self._passes += 1
         return self._latency_ms

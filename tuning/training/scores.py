@@ -18,15 +18,9 @@ EVALUATION_BATCH = 64
 
 
 @torch.no_grad()
-def predict(
-    forward: Callable[[Tensor], Tensor], batches: Iterable[Tensor], autocast: torch.autocast
-) -> NDArray[np.float32]:
-    """Return logits [n, classes], on the CPU; `forward` is a model in eval mode, or its trained part."""
-    logits = []
-    for batch in batches:
-        with autocast:
-            logits.append(forward(batch).float().cpu())
-    return torch.cat(logits).numpy()
+def predict(forward: Callable[[Tensor], Tensor], batches: Iterable[Tensor]) -> NDArray[np.float32]:
+    """Return logits [n, classes]; `forward` is a model in eval mode, or its trained part."""
+    return torch.cat([forward(batch) for batch in batches]).cpu().numpy()
 
 
 def predict_images(network: nn.Module, prepare: Prepare, indices: Indices) -> NDArray[np.float32]:
@@ -34,7 +28,7 @@ def predict_images(network: nn.Module, prepare: Prepare, indices: Indices) -> ND
     network.eval()
     starts = range(0, len(indices), EVALUATION_BATCH)
     batches = (prepare(indices[first : first + EVALUATION_BATCH], None, "none") for first in starts)
-    return predict(network, batches, torch.autocast("cpu", enabled=False))
+    return predict(network, batches)
 
 
 def mean_loss(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> float | None:
