@@ -168,6 +168,25 @@ def test_probabilities_that_cannot_be_written_cost_no_more_than_themselves(given
     assert best_file(run, "t0").exists()
 
 
+@pytest.mark.parametrize(("times", "epochs"), [(1, [1, 2, 1, 2, 3, 4, 5]), (2, [1, 2, 1, 2, None])])
+def test_a_trial_that_is_out_of_memory_goes_on_once_from_its_last_checkpoint(given, monkeypatch, times, epochs):
+    """Wherever it was: in frozen layers, the optimizer's first step or evaluation."""
+    finetune, left = worker_module.finetune, [times]
+
+    def fails(*given, **named):
+        for row, snapshot in finetune(*given, **named):
+            if row["epoch"] == 3 and left[0]:
+                left[0] -= 1
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            yield row, snapshot
+
+    monkeypatch.setattr(worker_module, "finetune", fails)
+    monkeypatch.setattr(worker_module, "CHECKPOINT_SECONDS", -1.0)
+    rows = step(FinetuneTrial(given("t00000")), len(epochs))
+    assert [row.get("epoch") for row in rows] == epochs
+    assert rows[-1]["ends"] == ("completed" if times == 1 else "out_of_memory")
+
+
 def test_a_trial_without_a_finite_loss_has_none(given):
     trial = FinetuneTrial(given("t0", learning_rate=1e30, optimizer="sgd"))
     assert step(trial)[0]["ends"] == "diverged"

@@ -176,7 +176,7 @@ def test_out_of_memory_halves_the_micro_batch_and_trains_the_same(weighting):
         backbone="test_vit", head_dropout=0.0, class_weighting=weighting, label_smoothing=0.1, optimizer="sgd", epochs=2
     )
     models, model = _models_with("test_vit")
-    _fail_above(model, 4)
+    _fail_above(model, 4, times=2)
     labels = np.array([0] * 36 + [1] * 12)
     data = replace(make_data(), labels=labels, train=np.arange(8, 48), val=np.array([0, 1, 2, 40]))
     halved, whole = train(plan, data, models=models), train(plan, data)
@@ -196,6 +196,14 @@ def test_out_of_memory_halves_the_micro_batch_and_trains_the_same(weighting):
         ),
         (RuntimeError("CUDA error: out of memory"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA driver error: out of memory"), True),
+        (RuntimeError("HIP error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED"), True),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
         (RuntimeError("shapes cannot be multiplied"), False),
     ],
 )
@@ -212,16 +220,26 @@ def test_a_machine_without_memory_counts_as_out_of_memory(allocate):
 
 def test_a_halved_micro_batch_stays_after_a_resume():
     models, model = _models_with("test_resnet")
-    _fail_above(model, 4)
+    _fail_above(model, 4, times=2)
     begun = finetune(config(), make_data(), device=CPU, weights=None, models=models)
     row, snapshot = next(begun)
     assert row["micro_batch"] == 4
     assert train(config(), state=snapshot())[-1][0]["micro_batch"] == 4
 
 
-def test_out_of_memory_a_second_time_is_the_trials_end():
+def test_out_of_memory_once_drops_other_trials_models_and_changes_nothing_else():
     models, model = _models_with("test_resnet")
-    _fail_above(model, 3, times=2)
+    models.get("test_vit", classes=2, image_size=32, seed=0, weights=None, device=CPU)
+    plan = config(head_dropout=0.0, batch_norm="frozen")
+    _fail_above(model, 4)
+    epochs = train(plan, models=models)
+    assert {row["micro_batch"] for row, _ in epochs} == {8} and len(models._networks) == 1
+    assert losses(epochs) == losses(train(plan))
+
+
+def test_out_of_memory_with_half_the_batch_is_the_trials_end():
+    models, model = _models_with("test_resnet")
+    _fail_above(model, 3, times=3)
     with pytest.raises(torch.OutOfMemoryError):
         train(config(), models=models)
 

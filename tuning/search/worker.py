@@ -89,10 +89,14 @@ class Worker:
             raise
         except Exception as error:
             self._models.clear()  # their state is unknown, and they take memory
-            lines = traceback.format_exception(error)
-            ends = "out_of_memory" if out_of_memory(error) else "failed"
+            lines, memory = traceback.format_exception(error), out_of_memory(error)
+            ends = "out_of_memory" if memory else "failed"
             row = {"ends": ends, "reason": lines[-1].strip(), "error": "".join(lines)}
         self._forget()
+        if memory and not self._freed:  # once more, from the last checkpoint, without what other trials left
+            self._freed = True
+            self._images.clear()
+            return self.step()
         return row
 
     def _forget(self) -> None:
@@ -109,6 +113,7 @@ class Worker:
             self._run = copy_folder(f"{config['storage']} {config['run_id']}") / self._run.name
         self._saved, self._saved_at = False, time.monotonic()  # whether the last epoch's checkpoint is on disk
         self._predicted: int | None = None  # the epoch whose validation probabilities are on disk
+        self._freed = False  # whether the trial has begun again after it was out of memory
 
     def _start(self) -> Iterator[tuple[Row, Callable[[], State]]]:
         if self._config["storage"] is not None:  # the trial may have begun on a node that died

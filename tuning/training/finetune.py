@@ -1,6 +1,7 @@
 """The fine-tuning loop, without Ray: `finetune` yields one epoch's row at a time; a caller that asks for no more rows
 stops the trial."""
 
+import itertools
 import math
 import re
 import time
@@ -27,6 +28,18 @@ from tuning.training.scores import calibrated_loss, mean_loss, score
 from tuning.training.state import Averaged, Row, State, restore, snapshot
 
 MOMENTUM = 0.9
+# Messages of PyTorch's allocators, of CUDA's and ROCm's drivers, of cuBLAS, whose handle no longer fits, and of cuDNN;
+# "Cannot allocate memory" is the system's if a file can't be mapped.
+OUT_OF_MEMORY = "|".join(
+    (
+        "(?i:out of memory)",
+        "DefaultCPUAllocator",
+        "Cannot allocate memory",
+        "_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)",
+        "(DEVICE|HOST)_ALLOCATION_FAILED",
+        "[Uu]nable to find an engine to execute this computation",
+    )
+)
 
 
 def finetune(
@@ -148,7 +161,7 @@ def finetune(
             factor = learning_rate_factor(config, epoch - 1 + step / steps)
             for group, rate in zip(optimizer.param_groups, peak_rates, strict=True):
                 group["lr"] = rate * factor
-            while True:
+            for attempt in itertools.count():
                 optimizer.zero_grad(set_to_none=True)
                 try:
                     total += backward(batch, targets[step], micro_batch)
@@ -156,10 +169,12 @@ def finetune(
                 except (RuntimeError, MemoryError) as error:
                     if not out_of_memory(error) or micro_batch < batch_size:
                         raise
-                micro_batch = math.ceil(batch_size / 2)
+                optimizer.zero_grad(set_to_none=True)
                 models.keep_only(network)
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
+                if attempt:  # what could be freed was not enough; with batch norm, halves are another model
+                    micro_batch = math.ceil(batch_size / 2)
             scaler.step(optimizer)
             scaler.update()
             if averaged is not None and epoch <= max(early_loss_epochs):
@@ -234,9 +249,7 @@ def _finite(value: float | None) -> float | None:
 
 def out_of_memory(error: Exception) -> bool:
     """Return whether the error means that the device, or the machine, is out of memory."""
-    # "Cannot allocate memory" is the system's message if a file can't be mapped.
-    messages = "DefaultCPUAllocator|Cannot allocate memory|CUDA error: out of memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED"
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or re.search(messages, str(error)) is not None
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or re.search(OUT_OF_MEMORY, str(error)) is not None
 
 
 def learning_rate_factor(config: TrialConfig, epochs: float) -> float:
