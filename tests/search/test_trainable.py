@@ -1,9 +1,12 @@
 """The trainable as Ray drives it, without Ray: what it leaves on disk."""
 
+import itertools
 import json
 import math
 import threading
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -27,7 +30,9 @@ from tuning.search.trainable import FinetuneTrial
 from tuning.settings.config import SearchPlan, TrialConfig
 from tuning.settings.space_file import parse
 from tuning.training.digests import digests
+from tuning.training.finetune import finetune
 from tuning.training.scores import score
+from tuning.training.state import State
 
 
 @pytest.fixture(scope="module")
@@ -168,10 +173,46 @@ def test_probabilities_that_cannot_be_written_cost_no_more_than_themselves(given
     assert best_file(run, "t0").exists()
 
 
+@pytest.mark.parametrize(("rate", "epochs"), [(1e5, 2400), (1e6, 600), (1e8, 600)])
+def test_checkpoints_take_a_twentieth_of_a_trials_time_on_any_disk(given, monkeypatch, rate, epochs):
+    """A clock that moves by a second an epoch, and by what a disk of so many bytes a second takes."""
+    now, writing, written = [0.0], [0.0], []
+    monkeypatch.setattr(worker_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def slow(run, trial_id, state, best, config, *, ended):
+        writing[0] += sum(tensor.nbytes for tensor in state.tensors.values()) / rate
+        now[0] += sum(tensor.nbytes for tensor in state.tensors.values()) / rate
+        written.append(state.history[-1]["epoch"])
+
+    monkeypatch.setattr(worker_module, "save", slow)
+    monkeypatch.setattr(worker_module, "finetune", many_epochs)
+    trial = FinetuneTrial(given("t0"))
+    for _ in range(epochs):
+        now[0] += 1.0
+        step(trial)
+    assert written and writing[0] <= 0.05 * now[0]
+    assert written[0] >= 30 and (rate < 1e8 or len(written) >= 18)  # every 30 s on a fast disk
+    trial.reset_config(given("t1"))  # a trial that others have beaten leaves no more than its best weights
+    assert len(written) >= 2
+
+
+def many_epochs(*given, **named):
+    """One epoch, again and again."""
+    ((row, snapshot),) = islice(finetune(*given, **named), 1)
+    taken = snapshot()
+    for epoch in itertools.count(1):
+
+        def again(*, only_best=False, epoch=epoch):
+            tensors = {name: value for name, value in taken.tensors.items() if not only_best or "best" in name}
+            return State([row | {"epoch": epoch}], tensors)
+
+        yield row | {"epoch": epoch}, again
+
+
 @pytest.mark.parametrize(("times", "epochs"), [(1, [1, 2, 1, 2, 3, 4, 5]), (2, [1, 2, 1, 2, None])])
 def test_a_trial_that_is_out_of_memory_goes_on_once_from_its_last_checkpoint(given, monkeypatch, times, epochs):
     """Wherever it was: in frozen layers, the optimizer's first step or evaluation."""
-    finetune, left = worker_module.finetune, [times]
+    left = [times]
 
     def fails(*given, **named):
         for row, snapshot in finetune(*given, **named):
@@ -182,6 +223,7 @@ def test_a_trial_that_is_out_of_memory_goes_on_once_from_its_last_checkpoint(giv
 
     monkeypatch.setattr(worker_module, "finetune", fails)
     monkeypatch.setattr(worker_module, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(worker_module, "CHECKPOINT_SHARE", 1.0)
     rows = step(FinetuneTrial(given("t00000")), len(epochs))
     assert [row.get("epoch") for row in rows] == epochs
     assert rows[-1]["ends"] == ("completed" if times == 1 else "out_of_memory")
@@ -196,7 +238,8 @@ def test_a_trial_without_a_finite_loss_has_none(given):
 
 @pytest.mark.slow
 def test_what_a_storage_did_not_take_is_sent_later(given, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(worker_module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(worker_module, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(worker_module, "CHECKPOINT_SHARE", 1.0)
     monkeypatch.setattr(transfer, "RETRY_SECONDS", 0.05)
     place = removable(f"file://{tmp_path}/storage")
     trial = FinetuneTrial(given("t0"))

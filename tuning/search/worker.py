@@ -5,7 +5,7 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,11 @@ from tuning.training.features import FeatureCache
 from tuning.training.finetune import finetune, out_of_memory
 from tuning.training.models import Models, set_up
 from tuning.training.probe import probe
-from tuning.training.state import Row, State
+from tuning.training.state import Row, Snapshot, State
 
-CHECKPOINT_SECONDS = 30.0
+CHECKPOINT_SECONDS, CHECKPOINT_SHARE = 30.0, 0.05  # least time between two; largest share of a trial's time
+STATE_BYTES = 20  # of a trained parameter in a checkpoint: it, its best and average, and two of the optimizer
+Rows = Iterator[tuple[Row, Snapshot]]
 
 
 class Worker:
@@ -42,9 +44,11 @@ class Worker:
     away. Only `StorageLost` is raised: the trial is then scheduled again, as after its worker died.
     """
 
-    _rows: Iterator[tuple[Row, Callable[[], State]]] | None
-    _snapshot: Callable[[], State] | None  # of the last epoch
-    _saved_at: float  # monotonic seconds
+    _rows: Rows | None
+    _snapshot: Snapshot | None  # of the last epoch
+    _saved_at: float  # monotonic seconds, when the last checkpoint was written
+    _freed: bool  # whether the trial has begun again after it was out of memory
+    _bytes_per_second = 1e8  # of the last checkpoint; at first as to a file system in a network
 
     def __init__(self, config: dict[str, Any]):
         torch.set_num_threads(config["threads"])
@@ -63,13 +67,13 @@ class Worker:
     def next_trial(self, config: dict[str, Any]) -> None:
         """Begin the next trial. The one before has ended, so only its best weights are saved."""
         if self._snapshot is not None:
-            self._save(self._snapshot(), final=True)
+            self._save(ended=True)
         self._begin(config)
 
     def end(self, patience: float) -> None:
         """Save what the trial needs to resume: the worker is no longer needed; for some seconds, retry to send it."""
         if self._snapshot is not None and not self._saved:
-            self._save(self._snapshot())
+            self._save(ended=self._ended)
         self._forget()
         try:
             patiently(self._send, patience)
@@ -83,7 +87,8 @@ class Worker:
             if self._replay:
                 return self._replay.pop(0) | {"replayed": True}
             row, self._snapshot = next(self._rows)
-            self._saved = time.monotonic() - self._saved_at > CHECKPOINT_SECONDS and self._save(self._snapshot())
+            self._ended = row["ends"] is not None
+            self._saved = self._is_due(row) and self._save(ended=self._ended)
             return row | {"checkpoint": self._saved}
         except StorageLost:
             raise
@@ -112,10 +117,11 @@ class Worker:
         if self._away:  # the driver's folder is on another node
             self._run = copy_folder(f"{config['storage']} {config['run_id']}") / self._run.name
         self._saved, self._saved_at = False, time.monotonic()  # whether the last epoch's checkpoint is on disk
+        self._ended = False  # whether the trial ended with the last epoch
         self._predicted: int | None = None  # the epoch whose validation probabilities are on disk
-        self._freed = False  # whether the trial has begun again after it was out of memory
+        self._freed = False
 
-    def _start(self) -> Iterator[tuple[Row, Callable[[], State]]]:
+    def _start(self) -> Rows:
         if self._config["storage"] is not None:  # the trial may have begun on a node that died
             self._fetch(self._checkpoint_names())
         state = load_state(self._run, self._config["trial_id"])
@@ -126,7 +132,7 @@ class Worker:
         given: dict[str, Any] = {"device": self._device, "features": self._features, "models": self._models}
         if self._config["origin"] == "probe":
             row = probe(trial, data, weights=weights_file, **given)
-            return iter([(row, lambda: State([row], {}))])
+            return iter([(row, lambda only_best=False: State([row], {}))])
         return finetune(trial, data, state=state, weights=weights_file, **given, **self._config["ending"])
 
     def _weights(self, backbone: str) -> Path | None:
@@ -167,13 +173,18 @@ class Worker:
         self._classes, self._validation = data.classes, samples[samples["split"] == "val"]
         return data
 
-    def _save(self, state: State, *, final: bool = False) -> bool:
+    def _is_due(self, row: Row) -> bool:
+        """Return whether to write a checkpoint, which takes at most `CHECKPOINT_SHARE` of a trial's time."""
+        seconds = STATE_BYTES * (row["trained_parameters"] or 0) / self._bytes_per_second
+        return time.monotonic() - self._saved_at > max(CHECKPOINT_SECONDS, seconds * (1 / CHECKPOINT_SHARE - 1))
+
+    def _save(self, *, ended: bool) -> bool:
         """Write a checkpoint; return whether it is on disk. A full disk costs the checkpoint, not the trial."""
-        trial_id, config = self._config["trial_id"], self._config["config"]
-        ended = final or state.history[-1]["ends"] is not None
+        assert self._snapshot is not None
+        trial_id, config, began = self._config["trial_id"], self._config["config"], time.monotonic()
+        state = self._snapshot(only_best=ended)
         best = best_epoch(state.history, self._config["ending"]["metric"])
         self._save_predictions(state, best)
-        self._saved_at = time.monotonic()
         try:
             save(self._run, trial_id, state, best, config, ended=ended)
             if self._away:
@@ -182,6 +193,11 @@ class Worker:
         except (OSError, SafetensorError, InputError) as error:
             print(f"{trial_id}: no checkpoint was written: {error}", file=sys.stderr)
             return False
+        finally:
+            self._saved_at = time.monotonic()
+        if state.tensors:
+            n_bytes = sum(tensor.nbytes for tensor in state.tensors.values())
+            self._bytes_per_second = n_bytes / max(self._saved_at - began, 1e-9)
         return True
 
     def _save_predictions(self, state: State, best: Row | None) -> None:

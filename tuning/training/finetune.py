@@ -5,7 +5,7 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from tuning.training.frozen import Frozen
 from tuning.training.models import Models
 from tuning.training.probe import probed_head
 from tuning.training.scores import calibrated_loss, mean_loss, score
-from tuning.training.state import Averaged, Row, State, restore, snapshot
+from tuning.training.state import Averaged, Row, Snapshot, State, restore, snapshot
 
 MOMENTUM = 0.9
 # Messages of PyTorch's allocators, of CUDA's and ROCm's drivers, of cuBLAS, whose handle no longer fits, and of cuDNN;
@@ -55,7 +55,7 @@ def finetune(
     state: State | None = None,
     features: FeatureCache | None = None,
     models: Models | None = None,
-) -> Iterator[tuple[Row, Callable[[], State]]]:
+) -> Iterator[tuple[Row, Snapshot]]:
     """Fine-tune one configuration, an epoch at a time.
 
     Args:
@@ -235,7 +235,9 @@ def finetune(
         )
         if best_epoch(history, metric) is row:
             tensors = model.state_dict()
-            best = {f"best/{name}": tensors[name].detach().cpu().clone() for name in changed}
+            # On the model's device, until a checkpoint needs them: on a GPU most epochs are followed by none.
+            contiguous = torch.contiguous_format
+            best = {f"best/{name}": tensors[name].detach().clone(memory_format=contiguous) for name in changed}
             best["validation/logits"] = torch.from_numpy(val_logits)
         mean = {} if averaged is None or epoch >= max(early_loss_epochs) else averaged.mean
         yield row, partial(snapshot, model, changed, best, mean, optimizer, scaler, history)

@@ -84,7 +84,8 @@ class Frozen:
             if table is not None and self._network.half is not None:
                 key = replace(key, precision=str(self._network.half))
             with self._prefix_timed():
-                found = self._cache.get(key, len(indices), partial(self._outputs, key, len(indices), prepare, precision))
+                chunks = partial(self._outputs, key, len(indices), prepare, precision)
+                found = self._cache.get(key, len(indices), chunks)
         if found is None:
             return Inputs(partial(self._computed, prepare, precision), blocks=True)
         return Inputs(self._reader(found[0]), hits=len(indices) if found[1] else 0)

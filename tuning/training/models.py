@@ -45,7 +45,7 @@ def set_up(device: torch.device) -> None:
 
 
 def mixed_precision(device: torch.device) -> torch.dtype | None:
-    """Return the type of training's mixed precision: on CUDA bfloat16 if the GPU has it, else float16; None elsewhere."""
+    """Return the type of training's mixed precision: on CUDA bfloat16, or float16 without it; None: float32 alone."""
     if device.type != "cuda":
         return None
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16

@@ -5,12 +5,18 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 Row = dict[str, Any]
+
+
+class Snapshot(Protocol):
+    """Takes a trial's state after an epoch; with `only_best` without what only an unfinished trial needs."""
+
+    def __call__(self, *, only_best: bool = False) -> "State": ...
 
 
 @dataclass(frozen=True)
@@ -81,19 +87,27 @@ def snapshot(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     history: list[Row],
+    *,
+    only_best: bool = False,
 ) -> State:
-    """Copy the state of a trial: the model's `changed` tensors, and all others as they are in `State`."""
+    """Copy the state of a trial: the model's `changed` tensors, and all others as they are in `State`.
+
+    Args:
+        best: the best epoch's part; copies, contiguous.
+    """
+    copied = {name: tensor.cpu() for name, tensor in best.items()}
+    if only_best:
+        return State(list(history), copied)
     tensors = model.state_dict()
-    saved = {f"model/{name}": tensors[name] for name in changed} | best
+    saved = {f"model/{name}": tensors[name] for name in changed}
     saved |= {f"averaged/{name}": tensor for name, tensor in mean.items()}
     for index, values in optimizer.state_dict()["state"].items():
         saved |= {f"optimizer/{index}/{key}": value for key, value in values.items() if isinstance(value, Tensor)}
     if scaler.is_enabled():
         saved |= {f"scaler/{name}": torch.tensor(scaler.state_dict()[name]) for name in ("scale", "_growth_tracker")}
-    copies = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in saved.items()
-    }
-    return State(list(history), copies)
+    for name, tensor in saved.items():
+        copied[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return State(list(history), copied)
 
 
 def restore(
