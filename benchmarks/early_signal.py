@@ -40,9 +40,10 @@ from tuning.record.tables import replacing
 from tuning.settings.config import SearchPlan, TrialConfig
 from tuning.training.backbones import evaluating
 from tuning.training.dataset import Data, join, preparer
+from tuning.training.device import keep_memory
 from tuning.training.features import FeatureCache
 from tuning.training.finetune import finetune
-from tuning.training.models import Models, keep_memory
+from tuning.training.models import Models
 from tuning.training.scores import calibrated_loss, predict_images, score
 from tuning.training.state import Averaged
 from tuning.training.weights import find_weights

@@ -38,9 +38,10 @@ from tuning.settings.space import trial_values
 from tuning.settings.space_file import load
 from tuning.training.backbones import evaluating
 from tuning.training.dataset import Data, join, preparer
+from tuning.training.device import keep_memory
 from tuning.training.features import FeatureCache
 from tuning.training.finetune import finetune
-from tuning.training.models import Models, keep_memory
+from tuning.training.models import Models
 from tuning.training.scores import calibrated_loss, predict_images, score
 from tuning.training.weights import find_weights
 

@@ -47,8 +47,8 @@ from tuning.settings import config
 from tuning.settings.config import DEPTH_ALL, InputError, TrialConfig
 from tuning.training import backbones
 from tuning.training.depthwise import speed_up
+from tuning.training.device import keep_memory
 from tuning.training.folding import fold
-from tuning.training.models import keep_memory
 from tuning.training.prefix import split
 from tuning.training.weights import find_weights
 

@@ -109,10 +109,25 @@ class SlowTrial(FreeTrial):
         return super().step()
 
 
+class OnAGpu(FreeTrial):
+    """One that asks for a pretended GPU, of which the second doesn't work, or none if the run is named so."""
+
+    @classmethod
+    def default_resource_request(cls, config):
+        return tune.PlacementGroupFactory([{"CPU": 1, "GPU": 1}])
+
+    def step(self):
+        gpu = os.environ["CUDA_VISIBLE_DEVICES"]
+        if gpu == "1" or Path(self.config["run"]).name == "none-works":
+            return {"row": json.dumps({"broken": f"GPU {gpu} of here: CUDA error: unspecified launch failure"})}
+        time.sleep(0.05)
+        return super().step()
+
+
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers don't find the tests' modules
 
 
-ACTORS = (b"ray::FinetuneTrial", b"ray::FreeTrial", b"ray::SlowTrial", b"ray::ResourceTrainable")
+ACTORS = (b"ray::FinetuneTrial", b"ray::FreeTrial", b"ray::SlowTrial", b"ray::OnAGpu", b"ray::ResourceTrainable")
 
 
 def workers(titles=ACTORS):

@@ -159,9 +159,9 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     from tuning.show.plots import write_plots
     from tuning.training.backbones import check
     from tuning.training.dataset import join
+    from tuning.training.device import set_up
     from tuning.training.digests import digests, other_weights
     from tuning.training.features import FeatureCache
-    from tuning.training.models import set_up
     from tuning.training.outputs import run_folder as outputs_folder
     from tuning.training.weights import find_weights
 

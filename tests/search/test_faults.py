@@ -9,15 +9,16 @@ from collections import Counter, deque
 from contextlib import suppress
 
 import pytest
+import ray
 import yaml
 from ray.cluster_utils import Cluster
-from searches import FreeTrial, SlowTrial, make_run, workers
+from searches import FreeTrial, OnAGpu, SlowTrial, make_run, workers
 from shared import SOAK, shared_ray
 from test_end_to_end import SPACE, command
 
 from tuning.record.journal import FINAL, read_journal, read_record
 from tuning.record.tables import read_table, read_whole
-from tuning.search.cluster import ray_running
+from tuning.search.cluster import Slots, ray_running, restored_environment
 from tuning.search.driver import LOST_ACTOR_RETRIES, LOST_STARTS
 from tuning.settings.config import SearchPlan
 
@@ -87,6 +88,34 @@ def test_a_trial_whose_workers_ray_kills_for_memory_is_out_of_memory(tmp_path, f
         assert make_run(run, folder, trials=1, epochs=10_000, early_stopping=False)(trainable=SlowTrial).run()
     (trial,) = read_table(run / "trials.parquet").to_dict("records")
     assert trial["status"] == "out_of_memory" and "low on memory" in trial["reason"]
+
+
+@pytest.fixture
+def two_gpus(no_ray):
+    """A Ray that believes in two GPUs."""
+    with restored_environment():
+        os.environ["RAY_preload_python_modules"] = ""
+        ray.init("local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)
+        yield Slots(1, 1.0, 2)
+    ray.shutdown()
+
+
+def test_a_gpu_that_does_not_work_gets_one_trial_which_another_then_trains(tmp_path, folder, two_gpus, capsys):
+    search = make_run(tmp_path / "run", folder, trials=30, early_stopping=False)(2, trainable=OnAGpu)
+    search.resources = two_gpus
+    assert search.run()
+    trials = read_table(tmp_path / "run" / "trials.parquet")
+    assert len(trials) == 30 and set(trials["status"]) == {"completed"}
+    told = [line for line in capsys.readouterr().err.splitlines() if "it gets no more trials" in line]
+    assert len(told) == 1 and told[0].startswith("GPU 1 of here: CUDA error")
+
+
+def test_where_no_gpu_works_the_search_ends_and_says_so(tmp_path, folder, two_gpus):
+    search = make_run(tmp_path / "none-works", folder, trials=30)(2, trainable=OnAGpu)
+    search.resources = two_gpus
+    assert search.run()
+    assert search.halted.startswith("no GPU works; the last one: GPU ")
+    assert set(read_table(tmp_path / "none-works" / "trials.parquet")["status"]) <= {"interrupted"}
 
 
 @pytest.fixture

@@ -95,7 +95,7 @@ def test_freed_memory_is_used_again():
     """Page faults of twenty tensors of 64 MiB: few once memory is kept, some 16,000 each before."""
     code = """if True:
         import resource, torch
-        from tuning.training.models import keep_memory
+        from tuning.training.device import keep_memory
         def faults():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             for _ in range(20):

@@ -93,6 +93,8 @@ class Search:
         self.rungs = Rungs(grace_epochs=plan.grace_epochs, reduction_factor=plan.reduction_factor, epochs=plan.epochs)
         self.running: dict[str, Trial] = {}  # in the order in which they started
         self.halted: str | None = None  # why no more trials are started
+        self.finished = False  # whether none is left to start
+        self._broken_gpus = 0.0  # which are held, and get no more trials
         self._tables_due = self._schedule_at = -math.inf  # monotonic seconds
         self._ray_ids: dict[str, str] = {}  # our trial id by Ray's
         self._gpus: dict[str, float] = {}  # by trial
@@ -155,7 +157,7 @@ class Search:
         if self.resources.packed:
             gpus = self._gpu_share(trial)
             in_use = sum(share for other, share in self._gpus.items() if not self.record.trials[other].ended)
-            if in_use + gpus > self.resources.packed:
+            if in_use + gpus > self.resources.packed - self._broken_gpus:
                 self._unfinished.insert(0, trial)  # its share may have become smaller by the next call
                 return None
         self._ray_ids[ray_id] = trial.trial_id
@@ -265,6 +267,17 @@ class Search:
         print(f"{trial_id}: its worker process {died}; the trial is scheduled again", file=sys.stderr)
         del self._gpus[trial_id]
         self._unfinished.insert(0, trial)
+
+    def broken(self, ray_id: str, wrong: str) -> None:
+        """Schedule a trial again whose GPU doesn't work; Ray's own trial goes on to hold that one."""
+        trial_id, resources = self._ray_ids[ray_id], self.resources
+        self._write("lost", trial_id=trial_id, started=False, error=wrong)
+        self.running.pop(trial_id, None)
+        self._broken_gpus += self._gpus.pop(trial_id)
+        self._unfinished.insert(0, self.record.trials[trial_id])
+        print(f"{wrong}; it gets no more trials, and {trial_id} is scheduled again", file=sys.stderr)
+        if self._broken_gpus >= (resources.packed or resources.gpus * resources.count):
+            self.halted = f"no GPU works; the last one: {wrong}"
 
     # What follows.
 

@@ -99,7 +99,9 @@ class _Searcher(Searcher):  # type: ignore[misc]
         self._search = search
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        return self._search.next_trial(trial_id)  # type: ignore[no-any-return]
+        given: dict[str, Any] | str | None = self._search.next_trial(trial_id)
+        self._search.finished = given == FINISHED
+        return given
 
     def _do_nothing(self, *args: Any, **kwargs: Any) -> None:
         """Ends are handled in `Search.result`, since Ray swallows exceptions here, and nothing resumes from Ray."""
@@ -116,12 +118,15 @@ class _Scheduler(FIFOScheduler):  # type: ignore[misc]
         self._silent: dict[Any, float] = {}  # seconds since each of Ray's trials last reported
         self._looked = time.monotonic()
         self._hung: set[Any] = set()
+        self._held: list[Any] = []  # Ray's trials that hold a broken GPU, so that no other is placed there
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """Also kill workers that hang and, at the end, drop waiting trials: Ray calls this ten times a second."""
         timeout, looked, self._looked = self._search.plan.trial_timeout or math.inf, self._looked, time.monotonic()
         passed = min(self._looked - looked, LOOK_SECONDS)  # time in which the driver itself stood still doesn't count
         over = self._search.is_over()
+        while self._held and (over or self._search.finished):
+            tune_controller.stop_trial(self._held.pop())
         for trial, silent in list(self._silent.items()):
             worker = trial.temporary_state.ray_actor
             self._silent[trial] = 0.0 if worker is None else silent + passed
@@ -141,17 +146,23 @@ class _Scheduler(FIFOScheduler):  # type: ignore[misc]
             tune_controller._tune_controller._actor_force_cleanup_timeout = LAST_SENDING_SECONDS + 30.0
 
     def on_trial_remove(self, tune_controller: Any, trial: Any, result: dict[str, Any] | None = None) -> None:
-        del self._silent[trial]
+        self._silent.pop(trial, None)
 
     on_trial_complete = on_trial_remove
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        row = json.loads(result["row"])
+        if "broken" in row:
+            del self._silent[trial]
+            self._held.append(trial)
+            self._search.broken(trial.trial_id, row["broken"])
+            return str(TrialScheduler.NOOP)
         self._silent[trial] = 0.0
-        continues = self._search.result(trial.trial_id, json.loads(result["row"]))
+        continues = self._search.result(trial.trial_id, row)
         return str(TrialScheduler.CONTINUE if continues else TrialScheduler.STOP)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        del self._silent[trial]
+        self._silent.pop(trial, None)
         error = Path(trial.error_file).read_text()  # `trial.get_error` reads where the file will be copied to
         self._search.lost(trial.trial_id, error, hung=trial in self._hung)
 

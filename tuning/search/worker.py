@@ -1,6 +1,7 @@
 """What a worker does: one epoch of `finetune` per step, with its own checkpoints, one trial after another."""
 
 import gc
+import os
 import platform
 import sys
 import time
@@ -24,10 +25,11 @@ from tuning.search.checkpoints import StorageLost, best_file, load_state, save, 
 from tuning.search.cluster import images_here
 from tuning.settings.config import InputError, TrialConfig
 from tuning.training.dataset import Data, join, placed
+from tuning.training.device import exercise, fault, set_up
 from tuning.training.digests import digests, other_weights
 from tuning.training.features import FeatureCache
 from tuning.training.finetune import finetune, out_of_memory
-from tuning.training.models import Models, set_up
+from tuning.training.models import Models
 from tuning.training.probe import probe
 from tuning.training.state import Row, Snapshot, State
 
@@ -36,12 +38,17 @@ STATE_BYTES = 20  # of a trained parameter in a checkpoint: it, its best and ave
 Rows = Iterator[tuple[Row, Snapshot]]
 
 
+class ProcessLost(RuntimeError):
+    """The GPU works, but no longer in this process."""
+
+
 class Worker:
     """Runs trials one after another; what they share stays in memory.
 
     A step returns a row. The rows of the checkpoint's history come first, marked `replayed`. The last row has `ends`.
     If the trial itself fails, that is a row without an epoch, not an exception, after which Ray would throw the actor
-    away. Only `StorageLost` is raised: the trial is then scheduled again, as after its worker died.
+    away. If the GPU doesn't work, the row is {"broken": what is wrong with it}: the driver gives it no more trials.
+    Only `StorageLost` and `ProcessLost` are raised: the trial is then scheduled again, as after its worker died.
     """
 
     _rows: Rows | None
@@ -54,6 +61,7 @@ class Worker:
         torch.set_num_threads(config["threads"])
         self._device = torch.device(config["device"])
         set_up(self._device)
+        self._tried = self._device.type == "cpu"  # whether the GPU works
         self._images: dict[int, Any] = {}  # by size; an array, or a tensor on the GPU
         self._models = Models()
         self._known_weights: set[tuple[str, int, int, int]] = set()  # name, size and times of files that were checked
@@ -82,6 +90,9 @@ class Worker:
 
     def step(self) -> Row:
         try:
+            if not self._tried:
+                exercise(self._device)
+                self._tried = True
             if self._rows is None:
                 self._rows = self._start()
             if self._replay:
@@ -95,6 +106,8 @@ class Worker:
         except Exception as error:
             self._models.clear()  # their state is unknown, and they take memory
             lines, memory = traceback.format_exception(error), out_of_memory(error)
+            if not memory and (broken := self._broken()) is not None:
+                return {"broken": broken}
             ends = "out_of_memory" if memory else "failed"
             row = {"ends": ends, "reason": lines[-1].strip(), "error": "".join(lines)}
         self._forget()
@@ -103,6 +116,22 @@ class Worker:
             self._images.clear()
             return self.step()
         return row
+
+    def _broken(self) -> str | None:
+        """Return what is wrong with the GPU, after an error; None if it works.
+
+        Raises:
+            ProcessLost: it works, but not in this process any more, as after an illegal memory access.
+        """
+        if self._device.type == "cpu":
+            return None
+        try:
+            exercise(self._device)
+        except Exception as error:
+            if wrong := fault(self._device.type):
+                return f"GPU {os.environ.get('CUDA_VISIBLE_DEVICES', '')} of {platform.node()}: {wrong}"
+            raise ProcessLost(str(error)) from None
+        return None
 
     def _forget(self) -> None:
         self._rows = self._snapshot = None

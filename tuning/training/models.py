@@ -1,6 +1,5 @@
 """Models that an actor keeps from trial to trial: built once, reset for each trial, cut once at each depth."""
 
-import ctypes
 import math
 import time
 from dataclasses import dataclass, field
@@ -11,44 +10,12 @@ from torch import Tensor, nn
 
 from tuning.training import backbones
 from tuning.training.depthwise import speed_up
+from tuning.training.device import mixed_precision
 from tuning.training.folding import fold
 from tuning.training.prefix import Cut, split
 
 KEPT_MODELS = 3  # of one actor; the least recently used is dropped first
 PASSES, PASSES_SECONDS = 3, 0.03  # a latency is timed over at least 3 passes in all, and 0.03 s in each call
-
-
-def keep_memory() -> None:
-    """Let this process keep the memory that it frees, for its next tensors.
-
-    glibc returns large blocks to the system at once, and each new tensor's pages are then created and zeroed again: on
-    one CPU thread the frozen layers of EfficientNet-lite1 at 128 px took 5.8 ms an image instead of 2.7, training the
-    whole network 19.5 instead of 16.7. If the C library has no `mallopt`, nothing changes.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # of malloc.h
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2**31 - 1)
-        mallopt(m_top_pad, 2**26)
-
-
-def set_up(device: torch.device) -> None:
-    """Prepare this process for trials on a device: on a CPU by `keep_memory`, on CUDA by convolutions without TF32.
-
-    What is evaluated is in float32, as it is deployed; TF32 has float16's 10 bits of precision.
-    """
-    if device.type == "cpu":
-        keep_memory()
-    elif device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = False
-
-
-def mixed_precision(device: torch.device) -> torch.dtype | None:
-    """Return the type of training's mixed precision: on CUDA bfloat16, or float16 without it; None: float32 alone."""
-    if device.type != "cuda":
-        return None
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 @dataclass
