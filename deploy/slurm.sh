@@ -11,6 +11,7 @@
 #SBATCH --cpus-per-task=16
 #SBATCH --gpus-per-node=1
 #SBATCH --time=12:00:00
+#SBATCH --requeue
 #SBATCH --signal=B:TERM@120
 set -euo pipefail
 
@@ -34,13 +35,15 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 
 # Ray's head, Ray on the other nodes, and the search are steps of their own; the first two run until this script ends them.
 steps=()
+# Since Slurm 22.05 a step has one core of its job's unless it asks for them.
+step=(--overlap --nodes=1 --ntasks=1 "--cpus-per-task=$SLURM_CPUS_PER_TASK")
 trap 'kill "${steps[@]}" 2> /dev/null || true; wait' EXIT
 
-srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" "$ray" start --block --head --include-dashboard=false \
+srun "${step[@]}" --nodelist="$head" "$ray" start --block --head --include-dashboard=false \
     --node-ip-address="$address" --port="$port" "${head_free[@]}" --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="$gpus" &
 steps+=($!)
 for node in "${nodes[@]:1}"; do
-    srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" "$ray" start --block --address="$address:$port" \
+    srun "${step[@]}" --nodelist="$node" "$ray" start --block --address="$address:$port" \
         "${free[@]}" --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="$gpus" &
     steps+=($!)
 done

@@ -94,7 +94,13 @@ def test_scripts_pass_shellcheck():
 
 # Stand-ins for Slurm's commands on one machine; `hostname` keeps Ray on the loopback.
 STAND_INS = {
-    "srun": 'while [[ $1 == --* ]]; do shift; done\nexec "$@"',
+    # As since Slurm 22.05: a step has one core unless it asks for more.
+    "srun": """cores=1
+while [[ $1 == --* ]]; do
+    [[ $1 != --cpus-per-task=* ]] || cores=${1#*=}
+    shift
+done
+exec taskset --cpu-list "0-$((cores - 1))" "$@\"""",
     "scontrol": "echo localhost",
     "hostname": "echo 127.0.0.1",
 }
@@ -124,7 +130,7 @@ def slurm(tmp_path):
         environment |= {
             "SLURM_JOB_ID": str(job_of_its_own()),
             "SLURM_JOB_NODELIST": "localhost",
-            "SLURM_CPUS_PER_TASK": "1",
+            "SLURM_CPUS_PER_TASK": str(min(len(os.sched_getaffinity(0)), 2)),
             "SLURM_RESTART_COUNT": str(restarts),
         }
         environment |= {"RAY_TMPDIR": ray_folder}
@@ -141,15 +147,23 @@ def slurm(tmp_path):
                 os.killpg(process.pid, signal.SIGKILL)
 
 
+def is_raylet_of(folder, session):
+    """Whether a folder of /proc is that of a raylet in a session."""
+    with suppress(OSError):
+        return os.getsid(int(folder.name)) == session and b"/raylet" in (folder / "cmdline").read_bytes().split(b"\0")[0]
+
+
 @pytest.mark.slow
 def test_a_slurm_job_that_is_ended_goes_on_in_another(slurm, tmp_path, folder):
     longer = {"trials": 2, "epochs": 60, "finalists": 0}  # the first trial is no loser, and runs for some seconds
     (tmp_path / "space.yaml").write_text(yaml.safe_dump(SPACE | {"search": SPACE["search"] | longer}))
     run = tmp_path / "results" / "job"
     name = ["--storage", tmp_path / "results", "--name", "job"]
-    arguments = ["--space", tmp_path / "space.yaml", "--data", folder, *name]
+    arguments = ["--space", tmp_path / "space.yaml", "--data", folder, "--concurrent", 1, *name]
     process = slurm(*arguments)
     assert wait_for_events(run / "journal.jsonl", 8, process), (tmp_path / "log.txt").read_text()
+    (raylet,) = [int(folder.name) for folder in Path("/proc").glob("[0-9]*") if is_raylet_of(folder, process.pid)]
+    assert len(os.sched_getaffinity(raylet)) == min(len(os.sched_getaffinity(0)), 2)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=600) == 130, (tmp_path / "log.txt").read_text()
     assert "interrupted" in set(read_table(run / "trials.parquet")["status"])

@@ -108,7 +108,8 @@ def manifest(folder, rows, header="path,label"):
         ({"epochs": 0}, "--epochs: must be greater than or equal to 1, got 0"),
         ({"seed": -1}, "--seed: must be greater than or equal to 0"),
         ({"time_budget": "soon"}, "--time-budget: must be a duration such as 90s, 45m, 2h"),
-        ({"gpus_per_trial": -1.0}, "--gpus-per-trial: must be greater than or equal to 0"),
+        ({"gpus_per_trial": -1.0}, "--gpus-per-trial: must be from 0 to 1"),
+        ({"gpus_per_trial": 2.0}, "--gpus-per-trial: must be from 0 to 1, since a trial trains on one GPU"),
         ({"cpus_per_trial": 0}, "--cpus-per-trial: must be greater than or equal to 1"),
         ({"concurrent": 0}, "--concurrent: must be greater than or equal to 1"),
         ({"name": "../elsewhere"}, "--name: must be letters"),
@@ -224,7 +225,7 @@ def test_what_was_told_of_images_is_a_line_a_kind(tmp_path):
 
 @pytest.mark.slow
 def test_more_gpus_than_there_are(space, folder, on_shared_ray):
-    assert "no GPU; use 0 to train on CPUs" in "\n".join(faults(run, space=space, data=str(folder), gpus_per_trial=8.0))
+    assert "no GPU; use 0 to train on CPUs" in "\n".join(faults(run, space=space, data=str(folder), gpus_per_trial=1.0))
 
 
 def test_a_run_once_made_is_not_touched(space, folder, tmp_path):

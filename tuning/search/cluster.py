@@ -301,7 +301,7 @@ def slots(plan: SearchPlan, nodes: Sequence[Node], *, grows: bool = False) -> Sl
         grows: whether nodes may join, so that `plan.concurrent` may be larger than what fits now.
 
     Raises:
-        InputError: no node has what a trial is to be given, or more than one GPU is given in part.
+        InputError: no node has what a trial is to be given.
     """
     asked, most_gpus = plan.gpus_per_trial, max(gpus for _, gpus in nodes)
     per_trial = min(most_gpus, 1.0) if asked is None or asked == "auto" else asked
@@ -309,19 +309,14 @@ def slots(plan: SearchPlan, nodes: Sequence[Node], *, grows: bool = False) -> Sl
     most_cpus = max((cpus for cpus, _ in usable), default=0)
     packed = int(sum(gpus for _, gpus in nodes)) if asked == "auto" else 0
     limit = "the only node has" if len(nodes) == 1 else "no node has more than"
-    flag, faults = f"--gpus-per-trial {per_trial:g}", []
-    if per_trial > 1 and per_trial != int(per_trial):
-        faults.append(f"{flag}: above 1 only whole GPUs are possible; use {int(per_trial)}")
     if per_trial > most_gpus:
-        most = f"{limit} {most_gpus:g} GPU{'s' * (most_gpus != 1)}; use at most that, or"
-        faults.append(f"{flag}: {most if most_gpus else 'no GPU; use'} 0 to train on CPUs")
-    elif plan.cpus_per_trial is not None and plan.cpus_per_trial > most_cpus:
-        faults.append(f"--cpus-per-trial {plan.cpus_per_trial}: {limit} {count(most_cpus, 'core')}; use at most that")
-    if faults:
-        raise InputError(faults)
+        cure = f"{limit} {most_gpus:g} GPUs; use at most that, or" if most_gpus else "no GPU; use"
+        raise InputError(f"--gpus-per-trial {per_trial:g}: {cure} 0 to train on CPUs")
+    if plan.cpus_per_trial is not None and plan.cpus_per_trial > most_cpus:
+        raise InputError(f"--cpus-per-trial {plan.cpus_per_trial}: {limit} {count(most_cpus, 'core')}; use at most that")
     if per_trial:
         smallest = min(SHARES) if packed else per_trial
-        fit = [int(gpus) * int(1 / smallest) if smallest < 1 else int(gpus // smallest) for _, gpus in usable]
+        fit = [int(gpus) * int(1 / smallest) for _, gpus in usable]
         cores_each = min(cpus // room for (cpus, _), room in zip(usable, fit, strict=True))
         threads = plan.cpus_per_trial or max(1, cores_each)
         fitting = sum(min(room, cpus // threads) for (cpus, _), room in zip(usable, fit, strict=True))

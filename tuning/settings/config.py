@@ -91,12 +91,12 @@ def _number_or_auto(value: Any, check: Callable[[Any], Any]) -> Any:
     try:
         return check(value)
     except ValidationError:
-        raise ValueError("must be greater than or equal to 0, or `auto`") from None
+        raise ValueError("must be from 0 to 1, since a trial trains on one GPU, or `auto`") from None
 
 
 Depth = Annotated[int, BeforeValidator(lambda depth: DEPTH_ALL if depth == "all" else depth)]
 Seconds = Annotated[float, BeforeValidator(parse_duration)]
-Gpus = Annotated[Annotated[float, Field(ge=0)] | Literal["auto"] | None, WrapValidator(_number_or_auto)]
+Gpus = Annotated[Annotated[float, Field(ge=0, le=1)] | Literal["auto"] | None, WrapValidator(_number_or_auto)]
 # Fields are described by the docstrings below them.
 _MODEL = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -171,7 +171,7 @@ class SearchPlan(BaseModel):
     trial_timeout: Seconds | None = Field(None, gt=0)
     """Time without a finished epoch after which a trial ends as `failed`: 90s, 45m, 2h. Default: no limit."""
     gpus_per_trial: Gpus = None
-    """GPUs per trial: a fraction up to 1, a whole number, or `auto` (by measured memory). Default: 1, or 0 if none."""
+    """GPU per trial: 1, a fraction of it, 0 for CPUs, or `auto` (by measured memory). Default: 1, or 0 if none."""
     cpus_per_trial: int | None = Field(None, ge=1)
     """CPU threads per trial. Default: 1, or on GPUs its share of the cores."""
     concurrent: int | None = Field(None, ge=1)
