@@ -150,7 +150,9 @@ def slurm(tmp_path):
 def is_raylet_of(folder, session):
     """Whether a folder of /proc is that of a raylet in a session."""
     with suppress(OSError):
-        return os.getsid(int(folder.name)) == session and b"/raylet" in (folder / "cmdline").read_bytes().split(b"\0")[0]
+        return (
+            os.getsid(int(folder.name)) == session and b"/raylet" in (folder / "cmdline").read_bytes().split(b"\0")[0]
+        )
 
 
 @pytest.mark.slow

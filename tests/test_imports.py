@@ -24,7 +24,7 @@ BELOW = {
 }
 MODULES = sorted(str(path.relative_to(TUNING).with_suffix("")).replace("/", ".") for path in TUNING.rglob("*.py"))
 COMMANDS = {"run_search", "audit", "train_final", "report", "model_folder"}
-RAY = {"search.cluster", "search.driver", "search.trainable", "search.tuner", "search.worker"}
+RAY = {"search.cluster", "search.driver", "search.gpus", "search.trainable", "search.tuner", "search.worker"}
 OPTUNA = {"search.optimizer", "insight.analysis"}
 TORCHLESS = [
     module

@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -50,6 +50,8 @@ class Predict:
     """Image files, folders of images, URIs of either, or globs in quotes (** matches nested folders)."""
     out: Annotated[tyro.conf.DisallowNone[str | None], tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     """Table to write, .csv or .parquet. Default: CSV on the standard output."""
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], tyro.conf.arg(metavar="auto|cpu|cuda|mps")] = "auto"
+    """Device: `cpu`, `cuda`, `mps` (Apple's GPU), or `auto`: a GPU if there is one."""
 
 
 def main() -> int:
@@ -79,7 +81,7 @@ def run(flags: Predict) -> None:
     if not files:
         raise InputError(faults or ["predict: give at least one image"])
     with borrowed(flags.model, without=NOT_LOADED) as folder:
-        model = load_model(folder)
+        model = load_model(folder, flags.device)
     known: list[str] = []
     rows: list[NDArray[np.float64]] = []
     notes: dict[str, str] = {}

@@ -82,6 +82,7 @@ class Flags:
     seed: Annotated[int | None, flag("seed", "N")] = None
     time_budget: Annotated[str | None, flag("time_budget", "TIME")] = None
     gpus_per_trial: Annotated[float | Literal["auto"] | None, flag("gpus_per_trial", "N|auto")] = None
+    device: Annotated[str | None, flag("device", "auto|cpu|cuda|mps")] = None
     cpus_per_trial: Annotated[int | None, flag("cpus_per_trial", "N")] = None
     concurrent: Annotated[int | None, flag("concurrent", "N")] = None
     storage: Annotated[str | None, flag("storage", "FOLDER|URI")] = None
@@ -129,6 +130,7 @@ def _started(plan: SearchPlan, space: Space, folder: Path, resumed: bool) -> int
 
     # Ray starts in the background, and so does the check. Both take seconds, so wrong flags are reported before.
     from tuning.search.cluster import loading_ahead, ray_running
+    from tuning.search.gpus import gpus_checked
 
     sizes = sizes_of_backbones(space)
     checked = {name: sizes[name] for name in backbones(space)}
@@ -136,8 +138,9 @@ def _started(plan: SearchPlan, space: Space, folder: Path, resumed: bool) -> int
         mirrored(folder, plan.storage) as mirror,
         weights_checked(checked, plan.weights, by_worker=loading_ahead(plan) > 0) as weights,
         ray_running(plan) as nodes,
+        gpus_checked(plan, nodes) as gpus,
     ):
-        return _search(plan, space, folder, mirror, nodes, weights, resumed)
+        return _search(plan, space, folder, mirror, nodes, gpus, weights, resumed)
 
 
 def planned(flags: Flags) -> tuple[SearchPlan, Space, Path]:
@@ -153,6 +156,7 @@ def _search(
     folder: Path,
     mirror: Mirror | None,
     nodes: Nodes,
+    gpus: Callable[[], list[str]],
     weights_within: Weights,
     resumed: bool,
 ) -> int:
@@ -189,6 +193,8 @@ def _search(
     nodes()  # waits for Ray
     for warning in small_shared_memories() if joining else filter(None, [small_shared_memory()]):
         console.print(warning, markup=False)
+    for line in gpus():
+        console.print(line, markup=False)
     # Ray has replaced our handler by its own, which aborts the process 3 s after a SIGTERM.
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     resources = slots(plan, nodes(), grows=joining)

@@ -33,7 +33,7 @@ from tuning.record.predictions import read_predictions, write_tested
 from tuning.record.storage import is_uri, joined
 from tuning.record.temperature import fit_temperature, logarithms, tempered
 from tuning.search.plans import other_packages, short_training
-from tuning.settings.command_line import BAD_INPUT, DONE, Pairs, command_line, endure, exit_code, leave
+from tuning.settings.command_line import BAD_INPUT, DONE, Pairs, command_line, endure, exit_code, flag, leave
 from tuning.settings.config import SAMPLE_SETTINGS, InputError, SearchPlan, TrialConfig, build, cache_folder, visible
 from tuning.settings.documents import check_parts, read_mapping
 from tuning.settings.words import count, examples
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 OF_OTHER_DATA = (*SAMPLE_SETTINGS, "on_leak", "skip_unreadable")
 EFFECTIVE = (
     *("data", "fit", "drop_colour", "disk_cache_bytes", "cache_bytes"),
-    *("weights", "epochs", "seed", "metric", "final_data", "ensemble"),
+    *("weights", "epochs", "seed", "metric", "final_data", "ensemble", "device"),
 )
 
 
@@ -61,6 +61,7 @@ class Flags:
     data: Annotated[tyro.conf.DisallowNone[str | None], tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
     """Other data to train and test on, with splits of its own, or the place that the data of the search was moved to.
     Default: the data and splits of the search."""
+    device: Annotated[str | None, flag("device", "auto|cpu|cuda|mps")] = None
     set: Annotated[Pairs, tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
     """Settings of the final model or of --data, and trials' parameters: --set ensemble=false learning_rate=1e-4."""
 
@@ -159,7 +160,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     from tuning.show.plots import write_plots
     from tuning.training.backbones import check
     from tuning.training.dataset import join
-    from tuning.training.device import set_up
+    from tuning.training.device import chosen, keep_memory
     from tuning.training.digests import digests, other_weights
     from tuning.training.features import FeatureCache
     from tuning.training.outputs import run_folder as outputs_folder
@@ -173,9 +174,10 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
         raise InputError(f"the pretrained weights of {examples(other)} have changed since the search; {cure}")
     for each in configs.values():
         check(each.backbone, [each.image_size], weights[each.backbone])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen(plan.device)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    set_up(device)
+    if device.type == "cpu":
+        keep_memory()
 
     # Take what the search has trained, or train.
     if taken is not None:
@@ -275,7 +277,7 @@ def _read_best(path: Path, flags: Flags) -> Best:
     provenance = document.pop("provenance")
     check_parts(provenance, path, {"fingerprint": str, "settings": dict})
     settings = provenance["settings"]
-    given, overrides = command_line({"data": flags.data}, flags.set)
+    given, overrides = command_line({"data": flags.data, "device": flags.device}, flags.set)
     overrides |= {key: given[key] for key in ("epochs", "seed") if key in given}
     _check_effect(given, path.parent, flags)
     plan = build(SearchPlan, settings | given, str(path))

@@ -190,6 +190,7 @@ def test_images_that_can_be_read_stay_where_they_are(tmp_path):
     ("settings", "said"),
     [
         ({"gpus_per_trial": 1.0}, "no GPU; use 0 to train on CPUs"),
+        ({"device": "cuda"}, "--device cuda: no node has a GPU for trials"),
         ({"cpus_per_trial": 9}, "the only node has 2 cores"),
     ],
 )
@@ -206,6 +207,8 @@ def test_more_than_there_is_is_refused(settings, said):
         ({}, 16, 2.0, Slots(8, 1.0, 2)),
         ({"gpus_per_trial": 0.25}, 16, 1.0, Slots(4, 0.25, 4)),
         ({"gpus_per_trial": 0.0}, 16, 1.0, Slots(1, 0.0, 16)),
+        ({"device": "cpu"}, 16, 1.0, Slots(1, 0.0, 16)),
+        ({"device": "mps"}, 8, 1.0, Slots(8, 1.0, 1)),
         ({"concurrent": 3}, 16, 4.0, Slots(4, 1.0, 3)),
         ({"gpus_per_trial": 0.4}, 16, 4.0, Slots(2, 0.4, 8)),
         ({"trials": 1}, 16, 4.0, Slots(4, 1.0, 1)),

@@ -6,21 +6,23 @@ import signal
 import subprocess
 import time
 from collections import Counter, deque
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import pytest
 import ray
+import torch
 import yaml
 from ray.cluster_utils import Cluster
 from searches import FreeTrial, OnAGpu, SlowTrial, make_run, workers
 from shared import SOAK, shared_ray
 from test_end_to_end import SPACE, command
 
+from tuning import run_search
 from tuning.record.journal import FINAL, read_journal, read_record
 from tuning.record.tables import read_table, read_whole
-from tuning.search.cluster import Slots, ray_running, restored_environment
+from tuning.search.cluster import Slots, ray_nodes, ray_running, restored_environment
 from tuning.search.driver import LOST_ACTOR_RETRIES, LOST_STARTS
-from tuning.settings.config import SearchPlan
+from tuning.settings.config import InputError, SearchPlan
 
 pytestmark = pytest.mark.slow
 HUNDRED = {"worker": 60, "node": 25, "driver": 15}
@@ -108,6 +110,24 @@ def test_a_gpu_that_does_not_work_gets_one_trial_which_another_then_trains(tmp_p
     assert len(trials) == 30 and set(trials["status"]) == {"completed"}
     told = [line for line in capsys.readouterr().err.splitlines() if "it gets no more trials" in line]
     assert len(told) == 1 and told[0].startswith("GPU 1 of here: CUDA error")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use a GPU here")
+def test_gpus_that_torch_cannot_use_are_told_before_a_run_begins(tmp_path, folder, two_gpus, monkeypatch):
+    """Ray counts two, but there is no driver."""
+
+    @contextmanager
+    def running(plan):
+        yield ray_nodes
+
+    monkeypatch.setattr("tuning.search.cluster.ray_running", running)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(SPACE))
+    with pytest.raises(InputError) as raised:
+        run_search.run(run_search.Flags(data=str(folder), space="space.yaml", name="run"))
+    assert "which can't be used: RuntimeError: Found no NVIDIA driver" in raised.value.faults[0]
+    assert raised.value.faults[-1].startswith("no GPU works; install a build of torch for this driver")
+    assert not (tmp_path / "results" / "run").exists()
 
 
 def test_where_no_gpu_works_the_search_ends_and_says_so(tmp_path, folder, two_gpus):

@@ -27,6 +27,7 @@ from tuning.search import worker as worker_module
 from tuning.search.checkpoints import StorageLost, best_file
 from tuning.search.plans import write_run
 from tuning.search.trainable import FinetuneTrial
+from tuning.search.worker import ProcessLost
 from tuning.settings.config import SearchPlan, TrialConfig
 from tuning.settings.space_file import parse
 from tuning.training.digests import digests
@@ -207,6 +208,29 @@ def many_epochs(*given, **named):
             return State([row | {"epoch": epoch}], tensors)
 
         yield row | {"epoch": epoch}, again
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use a GPU here")
+def test_a_gpu_that_does_not_work_is_told_and_is_no_failure_of_the_trial(given, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    trial = FinetuneTrial(given("t00000") | {"device": "gpu"})
+    (row,) = step(trial)
+    assert row.keys() == {"broken"} and row["broken"].startswith("GPU 3 of ")
+    assert "Found no NVIDIA driver" in row["broken"]
+
+
+def test_a_process_that_has_lost_a_gpu_which_works_is_no_failure_of_the_trial(given, monkeypatch):
+    """As after an illegal memory access, upon which every call of that process fails."""
+    trial = FinetuneTrial(given("t00000") | {"device": "gpu"})
+
+    def fails(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(worker_module, "exercise", fails)
+    monkeypatch.setattr(worker_module, "gpus_here", lambda: [("a GPU", None)])
+    with pytest.raises(ProcessLost, match="illegal memory access"):
+        trial.step()
 
 
 @pytest.mark.parametrize(("times", "epochs"), [(1, [1, 2, 1, 2, 3, 4, 5]), (2, [1, 2, 1, 2, None])])

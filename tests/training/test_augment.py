@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tuning.training.augment import BLUR, BRIGHTNESS, COLUMNS, CONTRAST, POLICIES, augment, epoch_table
+from tuning.training.augment import BLUR, BRIGHTNESS, COLUMNS, CONTRAST, POLICIES, augment, epoch_table, sampled
 
 
 def batch(count=4, side=32):
@@ -65,3 +65,13 @@ def test_contrast_brightness_and_blur():
     wanted = torch.nn.functional.conv2d(padded, torch.outer(binomial, binomial).view(1, 1, 5, 5))
     for view, image, blur, share in zip(augment(images, blurred, "medium"), images, wanted, (0.25, 0.5), strict=True):
         torch.testing.assert_close(view, torch.lerp(image, blur, share), atol=1e-5, rtol=0)
+
+
+def test_without_border_padding_views_are_the_same():
+    images = batch(3)
+    grid = 1.5 * (
+        2 * torch.rand(3, images.shape[-1], images.shape[-1], 2, generator=torch.Generator().manual_seed(0)) - 1
+    )
+    torch.testing.assert_close(
+        sampled(images, grid, border=False), sampled(images, grid, border=True), atol=1e-5, rtol=0
+    )

@@ -12,7 +12,8 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from tuning.data.decoding import decode
+from tuning.data.decoding import Pixels, decode
+from tuning.data.images import parallel_map
 from tuning.record.tables import replacing
 from tuning.record.temperature import logarithms, tempered
 from tuning.settings.config import InputError, SearchPlan, TrialConfig, build, check_value
@@ -48,26 +49,31 @@ class Model:
         Raises:
             InputError: names every file that can't be read.
         """
-        import torch
-
         from tuning.training.dataset import preparer
         from tuning.training.scores import predict_images
 
-        decoded, faults = [], []
-        for file in [files] if isinstance(files, str | Path) else files:
+        def read(file: str | Path) -> tuple[Pixels, str | None] | InputError:
             try:
                 image, facts = decode(str(file), self.config.image_size, fit=self.fit, drop_colour=self.drop_colour)
             except InputError as error:
-                faults.append(f"{file}: {error}")
+                return error
+            return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2), facts.notes
+
+        named = [files] if isinstance(files, str | Path) else list(files)
+        decoded, faults = [], []
+        for file, found in zip(named, parallel_map(read, named), strict=True):
+            if isinstance(found, InputError):
+                faults.append(f"{file}: {found}")
                 continue
-            if facts.notes and notes is not None:
-                notes[str(file)] = facts.notes
-            decoded.append(image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2))
+            decoded.append(found[0])
+            if found[1] and notes is not None:
+                notes[str(file)] = found[1]
         if faults:
             raise InputError(faults)
         if not decoded:
             return np.empty((0, len(self.classes)))
-        prepare = preparer(np.stack(decoded), self.config.backbone, torch.device("cpu"))
+        device = next(self.network.parameters()).device
+        prepare = preparer(np.stack(decoded), self.config.backbone, device)
         return tempered(predict_images(self.network, prepare, np.arange(len(decoded))), self.temperature)
 
 
@@ -138,20 +144,25 @@ def _write_config(folder: Path, document: dict[str, Any]) -> None:
     (folder / CONFIG).write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def load_model(folder: str | Path) -> Model | Ensemble:
+def load_model(folder: str | Path, device: str = "cpu") -> Model | Ensemble:
     """Load the classifier from a model folder.
 
+    Args:
+        device: `cpu`, `cuda`, `mps` or `auto` (a GPU if there is one).
+
     Raises:
-        InputError: the folder holds no model, or a damaged one.
+        InputError: the folder holds no model, or a damaged one, or there is no such device.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
+
+    from tuning.training.device import chosen
 
     folder = Path(folder)
     document = _read_config(folder)
     classes, temperature = tuple(document["classes"]), float(document.get("temperature", 1.0))
     if shares := document.get("ensemble"):
-        members = tuple(load_model(folder / name) for name in shares)
+        members = tuple(load_model(folder / name, device) for name in shares)
         return Ensemble(members, tuple(shares.values()), classes, temperature)
     config = build(TrialConfig, document["config"], str(folder / CONFIG))
     given = document["preprocessing"]
@@ -173,7 +184,7 @@ def load_model(folder: str | Path) -> Model | Ensemble:
         network.load_state_dict(tensors)
     except RuntimeError as error:
         raise InputError(f"{folder / WEIGHTS}: not the weights of {config.backbone} ({error})") from None
-    return Model(network.eval(), config, classes, **shaping, temperature=temperature)
+    return Model(network.eval().to(chosen(device)), config, classes, **shaping, temperature=temperature)
 
 
 def build_network(config: TrialConfig, classes: int, weights: Path | None = None) -> "nn.Module":

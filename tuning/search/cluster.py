@@ -107,6 +107,8 @@ def start_ray(plan: SearchPlan) -> list[Node]:
         options["address"] = "local"  # else Ray joins the cluster last started on this machine
         if len(tempfile.gettempdir()) > LONGEST_TEMPDIR:
             options["_temp_dir"] = f"/tmp/ray-{os.getuid()}"
+        if plan.device == "mps" and not _gpus():  # before 2.60 Ray knows no GPU of Apple's
+            options["num_gpus"] = 1
         if loading := loading_ahead(plan):
             # Workers load torch at once, while the driver reads and audits, not when a trial starts. As many as there
             # are slots may wait; else Ray ends those that wait as soon as a trial has reserved their cores.
@@ -128,7 +130,7 @@ def loading_ahead(plan: SearchPlan) -> int:
     wanted = min(plan.concurrent or cores // (plan.cpus_per_trial or 1), plan.trials)
     if "RAY_ADDRESS" in os.environ or cores > MOST_PRELOADING or 2 * wanted < cores:
         return 0
-    return 0 if plan.gpus_per_trial != 0 and _gpus() else wanted
+    return 0 if plan.on_gpus and _gpus() else wanted
 
 
 def _gpus() -> int:
@@ -303,7 +305,9 @@ def slots(plan: SearchPlan, nodes: Sequence[Node], *, grows: bool = False) -> Sl
     Raises:
         InputError: no node has what a trial is to be given.
     """
-    asked, most_gpus = plan.gpus_per_trial, max(gpus for _, gpus in nodes)
+    asked, most_gpus = plan.gpus_per_trial if plan.on_gpus else 0.0, max(gpus for _, gpus in nodes)
+    if plan.device in ("cuda", "mps") and not (most_gpus and plan.on_gpus):
+        raise InputError(f"--device {plan.device}: no node has a GPU for trials; use auto or cpu")
     per_trial = min(most_gpus, 1.0) if asked is None or asked == "auto" else asked
     usable = [(cpus, gpus) for cpus, gpus in nodes if gpus >= per_trial]
     most_cpus = max((cpus for cpus, _ in usable), default=0)
@@ -313,7 +317,9 @@ def slots(plan: SearchPlan, nodes: Sequence[Node], *, grows: bool = False) -> Sl
         cure = f"{limit} {most_gpus:g} GPUs; use at most that, or" if most_gpus else "no GPU; use"
         raise InputError(f"--gpus-per-trial {per_trial:g}: {cure} 0 to train on CPUs")
     if plan.cpus_per_trial is not None and plan.cpus_per_trial > most_cpus:
-        raise InputError(f"--cpus-per-trial {plan.cpus_per_trial}: {limit} {count(most_cpus, 'core')}; use at most that")
+        raise InputError(
+            f"--cpus-per-trial {plan.cpus_per_trial}: {limit} {count(most_cpus, 'core')}; use at most that"
+        )
     if per_trial:
         smallest = min(SHARES) if packed else per_trial
         fit = [int(gpus) * int(1 / smallest) for _, gpus in usable]

@@ -107,7 +107,7 @@ class Search:
             "digests": dict(digests),
             "threads": resources.cpus,
             "cache_bytes": plan.cache_bytes,
-            "device": "cuda" if resources.gpus else "cpu",
+            "device": "gpu" if resources.gpus else "cpu",
             "storage": None if mirror is None else mirror.uri,
             "driver": None if mirror is None else mirror.claim,
             "run_id": run_id,

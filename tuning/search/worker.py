@@ -23,9 +23,10 @@ from tuning.record.tables import read_table
 from tuning.record.transfer import fetch_files, patiently, push_file
 from tuning.search.checkpoints import StorageLost, best_file, load_state, save, state_file
 from tuning.search.cluster import images_here
+from tuning.search.gpus import gpus_here
 from tuning.settings.config import InputError, TrialConfig
 from tuning.training.dataset import Data, join, placed
-from tuning.training.device import exercise, fault, set_up
+from tuning.training.device import accelerator, exercise, keep_memory
 from tuning.training.digests import digests, other_weights
 from tuning.training.features import FeatureCache
 from tuning.training.finetune import finetune, out_of_memory
@@ -59,8 +60,9 @@ class Worker:
 
     def __init__(self, config: dict[str, Any]):
         torch.set_num_threads(config["threads"])
-        self._device = torch.device(config["device"])
-        set_up(self._device)
+        self._device = accelerator() if config["device"] == "gpu" else torch.device("cpu")
+        if self._device.type == "cpu":
+            keep_memory()
         self._tried = self._device.type == "cpu"  # whether the GPU works
         self._images: dict[int, Any] = {}  # by size; an array, or a tensor on the GPU
         self._models = Models()
@@ -128,7 +130,7 @@ class Worker:
         try:
             exercise(self._device)
         except Exception as error:
-            if wrong := fault(self._device.type):
+            if wrong := next((wrong for _, wrong in gpus_here() if wrong is not None), None):
                 return f"GPU {os.environ.get('CUDA_VISIBLE_DEVICES', '')} of {platform.node()}: {wrong}"
             raise ProcessLost(str(error)) from None
         return None

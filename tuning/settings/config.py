@@ -172,6 +172,8 @@ class SearchPlan(BaseModel):
     """Time without a finished epoch after which a trial ends as `failed`: 90s, 45m, 2h. Default: no limit."""
     gpus_per_trial: Gpus = None
     """GPU per trial: 1, a fraction of it, 0 for CPUs, or `auto` (by measured memory). Default: 1, or 0 if none."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Device of trials and the final model: `cpu`, `cuda`, `mps` (Apple's GPU), or `auto`: a GPU if there is one."""
     cpus_per_trial: int | None = Field(None, ge=1)
     """CPU threads per trial. Default: 1, or on GPUs its share of the cores."""
     concurrent: int | None = Field(None, ge=1)
@@ -254,6 +256,11 @@ class SearchPlan(BaseModel):
         return without_secrets(url)
 
     @property
+    def on_gpus(self) -> bool:
+        """Whether trials are to run on GPUs, if there are any."""
+        return self.device != "cpu" and self.gpus_per_trial != 0
+
+    @property
     def resume_command(self) -> str:
         """The command that resumes the run."""
         storage = "" if self.storage == "results" else f" --storage {shlex.quote(without_secrets(self.storage))}"
@@ -265,7 +272,7 @@ SETTINGS = tuple(name for name in SearchPlan.model_fields if name not in ("name"
 SAMPLE_SETTINGS = tuple(name for name in SETTINGS if name.endswith(("_column", "_fraction")))  # of `load_samples`
 RESUME_MAY_CHANGE = (
     *("trials", "finalist_epochs", "time_budget", "trial_timeout"),
-    *("concurrent", "gpus_per_trial", "cpus_per_trial"),
+    *("concurrent", "gpus_per_trial", "cpus_per_trial", "device"),
     *("optuna_storage", "track"),
     "data",  # the same images in another place
 )

@@ -75,7 +75,15 @@ def _move(images: Tensor, table: Tensor, strength: dict[str, float]) -> Tensor:
     shift_x, shift_y = 2 * strength["shift"] * signed[:, SHIFT_X], 2 * strength["shift"] * signed[:, SHIFT_Y]
     rows = torch.stack([cos * flip, -sin, shift_x, sin * flip, cos, shift_y], dim=1)
     grid = functional.affine_grid(rows.view(-1, 2, 3), list(images.shape), align_corners=False)
-    return functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    return sampled(images, grid, border=images.device.type != "mps")
+
+
+def sampled(images: Tensor, grid: Tensor, *, border: bool) -> Tensor:
+    """Sample at a grid, with the border repeated; without `border`, which MPS lacks, by keeping the grid inside."""
+    if not border:
+        edge = 1 - 1 / images.shape[-1]  # the centre of the last pixel
+        grid = grid.clamp(-edge, edge)
+    return functional.grid_sample(images, grid, padding_mode="border" if border else "zeros", align_corners=False)
 
 
 def _blurred(images: Tensor) -> Tensor:

@@ -51,11 +51,11 @@ def weights_checked(sizes: Mapping[str, Sequence[int]], weights: str, *, by_work
         started, process = time.monotonic(), None
 
         def start() -> subprocess.Popen[bytes]:
-            package, given = str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")
-            environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [package, given]))}
             command = [sys.executable, "-c", f"from {__name__} import answer; answer()"]
             # In a session of its own, since Ctrl-C is for the driver; what a download shows goes to the terminal.
-            begun = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+            begun = subprocess.Popen(
+                command, env=package_environment(), stdin=subprocess.DEVNULL, start_new_session=True
+            )
             end.callback(begun.wait)
             end.callback(begun.kill)
             return begun
@@ -85,6 +85,12 @@ def weights_checked(sizes: Mapping[str, Sequence[int]], weights: str, *, by_work
         if not by_worker:
             process = start()
         yield known
+
+
+def package_environment() -> dict[str, str]:
+    """Return this process's environment for another that imports this package."""
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def answer() -> None:

@@ -1,15 +1,13 @@
-"""The device that trials run on: how this process is set up for it, and whether it works."""
+"""The device that trials run on: which it is, in what precision it computes, and whether it works."""
 
 import ctypes
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-FAULT_SECONDS = 120.0  # for a process that loads torch and tries a GPU
+from tuning.settings.config import InputError
 
 
 def keep_memory() -> None:
@@ -27,15 +25,14 @@ def keep_memory() -> None:
         mallopt(m_top_pad, 2**26)
 
 
-def set_up(device: torch.device) -> None:
-    """Prepare this process for trials on a device: on a CPU by `keep_memory`, on CUDA by convolutions without TF32.
-
-    What is evaluated is in float32, as it is deployed; TF32 has float16's 10 bits of precision.
-    """
-    if device.type == "cpu":
-        keep_memory()
-    elif device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = False
+@contextmanager
+def in_float32() -> Iterator[None]:
+    """Have CUDA's convolutions compute in float32, as the model is deployed, not in TF32 with float16's precision."""
+    was, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = was
 
 
 def mixed_precision(device: torch.device) -> torch.dtype | None:
@@ -60,18 +57,41 @@ def exercise(device: torch.device) -> None:
     float(layer.weight.grad.sum())
 
 
-def fault(device: str) -> str | None:
-    """Return what is wrong with a device of this machine, tried by a process of its own; None if it works."""
-    code = f"import torch; from {__name__} import exercise; exercise(torch.device({device!r}))"
-    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+def accelerator() -> torch.device:
+    """Return the GPU that torch can use here: CUDA's (or ROCm's), or Apple's. Without one CUDA's, whose use fails."""
+    return torch.device("mps" if torch.backends.mps.is_available() else "cuda")
+
+
+def chosen(name: str) -> torch.device:
+    """Return the device that `cpu`, `cuda`, `mps` or `auto` (the GPU that torch can use, else the CPU) names.
+
+    Raises:
+        InputError: torch finds none of this name.
+    """
+    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(each for each, there in usable.items() if there)
+    if not usable[name]:
+        raise InputError(f"--device {name}: torch finds no such device here; use auto or cpu")
+    return torch.device(name)
+
+
+def gpus() -> list[tuple[str, str | None]]:
+    """Return each GPU of this machine in words, and what is wrong with it; None if it works."""
+    if not torch.cuda.is_available():
+        device = accelerator()
+        return [("Apple GPU" if device.type == "mps" else "GPU", _tried(device))]
+    found = []
+    for number in range(torch.cuda.device_count()):
+        device, facts = torch.device("cuda", number), torch.cuda.get_device_properties(number)
+        words = f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, {str(mixed_precision(device))[6:]}"
+        found.append((words, _tried(device)))
+    return found
+
+
+def _tried(device: torch.device) -> str | None:
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=FAULT_SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        return f"no answer within {FAULT_SECONDS:g} s"
-    if done.returncode == 0:
-        return None
-    lines = [line for line in done.stderr.splitlines() if "Error" in line] or [f"exit status {done.returncode}"]
-    return lines[-1].strip()
+        exercise(device)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".partition("\n")[0]
+    return None

@@ -4,7 +4,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tuning.training.dataset import Indices, preparer
+from tuning.training.device import in_float32
 from tuning.training.features import CHUNK, Array, FeatureCache, Key, loaded, stored
 from tuning.training.models import Network
 from tuning.training.scores import EVALUATION_BATCH, predict
@@ -23,7 +24,7 @@ BLOCK = 256  # about as many images go through the prefix at once if their outpu
 HELD_BYTES = 2**28  # vectors up to this size are held in memory, on the trial's device
 VECTORS_BATCH = 4096  # vectors evaluated at once
 Fetch = Callable[[Indices], Tensor]  # from positions in a set of images to the trained part's inputs
-Precision = AbstractContextManager[Any]  # of passes through the prefix
+Precision = Callable[[], AbstractContextManager[Any]]  # of passes through the prefix
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Frozen:
         prepare = partial(self._prepared, indices, table, policy)
         if self._cut is None:
             return Inputs(prepare)
-        precision = nullcontext() if table is None else self._network.training_precision()
+        precision = in_float32 if table is None else self._network.training_precision
         found = None
         if self._cache is not None:
             images = hashlib.sha256(indices.tobytes()).hexdigest()
@@ -116,7 +117,7 @@ class Frozen:
         """Compute the outputs of at most CHUNK images."""
         assert self._cut is not None
         images = prepare(_filled(positions))
-        with precision:
+        with precision():
             return self._cut.prefix(images)[: len(positions)]
 
     def _outputs(self, key: Key, count: int, prepare: Fetch, precision: Precision) -> Iterator[Array]:
@@ -133,7 +134,7 @@ class Frozen:
                 yield stored(self._pass(prepare, precision, positions))
             else:
                 features = loaded(source[0][_filled(positions)], self._network.device)
-                with precision:
+                with precision():
                     derived = self._cut.stop(partial(source[1], features))
                 yield stored(derived[: len(positions)])
 

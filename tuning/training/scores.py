@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from tuning.record.temperature import tempered_loss
 from tuning.training.dataset import Indices, Prepare
+from tuning.training.device import in_float32
 
 EVALUATION_BATCH = 64
 
@@ -20,7 +21,8 @@ EVALUATION_BATCH = 64
 @torch.no_grad()
 def predict(forward: Callable[[Tensor], Tensor], batches: Iterable[Tensor]) -> NDArray[np.float32]:
     """Return logits [n, classes]; `forward` is a model in eval mode, or its trained part."""
-    return torch.cat([forward(batch) for batch in batches]).cpu().numpy()
+    with in_float32():
+        return torch.cat([forward(batch) for batch in batches]).cpu().numpy()
 
 
 def predict_images(network: nn.Module, prepare: Prepare, indices: Indices) -> NDArray[np.float32]:
