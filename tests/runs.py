@@ -40,6 +40,7 @@ def given_by_ray(run, images, *, early_loss_epochs):
         "threads": 1,
         "gpus": 0,
         "device": "cpu",
+        "deterministic": False,
         "redraw": False,
         "storage": None,
         "driver": None,

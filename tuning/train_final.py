@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 OF_OTHER_DATA = (*SAMPLE_SETTINGS, "on_leak", "skip_unreadable")
 EFFECTIVE = (
     *("data", "fit", "drop_colour", "disk_cache_bytes", "cache_bytes"),
-    *("weights", "epochs", "seed", "metric", "final_data", "ensemble", "device"),
+    *("weights", "epochs", "seed", "metric", "final_data", "ensemble", "device", "deterministic"),
 )
 
 
@@ -160,7 +160,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     from tuning.show.plots import write_plots
     from tuning.training.backbones import check
     from tuning.training.dataset import join
-    from tuning.training.device import chosen, keep_memory
+    from tuning.training.device import chosen, deterministic, keep_memory
     from tuning.training.digests import digests, other_weights
     from tuning.training.features import FeatureCache
     from tuning.training.outputs import run_folder as outputs_folder
@@ -178,6 +178,8 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     if device.type == "cpu":
         keep_memory()
+    elif plan.deterministic:
+        deterministic()
 
     # Take what the search has trained, or train.
     if taken is not None:

@@ -22,7 +22,6 @@ from tuning.search.cluster import (
     MOST_PRELOADING,
     Slots,
     cluster_map,
-    gpu_share,
     images_here,
     on_each_node,
     ray_running,
@@ -252,26 +251,3 @@ def test_a_containers_small_shared_memory_is_told(tmp_path):
     assert small_shared_memory(str(tmp_path / "none")) is None
     assert small_shared_memory(str(tmp_path), least_mb=0.0) is None
     assert "--shm-size" in small_shared_memory(str(tmp_path), least_mb=2.0**50)
-
-
-SMALL = {"backbone": "a", "image_size": 64, "unfreeze_depth": 2, "batch_size": 32}
-
-
-@pytest.mark.parametrize(
-    ("measured", "share"),
-    [
-        ([], 1.0),
-        ([(SMALL, 1000.0, 80_000.0)], 0.25),
-        ([(SMALL, 20_000.0, 80_000.0)], 0.5),
-        ([(SMALL, 40_000.0, 80_000.0)], 1.0),
-        ([(SMALL, 90_000.0, 80_000.0)], 1.0),
-        ([(SMALL | {"unfreeze_depth": 5}, 20_000.0, 80_000.0), (SMALL, 1000.0, 80_000.0)], 0.25),
-        ([(SMALL | {"unfreeze_depth": 1}, 1000.0, 80_000.0)], 1.0),
-        ([(SMALL | {"batch_size": 16}, 1000.0, 80_000.0)], 1.0),
-        ([(SMALL | {"image_size": 32}, 1000.0, 80_000.0)], 1.0),
-        ([(SMALL | {"backbone": "b"}, 1000.0, 80_000.0)], 1.0),
-        ([(SMALL, 4000.0, 80_000.0), (SMALL | {"backbone": "b"}, 1000.0, 16_000.0)], 0.5),
-    ],
-)
-def test_the_share_of_a_gpu_is_what_a_heavier_trial_was_seen_to_need(measured, share):
-    assert gpu_share(SMALL, measured) == share

@@ -16,6 +16,7 @@ from shared import shared_ray
 from tuning.record.journal import FINAL, read_journal
 from tuning.record.predictions import read_predictions
 from tuning.record.tables import make_tables, read_table
+from tuning.search import gpus
 from tuning.search.cluster import Slots
 from tuning.search.driver import Search
 from tuning.search.finalists import finalist_runs_left
@@ -410,8 +411,9 @@ def test_start_points_are_not_stopped_by_asha(tmp_path, folder):
     assert made == ["continue", "kept", "stop"]
 
 
-def test_trials_are_packed_once_one_has_been_measured(tmp_path, folder):
+def test_trials_are_packed_once_some_have_been_measured(tmp_path, folder, monkeypatch):
     """As Ray asks and tells, without it: two trials fill two GPUs, the third waits until the first has ended."""
+    monkeypatch.setattr(gpus, "MEASURED_FIRST", 1)
     rates = (1e-3, 2e-3, 3e-3, 4e-3)
     start = [{"unfreeze_depth": 1, "learning_rate": rate, "augmentation": "none"} for rate in rates]
     search = make_run(tmp_path / "run", folder, start=start)()
@@ -421,10 +423,18 @@ def test_trials_are_packed_once_one_has_been_measured(tmp_path, folder):
     search.result("ray0", ROW | {"epoch": 1, "ends": "completed", "reason": "all 1 epochs"})
     given += [search.next_trial(f"ray{number}") for number in (3, 4)]
     search.started("ray3")
+    # The next is out of memory on its quarter, and gets a whole GPU, for which it waits.
+    search.started("ray4")
+    assert not search.result("ray4", {"ends": "out_of_memory", "reason": "CUDA out of memory", "error": "a traceback"})
+    given.append(search.next_trial("ray5"))
+    search.result("ray3", ROW | {"epoch": 1, "ends": "completed", "reason": "all 1 epochs"})
+    given.append(search.next_trial("ray6"))
     search.journal.close()
-    assert [trial and trial["gpus"] for trial in given] == [1.0, 1.0, None, 0.25, 0.25]
-    assert [trial and trial["number"] for trial in given] == [0, 1, None, 2, 3]
+    assert [trial and trial["gpus"] for trial in given] == [1.0, 1.0, None, 0.25, 0.25, None, 1.0]
+    assert [trial and trial["number"] for trial in given] == [0, 1, None, 2, 3, None, 3]
     assert search.record.trials["t00002"].gpus == 0.25
+    again = search.record.trials["t00003"]
+    assert not again.ended and (again.losses, again.lost_starts) == (0, 1)
 
 
 @pytest.mark.slow

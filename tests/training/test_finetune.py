@@ -1,3 +1,4 @@
+import itertools
 import math
 import mmap
 from dataclasses import replace
@@ -70,6 +71,30 @@ def test_with_mixed_precision_too_what_is_evaluated_is_what_is_deployed(depth, m
     np.testing.assert_allclose(state.tensors["validation/logits"].numpy(), logits, atol=1e-5)
     at_best = best_epoch(state.history, "val_loss")
     assert at_best["val_loss"] == pytest.approx(mean_loss(logits, data.labels[data.val]), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("half", "batches", "ends"),
+    [
+        (torch.float16, {2}, "completed"),
+        (torch.float16, {2, 3, 7}, "completed"),
+        (torch.float16, set(range(100)), "diverged"),
+        (None, {2}, "diverged"),
+    ],
+)
+def test_a_batch_that_overflows_in_float16_is_skipped(half, batches, ends, monkeypatch):
+    """As GradScaler skips its step; in other precisions a loss that isn't finite is divergence."""
+    monkeypatch.setattr(models, "mixed_precision", lambda device: half)
+    built, model = _models_with("test_resnet")
+    seen = itertools.count()
+
+    def overflow(_module, _inputs, logits):
+        return logits * math.inf if torch.is_grad_enabled() and next(seen) in batches else logits
+
+    model.register_forward_hook(overflow)
+    rows = [row for row, _ in train(config(head_dropout=0.0, batch_norm="frozen"), models=built)]
+    assert rows[-1]["ends"] == ends
+    assert ends == "diverged" or all(row["train_loss"] < 10 for row in rows)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])

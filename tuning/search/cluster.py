@@ -12,7 +12,7 @@ import tempfile
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,9 +36,7 @@ from tuning.data.images import DECODING, Item, Result, open_images, parallel_map
 from tuning.settings.config import InputError, SearchPlan, cache_folder
 from tuning.settings.words import count
 
-SHARES = (1.0, 0.5, 0.25)  # of a GPU; few, since an actor can only serve trials of one share
-MEMORY_MARGIN = 1.25  # over the peak of allocated tensors: the allocator's blocks are never quite full
-CONTEXT_MB = 600.0  # roughly what a process takes on a GPU before its first tensor
+LEAST_SHARE = 0.25  # of a GPU, that a packed trial gets
 MOST_PRELOADING = 16  # cores; Ray starts a worker on each
 PART = 16  # items in one task of `cluster_map`
 SHARD_BYTES = 256 * 2**20  # of decoded images, sent between nodes at once
@@ -58,7 +56,7 @@ class Slots:
     cpus: int
     gpus: float
     count: int
-    packed: int = 0  # GPUs that trials share by `gpu_share`; 0: each trial gets `gpus`
+    packed: int = 0  # GPUs that trials share by `gpus.Packing`; 0: each trial gets `gpus`
     waiting: bool = False  # more slots than fit now: nodes are to join
 
 
@@ -321,7 +319,7 @@ def slots(plan: SearchPlan, nodes: Sequence[Node], *, grows: bool = False) -> Sl
             f"--cpus-per-trial {plan.cpus_per_trial}: {limit} {count(most_cpus, 'core')}; use at most that"
         )
     if per_trial:
-        smallest = min(SHARES) if packed else per_trial
+        smallest = LEAST_SHARE if packed else per_trial
         fit = [int(gpus) * int(1 / smallest) for _, gpus in usable]
         cores_each = min(cpus // room for (cpus, _), room in zip(usable, fit, strict=True))
         threads = plan.cpus_per_trial or max(1, cores_each)
@@ -334,23 +332,3 @@ def slots(plan: SearchPlan, nodes: Sequence[Node], *, grows: bool = False) -> Sl
     if not at_once:
         raise InputError("no node has a core for a trial; wait for nodes, or give the number of trials by --concurrent")
     return Slots(threads, per_trial, at_once, packed, waiting=at_once > fitting)
-
-
-def gpu_share(config: Mapping[str, Any], measured: Iterable[tuple[Mapping[str, Any], float, float]]) -> float:
-    """Return the share of a GPU that a trial needs: the smallest of `SHARES` that held a trial at least as heavy.
-
-    That is one of the same backbone and image size with as many unfrozen stages and images per step; 1 without one.
-
-    Args:
-        measured: of other trials that trained whole batches: configuration, peak memory and their GPU's memory, in MiB.
-            The smallest GPU counts: wherever the trial will run, there is no less.
-    """
-    measured = list(measured)
-    smallest = min((total for _, _, total in measured), default=math.inf)
-    needed = [
-        (peak * MEMORY_MARGIN + CONTEXT_MB) / smallest
-        for other, peak, _ in measured
-        if all(other[name] == config[name] for name in ("backbone", "image_size"))
-        and all(other[name] >= config[name] for name in ("unfreeze_depth", "batch_size"))
-    ]
-    return min(share for share in SHARES if share >= min(min(needed, default=1.0), 1.0))

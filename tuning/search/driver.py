@@ -16,8 +16,9 @@ from tuning.record.journal import Journal, Trial, read_record
 from tuning.record.mirror import Mirror
 from tuning.record.tables import make_tables, write_tables
 from tuning.search.checkpoints import delete_temporary_files, delete_unneeded
-from tuning.search.cluster import Slots, gpu_share
+from tuning.search.cluster import Slots
 from tuning.search.finalists import finalist_runs_left
+from tuning.search.gpus import Packing
 from tuning.search.optimizer import LiveStudy, Optimizer, Prior
 from tuning.search.proposals import finalist, probe, searched_trial
 from tuning.search.stopping import Rungs, as_loss, stop_reason, stratum, value_at_rung
@@ -98,6 +99,7 @@ class Search:
         self._tables_due = self._schedule_at = -math.inf  # monotonic seconds
         self._ray_ids: dict[str, str] = {}  # our trial id by Ray's
         self._gpus: dict[str, float] = {}  # by trial
+        self._packing = Packing()
         self._finalist_runs: list[tuple[Trial, int]] | None = None  # known once all searched trials have ended
         self._every = {same(params): params for params in configurations(space) or ()}
         self._context = {
@@ -108,6 +110,7 @@ class Search:
             "threads": resources.cpus,
             "cache_bytes": plan.cache_bytes,
             "device": "gpu" if resources.gpus else "cpu",
+            "deterministic": plan.deterministic,
             "storage": None if mirror is None else mirror.uri,
             "driver": None if mirror is None else mirror.claim,
             "run_id": run_id,
@@ -204,9 +207,9 @@ class Search:
         measured = [
             (config, row["peak_memory_mb"], row["gpu_memory_mb"])
             for config, row in last
-            if row["peak_memory_mb"] is not None and row["micro_batch"] == row["batch_size"]
+            if row["peak_memory_mb"] is not None and row["micro_batch"] == row["batch_size"] and not row["cache_hits"]
         ]
-        return gpu_share(trial.config, measured)
+        return self._packing.share(trial.config, measured)
 
     def _early_loss_epochs(self) -> list[int]:
         if self.plan.early_loss == "always":
@@ -224,6 +227,10 @@ class Search:
     def result(self, ray_id: str, row: dict[str, Any]) -> bool:
         """Journal a row and what follows from it; return whether the trial continues."""
         trial = self.record.trials[self._ray_ids[ray_id]]
+        if "epoch" not in row and row["ends"] == "out_of_memory" and self.resources.packed and trial.gpus < 1:
+            self._packing.outgrown(trial.config)
+            self._again(trial, row["reason"])
+            return False
         if "epoch" not in row:
             return self._end(trial, row["ends"], row["reason"], row["error"])
         known = row["epoch"] <= len(trial.rows)
@@ -271,13 +278,17 @@ class Search:
     def broken(self, ray_id: str, wrong: str) -> None:
         """Schedule a trial again whose GPU doesn't work; Ray's own trial goes on to hold that one."""
         trial_id, resources = self._ray_ids[ray_id], self.resources
-        self._write("lost", trial_id=trial_id, started=False, error=wrong)
-        self.running.pop(trial_id, None)
-        self._broken_gpus += self._gpus.pop(trial_id)
-        self._unfinished.insert(0, self.record.trials[trial_id])
+        self._broken_gpus += self._again(self.record.trials[trial_id], wrong)
         print(f"{wrong}; it gets no more trials, and {trial_id} is scheduled again", file=sys.stderr)
         if self._broken_gpus >= (resources.packed or resources.gpus * resources.count):
             self.halted = f"no GPU works; the last one: {wrong}"
+
+    def _again(self, trial: Trial, error: str) -> float:
+        """Schedule a trial again that could not run where it was; return its share of a GPU."""
+        self._write("lost", trial_id=trial.trial_id, started=False, error=error)
+        self.running.pop(trial.trial_id, None)
+        self._unfinished.insert(0, trial)
+        return self._gpus.pop(trial.trial_id)
 
     # What follows.
 

@@ -23,10 +23,10 @@ from tuning.record.tables import read_table
 from tuning.record.transfer import fetch_files, patiently, push_file
 from tuning.search.checkpoints import StorageLost, best_file, load_state, save, state_file
 from tuning.search.cluster import images_here
-from tuning.search.gpus import gpus_here
+from tuning.search.gpus import CONTEXT_MB, gpus_here
 from tuning.settings.config import InputError, TrialConfig
 from tuning.training.dataset import Data, join, placed
-from tuning.training.device import accelerator, exercise, keep_memory
+from tuning.training.device import accelerator, deterministic, exercise, keep_memory
 from tuning.training.digests import digests, other_weights
 from tuning.training.features import FeatureCache
 from tuning.training.finetune import finetune, out_of_memory
@@ -93,8 +93,7 @@ class Worker:
     def step(self) -> Row:
         try:
             if not self._tried:
-                exercise(self._device)
-                self._tried = True
+                self._try_gpu()
             if self._rows is None:
                 self._rows = self._start()
             if self._replay:
@@ -118,6 +117,15 @@ class Worker:
             self._images.clear()
             return self.step()
         return row
+
+    def _try_gpu(self) -> None:
+        if self._config["deterministic"]:
+            deterministic()
+        exercise(self._device)
+        if self._device.type == "cuda" and self._config["gpus"] < 1:  # what another process was promised stays free
+            context = CONTEXT_MB * 2**20 / torch.cuda.mem_get_info()[1]
+            torch.cuda.set_per_process_memory_fraction(self._config["gpus"] - context)
+        self._tried = True
 
     def _broken(self) -> str | None:
         """Return what is wrong with the GPU, after an error; None if it works.

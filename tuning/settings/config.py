@@ -174,6 +174,8 @@ class SearchPlan(BaseModel):
     """GPU per trial: 1, a fraction of it, 0 for CPUs, or `auto` (by measured memory). Default: 1, or 0 if none."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Device of trials and the final model: `cpu`, `cuda`, `mps` (Apple's GPU), or `auto`: a GPU if there is one."""
+    deterministic: bool = False
+    """Whether a seed gives the same results on a GPU too, which is slower. On CPUs it always does."""
     cpus_per_trial: int | None = Field(None, ge=1)
     """CPU threads per trial. Default: 1, or on GPUs its share of the cores."""
     concurrent: int | None = Field(None, ge=1)

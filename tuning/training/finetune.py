@@ -28,6 +28,7 @@ from tuning.training.scores import calibrated_loss, mean_loss, score
 from tuning.training.state import Averaged, Row, Snapshot, State, restore, snapshot
 
 MOMENTUM = 0.9
+OVERFLOWS = 16  # batches in a row whose loss is not finite in float16, after which the trial has diverged
 # Messages of PyTorch's allocators, of CUDA's and ROCm's drivers, of cuBLAS, whose handle no longer fits, and of cuDNN;
 # "Cannot allocate memory" is the system's if a file can't be mapped.
 OUT_OF_MEMORY = "|".join(
@@ -155,7 +156,7 @@ def finetune(
         order = torch.argsort(table[:, SHUFFLE], stable=True).numpy()[: steps * batch_size]
         inputs = frozen.inputs(data.train, table, config.augmentation, (config.seed, epoch))
         torch.manual_seed(config.seed * 1_000_003 + epoch)
-        total = torch.zeros((), device=device)
+        total, skipped, running = (torch.zeros((), device=device) for _ in range(3))
         targets = torch.split(labels[torch.from_numpy(data.train[order])].to(device), batch_size)
         for step, batch in enumerate(inputs.batches(order, batch_size)):
             factor = learning_rate_factor(config, epoch - 1 + step / steps)
@@ -164,7 +165,7 @@ def finetune(
             for attempt in itertools.count():
                 optimizer.zero_grad(set_to_none=True)
                 try:
-                    total += backward(batch, targets[step], micro_batch)
+                    loss = backward(batch, targets[step], micro_batch)
                     break
                 except (RuntimeError, MemoryError) as error:
                     if not out_of_memory(error) or micro_batch < batch_size:
@@ -175,13 +176,18 @@ def finetune(
                     torch.cuda.empty_cache()
                 if attempt:  # what could be freed was not enough; with batch norm, halves are another model
                     micro_batch = math.ceil(batch_size / 2)
+            if scaler.is_enabled():  # float16 may overflow in a batch, whose step is then skipped
+                finite = loss.isfinite()
+                skipped, running = skipped + ~finite, torch.where(finite, 0, running + 1)
+                loss = torch.where(finite | (running >= OVERFLOWS), loss, 0)
+            total += loss
             scaler.step(optimizer)
             scaler.update()
             if averaged is not None and epoch <= max(early_loss_epochs):
                 averaged.update()
             if step % 16 == 15 and not math.isfinite(float(total)):  # each check waits for the GPU
                 break
-        train_loss = float(total) / steps
+        train_loss = float(total) / max(steps - int(skipped), 1) if skipped < steps else math.inf
         data_seconds, prefix_seconds = frozen.data_seconds - data_before, frozen.prefix_seconds - prefix_before
         train_seconds = time.perf_counter() - started - data_seconds - prefix_seconds
 
@@ -215,7 +221,7 @@ def finetune(
             "train_seconds": train_seconds,
             "evaluate_seconds": seconds - data_seconds - prefix_seconds - train_seconds,
             "cache_hits": inputs.hits,
-            "peak_memory_mb": torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None,
+            "peak_memory_mb": torch.cuda.max_memory_reserved(device) / 2**20 if device.type == "cuda" else None,
             "gpu_memory_mb": torch.cuda.mem_get_info(device)[1] / 2**20 if device.type == "cuda" else None,
             "batch_size": batch_size,
             "micro_batch": micro_batch,
