@@ -58,7 +58,7 @@ def transforms(policy: str, image_size: int, backbone: str) -> v2.Compose:
     on_pil: list[nn.Module] = []
     if policy == "light":
         move = v2.RandomAffine(5, translate=(0.04, 0.04), scale=(0.95, 1.05), interpolation=bilinear)
-        on_pil = [flip, move, v2.ColorJitter(brightness=0.1, contrast=0.1)]
+        on_pil = [move, v2.ColorJitter(brightness=0.1, contrast=0.1)]
     if policy == "medium":
         move = v2.RandomAffine(10, translate=(0.08, 0.08), scale=(0.88, 1.12), interpolation=bilinear)
         on_pil = [flip, move, v2.ColorJitter(brightness=0.2, contrast=0.2)]
