@@ -162,7 +162,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     from tuning.training.dataset import join
     from tuning.training.device import chosen, deterministic, keep_memory
     from tuning.training.digests import digests, other_weights
-    from tuning.training.features import FeatureCache
+    from tuning.training.features import FeatureCache, HeldOutputs
     from tuning.training.outputs import run_folder as outputs_folder
     from tuning.training.weights import find_weights
 
@@ -193,7 +193,9 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
                 weights=weights[config.backbone],
                 device=device,
                 metric=plan.metric,
-                features=FeatureCache(outputs, plan.cache_bytes, device, augmented=False),
+                features=HeldOutputs(device)
+                if device.type != "cpu"
+                else FeatureCache(outputs, plan.cache_bytes, augmented=False),
                 on_epoch=lambda row: _print_epoch(row, config.epochs, on_both=last is not None),
             )
 

@@ -12,7 +12,7 @@ from shared import CPU, SOAK, losses, make_data, on_each_device
 
 from tuning.settings.config import InputError, TrialConfig
 from tuning.training import features
-from tuning.training.features import CHUNK, FeatureCache, Key
+from tuning.training.features import CHUNK, FeatureCache, HeldOutputs, Key
 from tuning.training.finetune import finetune
 from tuning.training.frozen import BLOCK, Frozen, Inputs
 from tuning.training.models import Models
@@ -32,7 +32,7 @@ BUDGET = 10**9
 
 def chunks_of(array, size=CHUNK):
     for first in range(0, len(array), size):
-        yield array[first : first + size]
+        yield torch.from_numpy(array[first : first + size]).permute(0, 3, 1, 2)
 
 
 @pytest.fixture
@@ -112,17 +112,41 @@ def test_cached_derived_and_recomputed_outputs_and_losses_are_equal_to_the_bit(b
 
 @pytest.mark.slow
 @on_each_device
-def test_a_trial_on_cached_outputs_trains_as_one_without(device, tmp_path, keep_all):
-    """On CUDA within what autocast rounds: the cache keeps outputs in its type."""
+@pytest.mark.parametrize("held", [False, True])
+def test_a_trial_on_cached_outputs_trains_as_one_without(device, held, tmp_path, keep_all):
+    """On CUDA within what autocast rounds."""
     config = TrialConfig(backbone="test_resnet", unfreeze_depth=2, image_size=32, batch_size=8, epochs=2)
-    data = make_data()
-    store = FeatureCache(tmp_path, BUDGET)
-    plain = losses(finetune(config, data, device=device, weights=None))
-    for _ in range(2):
-        cached = losses(finetune(config, data, device=device, weights=None, features=store))
-        assert np.array(cached) == pytest.approx(np.array(plain), rel=0 if device.type == "cpu" else 0.05)
-    kept = {np.load(file, mmap_mode="r").dtype.name for file in tmp_path.glob("*.npy")}
-    assert kept == ({"float32"} if device.type == "cpu" else {"float32", "uint16"})  # of validation; of training
+    store = HeldOutputs(device) if held or device.type != "cpu" else FeatureCache(tmp_path, BUDGET)
+    for policy in ("none", "medium"):
+        plan = config.model_copy(update={"augmentation": policy})
+        plain = losses(finetune(plan, make_data(), device=device, weights=None))
+        for _ in range(2):
+            cached = losses(finetune(plan, make_data(), device=device, weights=None, features=store))
+            assert np.array(cached) == pytest.approx(np.array(plain), rel=0 if device.type == "cpu" else 0.05)
+
+
+def test_outputs_held_in_memory_are_those_computed_and_make_way_for_others():
+    data, models = make_data(), Models()
+    network = models.get("test_resnet", classes=2, image_size=32, seed=0, weights=None, device=CPU)
+    recomputed = {}
+    for depth in (1, 3):
+        plain = make_frozen(network, depth, data, None).inputs(data.train)
+        recomputed[depth] = everything(plain, len(data.train))
+    store = HeldOutputs(CPU, held_bytes=sum(outputs.nbytes for outputs in recomputed.values()))
+    for depth, derived in ((3, False), (1, True)):
+        frozen = make_frozen(network, depth, data, store)
+        if derived:
+            frozen._prepare = lambda *_: pytest.fail("an image went in, not the outputs of the further cut")
+        first, again = frozen.inputs(data.train), frozen.inputs(data.train)
+        assert (first.hits, again.hits) == (0, len(data.train))
+        assert torch.equal(everything(again, len(data.train)), recomputed[depth])
+    view = (data.train, torch.rand(len(data.train), 13), "medium", (0, 1))
+    assert make_frozen(network, 1, data, store).inputs(*view).hits is None  # augmented images' are not held
+    make_frozen(network, 1, data, store).inputs(data.val)  # does not fit beside both: the oldest goes
+    assert make_frozen(network, 1, data, store).inputs(data.train).hits == len(data.train)
+    network.cut(3)
+    assert make_frozen(network, 3, data, store).inputs(data.train).hits == 0
+    assert make_frozen(network, 1, data, HeldOutputs(CPU, held_bytes=10)).inputs(data.train).hits is None
 
 
 def test_head_dropout_acts_on_cached_outputs(store):
@@ -212,7 +236,7 @@ def test_outputs_that_are_sooner_computed_than_read_are_not_kept(tmp_path, monke
     def chunks():
         for number in range(20):
             asked.append(number)
-            yield large
+            yield torch.from_numpy(large)
 
     assert FeatureCache(tmp_path, BUDGET).get(KEY, 20 * CHUNK, chunks) is None
     assert asked == [0, 1, 2]  # the rest was not computed in vain
@@ -310,10 +334,3 @@ def test_a_runs_folder_is_empty_and_goes_with_it_and_with_dead_ones(tmp_path):
         with run_folder(tmp_path, tmp_path / "other"):
             assert (alive / "x.npy").exists()
     assert not list((tmp_path / "features").iterdir())
-
-
-def test_bfloat16_survives(store):
-    wanted = torch.randn(40, 5, 3, 3).to(torch.bfloat16)
-    stored = features.stored(wanted)
-    kept, _ = store.get(KEY, 40, lambda: chunks_of(stored))
-    assert torch.equal(features.loaded(kept[np.arange(40)], CPU), wanted)

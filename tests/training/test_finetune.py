@@ -18,7 +18,7 @@ from tuning.record.journal import best_epoch
 from tuning.settings.config import TrialConfig
 from tuning.training import models
 from tuning.training.dataset import Data, placed, preparer
-from tuning.training.features import FeatureCache
+from tuning.training.features import HeldOutputs
 from tuning.training.finetune import divergence, ending, finetune, learning_rate_factor, out_of_memory
 from tuning.training.models import Models
 from tuning.training.scores import calibrated_loss, mean_loss, predict_images, score
@@ -56,12 +56,12 @@ def test_two_runs_are_equal_and_another_seed_differs():
 
 
 @pytest.mark.parametrize("depth", [0, 2, 5])
-def test_with_mixed_precision_too_what_is_evaluated_is_what_is_deployed(depth, monkeypatch, tmp_path):
+def test_with_mixed_precision_too_what_is_evaluated_is_what_is_deployed(depth, monkeypatch):
     """bfloat16 on a CPU, as on a GPU: losses and probabilities are those of the model in float32."""
     data, plan = make_data(), config(unfreeze_depth=depth, epochs=2)
     in_float32 = losses(train(plan))
     monkeypatch.setattr(models, "mixed_precision", lambda device: torch.bfloat16)
-    features = FeatureCache(tmp_path, 2**30)
+    features = HeldOutputs(CPU)
     epochs = train(plan, data, features=features)
     assert losses(epochs) != in_float32
     state, network = epochs[-1][1](), build_network(plan, 2, None)
@@ -115,7 +115,7 @@ def test_images_held_on_the_device_are_those_that_are_streamed_to_it(device):
     images = make_data().images
     streamed = preparer(images, "test_resnet", device)
     held = preparer(torch.from_numpy(images).to(device), "test_resnet", device)
-    indices, table = np.array([5, 3, 40]), torch.rand(3, 13, generator=torch.Generator().manual_seed(0))
+    indices, table = np.array([5, 3, 40]), torch.rand(3, 13, generator=torch.Generator().manual_seed(0)).to(device)
     for policy in ("none", "medium"):
         assert torch.equal(streamed(indices, table, policy), held(indices, table, policy))
 

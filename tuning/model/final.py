@@ -21,7 +21,7 @@ from tuning.search.checkpoints import best_weights, kept
 from tuning.settings.config import InputError, TrialConfig
 from tuning.training import backbones
 from tuning.training.dataset import Data, preparer
-from tuning.training.features import FeatureCache
+from tuning.training.features import Cache
 from tuning.training.finetune import finetune
 from tuning.training.folding import fold
 from tuning.training.scores import predict_images
@@ -56,7 +56,7 @@ def train(
     weights: Path | None,
     device: torch.device,
     metric: str,
-    features: FeatureCache,
+    features: Cache,
     on_epoch: Callable[[Row], None],
 ) -> Final:
     """Train on the training set and keep the best epoch, or train on training and validation sets up to epoch `last`.

@@ -28,7 +28,7 @@ from tuning.settings.config import InputError, TrialConfig
 from tuning.training.dataset import Data, join, placed
 from tuning.training.device import accelerator, deterministic, exercise, keep_memory
 from tuning.training.digests import digests, other_weights
-from tuning.training.features import FeatureCache
+from tuning.training.features import Cache, FeatureCache, HeldOutputs
 from tuning.training.finetune import finetune, out_of_memory
 from tuning.training.models import Models
 from tuning.training.probe import probe
@@ -68,8 +68,10 @@ class Worker:
         self._models = Models()
         self._known_weights: set[tuple[str, int, int, int]] = set()  # name, size and times of files that were checked
         self._unsent: dict[str, bool] = {}  # files to send to the storage, and whether to delete them here afterwards
-        folder = Path(config["features"]) / platform.node()  # nodes may share the disk of the cache
-        self._features = FeatureCache(folder, config["cache_bytes"], self._device)
+        self._features: Cache = HeldOutputs(self._device)
+        if self._device.type == "cpu":
+            folder = Path(config["features"]) / platform.node()  # nodes may share the disk of the cache
+            self._features = FeatureCache(folder, config["cache_bytes"])
         gc.collect()
         gc.freeze()  # what is imported stays: looking through it takes 0.3 s between two trials
         self._begin(config)
@@ -115,6 +117,7 @@ class Worker:
         if memory and not self._freed:  # once more, from the last checkpoint, without what other trials left
             self._freed = True
             self._images.clear()
+            self._features.clear()
             return self.step()
         return row
 

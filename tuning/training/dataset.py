@@ -57,12 +57,12 @@ def preparer(images: NDArray[np.uint8] | Tensor, backbone: str, device: torch.de
 
     def prepare(indices: Indices, table: Tensor | None, policy: str) -> Tensor:
         if isinstance(images, Tensor):
-            chosen = images[torch.from_numpy(indices).to(device)]
+            chosen = images[to_device(indices, device)]
         else:
             chosen = to_device(images[indices], device)
         pixels = chosen.permute(0, 3, 1, 2).float() / 255
         if table is not None:
-            pixels = augment(pixels, table.to(device), policy)
+            pixels = augment(pixels, table, policy)
         return ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
 
     return prepare

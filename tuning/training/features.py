@@ -1,4 +1,4 @@
-"""The cache of frozen prefixes' outputs: computed once, kept in files, shared by the trials of a node."""
+"""Frozen prefixes' outputs, computed once: in files that a node's trials share or, on a GPU, in its memory."""
 
 import fcntl
 import hashlib
@@ -47,13 +47,11 @@ class FeatureCache:
     Args:
         folder: on this node; created if it is missing.
         cache_bytes: budget.
-        device: where outputs are used; the time to read them includes the copy to it.
         augmented: whether to keep outputs of augmented images, which only other trials use again.
     """
 
-    def __init__(self, folder: Path, cache_bytes: int, device: torch.device | None = None, *, augmented: bool = True):
+    def __init__(self, folder: Path, cache_bytes: int, *, augmented: bool = True):
         self._folder, self._cache_bytes, self._augmented = folder, cache_bytes, augmented
-        self._device = device or torch.device("cpu")
         self._refused: set[Key] = set()
         with suppress(OSError):  # else nothing is kept
             folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +66,10 @@ class FeatureCache:
             return None
         return array
 
-    def get(self, key: Key, count: int, chunks: Callable[[], Iterator[Array]]) -> tuple[Array, bool] | None:
+    def clear(self) -> None:
+        """Free memory: there is none to free."""
+
+    def get(self, key: Key, count: int, chunks: Callable[[], Iterator[Tensor]]) -> tuple[Array, bool] | None:
         """Return the outputs of `count` images; if they are not cached, `chunks` computes them in order, in parts.
 
         Returns:
@@ -100,12 +101,12 @@ class FeatureCache:
         found = self.find(key)
         return None if found is None else (found, False)
 
-    def _write(self, path: Path, count: int, chunks: Iterator[Array]) -> bool:
+    def _write(self, path: Path, count: int, chunks: Iterator[Tensor]) -> bool:
         """Write the outputs, and return whether they are to be kept."""
         # By ordinary writes: through a memory map a full disk would kill the process.
         with open(path, "wb") as file:
             started = time.perf_counter()
-            for number, chunk in enumerate(chunks):
+            for number, chunk in enumerate(map(stored, chunks)):
                 computing = time.perf_counter() - started
                 if number == 0:
                     n_bytes = count * chunk[0].nbytes
@@ -125,9 +126,7 @@ class FeatureCache:
         return True
 
     def _read(self, path: Path, offset: int, like: Array) -> None:
-        loaded(np.fromfile(path, like.dtype, like.size, offset=offset).reshape(like.shape), self._device)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        np.fromfile(path, like.dtype, like.size, offset=offset)
 
     def _evict(self, kept: Path) -> None:
         files = []
@@ -147,13 +146,55 @@ class FeatureCache:
         return self._folder / f"{hashlib.sha256(json.dumps(asdict(key)).encode()).hexdigest()[:32]}.npy"
 
 
+class HeldOutputs:
+    """Outputs of images that are not augmented, held in a GPU's memory; others are computed faster than they are read.
+
+    They take at most a quarter of the memory that is free when the first are computed; then the least recently used go.
+    """
+
+    def __init__(self, device: torch.device, held_bytes: int | None = None):
+        self._device, self._held_bytes = device, held_bytes
+        self._held: dict[Key, Tensor] = {}
+
+    def find(self, key: Key) -> Tensor | None:
+        """Return the outputs [n, ...] if they are held."""
+        found = self._held.pop(key, None)
+        if found is not None:
+            self._held[key] = found
+        return found
+
+    def clear(self) -> None:
+        """Free memory for trials."""
+        self._held.clear()
+
+    def get(self, key: Key, count: int, chunks: Callable[[], Iterator[Tensor]]) -> tuple[Tensor, bool] | None:
+        """Return the outputs as `FeatureCache.get` does; None if they are of augmented images, or too large."""
+        if (found := self.find(key)) is not None:
+            return found, True
+        if key.moment is not None:
+            return None
+        if self._held_bytes is None:
+            self._held_bytes = torch.cuda.mem_get_info(self._device)[0] // 4 if self._device.type == "cuda" else 2**30
+        parts: list[Tensor] = []
+        for part in chunks():
+            if part[0].nbytes * count > self._held_bytes:
+                return None
+            parts.append(part)
+        outputs = torch.cat(parts)
+        while self._held and outputs.nbytes + sum(each.nbytes for each in self._held.values()) > self._held_bytes:
+            del self._held[next(iter(self._held))]
+        self._held[key] = outputs
+        return outputs, False
+
+
+Cache = FeatureCache | HeldOutputs
+
+
 def stored(features: Tensor) -> Array:
-    """Convert features for a file: feature maps with channels last, bfloat16 as its bits."""
+    """Convert features for a file: feature maps with channels last."""
     if features.ndim == 4:
         features = features.permute(0, 2, 3, 1)
-    if features.dtype == torch.bfloat16:
-        features = features.contiguous().view(torch.uint16)
-    array: Array = features.cpu().numpy()
+    array: Array = features.numpy()
     return array
 
 
@@ -165,9 +206,9 @@ def to_device(array: Array, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def loaded(array: Array, device: torch.device) -> Tensor:
-    """Convert back what `stored` returned, now an array in memory."""
-    features = to_device(array, device)
-    if features.dtype == torch.uint16:
-        features = features.view(torch.bfloat16)
+def loaded(outputs: Array | Tensor, positions: Array, device: torch.device) -> Tensor:
+    """Return the features at some positions of outputs, from memory or a file that is mapped there, or on a GPU."""
+    if isinstance(outputs, Tensor):
+        return outputs[to_device(positions, device)]
+    features = torch.from_numpy(outputs[positions])
     return features.permute(0, 3, 1, 2) if features.ndim == 4 else features

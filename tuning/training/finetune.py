@@ -20,7 +20,7 @@ from tuning.settings.words import count
 from tuning.training import backbones
 from tuning.training.augment import SHUFFLE, epoch_table
 from tuning.training.dataset import Data, train_eval_set
-from tuning.training.features import FeatureCache
+from tuning.training.features import Cache
 from tuning.training.frozen import Frozen
 from tuning.training.models import Models
 from tuning.training.probe import probed_head
@@ -54,7 +54,7 @@ def finetune(
     divergence_factor: float = math.inf,
     early_loss_epochs: Collection[int] = (),
     state: State | None = None,
-    features: FeatureCache | None = None,
+    features: Cache | None = None,
     models: Models | None = None,
 ) -> Iterator[tuple[Row, Snapshot]]:
     """Fine-tune one configuration, an epoch at a time.
@@ -154,7 +154,7 @@ def finetune(
         backbones.train_mode(model)
         table = epoch_table(config.seed, epoch, len(data.train))
         order = torch.argsort(table[:, SHUFFLE], stable=True).numpy()[: steps * batch_size]
-        inputs = frozen.inputs(data.train, table, config.augmentation, (config.seed, epoch))
+        inputs = frozen.inputs(data.train, table.to(device), config.augmentation, (config.seed, epoch))
         torch.manual_seed(config.seed * 1_000_003 + epoch)
         total, skipped, running = (torch.zeros((), device=device) for _ in range(3))
         targets = torch.split(labels[torch.from_numpy(data.train[order])].to(device), batch_size)
@@ -172,6 +172,8 @@ def finetune(
                         raise
                 optimizer.zero_grad(set_to_none=True)
                 models.keep_only(network)
+                if features is not None:
+                    features.clear()
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
                 if attempt:  # what could be freed was not enough; with batch norm, halves are another model

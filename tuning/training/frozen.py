@@ -16,12 +16,12 @@ from torch import Tensor
 
 from tuning.training.dataset import Indices, preparer
 from tuning.training.device import in_float32
-from tuning.training.features import CHUNK, Array, FeatureCache, Key, loaded, stored
+from tuning.training.features import CHUNK, Array, Cache, Key, loaded, to_device
 from tuning.training.models import Network
 from tuning.training.scores import EVALUATION_BATCH, predict
 
 BLOCK = 256  # about as many images go through the prefix at once if their outputs are not cached
-HELD_BYTES = 2**28  # vectors up to this size are held in memory, on the trial's device
+HELD_BYTES = 2**28  # vectors in files up to this size are held in memory
 VECTORS_BATCH = 4096  # vectors evaluated at once
 Fetch = Callable[[Indices], Tensor]  # from positions in a set of images to the trained part's inputs
 Precision = Callable[[], AbstractContextManager[Any]]  # of passes through the prefix
@@ -54,7 +54,7 @@ class Frozen:
         cache: keeps outputs; None: they are computed each time.
     """
 
-    def __init__(self, network: Network, depth: int, images: NDArray[np.uint8] | Tensor, cache: FeatureCache | None):
+    def __init__(self, network: Network, depth: int, images: NDArray[np.uint8] | Tensor, cache: Cache | None):
         self._network, self._cache, self._cut = network, cache, network.cut(depth)
         self._prepare = preparer(images, network.backbone, network.device)
         self._key = Key(network.backbone, network.weights, network.image_size, depth, "float32", "", "none", None)
@@ -104,7 +104,7 @@ class Frozen:
 
     def _prepared(self, indices: Indices, table: Tensor | None, policy: str, positions: Indices) -> Tensor:
         started = time.perf_counter()
-        rows = None if table is None else table[torch.from_numpy(positions)]
+        rows = None if table is None else table[to_device(positions, table.device)]
         images = self._prepare(indices[positions], rows, policy)
         self.data_seconds += time.perf_counter() - started
         return images
@@ -120,7 +120,7 @@ class Frozen:
         with precision():
             return self._cut.prefix(images)[: len(positions)]
 
-    def _outputs(self, key: Key, count: int, prepare: Fetch, precision: Precision) -> Iterator[Array]:
+    def _outputs(self, key: Key, count: int, prepare: Fetch, precision: Precision) -> Iterator[Tensor]:
         """Compute the outputs of all images, from cached outputs of a cut further from the head if there are any."""
         assert self._cut is not None and self._cache is not None
         source = None
@@ -131,23 +131,22 @@ class Frozen:
                 break
         for positions in _chunks(np.arange(count)):
             if source is None:
-                yield stored(self._pass(prepare, precision, positions))
+                yield self._pass(prepare, precision, positions)
             else:
-                features = loaded(source[0][_filled(positions)], self._network.device)
+                features = loaded(source[0], _filled(positions), self._network.device)
                 with precision():
                     derived = self._cut.stop(partial(source[1], features))
-                yield stored(derived[: len(positions)])
+                yield derived[: len(positions)]
 
-    def _reader(self, array: Array) -> Fetch:
-        device, started = self._network.device, time.perf_counter()
-        held = loaded(np.array(array), device) if array.ndim == 2 and array.nbytes <= HELD_BYTES else None
+    def _reader(self, outputs: Array | Tensor) -> Fetch:
+        started = time.perf_counter()
+        if not isinstance(outputs, Tensor) and outputs.ndim == 2 and outputs.nbytes <= HELD_BYTES:
+            outputs = np.array(outputs)
         self.data_seconds += time.perf_counter() - started
 
         def fetch(positions: Indices) -> Tensor:
-            if held is not None:
-                return held[torch.from_numpy(positions).to(device)]
             started = time.perf_counter()
-            features = loaded(array[positions], device)
+            features = loaded(outputs, positions, self._network.device)
             self.data_seconds += time.perf_counter() - started
             return features
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from tuning.settings.config import InputError, TrialConfig
 from tuning.training.dataset import Data, train_eval_set
-from tuning.training.features import FeatureCache
+from tuning.training.features import Cache
 from tuning.training.frozen import Frozen
 from tuning.training.models import Models, Network
 from tuning.training.scores import mean_loss, score
@@ -53,9 +53,7 @@ def fit_head(features: Tensor, targets: Tensor, classes: int) -> Iterator[tuple[
         yield folded, bias.detach() - folded @ mean
 
 
-def probed_head(
-    network: Network, data: Data, features: FeatureCache | None
-) -> tuple[Tensor, Tensor, Frozen, Tensor, Tensor]:
+def probed_head(network: Network, data: Data, features: Cache | None) -> tuple[Tensor, Tensor, Frozen, Tensor, Tensor]:
     """Fit a linear classifier on a network's frozen features, with the penalty of the lowest validation loss.
 
     Images are not augmented, and the network is left in eval mode.
@@ -90,7 +88,7 @@ def probe(
     *,
     device: torch.device,
     weights: Path | None,
-    features: FeatureCache | None = None,
+    features: Cache | None = None,
     models: Models | None = None,
 ) -> dict[str, Any]:
     """Return a backbone's linear probe as the row of one epoch; arguments as `finetune`, errors as `probed_head`."""
