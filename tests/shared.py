@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ import torch
 from conftest import SOAK
 from hypothesis import HealthCheck, settings
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Before Ray, which it tells to listen on the loopback.
 from tuning.search.cluster import TOKEN, ray_nodes, restored_environment, start_ray
@@ -82,6 +84,18 @@ CUDA = pytest.param(
     marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
 )
 on_each_device = pytest.mark.parametrize("device", [CPU, CUDA], ids=["cpu", "cuda"])
+
+
+class Operations(TorchDispatchMode):
+    """Notes the names of PyTorch's operations: what becomes a kernel on a GPU, and views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._schema.name.removeprefix("aten::"))
+        return func(*args, **(kwargs or {}))
 
 
 def shared_ray() -> list[tuple[int, float]]:

@@ -160,7 +160,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     from tuning.show.plots import write_plots
     from tuning.training.backbones import check
     from tuning.training.dataset import join
-    from tuning.training.device import chosen, deterministic, keep_memory
+    from tuning.training.device import chosen, keep_memory, prepare_gpu
     from tuning.training.digests import digests, other_weights
     from tuning.training.features import FeatureCache, HeldOutputs
     from tuning.training.outputs import run_folder as outputs_folder
@@ -178,8 +178,8 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     if device.type == "cpu":
         keep_memory()
-    elif plan.deterministic:
-        deterministic()
+    else:
+        prepare_gpu(deterministic=plan.deterministic)
 
     # Take what the search has trained, or train.
     if taken is not None:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from shared import CPU, examples, losses, make_data, on_each_device
+from shared import CPU, Operations, examples, losses, make_data, on_each_device
 from sklearn import metrics
 from torch.nn import functional
 
@@ -108,6 +108,20 @@ def test_resuming_from_a_snapshot_equals_never_having_stopped(optimizer):
     last, last_again = whole[-1][1](), rest[-1][1]()
     assert last.tensors.keys() == last_again.tensors.keys()
     assert all(torch.equal(last.tensors[name], last_again.tensors[name]) for name in last.tensors)
+
+
+@pytest.mark.parametrize("policy", ["none", "strong"])
+def test_no_step_waits_for_the_device(policy):
+    """Nothing of a tensor becomes a Python number: on a GPU that waits for all that was asked of it before."""
+
+    def waits(batch_size):
+        trial = config(augmentation=policy, batch_size=batch_size, epochs=1, batch_norm="frozen")
+        epochs = finetune(trial, make_data(), device=CPU, weights=None, features=HeldOutputs(CPU))
+        with Operations() as done:
+            next(epochs)
+        return sum(name in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal") for name in done.names)
+
+    assert waits(4) == waits(16)  # 8 steps of the epoch as 2
 
 
 @on_each_device

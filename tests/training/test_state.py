@@ -3,6 +3,7 @@ import math
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from shared import Operations
 from torch import nn
 
 from tuning.training.state import Averaged
@@ -36,7 +37,8 @@ def test_averages_of_all_tensors_at_once_are_those_of_each_to_the_bit():
             share = max(1 - math.exp(-1 / epoch_steps), 1 / step)
             before = each.get(name)
             each[name] = tensor.clone() if before is None or name.endswith("tracked") else before.lerp(tensor, share)
-    assert all(torch.equal(averaged.mean[name], each[name]) for name in names)
+    assert averaged.mean.keys() == {name for name in names if not name.endswith("tracked")}  # which counts batches
+    assert all(torch.equal(mean, each[name]) for name, mean in averaged.mean.items())
 
 
 @given(st.integers(1, 6), st.integers(0, 6))
@@ -52,7 +54,7 @@ def test_an_average_that_resumes_equals_one_that_never_stopped(before, after):
         (first if step < before else again).update()
         if step == before - 1:
             again.restore({name: tensor.clone() for name, tensor in first.mean.items()}, before)
-    assert all(torch.equal(whole.mean[name], again.mean[name]) for name in names)
+    assert all(torch.equal(mean, again.mean[name]) for name, mean in whole.mean.items())
 
 
 def test_the_model_has_its_own_tensors_again_afterwards():
@@ -63,3 +65,13 @@ def test_the_model_has_its_own_tensors_again_afterwards():
     with averaged.in_place():
         assert model.weight.tolist() == [1.0] * 3
     assert model.weight.tolist() == [7.0] * 3
+
+
+def test_an_update_is_one_operation():
+    """Each is a launch on a GPU, and a network has hundreds of tensors."""
+    model = nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(20)))
+    averaged = Averaged(model, list(model.state_dict()), epoch_steps=5)
+    with Operations() as done:
+        averaged.update()
+        averaged.update()
+    assert done.names == ["_foreach_lerp_"] * 2

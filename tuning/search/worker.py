@@ -26,7 +26,7 @@ from tuning.search.cluster import images_here
 from tuning.search.gpus import CONTEXT_MB, gpus_here
 from tuning.settings.config import InputError, TrialConfig
 from tuning.training.dataset import Data, join, placed
-from tuning.training.device import accelerator, deterministic, exercise, keep_memory
+from tuning.training.device import accelerator, exercise, keep_memory, prepare_gpu
 from tuning.training.digests import digests, other_weights
 from tuning.training.features import Cache, FeatureCache, HeldOutputs
 from tuning.training.finetune import finetune, out_of_memory
@@ -122,8 +122,7 @@ class Worker:
         return row
 
     def _try_gpu(self) -> None:
-        if self._config["deterministic"]:
-            deterministic()
+        prepare_gpu(deterministic=self._config["deterministic"])
         exercise(self._device)
         if self._device.type == "cuda" and self._config["gpus"] < 1:  # what another process was promised stays free
             context = CONTEXT_MB * 2**20 / torch.cuda.mem_get_info()[1]

@@ -26,11 +26,12 @@ def keep_memory() -> None:
         mallopt(m_top_pad, 2**26)
 
 
-def deterministic() -> None:
-    """Have GPUs compute the same from the same: to be called before CUDA's first use."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS's results depend on its streams
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = False
+def prepare_gpu(*, deterministic: bool) -> None:
+    """Have GPUs compute the same from the same, or as fast as they can: to be called before CUDA's first use."""
+    torch.backends.cudnn.benchmark = not deterministic  # tries the algorithms of each convolution once
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS's results depend on its streams
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 @contextmanager

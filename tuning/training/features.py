@@ -20,6 +20,7 @@ from torch import Tensor
 # A convolution's last bit depends on the number of images in a batch (seen with lite0, VGG, DenseNet and resnet18), so
 # every pass through a prefix takes exactly this many: cached, derived and recomputed outputs are equal.
 CHUNK = 32
+GPU_CHUNK = 128  # on a GPU, whose last bits depend on more, and which is idle while it is asked for little
 MOST_READING = 1.0  # outputs are kept if reading them takes at most this fraction of computing them
 Array = np.ndarray[Any, Any]
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from tuning.training.dataset import Indices, preparer
 from tuning.training.device import in_float32
-from tuning.training.features import CHUNK, Array, Cache, Key, loaded, to_device
+from tuning.training.features import CHUNK, GPU_CHUNK, Array, Cache, Key, loaded, to_device
 from tuning.training.models import Network
-from tuning.training.scores import EVALUATION_BATCH, predict
+from tuning.training.scores import evaluation_batch, predict
 
 BLOCK = 256  # about as many images go through the prefix at once if their outputs are not cached
 HELD_BYTES = 2**28  # vectors in files up to this size are held in memory
@@ -33,11 +33,11 @@ class Inputs:
 
     fetch: Fetch
     hits: int | None = None  # images whose outputs were cached; None if outputs are not cached
-    blocks: bool = False  # whether `fetch` passes images through the prefix, CHUNK at a time
+    chunk: int = 0  # images that `fetch` passes through the prefix at once; 0: it passes none
 
     def batches(self, positions: Indices, size: int) -> Iterator[Tensor]:
         """Yield inputs [size, ...] of the images at `positions`, in this order; the last batch may be smaller."""
-        block = math.lcm(size, CHUNK) if self.blocks else size
+        block = math.lcm(size, self.chunk) if self.chunk else size
         if block > max(size, BLOCK):
             block = size * math.ceil(BLOCK / size)
         for first in range(0, len(positions), block):
@@ -56,6 +56,7 @@ class Frozen:
 
     def __init__(self, network: Network, depth: int, images: NDArray[np.uint8] | Tensor, cache: Cache | None):
         self._network, self._cache, self._cut = network, cache, network.cut(depth)
+        self._chunk = CHUNK if network.device.type == "cpu" else GPU_CHUNK
         self._prepare = preparer(images, network.backbone, network.device)
         self._key = Key(network.backbone, network.weights, network.image_size, depth, "float32", "", "none", None)
         self.trained: Callable[[Tensor], Tensor] = network.model if self._cut is None else self._cut.suffix
@@ -88,7 +89,7 @@ class Frozen:
                 chunks = partial(self._outputs, key, len(indices), prepare, precision)
                 found = self._cache.get(key, len(indices), chunks)
         if found is None:
-            return Inputs(partial(self._computed, prepare, precision), blocks=True)
+            return Inputs(partial(self._computed, prepare, precision), chunk=self._chunk)
         return Inputs(self._reader(found[0]), hits=len(indices) if found[1] else 0)
 
     def vectors(self, indices: Indices) -> Tensor:
@@ -98,7 +99,7 @@ class Frozen:
 
     def logits(self, indices: Indices) -> NDArray[np.float32]:
         """Return logits [n, classes] of unaugmented images; the model is in eval mode."""
-        size = VECTORS_BATCH if self.head_only else EVALUATION_BATCH
+        size = VECTORS_BATCH if self.head_only else evaluation_batch(self._network.device)
         batches = self.inputs(indices).batches(np.arange(len(indices)), size)
         return predict(self.trained, batches)
 
@@ -111,12 +112,12 @@ class Frozen:
 
     def _computed(self, prepare: Fetch, precision: Precision, positions: Indices) -> Tensor:
         with self._prefix_timed():
-            return torch.cat([self._pass(prepare, precision, part) for part in _chunks(positions)])
+            return torch.cat([self._pass(prepare, precision, part) for part in self._chunks(positions)])
 
     def _pass(self, prepare: Fetch, precision: Precision, positions: Indices) -> Tensor:
-        """Compute the outputs of at most CHUNK images."""
+        """Compute the outputs of at most a chunk of images."""
         assert self._cut is not None
-        images = prepare(_filled(positions))
+        images = prepare(self._filled(positions))
         with precision():
             return self._cut.prefix(images)[: len(positions)]
 
@@ -129,11 +130,11 @@ class Frozen:
             if known is not None and further is not None:
                 source = known, further.suffix
                 break
-        for positions in _chunks(np.arange(count)):
+        for positions in self._chunks(np.arange(count)):
             if source is None:
                 yield self._pass(prepare, precision, positions)
             else:
-                features = loaded(source[0], _filled(positions), self._network.device)
+                features = loaded(source[0], self._filled(positions), self._network.device)
                 with precision():
                     derived = self._cut.stop(partial(source[1], features))
                 yield derived[: len(positions)]
@@ -158,12 +159,10 @@ class Frozen:
         yield
         self.prefix_seconds += time.perf_counter() - started - (self.data_seconds - data_seconds)
 
+    def _chunks(self, positions: Indices) -> Iterator[Indices]:
+        for first in range(0, len(positions), self._chunk):
+            yield positions[first : first + self._chunk]
 
-def _chunks(positions: Indices) -> Iterator[Indices]:
-    for first in range(0, len(positions), CHUNK):
-        yield positions[first : first + CHUNK]
-
-
-def _filled(positions: Indices) -> Indices:
-    """Return CHUNK positions: the last one is repeated if there are fewer."""
-    return np.pad(positions, (0, CHUNK - len(positions)), mode="edge")
+    def _filled(self, positions: Indices) -> Indices:
+        """Return a chunk of positions: the last one is repeated if there are fewer."""
+        return np.pad(positions, (0, self._chunk - len(positions)), mode="edge")

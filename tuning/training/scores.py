@@ -15,7 +15,10 @@ from tuning.record.temperature import tempered_loss
 from tuning.training.dataset import Indices, Prepare
 from tuning.training.device import in_float32
 
-EVALUATION_BATCH = 64
+
+def evaluation_batch(device: torch.device) -> int:
+    """Return the number of images that are evaluated at once."""
+    return 64 if device.type == "cpu" else 128
 
 
 @torch.no_grad()
@@ -28,8 +31,8 @@ def predict(forward: Callable[[Tensor], Tensor], batches: Iterable[Tensor]) -> N
 def predict_images(network: nn.Module, prepare: Prepare, indices: Indices) -> NDArray[np.float32]:
     """Return logits [n, classes] of a whole network for unaugmented images; the network is put in eval mode."""
     network.eval()
-    starts = range(0, len(indices), EVALUATION_BATCH)
-    batches = (prepare(indices[first : first + EVALUATION_BATCH], None, "none") for first in starts)
+    size = evaluation_batch(next(network.parameters()).device)
+    batches = (prepare(indices[first : first + size], None, "none") for first in range(0, len(indices), size))
     return predict(network, batches)
 
 

@@ -41,29 +41,24 @@ class Averaged:
 
     def __init__(self, model: nn.Module, names: Iterable[str], epoch_steps: int):
         tensors = model.state_dict()
-        self._tensors = {name: tensors[name] for name in names}
+        self._tensors = {name: tensors[name] for name in names if tensors[name].is_floating_point()}  # not batch counts
         self._share = 1 - math.exp(-1 / epoch_steps)
         self._steps = 0
-        self.mean = {name: torch.empty_like(tensor) for name, tensor in self._tensors.items()}
+        self.mean = {name: torch.zeros_like(tensor) for name, tensor in self._tensors.items()}
+        self._pair = list(self.mean.values()), list(self._tensors.values())
 
     def restore(self, mean: Mapping[str, Tensor], steps: int) -> None:
         """Resume from the `mean` after `steps` optimizer steps."""
-        assert mean.keys() == self.mean.keys()
         self._steps = steps
-        for name, tensor in mean.items():
-            self.mean[name].copy_(tensor)
+        for name, tensor in self.mean.items():
+            tensor.copy_(mean[name])
 
     @torch.no_grad()
     def update(self) -> None:
-        """Add the tensors' current values."""
+        """Add the tensors' current values, in one operation: on a GPU one for each tensor took a third of a step's."""
         self._steps += 1
-        share = max(self._share, 1 / self._steps)
-        floating = [name for name, tensor in self._tensors.items() if self._steps > 1 and tensor.is_floating_point()]
-        for name in self._tensors.keys() - floating:
-            self.mean[name].copy_(self._tensors[name])
-        if floating:
-            means, values = ([of[name] for name in floating] for of in (self.mean, self._tensors))
-            torch._foreach_lerp_(means, values, share)
+        if self._pair[0]:
+            torch._foreach_lerp_(*self._pair, max(self._share, 1 / self._steps))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
