@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: setup search bench example test test-fast test-soak lint format
+.PHONY: setup search bench gpu example test test-fast test-soak lint format
 
 setup: .venv/.installed
 
@@ -16,6 +16,9 @@ search: setup
 
 bench: setup
 	$(BIN)/python benchmarks/speed.py $(ARGS)
+
+gpu: setup
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 example: setup
 	$(BIN)/python benchmarks/example.py --place build/example $(ARGS)

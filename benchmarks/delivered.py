@@ -64,6 +64,8 @@ class Flags:
     """Checkout of this project that `product` runs."""
     label: str = "product"
     """Name of the product's results, for another checkout or share."""
+    final: tuple[str, ...] = ()
+    """Settings of the product's final model, such as final_data=train."""
     out: str = "results/delivered"
     """Folder of the results."""
     report: bool = False
@@ -117,7 +119,7 @@ def of_product(flags: Flags, data: Path, seed: int, seconds: float) -> dict[str,
         given = ["trials=1000", f"epochs={EPOCHS}", f"concurrent={SLOTS}", "image_size=64", "on_leak=warn"]
         search = ["--data", str(data), "--name", "run", "--seed", str(seed), "--time-budget", budget, "--set", *given]
         command("run_search.py", *search)
-        command("train_final.py", "results/run")
+        command("train_final.py", "results/run", *(["--set", *flags.final] if flags.final else []))
         taken = time.perf_counter() - began
         metrics = json.loads(Path(f"{place}/results/run/model/metrics.json").read_text())
     tested = metrics["test"]
