@@ -110,7 +110,7 @@ class SlowTrial(FreeTrial):
 
 
 class OnAGpu(FreeTrial):
-    """One that asks for a pretended GPU, of which the second doesn't work, or none if the run is named so."""
+    """One on a pretended GPU. The second doesn't work, or its trials fail, or none works: by the run's name."""
 
     @classmethod
     def default_resource_request(cls, config):
@@ -118,7 +118,12 @@ class OnAGpu(FreeTrial):
 
     def step(self):
         gpu = os.environ["CUDA_VISIBLE_DEVICES"]
-        if gpu == "1" or Path(self.config["run"]).name == "none-works":
+        name = Path(self.config["run"]).name
+        if gpu == "1" and name == "one-fails":
+            return {
+                "row": json.dumps({"ends": "failed", "reason": "FileNotFoundError: no such file", "error": "lines"})
+            }
+        if gpu == "1" or name == "none-works":
             return {"row": json.dumps({"broken": f"GPU {gpu} of here: CUDA error: unspecified launch failure"})}
         time.sleep(0.05)
         return super().step()

@@ -21,7 +21,7 @@ from tuning import run_search
 from tuning.record.journal import FINAL, read_journal, read_record
 from tuning.record.tables import read_table, read_whole
 from tuning.search.cluster import Slots, ray_nodes, ray_running, restored_environment
-from tuning.search.driver import LOST_ACTOR_RETRIES, LOST_STARTS
+from tuning.search.driver import FAILURES_AT_FIRST, LOST_ACTOR_RETRIES, LOST_STARTS
 from tuning.settings.config import InputError, SearchPlan
 
 pytestmark = pytest.mark.slow
@@ -110,6 +110,17 @@ def test_a_gpu_that_does_not_work_gets_one_trial_which_another_then_trains(tmp_p
     assert len(trials) == 30 and set(trials["status"]) == {"completed"}
     told = [line for line in capsys.readouterr().err.splitlines() if "it gets no more trials" in line]
     assert len(told) == 1 and told[0].startswith("GPU 1 of here: CUDA error")
+
+
+def test_a_slot_whose_first_trials_all_fail_gets_no_more(tmp_path, folder, two_gpus, capsys):
+    """As on a node that can't read a file: trials that fail at once would be given to it, one after another."""
+    search = make_run(tmp_path / "one-fails", folder, trials=30, early_stopping=False)(2, trainable=OnAGpu)
+    search.resources = two_gpus
+    assert search.run() and search.halted is None
+    statuses = Counter(read_table(tmp_path / "one-fails" / "trials.parquet")["status"])
+    assert statuses == {"completed": 30 - FAILURES_AT_FIRST, "failed": FAILURES_AT_FIRST}
+    told = capsys.readouterr().err
+    assert f"the first {FAILURES_AT_FIRST} trials of a worker on " in told and "it gets no more trials" in told
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use a GPU here")

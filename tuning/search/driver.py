@@ -35,7 +35,7 @@ LOST_STARTS = 10  # times that a trial's worker may die before the trial has beg
 LOST_START_SECONDS = 1.0  # before trials are scheduled again: a node that dies takes several workers
 LOW_ON_MEMORY = "running low on memory"  # in Ray's error if its memory monitor killed the worker
 RAISED = "RayTaskError"  # in Ray's error if the worker raised an exception, and was not killed
-FAILURES_AT_FIRST = 4  # if the first trials all fail, the cause is not in their configurations
+FAILURES_AT_FIRST = 4  # if the first trials all fail, or those of one slot, the cause is not in their configurations
 RESUME = "--resume continues this trial"
 
 
@@ -95,7 +95,8 @@ class Search:
         self.running: dict[str, Trial] = {}  # in the order in which they started
         self.halted: str | None = None  # why no more trials are started
         self.finished = False  # whether none is left to start
-        self._broken_gpus = 0.0  # which are held, and get no more trials
+        self._held = self._held_gpus = 0.0  # slots and GPUs that get no more trials
+        self._failures: dict[str, float] = {}  # by worker; -inf once one of its trials has not failed
         self._tables_due = self._schedule_at = -math.inf  # monotonic seconds
         self._ray_ids: dict[str, str] = {}  # our trial id by Ray's
         self._gpus: dict[str, float] = {}  # by trial
@@ -160,7 +161,7 @@ class Search:
         if self.resources.packed:
             gpus = self._gpu_share(trial)
             in_use = sum(share for other, share in self._gpus.items() if not self.record.trials[other].ended)
-            if in_use + gpus > self.resources.packed - self._broken_gpus:
+            if in_use + gpus > self.resources.packed - self._held_gpus:
                 self._unfinished.insert(0, trial)  # its share may have become smaller by the next call
                 return None
         self._ray_ids[ray_id] = trial.trial_id
@@ -224,9 +225,10 @@ class Search:
         self._write("started", trial_id=trial_id, gpus=self._gpus[trial_id])
         self.running[trial_id] = self.record.trials[trial_id]
 
-    def result(self, ray_id: str, row: dict[str, Any]) -> bool:
+    def result(self, ray_id: str, row: dict[str, Any], worker: str = "") -> bool:
         """Journal a row and what follows from it; return whether the trial continues."""
         trial = self.record.trials[self._ray_ids[ray_id]]
+        self._failures[worker] = self._failures.get(worker, 0) + 1 if row["ends"] == "failed" else -math.inf
         if "epoch" not in row and row["ends"] == "out_of_memory" and self.resources.packed and trial.gpus < 1:
             self._packing.outgrown(trial.config)
             self._again(trial, row["reason"])
@@ -277,11 +279,26 @@ class Search:
 
     def broken(self, ray_id: str, wrong: str) -> None:
         """Schedule a trial again whose GPU doesn't work; Ray's own trial goes on to hold that one."""
-        trial_id, resources = self._ray_ids[ray_id], self.resources
-        self._broken_gpus += self._again(self.record.trials[trial_id], wrong)
+        trial_id = self._ray_ids[ray_id]
+        gpus = self._again(self.record.trials[trial_id], wrong)
         print(f"{wrong}; it gets no more trials, and {trial_id} is scheduled again", file=sys.stderr)
-        if self._broken_gpus >= (resources.packed or resources.gpus * resources.count):
-            self.halted = f"no GPU works; the last one: {wrong}"
+        self._hold(gpus, f"no GPU works; the last one: {wrong}")
+
+    def fails(self, ray_id: str, worker: str) -> bool:
+        """Return whether a worker on which a trial has failed gets no more of them, since others of it failed too."""
+        if self._failures[worker] < FAILURES_AT_FIRST or self.halted is not None:
+            return False
+        trial = self.record.trials[self._ray_ids[ray_id]]
+        failed = f"the first {FAILURES_AT_FIRST} trials of a worker on {worker.partition(' ')[0]} all failed"
+        print(f"{failed}; it gets no more trials; the last one: {trial.reason}", file=sys.stderr)
+        self._hold(self._gpus[trial.trial_id], f"{failed}, and so did all others'; the last one: {trial.reason}")
+        return True
+
+    def _hold(self, gpus: float, why: str) -> None:
+        """Note that a slot is held; end the search if none is left."""
+        self._held, self._held_gpus = self._held + 1, self._held_gpus + gpus
+        if self._held_gpus >= self.resources.packed > 0 or self._held >= self.resources.count:
+            self.halted = why
 
     def _again(self, trial: Trial, error: str) -> float:
         """Schedule a trial again that could not run where it was; return its share of a GPU."""
@@ -313,7 +330,10 @@ class Search:
         if trial.origin != "finalist":
             self.optimizer.tell(trial)
         ended = (other.status for other in self.record.trials.values() if other.ended and other.number is not None)
-        if list(islice(ended, FAILURES_AT_FIRST + 1)) == ["failed"] * FAILURES_AT_FIRST:
+        everywhere = sum(number > 0 for number in self._failures.values()) >= min(
+            self.resources.count, FAILURES_AT_FIRST
+        )
+        if everywhere and list(islice(ended, FAILURES_AT_FIRST + 1)) == ["failed"] * FAILURES_AT_FIRST:
             self.halted = f"the first {FAILURES_AT_FIRST} trials all failed; the last one: {reason}"
         self.show(self, trial)
         self._write_tables()

@@ -118,7 +118,7 @@ class _Scheduler(FIFOScheduler):  # type: ignore[misc]
         self._silent: dict[Any, float] = {}  # seconds since each of Ray's trials last reported
         self._looked = time.monotonic()
         self._hung: set[Any] = set()
-        self._held: list[Any] = []  # Ray's trials that hold a broken GPU, so that no other is placed there
+        self._held: list[Any] = []  # Ray's trials that hold slots on which trials fail
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """Also kill workers that hang and, at the end, drop waiting trials: Ray calls this ten times a second."""
@@ -153,13 +153,20 @@ class _Scheduler(FIFOScheduler):  # type: ignore[misc]
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         row = json.loads(result["row"])
         if "broken" in row:
-            del self._silent[trial]
-            self._held.append(trial)
             self._search.broken(trial.trial_id, row["broken"])
-            return str(TrialScheduler.NOOP)
+            return self._hold(trial)
         self._silent[trial] = 0.0
-        continues = self._search.result(trial.trial_id, row)
+        worker = f"{result['hostname']} {result['pid']}"
+        continues = self._search.result(trial.trial_id, row, worker)
+        if not continues and self._search.fails(trial.trial_id, worker):
+            return self._hold(trial)
         return str(TrialScheduler.CONTINUE if continues else TrialScheduler.STOP)
+
+    def _hold(self, trial: Any) -> str:
+        """Have Ray's trial go on without doing anything, so that no other is placed where it is."""
+        del self._silent[trial]
+        self._held.append(trial)
+        return str(TrialScheduler.NOOP)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         self._silent.pop(trial, None)
