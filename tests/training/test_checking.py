@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import signal
 import subprocess
@@ -8,9 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import timm
+import torch
 
 from tuning.settings.config import InputError
-from tuning.training import checking
+from tuning.training import backbones, checking
 from tuning.training.checking import FOLDER, answer, weights_checked
 
 SIZES = {"test_resnet": [32], "test_vit": [160]}
@@ -29,6 +32,29 @@ def test_with_torch_no_other_process_is_asked(monkeypatch):
         assert known(0.0) == RANDOM
     with pytest.raises(InputError, match=r"resnet81.*did you mean"), weights_checked({"resnet81": [32]}, "random"):
         pass
+
+
+def test_what_has_been_checked_is_remembered_until_it_changes(monkeypatch, tmp_path):
+    monkeypatch.setenv("FINETUNE_SEARCH_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "weights" / "test_resnet.pth"
+    file.parent.mkdir()
+    torch.save(timm.create_model("test_resnet").state_dict(), file)
+    asked, check = [], backbones.check
+    monkeypatch.setattr(backbones, "check", lambda *given: (asked.append(given), check(*given)))
+    for sizes in ([32], [32], [64], [32]):
+        with weights_checked({"test_resnet": sizes}, str(file.parent)) as known:
+            assert known(0.0) == {"test_resnet": file}
+    assert [given[1] for given in asked] == [[32], [64]]
+    (tmp_path / "cache" / "checked.json").write_text("not JSON")
+    tensors = torch.load(file)
+    tensors[next(iter(tensors))][0] = math.nan
+    torch.save(tensors, file)
+    for _ in range(2):  # what is wrong is not remembered
+        with (
+            pytest.raises(InputError, match="hold NaN or infinity"),
+            weights_checked({"test_resnet": [32]}, str(file.parent)),
+        ):
+            pass
 
 
 def test_a_worker_answers_once(without_torch):

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
@@ -18,7 +18,7 @@ from timm.models import get_pretrained_cfg, group_parameters, load_state_dict
 from torch import Tensor, nn
 
 from tuning.settings.config import DEPTH_ALL, InputError
-from tuning.training.weights import PACKAGES, find_weights, unsupported
+from tuning.training.weights import PACKAGES, unsupported
 
 NOT_WEIGHTS = ("n_averaged",)  # keys of a state dict: the counter of torch.optim.swa_utils.AveragedModel
 MIN_TRACED_SIZE = 64  # below it the last stages of stride-32 models have one position, as if pooled
@@ -117,18 +117,6 @@ def check(backbone: str, sizes: Sequence[int], weights: Path | None) -> None:
             faults += [fault for fault in error.faults if fault not in faults]
     if faults:
         raise InputError(faults)
-
-
-def checked_weights(sizes: Mapping[str, Sequence[int]], weights: str) -> dict[str, Path | None]:
-    """Find each backbone's file of weights as `find_weights` does, and `check` it at its image sizes.
-
-    Raises:
-        InputError: as both do.
-    """
-    found = find_weights(list(sizes), weights)
-    for backbone, file in found.items():  # finds a damaged file or an impossible image size before the trials do
-        check(backbone, sizes[backbone], file)
-    return found
 
 
 def _load(backbone: str, image_size: int, file: Path) -> Any:

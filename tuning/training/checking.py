@@ -17,17 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from tuning.record.tables import replacing
-from tuning.settings.config import InputError
+from tuning.settings.config import InputError, cache_folder
 
 Weights = Callable[[float], dict[str, Path | None] | None]
 FOLDER = "FINETUNE_SEARCH_CHECK"  # the environment's variable that names the folder
 TAKEN_SECONDS = 60.0  # within which a worker has taken the question; else a process is started
 LOOK_SECONDS = 0.05
+MOST_REMEMBERED = 1000  # backbones with their sizes and files
 
 
 @contextmanager
 def weights_checked(sizes: Mapping[str, Sequence[int]], weights: str, *, by_worker: bool = False) -> Iterator[Weights]:
-    """Have another process do `backbones.checked_weights`, unless this one has loaded torch.
+    """Have another process find and check weights, unless this one has loaded torch.
 
     Args:
         by_worker: whether workers that start meanwhile call `answer`.
@@ -37,7 +38,7 @@ def weights_checked(sizes: Mapping[str, Sequence[int]], weights: str, *, by_work
         or None if they aren't known yet.
 
         Raises:
-            InputError: as `backbones.checked_weights` does, or the process that was started for it has died.
+            InputError: as `find_weights` and `backbones.check` do, or the process that was started for it has died.
     """
     if "torch" in sys.modules:
         done = _checked(sizes, weights)
@@ -114,9 +115,38 @@ def answer() -> None:
 
 
 def _checked(sizes: Mapping[str, Sequence[int]], weights: str) -> dict[str, Path | None]:
-    from tuning.training.backbones import checked_weights
+    """Find each backbone's file of weights as `find_weights` does, and `backbones.check` it at its image sizes.
 
-    return checked_weights(sizes, weights)
+    What has been checked is remembered on this machine: building three small backbones takes more than a second.
+
+    Raises:
+        InputError: as both do.
+    """
+    import timm
+    import torch
+
+    from tuning.training.backbones import check  # finds a damaged file or an impossible image size before trials do
+    from tuning.training.weights import find_weights
+
+    files, place = find_weights(list(sizes), weights), cache_folder() / "checked.json"
+    try:
+        known = json.loads(place.read_text())
+    except (OSError, ValueError):
+        known = []
+    new = []
+    for backbone, file in files.items():
+        status = None if file is None else file.stat()
+        stamp = None if status is None else [str(file), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+        entry = [backbone, sorted(sizes[backbone]), stamp, timm.__version__, str(torch.__version__)]
+        if entry not in known:
+            check(backbone, sizes[backbone], file)
+            new.append(entry)
+    if new:
+        with suppress(OSError):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(place) as temporary:
+                temporary.write_text(json.dumps([*known, *new][-MOST_REMEMBERED:]))
+    return files
 
 
 def _at_work(folder: Path) -> bool:
