@@ -358,3 +358,16 @@ def test_many_images_are_not_compared_pair_by_pair(films, monkeypatch):
     monkeypatch.setattr("tuning.checks.audit.MOST_IMAGES", 24)
     checked, found = check(manifest(("copy.jpg", "a", "train")))
     assert found.empty and checked.messages[-1] == "  near duplicates were not searched for among more than 24 images"
+
+
+def test_shortcuts_are_searched_for_once_in_the_same_images_and_labels(tmp_path, monkeypatch):
+    monkeypatch.setenv("FINETUNE_SEARCH_CACHE", str(tmp_path / "cache"))
+    plan = SearchPlan(name="x", data=str(draw_folder(tmp_path / "films")), on_leak="warn")
+    first = load_checked(plan, [32])
+    monkeypatch.setattr("tuning.checks.shortcuts.shortcuts", lambda *given: pytest.fail("searched again"))
+    again = load_checked(plan, [32])
+    assert first.audit.equals(again.audit) and first.audit.num_rows and first.messages == again.messages
+    renamed = pd.DataFrame({"path": first.samples["file"], "label": first.samples["label"].replace("dark", "dull")})
+    renamed.to_csv(tmp_path / "films.csv", index=False)
+    with pytest.raises(pytest.fail.Exception, match="searched again"):
+        load_checked(plan.model_copy(update={"data": str(tmp_path / "films.csv")}), [32])

@@ -1,6 +1,8 @@
 """Decode the images and audit the data before any trial."""
 
 import errno
+import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +13,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tuning.checks import findings, names
-from tuning.checks.alignment import SIDE
+from tuning.checks import findings, names, shortcuts
+from tuning.checks.alignment import SIDE, Ints
 from tuning.checks.duplicates import VERSION, Pairs, bars_of, near_duplicates, shrunk
 from tuning.checks.findings import Finding
 from tuning.data import images, phantoms, samples, splits
+from tuning.data.decoding import Pixels
 from tuning.record import tables
 from tuning.settings.config import SAMPLE_SETTINGS, InputError, SearchPlan, cache_folder
 
@@ -135,8 +138,6 @@ def _emptied(before: pd.DataFrame, after: pd.DataFrame) -> str:
 
 def audited(plan: SearchPlan, decoded: Decoded) -> tuple[list[Finding], pd.DataFrame, list[str]]:
     """Return all findings, the samples for the search, and what the screen shows."""
-    from tuning.checks import shortcuts  # takes a second to load
-
     size = min((size for size in decoded.folders if size >= SIDE), default=max(decoded.folders))  # shows the details
     folder = decoded.folders[size]
     shown, facts = images.open_images(folder), images.read_facts(folder)
@@ -148,8 +149,7 @@ def audited(plan: SearchPlan, decoded: Decoded) -> tuple[list[Finding], pd.DataF
     unit = splits.number_units(table["group"], [*identical, *pairs])
     labels = table["label"].tolist()
     chosen = shortcuts.sampled(labels, unit)
-    pictures = shrunk(shown, chosen, shortcuts.SIDE).astype(np.float32)
-    rules = shortcuts.shortcuts(pictures, facts.iloc[chosen], [labels[index] for index in chosen], unit[chosen])
+    rules = _shortcuts(folder, shown, facts, labels, unit, chosen)
     found = findings.of_unreadable(decoded.lost, plan.skip_unreadable)
     found += findings.of_groups(table, plan.on_leak)
     found += findings.of_copies(table, identical, decoded.hashes, near, plan.on_leak)
@@ -220,3 +220,19 @@ def _near(folder: Path, identical: list[tuple[int, int]], facts: pd.DataFrame, f
         with tables.replacing(cached) as temporary:
             pq.write_table(pa.table(pairs._asdict()), temporary)
     return Pairs(*(column.to_numpy() for column in pq.read_table(cached).itercolumns()))
+
+
+def _shortcuts(
+    folder: Path, shown: Pixels, facts: pd.DataFrame, labels: list[str], unit: Ints, chosen: Ints
+) -> list[shortcuts.Shortcut] | None:
+    """Return what `shortcuts.shortcuts` finds, remembered beside the decoded images for these labels and units."""
+    asked = json.dumps([shortcuts.VERSION, labels, unit.tolist()])
+    cached = folder / f"shortcuts-{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
+    if cached.exists():
+        known = json.loads(cached.read_text())
+        return None if known is None else [shortcuts.Shortcut(*rule) for rule in known]
+    pictures = shrunk(shown, chosen, shortcuts.SIDE).astype(np.float32)
+    found = shortcuts.shortcuts(pictures, facts.iloc[chosen], [labels[index] for index in chosen], unit[chosen])
+    with tables.replacing(cached) as temporary:
+        temporary.write_text(json.dumps(found))
+    return found

@@ -10,14 +10,13 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from sklearn.linear_model import Ridge
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from threadpoolctl import threadpool_limits
 
 from tuning.checks.alignment import Floats, Ints
 
 Reals: TypeAlias = NDArray[np.float64]
 
+VERSION = 1  # raised with any change of what is found
 FOLDS = 5
 SHUFFLES = 199  # of the labels: the smallest p-value is 1/200
 P_VALUE = 0.01  # the largest that is reported
@@ -76,6 +75,8 @@ def folds(labels: Sequence[str], units: Ints) -> Folds | None:
         labels: class of each image.
         units: number of each image's unit, such as the patient.
     """
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold  # takes a second to load
+
     classes = tuple(sorted(set(labels)))
     true = np.array([classes.index(label) for label in labels], dtype=np.int64)
     fewest = min((len(np.unique(units[true == index])) for index in range(len(classes))), default=0)
@@ -175,6 +176,8 @@ def linear_probe(finding: str, name: str, features: Floats, folds: Folds) -> Sho
         name: the features in words.
         features: [n, features].
     """
+    from sklearn.linear_model import Ridge
+
     n_classes = len(folds.classes)
     features = (features - features.mean(axis=0)) / (features.std(axis=0) + 1e-3 * features.std() + 1e-6)
     right = np.zeros((len(folds.labels), n_classes + 1))
