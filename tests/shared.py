@@ -119,7 +119,8 @@ def on_shared_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
     @contextmanager
     def running(plan: SearchPlan) -> Iterator[Callable[[], list[tuple[int, float]]]]:
-        yield shared_ray
+        shared_ray()
+        yield ray_nodes
 
     monkeypatch.setattr("tuning.search.cluster.ray_running", running)
 

@@ -24,7 +24,7 @@ def inside(name, out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["facts", "mix", "numbers", "memory", "speed", "costs"])
+@pytest.mark.parametrize("name", ["facts", "mix", "numbers", "same", "memory", "speed", "costs"])
 def test_a_part_runs_at_toy_size_on_the_cpu(tmp_path, name):
     found = inside(name, tmp_path)
     assert (found["status"], found["faults"]) == ("PASS", []) and found["figures"]

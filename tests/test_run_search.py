@@ -75,7 +75,7 @@ def without_ray(flags):
     plan, space, folder = planned(flags)
     never = partial(pytest.fail, "it was not reported before Ray was needed")
     with weights_checked(sizes_of_backbones(space), plan.weights) as weights:
-        return _search(plan, space, folder, None, never, weights, flags.resume)
+        return _search(plan, space, folder, None, never, list, weights, flags.resume)
 
 
 def faults(run=without_ray, **flags):
@@ -108,8 +108,8 @@ def manifest(folder, rows, header="path,label"):
         ({"epochs": 0}, "--epochs: must be greater than or equal to 1, got 0"),
         ({"seed": -1}, "--seed: must be greater than or equal to 0"),
         ({"time_budget": "soon"}, "--time-budget: must be a duration such as 90s, 45m, 2h"),
-        ({"gpus_per_trial": -1.0}, "--gpus-per-trial: must be from 0 to 1"),
-        ({"gpus_per_trial": 2.0}, "--gpus-per-trial: must be from 0 to 1, since a trial trains on one GPU"),
+        ({"gpus_per_trial": -1.0}, "--gpus-per-trial: must be greater than or equal to 0"),
+        ({"gpus_per_trial": 2.0}, "--gpus-per-trial 2: give at most 1, since a trial trains on one GPU"),
         ({"cpus_per_trial": 0}, "--cpus-per-trial: must be greater than or equal to 1"),
         ({"concurrent": 0}, "--concurrent: must be greater than or equal to 1"),
         ({"name": "../elsewhere"}, "--name: must be letters"),

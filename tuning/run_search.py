@@ -147,7 +147,11 @@ def planned(flags: Flags) -> tuple[SearchPlan, Space, Path]:
     """Return the plan, the space and the run's folder that the flags ask for; wrong input raises InputError."""
     named = dataclasses.asdict(flags) | {"early_stopping": None if flags.early_stopping else False}
     del named["resume"], named["set"]
-    return (resumed_plan if flags.resume else new_plan)(*command_line(named, flags.set))
+    found = (resumed_plan if flags.resume else new_plan)(*command_line(named, flags.set))
+    gpus = found[0].gpus_per_trial
+    if isinstance(gpus, float) and gpus > 1:  # as runs of older versions may have
+        raise InputError(f"--gpus-per-trial {gpus:g}: give at most 1, since a trial trains on one GPU")
+    return found
 
 
 def _search(

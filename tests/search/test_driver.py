@@ -437,6 +437,29 @@ def test_trials_are_packed_once_some_have_been_measured(tmp_path, folder, monkey
     assert not again.ended and (again.losses, again.lost_starts) == (0, 1)
 
 
+@pytest.mark.parametrize(
+    ("resources", "broken", "over"),
+    [
+        (Slots(1, 1.0, 2), 1, False),
+        (Slots(1, 1.0, 2), 2, True),
+        (Slots(1, 1.0, 2, fitting=8), 2, False),  # fewer trials at once than GPUs
+        (Slots(1, 1.0, 10, fitting=1, waiting=True), 1, True),  # more than there are yet
+        (Slots(1, 1.0, 8, packed=2, fitting=8), 1, False),
+        (Slots(1, 1.0, 8, packed=2, fitting=8), 2, True),
+    ],
+)
+def test_a_search_ends_once_no_slot_works(tmp_path, folder, resources, broken, over):
+    search = make_run(tmp_path / "run", folder)()
+    search.resources = resources
+    for number in range(broken):
+        search.next_trial(f"ray{number}")
+        search.started(f"ray{number}")
+        search.broken(f"ray{number}", "GPU 0 of here: CUDA error")
+    search.journal.close()
+    assert (search.halted is not None) == over
+    assert not any(trial.ended for trial in search.record.trials.values())
+
+
 @pytest.mark.slow
 def test_probes_follow_start_points_count_as_no_trial_and_are_made_once(tmp_path, folder):
     parameters = PARAMETERS | {"backbone": {"type": "categorical", "choices": ["test_resnet", "test_vit"]}}

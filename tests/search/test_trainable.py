@@ -27,7 +27,7 @@ from tuning.search import worker as worker_module
 from tuning.search.checkpoints import StorageLost, best_file
 from tuning.search.plans import write_run
 from tuning.search.trainable import FinetuneTrial
-from tuning.search.worker import ProcessLost
+from tuning.search.worker import ProcessLost, Worker
 from tuning.settings.config import SearchPlan, TrialConfig
 from tuning.settings.space_file import parse
 from tuning.training.digests import digests
@@ -177,13 +177,14 @@ def test_probabilities_that_cannot_be_written_cost_no_more_than_themselves(given
 @pytest.mark.parametrize(("rate", "epochs"), [(1e5, 2400), (1e6, 600), (1e8, 600)])
 def test_checkpoints_take_a_twentieth_of_a_trials_time_on_any_disk(given, monkeypatch, rate, epochs):
     """A clock that moves by a second an epoch, and by what a disk of so many bytes a second takes."""
-    now, writing, written = [0.0], [0.0], []
+    now, writing, written, first = [0.0], [0.0], [], []
     monkeypatch.setattr(worker_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def slow(run, trial_id, state, best, config, *, ended):
         writing[0] += sum(tensor.nbytes for tensor in state.tensors.values()) / rate
         now[0] += sum(tensor.nbytes for tensor in state.tensors.values()) / rate
         written.append(state.history[-1]["epoch"])
+        first[:1] = first[:1] or writing
 
     monkeypatch.setattr(worker_module, "save", slow)
     monkeypatch.setattr(worker_module, "finetune", many_epochs)
@@ -191,7 +192,7 @@ def test_checkpoints_take_a_twentieth_of_a_trials_time_on_any_disk(given, monkey
     for _ in range(epochs):
         now[0] += 1.0
         step(trial)
-    assert written and writing[0] <= 0.05 * now[0]
+    assert written and writing[0] - first[0] * (rate < 1e6) <= 0.05 * now[0]  # the first tells how slow the disk is
     assert written[0] >= 30 and (rate < 1e8 or len(written) >= 18)  # every 30 s on a fast disk
     trial.reset_config(given("t1"))  # a trial that others have beaten leaves no more than its best weights
     assert len(written) >= 2
@@ -214,7 +215,7 @@ def many_epochs(*given, **named):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use a GPU here")
 def test_a_gpu_that_does_not_work_is_told_and_is_no_failure_of_the_trial(given, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    trial = FinetuneTrial(given("t00000") | {"device": "gpu"})
+    trial = FinetuneTrial(given("t00000") | {"device": "auto"})
     (row,) = step(trial)
     assert row.keys() == {"broken"} and row["broken"].startswith("GPU 3 of ")
     assert "Found no NVIDIA driver" in row["broken"]
@@ -222,7 +223,7 @@ def test_a_gpu_that_does_not_work_is_told_and_is_no_failure_of_the_trial(given, 
 
 def test_a_process_that_has_lost_a_gpu_which_works_is_no_failure_of_the_trial(given, monkeypatch):
     """As after an illegal memory access, upon which every call of that process fails."""
-    trial = FinetuneTrial(given("t00000") | {"device": "gpu"})
+    trial = FinetuneTrial(given("t00000") | {"device": "auto"})
 
     def fails(device):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -230,6 +231,54 @@ def test_a_process_that_has_lost_a_gpu_which_works_is_no_failure_of_the_trial(gi
     monkeypatch.setattr(worker_module, "exercise", fails)
     monkeypatch.setattr(worker_module, "gpus_here", lambda: [("a GPU", None)])
     with pytest.raises(ProcessLost, match="illegal memory access"):
+        trial.step()
+
+
+def test_what_a_small_trials_checkpoint_took_says_nothing_of_a_large_ones(given, monkeypatch):
+    """It takes a while, however few bytes it has."""
+    monkeypatch.setattr(worker_module, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(worker_module, "CHECKPOINT_SHARE", 1.0)
+    trial = FinetuneTrial(given("t0", unfreeze_depth=0))
+    assert step(trial)[0]["checkpoint"]
+    assert trial.worker._bytes_per_second == Worker._bytes_per_second
+
+
+def test_a_worker_on_a_broken_gpu_leaves_the_trial_to_others(given, monkeypatch):
+    """It has been given up, and its last epoch may be older than what another worker has saved meanwhile."""
+    trial = FinetuneTrial(given("t0"))
+    step(trial, 2)
+    trial.worker._device = torch.device("cuda")
+
+    def fails(*given):
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(worker_module, "exercise", fails)
+    monkeypatch.setattr(worker_module, "gpus_here", lambda: [("a GPU", "RuntimeError: CUDA error")])
+    trial.worker._rows = map(fails, [0])
+    (row,) = step(trial)
+    assert row["broken"].endswith("RuntimeError: CUDA error")
+    trial.cleanup()
+    assert not best_file(given("t0")["run"], "t0").exists()
+
+
+def test_a_full_gpu_is_not_taken_for_a_broken_one(given, monkeypatch):
+    trial = FinetuneTrial(given("t0") | {"device": "auto"})
+    trial.worker._tried = True
+
+    def fails(device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(worker_module, "exercise", fails)
+    trial.worker._rows = map(int, ["a shape"])
+    assert step(trial)[0]["ends"] == "failed"
+
+    def lost(device):
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(worker_module, "exercise", lost)
+    monkeypatch.setattr(worker_module, "gpus_here", lambda: [("a GPU", "OutOfMemoryError: CUDA out of memory")])
+    trial.worker._rows, trial.worker._replay = map(int, ["a shape"]), []
+    with pytest.raises(ProcessLost):
         trial.step()
 
 

@@ -115,7 +115,7 @@ def test_the_command_line_sorts_settings_from_parameters():
     [
         ({"trials": 0}, [], "--trials: must be greater than or equal to 1, got 0"),
         ({"epochs": -1}, [], "--epochs: must be greater"),
-        ({"gpus_per_trial": -0.5}, [], "--gpus-per-trial: must be from 0 to 1"),
+        ({"gpus_per_trial": -0.5}, [], "--gpus-per-trial: must be greater"),
         ({"time_budget": "soon"}, [], "--time-budget: must be a duration such as"),
         ({"name": "a/b"}, [], "--name: must be letters, digits"),
         ({}, ["patience"], "--set patience: must be key=value"),

@@ -132,7 +132,7 @@ def test_outputs_held_in_memory_are_those_computed_and_make_way_for_others():
     for depth in (1, 3):
         plain = make_frozen(network, depth, data, None).inputs(data.train)
         recomputed[depth] = everything(plain, len(data.train))
-    store = HeldOutputs(CPU, held_bytes=sum(outputs.nbytes for outputs in recomputed.values()))
+    store = HeldOutputs(CPU, most_bytes=sum(outputs.nbytes for outputs in recomputed.values()))
     for depth, derived in ((3, False), (1, True)):
         frozen = make_frozen(network, depth, data, store)
         if derived:
@@ -146,7 +146,7 @@ def test_outputs_held_in_memory_are_those_computed_and_make_way_for_others():
     assert make_frozen(network, 1, data, store).inputs(data.train).hits == len(data.train)
     network.cut(3)
     assert make_frozen(network, 3, data, store).inputs(data.train).hits == 0
-    assert make_frozen(network, 1, data, HeldOutputs(CPU, held_bytes=10)).inputs(data.train).hits is None
+    assert make_frozen(network, 1, data, HeldOutputs(CPU, most_bytes=10)).inputs(data.train).hits is None
 
 
 def test_head_dropout_acts_on_cached_outputs(store):
@@ -169,8 +169,8 @@ def test_batches_come_in_order_whatever_their_size(size):
         return torch.from_numpy(positions)
 
     order = np.random.default_rng(0).permutation(1000)
-    for blocks in (False, True):
-        batches = list(Inputs(fetch, blocks=blocks).batches(order, size))
+    for chunk in (0, CHUNK, 128):
+        batches = list(Inputs(fetch, chunk=chunk).batches(order, size))
         assert torch.equal(torch.cat(batches), torch.from_numpy(order))
         assert all(len(batch) == size for batch in batches[:-1])
     assert max(asked) <= max(2 * BLOCK, size)

@@ -57,7 +57,13 @@ class Slots:
     gpus: float
     count: int
     packed: int = 0  # GPUs that trials share by `gpus.Packing`; 0: each trial gets `gpus`
+    fitting: int = 0  # slots that there is room for now; 0: `count`
     waiting: bool = False  # more slots than fit now: nodes are to join
+
+    @property
+    def room(self) -> int:
+        """Slots that there is room for now, whether they are used or not."""
+        return self.fitting or self.count
 
 
 @contextmanager
@@ -331,4 +337,4 @@ def slots(plan: SearchPlan, nodes: Sequence[Node], *, grows: bool = False) -> Sl
     at_once = wanted if grows and plan.concurrent else min(fitting, wanted)
     if not at_once:
         raise InputError("no node has a core for a trial; wait for nodes, or give the number of trials by --concurrent")
-    return Slots(threads, per_trial, at_once, packed, waiting=at_once > fitting)
+    return Slots(threads, per_trial, at_once, packed, fitting, waiting=at_once > fitting)

@@ -110,7 +110,7 @@ class Search:
             "digests": dict(digests),
             "threads": resources.cpus,
             "cache_bytes": plan.cache_bytes,
-            "device": "gpu" if resources.gpus else "cpu",
+            "device": plan.device if resources.gpus else "cpu",
             "deterministic": plan.deterministic,
             "storage": None if mirror is None else mirror.uri,
             "driver": None if mirror is None else mirror.claim,
@@ -174,7 +174,8 @@ class Search:
             "divergence_factor": self.plan.divergence_factor if stopping else math.inf,
             "early_loss_epochs": [] if is_finalist else self._early_loss_epochs(),
         }
-        return fields | self._context | {"gpus": gpus, "ending": ending, "redraw": is_finalist and self._redraw}
+        given = {"gpus": gpus, "halve": gpus == 1 or not self.resources.packed, "redraw": is_finalist and self._redraw}
+        return fields | self._context | given | {"ending": ending}
 
     def _ask(self) -> Trial | str | None:
         """Journal a new trial: the start points first, then the probes, suggested trials and finalists."""
@@ -204,11 +205,12 @@ class Search:
 
     def _gpu_share(self, trial: Trial) -> float:
         # Only the last rows: to look at all takes seconds.
-        last = [(other.config, other.rows[-1]) for other in self.record.trials.values() if other.rows]
+        known = (other for other in self.record.trials.values() if other.rows and not other.rows[0]["cache_hits"])
+        last = [(other.config, other.rows[-1]) for other in known]
         measured = [
             (config, row["peak_memory_mb"], row["gpu_memory_mb"])
             for config, row in last
-            if row["peak_memory_mb"] is not None and row["micro_batch"] == row["batch_size"] and not row["cache_hits"]
+            if row["peak_memory_mb"] is not None and row["micro_batch"] == row["batch_size"]
         ]
         return self._packing.share(trial.config, measured)
 
@@ -297,14 +299,14 @@ class Search:
     def _hold(self, gpus: float, why: str) -> None:
         """Note that a slot is held; end the search if none is left."""
         self._held, self._held_gpus = self._held + 1, self._held_gpus + gpus
-        if self._held_gpus >= self.resources.packed > 0 or self._held >= self.resources.count:
+        if self._held_gpus >= self.resources.packed > 0 or self._held >= self.resources.room:
             self.halted = why
 
     def _again(self, trial: Trial, error: str) -> float:
         """Schedule a trial again that could not run where it was; return its share of a GPU."""
         self._write("lost", trial_id=trial.trial_id, started=False, error=error)
         self.running.pop(trial.trial_id, None)
-        self._unfinished.insert(0, trial)
+        self._unfinished.append(trial)  # not at once, perhaps to the next that does not work
         return self._gpus.pop(trial.trial_id)
 
     # What follows.
@@ -330,9 +332,8 @@ class Search:
         if trial.origin != "finalist":
             self.optimizer.tell(trial)
         ended = (other.status for other in self.record.trials.values() if other.ended and other.number is not None)
-        everywhere = sum(number > 0 for number in self._failures.values()) >= min(
-            self.resources.count, FAILURES_AT_FIRST
-        )
+        failing = sum(number > 0 for number in self._failures.values())
+        everywhere = failing >= min(self.resources.count, self.resources.room, FAILURES_AT_FIRST)
         if everywhere and list(islice(ended, FAILURES_AT_FIRST + 1)) == ["failed"] * FAILURES_AT_FIRST:
             self.halted = f"the first {FAILURES_AT_FIRST} trials all failed; the last one: {reason}"
         self.show(self, trial)

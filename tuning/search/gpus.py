@@ -41,7 +41,7 @@ def gpus_checked(plan: SearchPlan, nodes: Callable[[], list[Node]]) -> Iterator[
     try:
         yield pool.submit(lambda: _lines(_with_gpus(nodes))).result
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)  # waits: Ray can't be shut down meanwhile
 
 
 def _with_gpus(nodes: Callable[[], list[Node]]) -> set[str]:
@@ -69,7 +69,10 @@ def _lines(with_gpus: set[str]) -> list[str]:
 def gpus_here() -> Tried:
     """Return what `device.gpus` does, from a process of its own, whose memory on the GPUs goes with it."""
     code = "import json; from tuning.training.device import gpus; print(json.dumps(gpus()))"
-    options: dict[str, Any] = {"env": package_environment(), "capture_output": True, "text": True}
+    # Before Ray 2.60 a task that asks for no GPU sees none.
+    hidden = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+    environment = {name: value for name, value in package_environment().items() if value or name not in hidden}
+    options: dict[str, Any] = {"env": environment, "capture_output": True, "text": True}
     try:
         done = subprocess.run([sys.executable, "-c", code], timeout=CHECK_SECONDS, **options)
     except subprocess.TimeoutExpired:

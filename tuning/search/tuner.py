@@ -154,16 +154,17 @@ class _Scheduler(FIFOScheduler):  # type: ignore[misc]
         row = json.loads(result["row"])
         if "broken" in row:
             self._search.broken(trial.trial_id, row["broken"])
-            return self._hold(trial)
+            return self._hold(tune_controller, trial)
         self._silent[trial] = 0.0
         worker = f"{result['hostname']} {result['pid']}"
         continues = self._search.result(trial.trial_id, row, worker)
         if not continues and self._search.fails(trial.trial_id, worker):
-            return self._hold(trial)
+            return self._hold(tune_controller, trial)
         return str(TrialScheduler.CONTINUE if continues else TrialScheduler.STOP)
 
-    def _hold(self, trial: Any) -> str:
+    def _hold(self, tune_controller: Any, trial: Any) -> str:
         """Have Ray's trial go on without doing anything, so that no other is placed where it is."""
+        tune_controller._tune_controller._search_alg.on_trial_complete(trial.trial_id)  # it is no concurrent trial
         del self._silent[trial]
         self._held.append(trial)
         return str(TrialScheduler.NOOP)

@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from tuning.training.probe import probe
 from tuning.training.state import Row, Snapshot, State
 
 CHECKPOINT_SECONDS, CHECKPOINT_SHARE = 30.0, 0.05  # least time between two; largest share of a trial's time
+LARGE_BYTES = 2**24  # of a checkpoint, from which its bytes take longer than all else about it
 STATE_BYTES = 20  # of a trained parameter in a checkpoint: it, its best and average, and two of the optimizer
 Rows = Iterator[tuple[Row, Snapshot]]
 
@@ -56,11 +58,12 @@ class Worker:
     _snapshot: Snapshot | None  # of the last epoch
     _saved_at: float  # monotonic seconds, when the last checkpoint was written
     _freed: bool  # whether the trial has begun again after it was out of memory
-    _bytes_per_second = 1e8  # of the last checkpoint; at first as to a file system in a network
+    _saving_seconds: float | None  # that the trial's last checkpoint took
+    _bytes_per_second = 1e8  # of the last large checkpoint; at first as to a file system in a network
 
     def __init__(self, config: dict[str, Any]):
         torch.set_num_threads(config["threads"])
-        self._device = accelerator() if config["device"] == "gpu" else torch.device("cpu")
+        self._device = accelerator() if config["device"] == "auto" else torch.device(config["device"])
         if self._device.type == "cpu":
             keep_memory()
         self._tried = self._device.type == "cpu"  # whether the GPU works
@@ -68,7 +71,7 @@ class Worker:
         self._models = Models()
         self._known_weights: set[tuple[str, int, int, int]] = set()  # name, size and times of files that were checked
         self._unsent: dict[str, bool] = {}  # files to send to the storage, and whether to delete them here afterwards
-        self._features: Cache = HeldOutputs(self._device)
+        self._features: Cache = HeldOutputs(self._device, share=config["gpus"], most_bytes=config["cache_bytes"])
         if self._device.type == "cpu":
             folder = Path(config["features"]) / platform.node()  # nodes may share the disk of the cache
             self._features = FeatureCache(folder, config["cache_bytes"])
@@ -109,8 +112,10 @@ class Worker:
         except Exception as error:
             self._models.clear()  # their state is unknown, and they take memory
             lines, memory = traceback.format_exception(error), out_of_memory(error)
-            if not memory and (broken := self._broken()) is not None:
-                return {"broken": broken}
+            if not memory:
+                self._rows = self._snapshot = None  # another worker goes on with the trial, if the GPU is broken
+                if (broken := self._broken()) is not None:
+                    return {"broken": broken}
             ends = "out_of_memory" if memory else "failed"
             row = {"ends": ends, "reason": lines[-1].strip(), "error": "".join(lines)}
         self._forget()
@@ -125,8 +130,10 @@ class Worker:
         prepare_gpu(deterministic=self._config["deterministic"])
         exercise(self._device)
         if self._device.type == "cuda" and self._config["gpus"] < 1:  # what another process was promised stays free
-            context = CONTEXT_MB * 2**20 / torch.cuda.mem_get_info()[1]
-            torch.cuda.set_per_process_memory_fraction(self._config["gpus"] - context)
+            gpus, total_mib = self._config["gpus"], torch.cuda.mem_get_info()[1] / 2**20
+            if gpus * total_mib < 2 * CONTEXT_MB:
+                raise InputError(f"--gpus-per-trial {gpus:g}: is too little of {total_mib:.0f} MiB; give a trial more")
+            torch.cuda.set_per_process_memory_fraction(gpus - CONTEXT_MB / total_mib)
         self._tried = True
 
     def _broken(self) -> str | None:
@@ -140,7 +147,10 @@ class Worker:
         try:
             exercise(self._device)
         except Exception as error:
-            if wrong := next((wrong for _, wrong in gpus_here() if wrong is not None), None):
+            if out_of_memory(error):
+                return None
+            wrong = next((wrong for _, wrong in gpus_here() if wrong is not None), None)
+            if wrong is not None and not out_of_memory(RuntimeError(wrong)):
                 return f"GPU {os.environ.get('CUDA_VISIBLE_DEVICES', '')} of {platform.node()}: {wrong}"
             raise ProcessLost(str(error)) from None
         return None
@@ -149,7 +159,8 @@ class Worker:
         self._rows = self._snapshot = None
         gc.collect()  # the generator's frame holds optimizer and activations
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # another trial on the same GPU may need the memory
+            with suppress(RuntimeError):  # the GPU may be broken
+                torch.cuda.empty_cache()  # another trial on the same GPU may need the memory
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._forget()
@@ -158,7 +169,7 @@ class Worker:
         if self._away:  # the driver's folder is on another node
             self._run = copy_folder(f"{config['storage']} {config['run_id']}") / self._run.name
         self._saved, self._saved_at = False, time.monotonic()  # whether the last epoch's checkpoint is on disk
-        self._ended = False  # whether the trial ended with the last epoch
+        self._ended, self._saving_seconds = False, None  # whether the trial ended with the last epoch
         self._predicted: int | None = None  # the epoch whose validation probabilities are on disk
         self._freed = False
 
@@ -171,10 +182,11 @@ class Worker:
         data = self._load(trial)
         weights_file = self._weights(trial.backbone)
         given: dict[str, Any] = {"device": self._device, "features": self._features, "models": self._models}
+        whole = {"halve": self._config["halve"]} | self._config["ending"]
         if self._config["origin"] == "probe":
             row = probe(trial, data, weights=weights_file, **given)
             return iter([(row, lambda only_best=False: State([row], {}))])
-        return finetune(trial, data, state=state, weights=weights_file, **given, **self._config["ending"])
+        return finetune(trial, data, state=state, weights=weights_file, **given, **whole)
 
     def _weights(self, backbone: str) -> Path | None:
         """Return a backbone's file of weights; raise InputError if here, or by now, it is another than at the start."""
@@ -209,14 +221,16 @@ class Worker:
         size = trial.image_size
         if size not in self._images:
             images = open_images(images_here(Path(self._config["images"][str(size)])))
-            self._images[size] = placed(images, self._device)
+            self._images[size] = placed(images, self._device, share=self._config["gpus"])
         data = join(samples, self._images[size])
         self._classes, self._validation = data.classes, samples[samples["split"] == "val"]
         return data
 
     def _is_due(self, row: Row) -> bool:
         """Return whether to write a checkpoint, which takes at most `CHECKPOINT_SHARE` of a trial's time."""
-        seconds = STATE_BYTES * (row["trained_parameters"] or 0) / self._bytes_per_second
+        seconds = self._saving_seconds
+        if seconds is None:
+            seconds = STATE_BYTES * (row["trained_parameters"] or 0) / self._bytes_per_second
         return time.monotonic() - self._saved_at > max(CHECKPOINT_SECONDS, seconds * (1 / CHECKPOINT_SHARE - 1))
 
     def _save(self, *, ended: bool) -> bool:
@@ -236,9 +250,9 @@ class Worker:
             return False
         finally:
             self._saved_at = time.monotonic()
-        if state.tensors:
-            n_bytes = sum(tensor.nbytes for tensor in state.tensors.values())
-            self._bytes_per_second = n_bytes / max(self._saved_at - began, 1e-9)
+        self._saving_seconds = self._saved_at - began
+        if (n_bytes := sum(tensor.nbytes for tensor in state.tensors.values())) >= LARGE_BYTES:
+            self._bytes_per_second = n_bytes / max(self._saving_seconds, 1e-9)
         return True
 
     def _save_predictions(self, state: State, best: Row | None) -> None:

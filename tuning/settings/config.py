@@ -91,12 +91,12 @@ def _number_or_auto(value: Any, check: Callable[[Any], Any]) -> Any:
     try:
         return check(value)
     except ValidationError:
-        raise ValueError("must be from 0 to 1, since a trial trains on one GPU, or `auto`") from None
+        raise ValueError("must be greater than or equal to 0, or `auto`") from None
 
 
 Depth = Annotated[int, BeforeValidator(lambda depth: DEPTH_ALL if depth == "all" else depth)]
 Seconds = Annotated[float, BeforeValidator(parse_duration)]
-Gpus = Annotated[Annotated[float, Field(ge=0, le=1)] | Literal["auto"] | None, WrapValidator(_number_or_auto)]
+Gpus = Annotated[Annotated[float, Field(ge=0)] | Literal["auto"] | None, WrapValidator(_number_or_auto)]
 # Fields are described by the docstrings below them.
 _MODEL = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -248,7 +248,7 @@ class SearchPlan(BaseModel):
     disk_cache_bytes: int = Field(20_000_000_000, ge=0)
     """Maximum bytes on disk of decoded images, which are kept between runs."""
     cache_bytes: int = Field(20_000_000_000, ge=0)
-    """Maximum bytes per node of cached outputs of frozen layers, which are deleted after the search."""
+    """Maximum bytes of frozen layers' outputs that are kept during a search: per node, on a GPU per process."""
     checkpoint_bytes: int = Field(20_000_000_000, ge=0)
     """Maximum bytes of all checkpoints. Beyond it the kept weights of the worst trials are deleted."""
 

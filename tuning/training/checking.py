@@ -23,6 +23,7 @@ Weights = Callable[[float], dict[str, Path | None] | None]
 FOLDER = "FINETUNE_SEARCH_CHECK"  # the environment's variable that names the folder
 TAKEN_SECONDS = 60.0  # within which a worker has taken the question; else a process is started
 LOOK_SECONDS = 0.05
+VERSION = 1  # raised with any change of what is checked
 MOST_REMEMBERED = 1000  # backbones with their sizes and files
 
 
@@ -132,12 +133,13 @@ def _checked(sizes: Mapping[str, Sequence[int]], weights: str) -> dict[str, Path
     try:
         known = json.loads(place.read_text())
     except (OSError, ValueError):
-        known = []
+        known = None
+    known = known if isinstance(known, list) else []
     new = []
     for backbone, file in files.items():
         status = None if file is None else file.stat()
         stamp = None if status is None else [str(file), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-        entry = [backbone, sorted(sizes[backbone]), stamp, timm.__version__, str(torch.__version__)]
+        entry = [VERSION, backbone, sorted(sizes[backbone]), stamp, timm.__version__, str(torch.__version__)]
         if entry not in known:
             check(backbone, sizes[backbone], file)
             new.append(entry)

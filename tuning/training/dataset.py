@@ -30,9 +30,13 @@ class Data:
     classes: tuple[str, ...]
 
 
-def placed(images: NDArray[np.uint8], device: torch.device) -> NDArray[np.uint8] | Tensor:
-    """Copy decoded images to the GPU if they take at most a quarter of its free memory; else return them unchanged."""
-    if device.type == "cuda" and images.nbytes <= torch.cuda.mem_get_info(device)[0] / 4:
+def placed(images: NDArray[np.uint8], device: torch.device, *, share: float = 1.0) -> NDArray[np.uint8] | Tensor:
+    """Copy decoded images to the GPU if they take at most a quarter of its free memory; else return them unchanged.
+
+    Args:
+        share: of the GPU that this process has.
+    """
+    if device.type == "cuda" and images.nbytes <= torch.cuda.mem_get_info(device)[0] * share / 4:
         return torch.from_numpy(np.array(images)).to(device)
     return images
 

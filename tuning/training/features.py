@@ -67,6 +67,8 @@ class FeatureCache:
             return None
         return array
 
+    held_bytes = 0  # of memory
+
     def clear(self) -> None:
         """Free memory: there is none to free."""
 
@@ -151,11 +153,21 @@ class HeldOutputs:
     """Outputs of images that are not augmented, held in a GPU's memory; others are computed faster than they are read.
 
     They take at most a quarter of the memory that is free when the first are computed; then the least recently used go.
+
+    Args:
+        share: of the GPU that this process has.
+        most_bytes: that they take in any case.
     """
 
-    def __init__(self, device: torch.device, held_bytes: int | None = None):
-        self._device, self._held_bytes = device, held_bytes
+    def __init__(self, device: torch.device, *, share: float = 1.0, most_bytes: int = 2**40):
+        self._device, self._share, self._most_bytes = device, share, most_bytes
+        self._budget: float | None = None  # in bytes; known once something is to be held
         self._held: dict[Key, Tensor] = {}
+
+    @property
+    def held_bytes(self) -> int:
+        """The memory that they take now."""
+        return sum(outputs.nbytes for outputs in self._held.values())
 
     def find(self, key: Key) -> Tensor | None:
         """Return the outputs [n, ...] if they are held."""
@@ -174,15 +186,16 @@ class HeldOutputs:
             return found, True
         if key.moment is not None:
             return None
-        if self._held_bytes is None:
-            self._held_bytes = torch.cuda.mem_get_info(self._device)[0] // 4 if self._device.type == "cuda" else 2**30
+        if self._budget is None:
+            free = torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else 2**32
+            self._budget = min(free * self._share / 4, self._most_bytes)
         parts: list[Tensor] = []
         for part in chunks():
-            if part[0].nbytes * count > self._held_bytes:
+            if part[0].nbytes * count > self._budget:
                 return None
             parts.append(part)
         outputs = torch.cat(parts)
-        while self._held and outputs.nbytes + sum(each.nbytes for each in self._held.values()) > self._held_bytes:
+        while self._held and outputs.nbytes + self.held_bytes > self._budget:
             del self._held[next(iter(self._held))]
         self._held[key] = outputs
         return outputs, False

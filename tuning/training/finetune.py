@@ -56,6 +56,7 @@ def finetune(
     state: State | None = None,
     features: Cache | None = None,
     models: Models | None = None,
+    halve: bool = True,
 ) -> Iterator[tuple[Row, Snapshot]]:
     """Fine-tune one configuration, an epoch at a time.
 
@@ -73,6 +74,7 @@ def finetune(
         state: to resume from.
         features: caches the outputs of frozen layers for this trial and others; None: each epoch computes them.
         models: keeps the model for the next trial; once that has begun, this generator can't be continued.
+        halve: whether half the batch at a time is tried where the whole is out of memory.
 
     Yields:
         The epoch's row, and a function that takes a snapshot of the state after it. A row whose `ends` is not None is
@@ -168,7 +170,7 @@ def finetune(
                     loss = backward(batch, targets[step], micro_batch)
                     break
                 except (RuntimeError, MemoryError) as error:
-                    if not out_of_memory(error) or micro_batch < batch_size:
+                    if not out_of_memory(error) or micro_batch < batch_size or (attempt and not halve):
                         raise
                 optimizer.zero_grad(set_to_none=True)
                 models.keep_only(network)
@@ -210,7 +212,8 @@ def finetune(
             elif epoch in early_loss_epochs:
                 measured["early_loss"] = measured["val_loss"]
 
-        # Report the row, and whether the trial ends with it.
+        # Report the row, and whether the trial ends with it. Outputs that are held make way where memory is needed.
+        held = 0 if features is None else features.held_bytes
         row: Row = {
             "epoch": epoch,
             "train_loss": _finite(train_loss),
@@ -223,7 +226,9 @@ def finetune(
             "train_seconds": train_seconds,
             "evaluate_seconds": seconds - data_seconds - prefix_seconds - train_seconds,
             "cache_hits": inputs.hits,
-            "peak_memory_mb": torch.cuda.max_memory_reserved(device) / 2**20 if device.type == "cuda" else None,
+            "peak_memory_mb": (torch.cuda.max_memory_reserved(device) - held) / 2**20
+            if device.type == "cuda"
+            else None,
             "gpu_memory_mb": torch.cuda.mem_get_info(device)[1] / 2**20 if device.type == "cuda" else None,
             "batch_size": batch_size,
             "micro_batch": micro_batch,

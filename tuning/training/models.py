@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tuning.training import backbones
 from tuning.training.depthwise import speed_up
-from tuning.training.device import mixed_precision
+from tuning.training.device import in_float32, mixed_precision
 from tuning.training.folding import fold
 from tuning.training.prefix import Cut, split
 
@@ -71,7 +71,7 @@ class Network:
         """
         image, begun = backbones.zero_images(self.model, 1, self.image_size), time.perf_counter()
         clock = time.thread_time if self.device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-        with backbones.evaluating(self.model):
+        with backbones.evaluating(self.model), in_float32():
             while self._passes < PASSES or time.perf_counter() - begun < PASSES_SECONDS:
                 started = clock()
                 self.model(image).cpu()  # waits for the GPU

@@ -21,7 +21,7 @@ class Snapshot(Protocol):
 
 @dataclass(frozen=True)
 class State:
-    """All that a trial needs to resume after an epoch; every tensor is a copy on the CPU."""
+    """All that a trial needs to resume after an epoch; every tensor is on the CPU, and no training changes it."""
 
     history: list[Row]
     tensors: dict[str, Tensor]  # model/<name>, best/<name>, averaged/<name>, optimizer/<parameter>/<key>, and
