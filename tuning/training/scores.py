@@ -31,7 +31,7 @@ def predict(forward: Callable[[Tensor], Tensor], batches: Iterable[Tensor]) -> N
 def predict_images(network: nn.Module, prepare: Prepare, indices: Indices) -> NDArray[np.float32]:
     """Return logits [n, classes] of a whole network for unaugmented images; the network is put in eval mode."""
     network.eval()
-    size = evaluation_batch(next(network.parameters()).device)
+    size = evaluation_batch(next((tensor.device for tensor in network.parameters()), torch.device("cpu")))
     batches = (prepare(indices[first : first + size], None, "none") for first in range(0, len(indices), size))
     return predict(network, batches)
 
