@@ -139,6 +139,8 @@ def path(bench: Bench) -> Figures:
     """The tests that need a GPU."""
     if importlib.util.find_spec("pytest") is None or importlib.util.find_spec("hypothesis") is None:
         raise Skip("pytest and hypothesis are not installed")
+    if importlib.util.find_spec("ray") is None:
+        raise Skip("the tests import Ray, which is not installed")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/training"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=own_environment())
     last = (done.stdout.strip().splitlines() or [done.stderr[-200:]])[-1]
