@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -83,6 +84,22 @@ def test_the_ray_job_has_what_kuberay_requires():
         assert all(isinstance(each["value"], str) for each in container["env"])
         mounted = {mount["name"] for mount in container["volumeMounts"]}
         assert mounted == {volume["name"] for volume in pod["volumes"]}
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_the_ray_job_resumes_its_run_if_it_is_started_again(tmp_path, begun):
+    """With a stand-in for Python, which shows its arguments, and another folder."""
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    if begun:
+        (tmp_path / "results" / "xray").mkdir(parents=True)
+        (tmp_path / "results" / "xray" / "plan.yaml").touch()
+    entrypoint = yaml.safe_load((DEPLOY / "rayjob.yaml").read_text())["spec"]["entrypoint"]
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = shlex.split(entrypoint.replace("/shared", str(tmp_path)))
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    rest = "--resume" if begun else f"--data {tmp_path}/chest_xrays"
+    assert shown == f"/opt/finetune-search/tuning/run_search.py --storage {tmp_path}/results --name xray {rest}\n"
 
 
 @pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
