@@ -104,7 +104,7 @@ def test_the_ray_job_resumes_its_run_if_it_is_started_again(tmp_path, begun):
 
 @pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
 def test_scripts_pass_shellcheck():
-    for script in [*DEPLOY.glob("*.sh"), *DEPLOY.parent.glob("findings/*.sh")]:
+    for script in [*DEPLOY.glob("*.sh"), *DEPLOY.parent.glob("findings/*.sh"), *DEPLOY.parent.glob("benchmarks/*.sh")]:
         found = subprocess.run([SHELLCHECK, str(script)], capture_output=True, text=True, check=False)
         assert found.returncode == 0, found.stdout
 

@@ -216,8 +216,8 @@ def to_device(array: Array, device: torch.device) -> Tensor:
     """Copy an array in memory to a device; a GPU continues to work meanwhile."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def loaded(outputs: Array | Tensor, positions: Array, device: torch.device) -> Tensor:
