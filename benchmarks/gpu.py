@@ -18,6 +18,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -433,13 +434,18 @@ def apart(name: str, rehearse: bool, left: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--inside", "--parts", name, "--out", folder]
         command += ["--rehearse"] if rehearse else []
-        try:
-            done = subprocess.run(command, timeout=limit, capture_output=True, text=True, env=own_environment())
-            said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        except subprocess.TimeoutExpired:
-            said = f"not done after {limit:.0f} s"
+        with open(Path(folder) / "said", "w+") as said:
+            options: dict[str, Any] = {"stdout": said, "stderr": said, "start_new_session": True}
+            with subprocess.Popen(command, env=own_environment(), **options) as process:
+                try:
+                    process.wait(limit)
+                except subprocess.TimeoutExpired:  # with all that it has started, which would slow the next part
+                    os.killpg(process.pid, signal.SIGKILL)
+                    said.write(f"\nnot done after {limit:.0f} s")
+            said.seek(0)
+            last = (said.read().strip().splitlines() or [f"exit status {process.returncode}"])[-1]
         result = Path(folder) / "result.json"
-        found |= json.loads(result.read_text()) if result.exists() else {"status": "FAIL", "faults": [said]}
+        found |= json.loads(result.read_text()) if result.exists() else {"status": "FAIL", "faults": [last]}
     return found | {"seconds": time.monotonic() - began}
 
 

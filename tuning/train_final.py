@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from tuning.checks.audit import Checked, load_checked
 from tuning.data.changes import OtherSamples, changes, elsewhere
-from tuning.data.images import content_hashes, open_images
+from tuning.data.images import content_hashes, cores, open_images
 from tuning.insight.best import config_digest
 from tuning.insight.ensemble import declined, members, offer
 from tuning.model.held_out import READINGS, print_metrics, record_evaluation, score_test_set
@@ -175,7 +175,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     for each in configs.values():
         check(each.backbone, [each.image_size], weights[each.backbone])
     device = chosen(plan.device)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(cores())
     if device.type == "cpu":
         keep_memory()
     else:

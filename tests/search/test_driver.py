@@ -1,6 +1,7 @@
 """The driver with real Ray, real Optuna and a tiny network."""
 
 import json
+import math
 import os
 import signal
 import time
@@ -18,7 +19,7 @@ from tuning.record.predictions import read_predictions
 from tuning.record.tables import make_tables, read_table
 from tuning.search import gpus
 from tuning.search.cluster import Slots
-from tuning.search.driver import Search
+from tuning.search.driver import LOST_STARTS, Search
 from tuning.search.finalists import finalist_runs_left
 
 ROW = {  # of an epoch, but for its number and end
@@ -434,7 +435,31 @@ def test_trials_are_packed_once_some_have_been_measured(tmp_path, folder, monkey
     assert [trial and trial["number"] for trial in given] == [0, 1, None, 2, 3, None, 3]
     assert search.record.trials["t00002"].gpus == 0.25
     again = search.record.trials["t00003"]
-    assert not again.ended and (again.losses, again.lost_starts) == (0, 1)
+    assert not again.ended and (again.losses, again.lost_starts) == (0, 0)
+
+
+def test_four_trials_whose_workers_died_at_first_end_the_search(tmp_path, folder):
+    search = make_run(tmp_path / "run", folder, trials=20)(2)
+    for number in range(4 * (1 + LOST_STARTS)):
+        assert search.halted is None
+        search._schedule_at = -math.inf
+        assert isinstance(search.next_trial(f"ray{number}"), dict)
+        search.lost(f"ray{number}", "RayActorError: the worker died")
+    search.journal.close()
+    assert search.halted.startswith("the first 4 trials all failed")
+
+
+def test_a_whole_gpu_that_no_longer_is_ends_the_search(tmp_path, folder):
+    """A quarter of each of two is held."""
+    search = make_run(tmp_path / "run", folder)()
+    search.resources = Slots(1, 1.0, 8, packed=2, fitting=8)
+    search._held_gpus = 0.5
+    assert isinstance(search.next_trial("ray0"), dict)
+    search._held_gpus, search._unfinished = 1.5, [search.record.trials["t00000"]]
+    search._gpus.clear()
+    assert search.next_trial("ray1") is None
+    search.journal.close()
+    assert search.halted.startswith("no whole GPU works")
 
 
 @pytest.mark.parametrize(

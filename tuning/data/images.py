@@ -40,12 +40,17 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+def cores() -> int:
+    """Return the number of cores that this process may use, or that the machine has where it can't be told (macOS)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def parallel_map(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """Map over one thread per core, in order, at most four items per thread ahead of the caller.
 
     Threads help, since Pillow and hashlib release the interpreter's lock.
     """
-    threads = len(os.sched_getaffinity(0))
+    threads = cores()
     pending: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for item in items:

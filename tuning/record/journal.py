@@ -47,6 +47,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     | {"config": Annotated[dict[str, Any], AfterValidator(_full_config)]},
     "started": _Trial | {"gpus": float},
     "lost": _Trial | {"started": bool, "error": str | None},
+    "moved": _Trial | {"error": str},  # scheduled again, since it could not run where it was
     "resumed": _Trial | {"from_epoch": _Count},
     "epoch": _Trial
     | {"epoch": _Epoch, "images": _Count, "unfreeze_depth": _Count, "micro_batch": int | None}

@@ -161,7 +161,10 @@ class Search:
         if self.resources.packed:
             gpus = self._gpu_share(trial)
             in_use = sum(share for other, share in self._gpus.items() if not self.record.trials[other].ended)
-            if in_use + gpus > self.resources.packed - self._held_gpus:
+            held = self._held_gpus if gpus < 1 else math.ceil(self._held_gpus)  # perhaps a part of each of several
+            if gpus == 1 and held >= self.resources.packed and not self.running:
+                self.halted = "no whole GPU works, as the trial that is next needs"
+            if in_use + gpus > self.resources.packed - held:
                 self._unfinished.insert(0, trial)  # its share may have become smaller by the next call
                 return None
         self._ray_ids[ray_id] = trial.trial_id
@@ -262,6 +265,7 @@ class Search:
         """Schedule a trial again whose worker died, under another of Ray's ids, or give it up."""
         trial_id = self._ray_ids[ray_id]
         trial = self.record.trials[trial_id]
+        self._failures[f"lost {trial_id}"] = 1  # if it ends here, as if on a slot of its own
         if hung and trial_id in self.running:
             self._end(trial, "failed", f"reported nothing for {self.plan.trial_timeout:g} s (trial_timeout)")
             return
@@ -299,12 +303,12 @@ class Search:
     def _hold(self, gpus: float, why: str) -> None:
         """Note that a slot is held; end the search if none is left."""
         self._held, self._held_gpus = self._held + 1, self._held_gpus + gpus
-        if self._held_gpus >= self.resources.packed > 0 or self._held >= self.resources.room:
+        if not self.running and (self._held_gpus >= self.resources.packed > 0 or self._held >= self.resources.room):
             self.halted = why
 
     def _again(self, trial: Trial, error: str) -> float:
         """Schedule a trial again that could not run where it was; return its share of a GPU."""
-        self._write("lost", trial_id=trial.trial_id, started=False, error=error)
+        self._write("moved", trial_id=trial.trial_id, error=error)
         self.running.pop(trial.trial_id, None)
         self._unfinished.append(trial)  # not at once, perhaps to the next that does not work
         return self._gpus.pop(trial.trial_id)

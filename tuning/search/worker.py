@@ -150,7 +150,8 @@ class Worker:
             if out_of_memory(error):
                 return None
             wrong = next((wrong for _, wrong in gpus_here() if wrong is not None), None)
-            if wrong is not None and not out_of_memory(RuntimeError(wrong)):
+            # A GPU without room, or that this process alone may use, can't be tried by another.
+            if wrong is not None and not out_of_memory(RuntimeError(wrong)) and "busy or unavailable" not in wrong:
                 return f"GPU {os.environ.get('CUDA_VISIBLE_DEVICES', '')} of {platform.node()}: {wrong}"
             raise ProcessLost(str(error)) from None
         return None

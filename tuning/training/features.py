@@ -189,14 +189,21 @@ class HeldOutputs:
         if self._budget is None:
             free = torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else 2**32
             self._budget = min(free * self._share / 4, self._most_bytes)
-        parts: list[Tensor] = []
+        outputs, first = None, 0
         for part in chunks():
-            if part[0].nbytes * count > self._budget:
-                return None
-            parts.append(part)
-        outputs = torch.cat(parts)
-        while self._held and outputs.nbytes + self.held_bytes > self._budget:
-            del self._held[next(iter(self._held))]
+            if outputs is None:
+                if part[0].nbytes * count > self._budget:
+                    return None
+                while self._held and part[0].nbytes * count + self.held_bytes > self._budget:
+                    del self._held[next(iter(self._held))]
+                last = part.ndim == 4 and part.is_contiguous(memory_format=torch.channels_last)
+                layout = torch.channels_last if last else torch.contiguous_format
+                shape = (count, *part.shape[1:])
+                outputs = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=layout)
+            outputs[first : first + len(part)] = part
+            first += len(part)
+        if outputs is None:
+            return None
         self._held[key] = outputs
         return outputs, False
 
