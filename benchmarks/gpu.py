@@ -39,6 +39,7 @@ from tuning.record.journal import best_epoch
 from tuning.search.checkpoints import save
 from tuning.settings.config import TrialConfig
 from tuning.training import backbones, device
+from tuning.training.checking import package_environment
 from tuning.training.dataset import Data, placed, preparer
 from tuning.training.features import HeldOutputs
 from tuning.training.finetune import finetune, out_of_memory
@@ -143,7 +144,7 @@ def path(bench: Bench) -> Figures:
     if importlib.util.find_spec("ray") is None:
         raise Skip("the tests import Ray, which is not installed")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/training"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=own_environment())
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=package_environment())
     last = (done.stdout.strip().splitlines() or [done.stderr[-200:]])[-1]
     bench.check(done.returncode == 0, last)
     return {"pytest": last}
@@ -375,14 +376,9 @@ def ends(folder: Path) -> Counter[str]:
 def run(place: str, name: str, *arguments: str) -> str | None:
     """Run one of the product's commands; the last line that it printed if it failed."""
     command = [sys.executable, str(ROOT / "tuning" / name), *arguments]
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True, env=own_environment())
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, env=package_environment())
     lines = (done.stdout + done.stderr).strip().splitlines()
     return None if done.returncode == 0 else (lines or ["no output"])[-1]
-
-
-def own_environment() -> dict[str, str]:
-    paths = [str(ROOT), os.environ.get("PYTHONPATH")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 # ---- all of them ----------------------------------------------------------------------------------------------------
@@ -436,7 +432,7 @@ def apart(name: str, rehearse: bool, left: float) -> dict[str, Any]:
         command += ["--rehearse"] if rehearse else []
         with open(Path(folder) / "said", "w+") as said:
             options: dict[str, Any] = {"stdout": said, "stderr": said, "start_new_session": True}
-            with subprocess.Popen(command, env=own_environment(), **options) as process:
+            with subprocess.Popen(command, env=package_environment(), **options) as process:
                 try:
                     process.wait(limit)
                 except subprocess.TimeoutExpired:  # with all that it has started, which would slow the next part

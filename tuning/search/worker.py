@@ -71,10 +71,12 @@ class Worker:
         self._models = Models()
         self._known_weights: set[tuple[str, int, int, int]] = set()  # name, size and times of files that were checked
         self._unsent: dict[str, bool] = {}  # files to send to the storage, and whether to delete them here afterwards
-        self._features: Cache = HeldOutputs(self._device, share=config["gpus"], most_bytes=config["cache_bytes"])
+        self._features: Cache
         if self._device.type == "cpu":
             folder = Path(config["features"]) / platform.node()  # nodes may share the disk of the cache
             self._features = FeatureCache(folder, config["cache_bytes"])
+        else:
+            self._features = HeldOutputs(self._device, share=config["gpus"], most_bytes=config["cache_bytes"])
         gc.collect()
         gc.freeze()  # what is imported stays: looking through it takes 0.3 s between two trials
         self._begin(config)
