@@ -38,6 +38,7 @@ from tuning.checks.audit import load_checked
 from tuning.data.images import open_images
 from tuning.record.tables import replacing
 from tuning.settings.config import SearchPlan, TrialConfig
+from tuning.settings.values import Weights
 from tuning.training.backbones import evaluating
 from tuning.training.dataset import Data, join, preparer
 from tuning.training.device import keep_memory
@@ -77,7 +78,7 @@ def tasks(backbones: tuple[str, ...]) -> list[Task]:
     return chosen
 
 
-def measure(task: Task, data: Data, weights: dict[str, Path | None], out: Path) -> list[dict[str, Any]]:
+def measure(task: Task, data: Data, weights: dict[str, Weights | None], out: Path) -> list[dict[str, Any]]:
     """Losses at each epoch, and within the first; kept in `out`."""
     path = out / ("-".join(f"{value:.2g}" if isinstance(value, float) else str(value) for _, value in task) + ".json")
     if path.exists():
@@ -95,7 +96,7 @@ def measure(task: Task, data: Data, weights: dict[str, Path | None], out: Path) 
         weights=weights[config.backbone],
         device=device,
     )
-    model, prepare = network.model, preparer(data.images, config.backbone, device)
+    model, prepare = network.model, preparer(data.images, network.model, device)
     steps = len(data.train) // config.batch_size
     averaged = Averaged(model, model.state_dict(), steps)
     taken = itertools.count(1)

@@ -202,7 +202,7 @@ def numbers(bench: Bench) -> Figures:
         best = {name[5:]: tensor for name, tensor in state.tensors.items() if name.startswith("best/")}
         network.begin(5, batch_norm="frozen", head_dropout=0.0)
         network.model.load_state_dict(best, strict=False)
-        logits = predict_images(network.model, preparer(images, backbone, bench.place), data.val)
+        logits = predict_images(network.model, preparer(images, network.model, bench.place), data.val)
         kept = state.tensors["validation/logits"].double()
         difference = float((kept.softmax(1) - torch.from_numpy(logits).double().softmax(1)).abs().max())
         bench.check(difference <= NEAR, f"{backbone}: a deployed probability is {difference:.4f} from the search's")

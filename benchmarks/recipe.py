@@ -31,6 +31,7 @@ from torchvision.transforms import v2
 
 from tuning.data.samples import load_samples
 from tuning.settings.config import TrialConfig
+from tuning.settings.values import Weights
 from tuning.training import backbones
 from tuning.training.finetune import learning_rate_factor
 from tuning.training.weights import find_weights
@@ -68,7 +69,7 @@ def transforms(policy: str, image_size: int, backbone: str) -> v2.Compose:
     return v2.Compose([v2.Resize((image_size, image_size)), *on_pil, *to_tensor, *on_tensor])
 
 
-def train(config: dict[str, Any], table: pd.DataFrame, weights: dict[str, Path | None]) -> None:
+def train(config: dict[str, Any], table: pd.DataFrame, weights: dict[str, Weights | None]) -> None:
     """Train one configuration and report each epoch: a function trainable."""
     torch.set_num_threads(1)
     trial = TrialConfig(**config["trial"])

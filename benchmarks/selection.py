@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from benchmarks.sets import SETS, manifest
 from tuning.checks.audit import load_checked
 from tuning.data.images import open_images
+from tuning.data.splits import resplit
 from tuning.insight.ensemble import halves, selected
 from tuning.record.predictions import group_numbers
 from tuning.record.tables import replacing
@@ -36,6 +37,7 @@ from tuning.search.optimizer import Optimizer
 from tuning.settings.config import SearchPlan, TrialConfig
 from tuning.settings.space import trial_values
 from tuning.settings.space_file import load
+from tuning.settings.values import Weights
 from tuning.training.backbones import evaluating
 from tuning.training.dataset import Data, join, preparer
 from tuning.training.device import keep_memory
@@ -74,44 +76,81 @@ def configurations(count: int) -> list[TrialConfig]:
     return [TrialConfig(**trial_values(space, sampler.ask(number)) | fixed) for number in range(count)]
 
 
-def record(numbered: tuple[int, TrialConfig], data: Data, weights: dict[str, Path | None], out: Path) -> None:
-    """Train a configuration and keep its logits [epochs, images, classes] of validation and test, in `out`."""
-    number, config = numbered
-    path = out / f"{number:02d}.npz"
+def record(
+    task: tuple[int, int, TrialConfig], data: Callable[[int], Data], weights: dict[str, Weights | None], out: Path
+) -> None:
+    """Train a configuration on a split and keep what `Curves` holds of it, in `out`.
+
+    Args:
+        task: number of the configuration, seed of the split (0: the set's own) and the configuration.
+        data: gives the images as a seed splits them.
+        weights: file of each backbone.
+        out: folder.
+    """
+    number, seed, config = task
+    path = file_of(out, number, seed)
     if path.exists():
         return
     torch.set_num_threads(1)
     keep_memory()
+    split = data(seed)
     models, device, file = Models(), torch.device("cpu"), weights[config.backbone]
-    shape = {"classes": len(data.classes), "image_size": config.image_size}
+    shape = {"classes": len(split.classes), "image_size": config.image_size}
     network = models.get(config.backbone, **shape, seed=config.seed, weights=file, device=device)
-    prepare, cache = preparer(data.images, config.backbone, device), FeatureCache(out / "features", 10**10)
-    both = np.concatenate([data.val, data.test])
+    prepare, cache = preparer(split.images, network.model, device), FeatureCache(out / "features", 10**10)
+    both = np.concatenate([split.val, split.test])
     logits = []
-    for row, _ in finetune(config, data, device=device, weights=file, features=cache, models=models):
+    for row, _ in finetune(config, split, device=device, weights=file, features=cache, models=models):
         if row["val_loss"] is None:
             break
         with evaluating(network.model):
             logits.append(predict_images(network.model, prepare, both))
-    val, test = np.split(np.array(logits).reshape(-1, len(both), len(data.classes)), [len(data.val)], axis=1)
+    val, test = np.split(np.array(logits).reshape(-1, len(both), len(split.classes)), [len(split.val)], axis=1)
     with replacing(path) as temporary, open(temporary, "wb") as written:
-        np.savez(written, val=val, test=test)
+        np.savez(written, val=val, test=test, of_val=split.labels[split.val])
 
 
-def recorded(name: str, flags: Flags) -> "Curves":
-    """Return a set's predictions; those that aren't there yet are made, a process per core."""
+def file_of(out: Path, number: int, seed: int) -> Path:
+    """Return the file of a configuration on a split."""
+    return out / (f"{number:02d}-{seed}.npz" if seed else f"{number:02d}.npz")
+
+
+def split_by(samples: pd.DataFrame, images: NDArray[np.uint8], seed: int) -> Data:
+    """Return the images as a seed splits them into training and validation; 0: as they are."""
+    return join(resplit(samples, seed) if seed else samples, images)
+
+
+def record_all(name: str, flags: Flags, seeds: Callable[[int], list[int]]) -> tuple[pd.DataFrame, Path]:
+    """Train a set's configurations on their splits where that isn't kept yet, a process per core.
+
+    Args:
+        name: of the set.
+        flags: of the command.
+        seeds: gives the seeds of a configuration's splits.
+
+    Returns:
+        the samples, and the folder of what is kept.
+    """
     out = Path(flags.out).resolve() / name
     out.mkdir(parents=True, exist_ok=True)
     plan = SearchPlan(name="selection", data=str(manifest(name, out.parent / "images", flags.xrays)), on_leak="warn")
     samples, folders, *_ = load_checked(plan, [IMAGE_SIZE])
-    data, wanted = join(samples, open_images(folders[IMAGE_SIZE])), configurations(flags.configs)
+    wanted = configurations(flags.configs)
     weights = find_weights([config.backbone for config in wanted], "auto")
+    tasks = [(number, seed, config) for number, config in enumerate(wanted) for seed in seeds(number)]
+    data = partial(split_by, samples, open_images(folders[IMAGE_SIZE]))
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        pool.map(partial(record, data=data, weights=weights, out=out), list(enumerate(wanted)), chunksize=1)
-    files = [np.load(out / f"{number:02d}.npz") for number in range(flags.configs)]
-    validation = samples.iloc[data.val]
+        pool.map(partial(record, data=data, weights=weights, out=out), tasks, chunksize=1)
+    return samples, out
+
+
+def recorded(name: str, flags: Flags) -> "Curves":
+    """Return a set's predictions; those that aren't there yet are made."""
+    samples, out = record_all(name, flags, lambda number: [0])
+    data = join(samples, np.empty(len(samples), dtype=np.uint8))
+    files = [np.load(file_of(out, number, 0)) for number in range(flags.configs)]
     kept = [(file["val"], file["test"]) for file in files if len(file["val"])]
-    return Curves(kept, data.labels[data.val], data.labels[data.test], group_numbers(validation))
+    return Curves(kept, data.labels[data.val], data.labels[data.test], group_numbers(samples.iloc[data.val]))
 
 
 # ---- selection --------------------------------------------------------------------------------------------------

@@ -44,7 +44,8 @@ from tuning.data.samples import load_samples
 from tuning.record.journal import read_journal
 from tuning.record.tables import read_table, replacing
 from tuning.settings import config
-from tuning.settings.config import DEPTH_ALL, InputError, TrialConfig
+from tuning.settings.config import InputError, TrialConfig
+from tuning.settings.values import DEPTH_ALL, Weights
 from tuning.training import backbones
 from tuning.training.depthwise import speed_up
 from tuning.training.device import keep_memory
@@ -211,7 +212,7 @@ def measure(tasks: list[tuple[TrialConfig, int, int, Path | None]]) -> list[dict
     return [{key: min(cost[key] for cost in costs) for key in costs[0]} for costs in zip(*rounds, strict=True)]
 
 
-def batch_seconds(trial: TrialConfig, classes: int, train: int, weights: Path | None) -> dict[str, float]:
+def batch_seconds(trial: TrialConfig, classes: int, train: int, weights: Weights | None) -> dict[str, float]:
     """Seconds that a batch of random images takes in frozen layers, in a training step and in evaluation."""
     size, depth = trial.image_size, trial.unfreeze_depth
     model = backbones.build(trial.backbone, classes=classes, image_size=size, head_dropout=0.0, seed=0, weights=weights)

@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader
 from benchmarks.recipe import Images, mean_loss, train_epoch, transforms
 from tuning.data.samples import load_samples
 from tuning.settings.config import TrialConfig
+from tuning.settings.values import Weights
 from tuning.training import backbones
 from tuning.training.weights import find_weights
 
@@ -47,7 +48,7 @@ SPACE = {  # the space `quick`
 }
 
 
-def build(config: dict[str, Any], seed: int, classes: int, weights: dict[str, Path | None]) -> Any:
+def build(config: dict[str, Any], seed: int, classes: int, weights: dict[str, Weights | None]) -> Any:
     """Return the configuration, the model and its optimizer."""
     trial = TrialConfig(**config, image_size=IMAGE_SIZE, batch_size=BATCH, warmup_epochs=0.5, epochs=EPOCHS, seed=seed)
     options = {"classes": classes, "image_size": IMAGE_SIZE, "head_dropout": trial.head_dropout, "seed": seed}
@@ -60,7 +61,7 @@ def build(config: dict[str, Any], seed: int, classes: int, weights: dict[str, Pa
     return trial, model, optimizer
 
 
-def train(config: dict[str, Any], table: pd.DataFrame, weights: dict[str, Path | None], seed: int) -> None:
+def train(config: dict[str, Any], table: pd.DataFrame, weights: dict[str, Weights | None], seed: int) -> None:
     """Train one configuration, and report each epoch with a checkpoint."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)

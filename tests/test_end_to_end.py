@@ -13,9 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 import yaml
 from shared import ONE_CORE, SOAK
 
+from tuning.model.folder import load_model
 from tuning.record.journal import FINAL, read_journal, read_record
 from tuning.record.tables import read_table
 from tuning.search.stopping import Rungs
@@ -274,3 +277,31 @@ def test_the_default_search_on_generated_radiographs(tmp_path, monkeypatch):
     if STRACE:
         asked = [line for line in trace.read_text().splitlines() if "htons(53)" in line]
         assert trace.stat().st_size and not asked, asked[:3]
+
+
+def test_weights_of_ones_own_are_a_choice_beside_others(workplace):
+    place, _ = workplace
+    networks = {name: timm.create_model("test_resnet", in_chans=channels) for name, channels in (("a", 3), ("grey", 1))}
+    for name, network in networks.items():
+        torch.save({"state_dict": {f"model.{key}": value for key, value in network.state_dict().items()}}, place / name)
+    named = {"test_resnet": "a", "test_resnet.radiologynet": {"file": "grey", "mean": [0.4], "std": [0.2]}}
+    choices = {"backbone": {"type": "categorical", "choices": list(named)}}
+    fixed = {"image_size": 32, "batch_size": 8, "unfreeze_depth": 0}
+    points = [{"backbone": "test_resnet.radiologynet"}, {"backbone": "test_resnet"}]
+    space = {"parameters": choices, "fixed": fixed, "start": points, "search": {"weights": named, "epochs": 1}}
+    (place / "own.yaml").write_text(yaml.safe_dump(space))
+    flags = ["--space", "own.yaml", "--data", workplace[1][-1], "--name", "own", "--no-early-stopping", "--trials", "2"]
+    assert start(place, *flags).wait() == 0
+    said = (place / "log.txt").read_text()
+    assert f"test_resnet.radiologynet: {place / 'grey'}: " in said and "one channel shared among three" in said
+    trials = read_table(place / "results" / "own" / "trials.parquet")
+    assert list(trials["config_backbone"]) == ["test_resnet.radiologynet", "test_resnet"]
+    assert set(trials["status"]) == {"completed"}
+
+    best = yaml.safe_load((place / "results" / "own" / "best.yaml").read_text())
+    assert best["provenance"]["settings"]["weights"]["test_resnet.radiologynet"]["file"] == str(place / "grey")
+    final = command("train_final.py", "results/own", "--set", "ensemble=true")
+    subprocess.run(final, cwd=place, check=True, capture_output=True)
+    model = load_model(place / "results" / "own" / "model")
+    means = {member.config.backbone: member.network.pretrained_cfg["mean"] for member in model.members}
+    assert means == {"test_resnet.radiologynet": (0.4, 0.4, 0.4), "test_resnet": (0.5, 0.5, 0.5)}

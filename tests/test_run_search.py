@@ -44,6 +44,7 @@ from tuning.search.plans import check_new, claimed, without_effect, write_run
 from tuning.settings.config import RESUME_MAY_CHANGE, InputError, SearchPlan
 from tuning.settings.space import sizes_of_backbones
 from tuning.settings.space_file import load, parse
+from tuning.settings.values import Weights
 from tuning.show import report
 from tuning.training.checking import weights_checked
 from tuning.training.digests import digests
@@ -397,7 +398,7 @@ def test_a_run_whose_weights_have_changed_does_not_go_on(space, tmp_path, folder
     plan = SearchPlan(name="changed", data=str(folder), space=space, weights=str(file.parent))
     (tmp_path / "results").mkdir()
     run_folder = tmp_path / "results" / "changed"
-    write_run(run_folder, plan, load(space), *checked(plan), digests({"test_resnet": file}))
+    write_run(run_folder, plan, load(space), *checked(plan), digests({"test_resnet": Weights(file=file)}))
     recorded = yaml.safe_load((run_folder / "plan.yaml").read_text())
     recorded["provenance"]["packages"]["timm"] = "0.9.0"
     (run_folder / "plan.yaml").write_text(yaml.safe_dump(recorded))

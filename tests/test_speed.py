@@ -13,8 +13,9 @@ import pytest
 import yaml
 from shared import ONE_CORE, draw_folder
 
-from tuning.settings.config import DEPTH_ALL, InputError
+from tuning.settings.config import InputError
 from tuning.settings.space_file import load
+from tuning.settings.values import DEPTH_ALL
 
 ROOT = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location("speed", ROOT / "benchmarks" / "speed.py")

@@ -49,13 +49,13 @@ from tuning.settings.command_line import (
     flag,
     leave,
 )
-from tuning.settings.config import InputError, SearchPlan, without_secrets
+from tuning.settings.config import InputError, SearchPlan, visible, without_secrets
 from tuning.settings.documents import read_plan
 from tuning.settings.space import Space, backbones, image_sizes, largest, sizes_of_backbones
 from tuning.settings.words import count, examples
 from tuning.show.progress import Progress, console, plain
 from tuning.show.report import refresher, write_or_warn
-from tuning.training.checking import Weights, weights_checked
+from tuning.training.checking import Within, weights_checked
 
 if TYPE_CHECKING:  # loaded, with SciPy, once Ray is starting
     from tuning.checks.audit import Checked
@@ -161,7 +161,7 @@ def _search(
     mirror: Mirror | None,
     nodes: Nodes,
     gpus: Callable[[], list[str]],
-    weights_within: Weights,
+    weights_within: Within,
     resumed: bool,
 ) -> int:
     from tuning.search.cluster import cluster_map, serve_images, slots, small_shared_memories, small_shared_memory
@@ -185,10 +185,13 @@ def _search(
         console.print(
             f"  batch_size={batch:g}: of {count(trained_on, 'training image')} a batch has at most {trained_on}"
         )
-    if (weights := weights_within(DOWNLOAD_SECONDS)) is None:
+    if (answer := weights_within(DOWNLOAD_SECONDS)) is None:
         console.print("  waiting for the backbones' weights")
-        while (weights := weights_within(DOWNLOAD_SECONDS)) is None:
+        while (answer := weights_within(DOWNLOAD_SECONDS)) is None:
             pass
+    weights, lines = answer
+    for line in lines:
+        console.print(f"  {visible(line)}", markup=False)
     of_weights = digests(weights)
     if resumed:
         _check_unchanged(plan, read_plan(folder)["provenance"], data.fingerprint, of_weights)
@@ -310,7 +313,7 @@ def _data(plan: SearchPlan, space: Space, recorded: pd.DataFrame | None, map: Ca
     return data
 
 
-def _unless_wrong(weights_within: Weights) -> Callable[[Any], Any]:
+def _unless_wrong(weights_within: Within) -> Callable[[Any], Any]:
     """Return a function that gives back what it is given, or raises InputError once a worker has found it."""
     due = time.monotonic()
 

@@ -170,10 +170,13 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     some = data[sizes[0]]
     weights = find_weights([each.backbone for each in configs.values()], plan.weights)
     if not best.chosen_weights and (other := other_weights(digests(weights), best.provenance.get("weights"))):
-        cure = f"restore them, or train with these by --set weights={shlex.quote(plan.weights)}"
+        named = shlex.quote(plan.weights) if isinstance(plan.weights, str) else "'{BACKBONE: FILE}'"
+        cure = f"restore them, or train with these by --set weights={named}"
         raise InputError(f"the pretrained weights of {examples(other)} have changed since the search; {cure}")
     for each in configs.values():
-        check(each.backbone, [each.image_size], weights[each.backbone])
+        said = check(each.backbone, [each.image_size], weights[each.backbone])
+        if said and best.chosen_weights:
+            print(visible(f"{each.backbone}: {said}"))
     device = chosen(plan.device)
     torch.set_num_threads(cores())
     if device.type == "cpu":
@@ -207,7 +210,10 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     # Export before the test set is read, since this takes a while and may be interrupted.
     unfinished = Path(tempfile.mkdtemp(prefix=".model-", dir=run_folder))
     unfinished.chmod(0o755)
-    shaping = {name: preprocessing(each, plan.fit, plan.drop_colour) for name, (_, each) in final.networks.items()}
+    shaping = {
+        name: preprocessing(network, each, plan.fit, plan.drop_colour)
+        for name, (network, each) in final.networks.items()
+    }
     exported: dict[str, Any] = {"error": "not asked for"}
     if onnx:
         described = {"classes": some.classes, "temperature": temperature, "fingerprint": found, **interface(final)}

@@ -152,7 +152,7 @@ def test_long_lists_are_cut_to_five(files):
 def test_missing_columns_name_those_there_and_the_setting(files, rows):
     file = write_csv(files / "columns.csv", [{"image": row["path"], "label": row["label"]} for row in rows])
     [found] = faults(file)
-    assert "no column 'path' (its columns: 'image', 'label')" in found and "--set path_column=..." in found
+    assert "no column 'path' (its columns: 'image', 'label')" in found and "`--set path_column='image'`" in found
     assert len(load_samples(file, path_column="image")) == 20
     found = faults(file, path_column="image", split_column="fold", group_column="patient")
     assert ["--set split_column=..." in found[0], "--set group_column=..." in found[1]] == [True, True]
@@ -162,7 +162,6 @@ def test_missing_columns_name_those_there_and_the_setting(files, rows):
     ("name", "content", "words"),
     [
         ("none.csv", None, "no such folder or file"),
-        ("set.xlsx", b"PK", "must end in .csv or .parquet, not in .xlsx"),
         ("set", b"", "not in no suffix"),
         ("empty.csv", b"", "is empty"),
         ("header.csv", b"path,label\n", "has no rows"),
@@ -348,13 +347,10 @@ def test_columns_that_may_be_split_or_group_by_other_names_are_pointed_out(files
     assert load_samples(write_csv(files / "varied.csv", varied), **given).attrs["remarks"] == []
 
 
-def test_what_spreadsheets_write_is_read_or_named(files):
+def test_what_spreadsheets_write_is_read(files):
     lines = ["path,label", *(f"{number:02d}.png,{'ab'[number % 2]}" for number in range(20)), ",", ","]
     (files / "rows.csv").write_text("\n".join(lines) + "\n")
     assert len(load_samples(str(files / "rows.csv"))) == 20
-    (files / "semicolon.csv").write_text("\n".join(lines[:-2]).replace(",", ";"))
-    assert faults(str(files / "semicolon.csv")) == [
-        f"{files}/semicolon.csv: its columns are separated by ';'; save it with commas"
-    ]
-    (files / "sep.csv").write_text("sep=,\n" + "\n".join(lines[:-2]))
-    assert "its first line, 'sep=', is for spreadsheets alone" in faults(str(files / "sep.csv"))[0]
+    for sign in ",;":
+        (files / "sep.csv").write_text(f"sep={sign}\n" + "\n".join(lines).replace(",", sign))
+        assert len(load_samples(str(files / "sep.csv"))) == 20

@@ -21,6 +21,7 @@ from tuning.search import gpus
 from tuning.search.cluster import Slots
 from tuning.search.driver import LOST_STARTS, Search
 from tuning.search.finalists import finalist_runs_left
+from tuning.settings.values import Weights
 
 ROW = {  # of an epoch, but for its number and end
     **dict.fromkeys(("train_loss", "train_eval_loss", "val_loss", "val_accuracy", "val_balanced_accuracy"), 0.5),
@@ -310,7 +311,7 @@ def test_a_trial_that_fails_has_its_error_and_the_search_goes_on(tmp_path, folde
         {"backbone": name, "unfreeze_depth": 0, "learning_rate": 1e-3, "augmentation": "none"}
         for name in ("test_vit", "test_resnet")
     ]
-    weights = {"test_resnet": None, "test_vit": damaged}
+    weights = {"test_resnet": None, "test_vit": Weights(file=damaged)}
     make = make_run(run, folder, parameters=both, fixed=fixed, start=start, weights=weights, trials=2)
     run_here(make())
     trials = read_table(run / "trials.parquet")
@@ -323,7 +324,7 @@ def test_four_failures_at_first_end_the_search(tmp_path, folder):
     run = tmp_path / "run"
     damaged = tmp_path / "test_resnet.safetensors"
     damaged.write_bytes(b"no weights")
-    search = make_run(run, folder, weights={"test_resnet": damaged}, trials=20)()
+    search = make_run(run, folder, weights={"test_resnet": Weights(file=damaged)}, trials=20)()
     run_here(search)
     assert "the first 4 trials all failed" in search.halted
     assert len(read_table(run / "trials.parquet")) == 4

@@ -30,7 +30,8 @@ from tuning.search.trainable import FinetuneTrial
 from tuning.search.worker import ProcessLost, Worker
 from tuning.settings.config import SearchPlan, TrialConfig
 from tuning.settings.space_file import parse
-from tuning.training.digests import digests
+from tuning.settings.values import Weights
+from tuning.training.digests import digests, plain
 from tuning.training.finetune import finetune
 from tuning.training.scores import score
 from tuning.training.state import State
@@ -83,7 +84,8 @@ def given(tmp_path, plan, checked):
 def test_weights_that_are_not_those_of_the_start_fail_a_trial(given, tmp_path):
     file = tmp_path / "test_resnet.pth"
     torch.save(timm.create_model("test_resnet").state_dict(), file)
-    weights = {"weights": {"test_resnet": str(file)}, "digests": digests({"test_resnet": file})}
+    own = {"test_resnet": Weights(file=file)}
+    weights = {"weights": plain(own), "digests": digests(own)}
     trial = FinetuneTrial(given("t00000") | weights)
     assert step(trial)[0]["epoch"] == 1
     others = {name: tensor + 1 for name, tensor in timm.create_model("test_resnet").state_dict().items()}

@@ -11,10 +11,10 @@ from tuning.settings.config import (
     TrialConfig,
     build,
     check_value,
-    parse_duration,
     visible,
     without_secrets,
 )
+from tuning.settings.values import parse_duration
 
 
 @given(st.text())

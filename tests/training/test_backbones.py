@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -8,6 +10,7 @@ from safetensors.torch import save_file
 from shared import LARGER
 
 from tuning.settings.config import InputError
+from tuning.settings.values import Weights
 from tuning.training import backbones
 from tuning.training.weights import find_weights
 
@@ -20,7 +23,12 @@ def _build(backbone, image_size=64, classes=3, head_dropout=0.0, seed=0, weights
     if timm.get_pretrained_cfg(backbone).fixed_input_size and backbone != "test_vit":
         image_size = timm.get_pretrained_cfg(backbone).input_size[-1]
     model = backbones.build(
-        backbone, classes=classes, image_size=image_size, head_dropout=head_dropout, seed=seed, weights=weights
+        backbone,
+        classes=classes,
+        image_size=image_size,
+        head_dropout=head_dropout,
+        seed=seed,
+        weights=Weights(file=weights) if isinstance(weights, Path) else weights,
     )
     return model, image_size
 
@@ -39,7 +47,7 @@ def _classifier(model):
 def test_the_tensors_of_a_lite_package_find_their_places():
     weights = find_weights(["tf_efficientnet_lite0"], "auto")["tf_efficientnet_lite0"]
     model, _ = _build("tf_efficientnet_lite0", weights=weights)
-    state = torch.load(weights, weights_only=True)
+    state = torch.load(weights.file, weights_only=True)
     assert torch.equal(model.conv_stem.weight, state["_conv_stem.weight"])
     assert torch.equal(model.bn2.running_var, state["_bn1.running_var"])
 
@@ -50,12 +58,12 @@ def test_the_lite_package_names_a_palace():
 
     weights = find_weights(["tf_efficientnet_lite0"], "auto")["tf_efficientnet_lite0"]
     model, _ = _build("tf_efficientnet_lite0", 224, classes=1000, weights=weights)
-    state = torch.load(weights, weights_only=True)
+    state = torch.load(weights.file, weights_only=True)
     _classifier(model)[1].load_state_dict({"weight": state["_fc.weight"], "bias": state["_fc.bias"]})
     image = torch.from_numpy(load_sample_image("china.jpg").copy()).permute(2, 0, 1)
     image = torchvision.transforms.functional.center_crop(image, 427)
     image = torchvision.transforms.functional.resize(image, [224, 224], antialias=True)[None] / 255
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in backbones.input_mean_std("tf_efficientnet_lite0"))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in backbones.input_mean_std(model))
     assert mean.unique().tolist() == std.unique().tolist() == [0.5]
     with torch.no_grad():
         assert model.eval()((image - mean) / std).argmax().item() == 698
@@ -167,16 +175,17 @@ def test_files_that_timm_trips_over_are_faults_of_the_file(tmp_path, backbone, c
         _build(backbone, 224, weights=tmp_path / "odd.pth")
 
 
-def test_averaged_weights_are_read_and_other_keys_are_refused(tmp_path):
+def test_averaged_weights_are_read_and_other_keys_of_the_modules_are_refused(tmp_path):
     source = timm.create_model("test_resnet")
     torch.save(torch.optim.swa_utils.AveragedModel(source).state_dict(), tmp_path / "averaged.pth")
     model, _ = _build("test_resnet", weights=tmp_path / "averaged.pth")
     state = model.state_dict()
     assert all(torch.equal(state[key], value) for key, value in source.state_dict().items() if "fc." not in key)
+    assert model.pretrained_cfg["loaded"].endswith("left out: n_averaged (1 tensor)")
     for file_classes in (1000, 7):
         state = timm.create_model("test_resnet", num_classes=file_classes).state_dict()
-        torch.save(state | {"extra.weight": torch.zeros(3)}, tmp_path / "more.pth")
-        with pytest.raises(InputError, match=r"more\.pth .* extra\.weight is unexpected"):
+        torch.save(state | {"layer2.1.weight": torch.zeros(3)}, tmp_path / "more.pth")  # as of a deeper network
+        with pytest.raises(InputError, match=r"more\.pth .* layer2\.1\.weight is unexpected"):
             _build("test_resnet", weights=tmp_path / "more.pth")
 
 
@@ -193,10 +202,10 @@ def test_every_image_size_that_a_backbone_cannot_take_is_a_fault(tmp_path):
     state["layer1.0.conv1.weight"][0] = torch.nan
     torch.save(state, tmp_path / "nan.pth")
     with pytest.raises(InputError, match=r"nan\.pth of test_resnet hold NaN or infinity, in layer1\.0\.conv1\.weight"):
-        backbones.check("test_resnet", [32], tmp_path / "nan.pth")
+        backbones.check("test_resnet", [32], Weights(file=tmp_path / "nan.pth"))
     (tmp_path / "test_resnet.pth").write_text("not weights")
     with pytest.raises(InputError) as caught:
-        backbones.check("test_resnet", [32, 64], tmp_path / "test_resnet.pth")
+        backbones.check("test_resnet", [32, 64], Weights(file=tmp_path / "test_resnet.pth"))
     assert len(caught.value.faults) == 1
 
 

@@ -13,11 +13,12 @@ import timm
 import torch
 
 from tuning.settings.config import InputError
+from tuning.settings.values import Weights
 from tuning.training import backbones, checking
 from tuning.training.checking import FOLDER, answer, weights_checked
 
 SIZES = {"test_resnet": [32], "test_vit": [160]}
-RANDOM = {"test_resnet": None, "test_vit": None}
+RANDOM = {"test_resnet": None, "test_vit": None}, []
 
 
 @pytest.fixture
@@ -40,10 +41,10 @@ def test_what_has_been_checked_is_remembered_until_it_changes(monkeypatch, tmp_p
     file.parent.mkdir()
     torch.save(timm.create_model("test_resnet").state_dict(), file)
     asked, check = [], backbones.check
-    monkeypatch.setattr(backbones, "check", lambda *given: (asked.append(given), check(*given)))
+    monkeypatch.setattr(backbones, "check", lambda *given: asked.append(given) or check(*given))
     for sizes in ([32], [32], [64], [32]):
         with weights_checked({"test_resnet": sizes}, str(file.parent)) as known:
-            assert known(0.0) == {"test_resnet": file}
+            assert known(0.0) == ({"test_resnet": Weights(file=file)}, [])
     assert [given[1] for given in asked] == [[32], [64]]
     (tmp_path / "cache" / "checked.json").write_text("not JSON")
     tensors = torch.load(file)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,7 +68,7 @@ def test_with_mixed_precision_too_what_is_evaluated_is_what_is_deployed(depth, m
     state, network = epochs[-1][1](), build_network(plan, 2, None)
     best = {name.removeprefix("best/"): tensor for name, tensor in state.tensors.items() if name.startswith("best/")}
     network.load_state_dict(best, strict=False)
-    logits = predict_images(network, preparer(data.images, plan.backbone, CPU), data.val)
+    logits = predict_images(network, preparer(data.images, network, CPU), data.val)
     np.testing.assert_allclose(state.tensors["validation/logits"].numpy(), logits, atol=1e-5)
     at_best = best_epoch(state.history, "val_loss")
     assert at_best["val_loss"] == pytest.approx(mean_loss(logits, data.labels[data.val]), abs=1e-5)
@@ -127,8 +128,9 @@ def test_no_step_waits_for_the_device(policy):
 @on_each_device
 def test_images_held_on_the_device_are_those_that_are_streamed_to_it(device):
     images = make_data().images
-    streamed = preparer(images, "test_resnet", device)
-    held = preparer(torch.from_numpy(images).to(device), "test_resnet", device)
+    model = timm.create_model("test_resnet")
+    streamed = preparer(images, model, device)
+    held = preparer(torch.from_numpy(images).to(device), model, device)
     indices, table = np.array([5, 3, 40]), torch.rand(3, 13, generator=torch.Generator().manual_seed(0)).to(device)
     for policy in ("none", "medium"):
         assert torch.equal(streamed(indices, table, policy), held(indices, table, policy))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import pandas as pd
 
 from tuning.checks.findings import Finding
-from tuning.data.samples import NO_VALUE
+from tuning.data.rows import NO_VALUE
 from tuning.settings.words import count, examples
 
 LARGE_GROUP = 0.2  # share of all images from which a group may be a placeholder for unknown ones

@@ -17,7 +17,12 @@ MASKS = "masks"
 MASK_FOLDER = re.compile(r"(.*[_\-. ])?(masks?|segmentations?)([_\-. ].*)?")  # whole names in lower case
 MASK_FILE = re.compile(r".*[_\-. ](masks?|segmentation)([_\-. ]?\d+)?")  # without the suffix
 SPLIT_WORDS = {"train": "train", "training": "train"}
-SPLIT_WORDS |= {"val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test"}
+SPLIT_WORDS |= {"val": "val", "valid": "val", "validation": "val", "validate": "val"}
+SPLIT_WORDS |= {"test": "test", "testing": "test"}
+JUNK = {  # what archives, systems and network drives leave behind
+    *("__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"),
+    *("Thumbs.db", "thumbs.db", "desktop.ini", "Desktop.ini", "ehthumbs.db"),
+}
 FOLDER_WORDS = SPLIT_WORDS | {"dev": "val", "eval": "val"}  # only beside a folder for training: both may be classes
 
 
@@ -45,6 +50,9 @@ Lister: TypeAlias = Callable[[str], list[Entry]]  # the entries of a folder by n
 def read_folder(root: str, entries_of: Lister, faults: list[str], remarks: list[str]) -> list[Sample]:
     """Samples of a folder of class folders, with or without split folders."""
     inside = entries_of(root)
+    while (only := _only_folder(inside)) is not None and _only_folders(entries_of(only.path)):
+        remarks.append(f"looked into {only.name}, the only folder there")
+        root, inside = only.path, entries_of(only.path)
     names = [entry.name for entry in inside if entry.is_folder]
     words = FOLDER_WORDS if any(SPLIT_WORDS.get(name.lower()) == "train" for name in names) else SPLIT_WORDS
     split_of = {name: words[name.lower()] for name in names if name.lower() in words}
@@ -109,6 +117,21 @@ def read_folder(root: str, entries_of: Lister, faults: list[str], remarks: list[
     return samples
 
 
+def _only_folder(entries: list[Entry]) -> Entry | None:
+    """Return the one folder that there is beside files that are no images, unless its name is that of a split."""
+    folders = [entry for entry in entries if entry.is_folder]
+    if len(folders) != 1 or folders[0].name.lower() in FOLDER_WORDS or any(map(_is_loose_image, entries)):
+        return None
+    return folders[0]
+
+
+def _only_folders(entries: list[Entry]) -> bool:
+    """Return whether there are folders and no images, nor a folder of images or masks, so that this is no class."""
+    names = [entry.name.lower() for entry in entries if entry.is_folder]
+    parts = any(name == IMAGES or MASK_FOLDER.fullmatch(name) for name in names)
+    return bool(names) and not parts and not any(map(_is_loose_image, entries))
+
+
 def _is_loose_image(entry: Entry) -> bool:
     """Whether a file beside class folders is an image."""
     if entry.is_folder:
@@ -143,11 +166,23 @@ def left_out(kinds: Mapping[str, list[str]]) -> list[str]:
     return [f"left out: {count(len(kinds[kind]), 'file')} ({kind}), such as {name}" for kind, name in shown.items()]
 
 
-def local_entries(folder: str, faults: list[str]) -> list[Entry]:
-    """Return the entries of a folder on this machine; one that can't be listed is a fault."""
+def is_junk(name: str) -> bool:
+    """Return whether a file or folder is hidden, or left behind by an archive or a system."""
+    return name[:1] == "." or name in JUNK
+
+
+def local_entries(folder: str, faults: list[str], junk: set[str] | None = None) -> list[Entry]:
+    """Return the entries of a folder on this machine; one that can't be listed is a fault.
+
+    Args:
+        junk: is given the paths that are left out, see `is_junk`.
+    """
     try:
         with os.scandir(folder) as entries:
-            return sorted(Entry(each.name, each.path, each.is_dir()) for each in entries if each.name[:1] != ".")
+            there = sorted(Entry(each.name, each.path, each.is_dir()) for each in entries)
+        if junk is not None:
+            junk |= {entry.path for entry in there if is_junk(entry.name)}
+        return [entry for entry in there if not is_junk(entry.name)]
     except OSError as error:
         faults.append(f"{folder}: can't be listed ({error.strerror}); make the folder readable")
         return []
@@ -162,7 +197,7 @@ def stored_entries(root: str, names: Iterable[str]) -> Lister:
             below[folder][part] = Entry(part, storage.joined(folder, part), True)
             folder = storage.joined(folder, part)
         below[folder].setdefault(parts[-1], Entry(parts[-1], storage.joined(folder, parts[-1]), False))
-    return lambda folder: sorted(entry for entry in below[folder].values() if entry.name[:1] != ".")
+    return lambda folder: sorted(entry for entry in below[folder].values() if not is_junk(entry.name))
 
 
 def _list_files(folder: str, entries_of: Lister, seen: set[str]) -> list[str]:

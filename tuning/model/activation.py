@@ -33,7 +33,7 @@ def class_maps(
     try:
         for name, (network, config) in final.networks.items():
             some = data[config.image_size]
-            images = preparer(some.images, config.backbone, torch.device("cpu"))(indices, None, "none")
+            images = preparer(some.images, network, torch.device("cpu"))(indices, None, "none")
             found = class_map(network.cpu().eval(), config, images, torch.from_numpy(chosen))
             if found is not None:
                 total += final.shares[name] * _enlarged(found, side)

@@ -34,7 +34,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.networks = nn.ModuleList([network for network, _ in final.networks.values()])
         configs = [config for _, config in final.networks.values()]
-        self.normal = [backbones.input_mean_std(config.backbone) for config in configs]
+        self.normal = [backbones.input_mean_std(network) for network, _ in final.networks.values()]
         self.sizes = sorted({config.image_size for config in configs})
         self.inputs = [self.sizes.index(config.image_size) for config in configs]
         self.shares, self.temperature = list(final.shares.values()), temperature

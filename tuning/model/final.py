@@ -19,6 +19,7 @@ from tuning.record.predictions import Predictions, read_predictions
 from tuning.record.temperature import logarithms, tempered
 from tuning.search.checkpoints import best_weights, kept
 from tuning.settings.config import InputError, TrialConfig
+from tuning.settings.values import Weights
 from tuning.training import backbones
 from tuning.training.dataset import Data, preparer
 from tuning.training.features import Cache
@@ -44,7 +45,7 @@ class Final:
         each = []
         for network, config in self.networks.values():
             images = data[config.image_size]
-            each.append(_logits(network, config, images, getattr(images, split), device))
+            each.append(_logits(network, images, getattr(images, split), device))
         return each[0] if len(each) == 1 else _mixture(self.shares, [tempered(logits, 1.0) for logits in each])
 
 
@@ -53,7 +54,7 @@ def train(
     data: Data,
     *,
     last: int | None,
-    weights: Path | None,
+    weights: Weights | None,
     device: torch.device,
     metric: str,
     features: Cache,
@@ -123,7 +124,7 @@ def kept_trials(run: Path, samples: pd.DataFrame) -> Kept:
 
 
 def assemble(
-    chosen: Kept, data: Mapping[int, Data], *, weights: Mapping[str, Path | None], device: torch.device
+    chosen: Kept, data: Mapping[int, Data], *, weights: Mapping[str, Weights | None], device: torch.device
 ) -> Final:
     """Build the model of one kept trial, or the mean of several; data is by image size, weights by backbone.
 
@@ -136,7 +137,7 @@ def assemble(
         images = data[config.image_size]
         network = folded_network(config, len(images.classes), weights[config.backbone])
         network.load_state_dict(best_weights(chosen.run, trial_id), strict=False)
-        again = tempered(_logits(network, config, images, images.val[:CHECKED_IMAGES], device), 1.0)
+        again = tempered(_logits(network, images, images.val[:CHECKED_IMAGES], device), 1.0)
         if not np.abs(again - probabilities[trial_id][:CHECKED_IMAGES]).max() < CHECKED_DIFFERENCE:
             raise InputError(
                 f"{trial_id}: its kept weights do not reproduce its probabilities in the search, perhaps because the "
@@ -163,17 +164,15 @@ def _number(value: Any) -> float | None:
     return None if pd.isna(value) else float(value)
 
 
-def folded_network(config: TrialConfig, classes: int, weights: Path | None) -> nn.Module:
+def folded_network(config: TrialConfig, classes: int, weights: Weights | None) -> nn.Module:
     """Build a network whose batch norms are folded, for evaluation and export on the CPU."""
     network = build_network(config, classes, weights)
     fold(network, backbones.stages(network, config.image_size), config.image_size)
     return network
 
 
-def _logits(
-    network: nn.Module, config: TrialConfig, data: Data, indices: NDArray[np.int64], device: torch.device
-) -> NDArray[Any]:
-    return predict_images(network.to(device), preparer(data.images, config.backbone, device), indices)
+def _logits(network: nn.Module, data: Data, indices: NDArray[np.int64], device: torch.device) -> NDArray[Any]:
+    return predict_images(network.to(device), preparer(data.images, network, device), indices)
 
 
 def _mixture(shares: Mapping[str, float], probabilities: Iterable[NDArray[np.float64]]) -> NDArray[np.float64]:

@@ -18,6 +18,7 @@ from tuning.record.tables import replacing
 from tuning.record.temperature import logarithms, tempered
 from tuning.settings.config import InputError, SearchPlan, TrialConfig, build, check_value
 from tuning.settings.documents import check_parts, read_mapping
+from tuning.settings.values import Weights
 from tuning.settings.words import show
 
 if TYPE_CHECKING:  # torch and timm take seconds to load, and --help needs neither
@@ -73,7 +74,7 @@ class Model:
         if not decoded:
             return np.empty((0, len(self.classes)))
         device = next(self.network.parameters()).device
-        prepare = preparer(np.stack(decoded), self.config.backbone, device)
+        prepare = preparer(np.stack(decoded), self.network, device)
         return tempered(predict_images(self.network, prepare, np.arange(len(decoded))), self.temperature)
 
 
@@ -112,15 +113,15 @@ def save_model(
     with replacing(folder / WEIGHTS) as temporary:
         save_file({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}, temporary)
     document = {"config": config.model_dump(), "classes": list(classes), "temperature": temperature}
-    document |= {"weights_sha256": _digest(folder), "preprocessing": preprocessing(config, fit, drop_colour)}
+    document |= {"weights_sha256": _digest(folder), "preprocessing": preprocessing(network, config, fit, drop_colour)}
     _write_config(folder, document | described)
 
 
-def preprocessing(config: TrialConfig, fit: str, drop_colour: bool) -> dict[str, Any]:
+def preprocessing(network: "nn.Module", config: TrialConfig, fit: str, drop_colour: bool) -> dict[str, Any]:
     """Return how an image becomes the network's input, in words and numbers."""
     from tuning.training import backbones
 
-    mean, std = backbones.input_mean_std(config.backbone)
+    mean, std = backbones.input_mean_std(network)
     return {
         "fit": fit,
         "drop_colour": drop_colour,
@@ -168,6 +169,7 @@ def load_model(folder: str | Path, device: str = "cpu") -> Model | Ensemble:
     given = document["preprocessing"]
     try:
         shaping = {key: check_value(SearchPlan, key, given[key]) for key in ("fit", "drop_colour") if key in given}
+        normal = {key: check_value(Weights, key, given[key]) for key in ("mean", "std") if key in given}
     except ValueError as error:
         raise InputError(f"{folder / CONFIG}: preprocessing: {error}") from None
     try:
@@ -180,6 +182,7 @@ def load_model(folder: str | Path, device: str = "cpu") -> Model | Ensemble:
         network = build_network(config, len(classes))
     except InputError as error:
         raise InputError([f"{folder / CONFIG}: {fault}" for fault in error.faults]) from None
+    network.pretrained_cfg |= normal  # type: ignore[operator]
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:
@@ -187,7 +190,7 @@ def load_model(folder: str | Path, device: str = "cpu") -> Model | Ensemble:
     return Model(network.eval().to(chosen(device)), config, classes, **shaping, temperature=temperature)
 
 
-def build_network(config: TrialConfig, classes: int, weights: Path | None = None) -> "nn.Module":
+def build_network(config: TrialConfig, classes: int, weights: Weights | None = None) -> "nn.Module":
     """Build a trial's network before training; its backbone has random weights unless a file is given."""
     from tuning.training import backbones
 

@@ -26,7 +26,9 @@ from tuning.search.trainable import FinetuneTrial
 from tuning.search.tuner import FINISHED, fit
 from tuning.settings.config import SearchPlan, cache_folder
 from tuning.settings.space import Key, Space, configurations, same
+from tuning.settings.values import Weights
 from tuning.settings.words import count
+from tuning.training.digests import plain
 from tuning.training.outputs import run_folder
 
 TABLE_SECONDS, TABLE_SHARE = 5.0, 0.05  # between two writings of the tables; the largest share of time spent on it
@@ -45,7 +47,7 @@ class Search:
     Args:
         run: the run's folder; holds `samples.parquet`.
         images: folder of decoded images by image size.
-        weights, digests: file of weights, and its sha256, by backbone; workers don't check files without one.
+        weights, digests: weights, and the sha256 of their file, by backbone; workers don't check files without one.
         resources: what each trial is given.
         show: called with each trial that has reported or ended.
         priors: from `optimizer.read_priors`; a resumed search has them in its journal.
@@ -64,7 +66,7 @@ class Search:
         run: Path,
         *,
         images: dict[int, Path],
-        weights: dict[str, Path | None],
+        weights: dict[str, Weights | None],
         digests: Mapping[str, str | None] = MappingProxyType({}),
         resources: Slots,
         show: Callable[["Search", Trial], None],
@@ -106,7 +108,7 @@ class Search:
         self._context = {
             "run": str(run.resolve()),
             "images": {str(size): str(folder) for size, folder in images.items()},
-            "weights": {name: None if file is None else str(file) for name, file in weights.items()},
+            "weights": plain(weights),
             "digests": dict(digests),
             "threads": resources.cpus,
             "cache_bytes": plan.cache_bytes,

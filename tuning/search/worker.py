@@ -26,9 +26,10 @@ from tuning.search.checkpoints import StorageLost, best_file, load_state, save, 
 from tuning.search.cluster import images_here
 from tuning.search.gpus import CONTEXT_MB, gpus_here
 from tuning.settings.config import InputError, TrialConfig
+from tuning.settings.values import Weights
 from tuning.training.dataset import Data, join, placed
 from tuning.training.device import accelerator, exercise, keep_memory, prepare_gpu
-from tuning.training.digests import digests, other_weights
+from tuning.training.digests import digests, other_weights, weights_of
 from tuning.training.features import Cache, FeatureCache, HeldOutputs
 from tuning.training.finetune import finetune, out_of_memory
 from tuning.training.models import Models
@@ -183,28 +184,28 @@ class Worker:
         self._replay: list[Row] = list(state.history) if state else []
         trial = TrialConfig(**self._config["config"])
         data = self._load(trial)
-        weights_file = self._weights(trial.backbone)
+        weights = self._weights(trial.backbone)
         given: dict[str, Any] = {"device": self._device, "features": self._features, "models": self._models}
         whole = {"halve": self._config["halve"]} | self._config["ending"]
         if self._config["origin"] == "probe":
-            row = probe(trial, data, weights=weights_file, **given)
+            row = probe(trial, data, weights=weights, **given)
             return iter([(row, lambda only_best=False: State([row], {}))])
-        return finetune(trial, data, state=state, weights=weights_file, **given, **whole)
+        return finetune(trial, data, state=state, weights=weights, **given, **whole)
 
-    def _weights(self, backbone: str) -> Path | None:
-        """Return a backbone's file of weights; raise InputError if here, or by now, it is another than at the start."""
-        name = self._config["weights"][backbone]
-        if name is None:
+    def _weights(self, backbone: str) -> Weights | None:
+        """Return a backbone's weights; raise InputError if the file here, or by now, is another than at the start."""
+        given = weights_of(self._config["weights"])[backbone]
+        if given is None:
             return None
-        file = Path(name)
+        file = given.file
         status = file.stat()
-        stamp = (name, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        stamp = (str(file), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         if stamp not in self._known_weights:
-            if other_weights(digests({backbone: file}), self._config["digests"]):
+            if other_weights(digests({backbone: given}), self._config["digests"]):
                 cure = f"give {platform.node()} the file that the search began with"
                 raise InputError(f"weights: {file} holds other weights than at the start of the search; {cure}")
             self._known_weights.add(stamp)
-        return file
+        return given
 
     def _fetch(self, names: list[str]) -> None:
         """Fetch files from the storage. On the driver's node, which has all that is needed, a failure is ignored."""

@@ -9,7 +9,8 @@ from typing import Any, get_type_hints
 
 from pydantic import BaseModel
 
-from tuning.settings.config import DEPTH_ALL, TrialConfig, check_value
+from tuning.settings.config import STRUCTURED, TrialConfig, check_value
+from tuning.settings.values import DEPTH_ALL
 from tuning.settings.words import LARGEST_INT, SCALARS, nearest, show
 
 NUMBERS = {name: kind.__name__ for name, kind in get_type_hints(TrialConfig).items() if kind in (int, float)}
@@ -169,7 +170,7 @@ def parents_first(conditions: Mapping[str, Condition | None], place: str, faults
 def checked(model: type[BaseModel], key: str, value: Any, place: str, faults: list[str]) -> Any:
     """Return a value that the model's rule accepts; if it breaks the rule, append that to `faults` and return None."""
     try:
-        if type(value) not in SCALARS:
+        if type(value) not in SCALARS and not (key in STRUCTURED and isinstance(value, dict | list)):
             raise ValueError(f"must be a number or a word, got {show(value)}")
         if type(value) is int and abs(value) > LARGEST_INT:
             raise ValueError(f"must be from -2**53 to 2**53, got {show(value)}")

@@ -5,25 +5,34 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     TypeAdapter,
     ValidationError,
-    WrapValidator,
     field_serializer,
 )
 
-from tuning.settings.words import as_number, show
+from tuning.settings.values import (
+    DEPTH_ALL,
+    MODEL,
+    Depth,
+    GivenWeights,
+    Gpus,
+    Names,
+    Pattern,
+    Seconds,
+    SplitFiles,
+    rule,
+)
 
-DEPTH_ALL = 5  # stages from the head that make up a whole network; the word `all` means this
 FORMATS = {  # of images, by the suffix of their files
     ".jpg": "JPEG",
     ".jpeg": "JPEG",
@@ -75,36 +84,10 @@ def visible(value: object) -> str:
     return str(value).translate(CONTROLS)
 
 
-def parse_duration(value: Any) -> Any:
-    """Return the seconds in `90s`, `45m`, `2h`, `1h30m` or a plain number; raise ValueError for other text."""
-    if not isinstance(value, str):
-        return value
-    number = r"\d+(?:\.\d+)?"
-    pattern = rf"(?:({number})h)?(?:({number})m)?(?:({number})s)?"
-    parts = re.fullmatch(pattern, f"{value.strip()}s" if re.fullmatch(number, value.strip()) else value.strip())
-    if parts is None or not any(parts.groups()):
-        raise ValueError("must be a duration such as 90s, 45m, 2h or 1h30m")
-    return sum(float(number or 0) * unit for number, unit in zip(parts.groups(), (3600, 60, 1), strict=True))
-
-
-def _number_or_auto(value: Any, check: Callable[[Any], Any]) -> Any:
-    try:
-        return check(value)
-    except ValidationError:
-        raise ValueError("must be greater than or equal to 0, or `auto`") from None
-
-
-Depth = Annotated[int, BeforeValidator(lambda depth: DEPTH_ALL if depth == "all" else depth)]
-Seconds = Annotated[float, BeforeValidator(parse_duration)]
-Gpus = Annotated[Annotated[float, Field(ge=0)] | Literal["auto"] | None, WrapValidator(_number_or_auto)]
-# Fields are described by the docstrings below them.
-_MODEL = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-
 class TrialConfig(BaseModel):
     """How one trial fine-tunes. A search space can vary or fix every field but `epochs` and `seed`."""
 
-    model_config = _MODEL
+    model_config = MODEL
 
     backbone: str
     """timm model name, such as `resnet18`."""
@@ -151,12 +134,12 @@ PARAMETERS = tuple(name for name in TrialConfig.model_fields if name not in ("ep
 class SearchPlan(BaseModel):
     """All settings of a search but its space. Flags and `--set` fill it; `plan.yaml` records it."""
 
-    model_config = _MODEL
+    model_config = MODEL
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     """Name of the run and of its folder. Default: the space and the time."""
     data: str | None = None
-    """Folder of class folders (train/val/test above them are optional), CSV or Parquet manifest, or URI of one.
+    """Folder of class folders (train/val/test above them are optional), manifest (CSV, JSON, Excel, Parquet), or URI.
     Default: generated chest radiographs."""
     space: str = "quick"
     """Search space: the name of a shipped one (quick, chest_xray), or a YAML file."""
@@ -223,8 +206,8 @@ class SearchPlan(BaseModel):
     """Training data of the final model: `train`, or `train+val` up to the median best epoch of its retrained runs."""
     ensemble: bool | Literal["auto"] = "auto"
     """Whether the final model is the mean of the best kept trials: `true`, `false`, or `auto`: if clearly better."""
-    weights: str = "auto"
-    """Pretrained weights: `auto` (installed, cached or downloaded), a folder of weight files, or `random`."""
+    weights: GivenWeights = "auto"
+    """Pretrained weights: `auto` (installed, cached or downloaded), a folder, files by backbone, or `random`."""
     fit: Literal["squash", "crop", "letterbox"] = "squash"
     """How images are made square: `squash`, `crop` (to the centre) or `letterbox` (black bars)."""
     drop_colour: bool = False
@@ -241,6 +224,24 @@ class SearchPlan(BaseModel):
     """Manifest column of the splits: train, val or test. Optional, unless another name is given."""
     group_column: str = "group"
     """Manifest column of groups that stay in one split, such as patients. Optional, unless another name is given."""
+    columns: Names | None = None
+    """Names of the columns of a manifest without a header: [group, path, label]."""
+    label_columns: Names | None = None
+    """Manifest columns of ones and zeros, one for each label: [normal, covid]. Default: `label_column` alone."""
+    finding: str | None = None
+    """One of several labels that an image may have; the classes are the images with it, and all others."""
+    uncertain: Literal["ignore", "positive", "negative"] = "ignore"
+    """What -1 in `label_columns` means for the `finding`: `ignore` (left out), `positive` or `negative`."""
+    label_pattern: Pattern | None = None
+    """Regular expression whose first group is the class in a manifest's paths: `study\\d+_(positive|negative)`."""
+    group_pattern: Pattern | None = None
+    """Regular expression whose first group is the group in the images' paths: `(patient\\d+)`."""
+    images: str | None = None
+    """Folder in which a manifest's images are, at any depth. Default: the manifest's, where a path leads nowhere."""
+    join: str | None = None
+    """Another manifest, whose columns are added to rows that agree in the columns that both have."""
+    split_files: SplitFiles | None = None
+    """Files of the splits, with names of images or rows as in the manifest: {val: valid.csv, test: test_list.txt}."""
     val_fraction: float = Field(0.2, gt=0, lt=1)
     """Fraction of the images (of the training images, if splits are given) for a missing validation split."""
     test_fraction: float = Field(0.2, ge=0, lt=1)
@@ -252,10 +253,12 @@ class SearchPlan(BaseModel):
     checkpoint_bytes: int = Field(20_000_000_000, ge=0)
     """Maximum bytes of all checkpoints. Beyond it the kept weights of the worst trials are deleted."""
 
-    @field_serializer("optuna_storage", "data", "storage", "weights", "warm_start", when_used="unless-none")
-    def _written(self, url: str) -> str:
+    @field_serializer(
+        "optuna_storage", "data", "storage", "weights", "warm_start", mode="wrap", when_used="unless-none"
+    )
+    def _written(self, value: Any, plain: SerializerFunctionWrapHandler) -> Any:
         """Keep secrets out of plan.yaml, best.yaml and reports."""
-        return without_secrets(url)
+        return without_secrets(value) if isinstance(value, str) else plain(value)
 
     @property
     def on_gpus(self) -> bool:
@@ -271,7 +274,11 @@ class SearchPlan(BaseModel):
 
 # Keys of --set and of a space's search section; the other four are flags alone.
 SETTINGS = tuple(name for name in SearchPlan.model_fields if name not in ("name", "data", "space", "storage"))
-SAMPLE_SETTINGS = tuple(name for name in SETTINGS if name.endswith(("_column", "_fraction")))  # of `load_samples`
+SAMPLE_SETTINGS = (  # of `load_samples`
+    *("path_column", "label_column", "split_column", "group_column", "columns", "label_columns", "finding"),
+    *("uncertain", "label_pattern", "group_pattern", "images", "join", "split_files", "val_fraction", "test_fraction"),
+)
+STRUCTURED = ("weights", "columns", "label_columns", "split_files")  # lists and mappings
 RESUME_MAY_CHANGE = (
     *("trials", "finalist_epochs", "time_budget", "trial_timeout"),
     *("concurrent", "gpus_per_trial", "cpus_per_trial", "device"),
@@ -316,7 +323,7 @@ def check_value(model: type[BaseModel], key: str, value: Any, *, text: bool = Fa
     try:
         return adapter.validate_strings(value) if text else adapter.validate_python(value)
     except ValidationError as error:
-        raise ValueError(_rule(error.errors()[0]["msg"], value, text=text)) from None
+        raise ValueError(rule(error.errors()[0]["msg"], value, text=text)) from None
 
 
 @cache
@@ -326,18 +333,6 @@ def _adapter(model: type[BaseModel], key: str, text: bool) -> TypeAdapter[Any]:
     return TypeAdapter[Any](rule, config=ConfigDict(strict=not text, allow_inf_nan=False))
 
 
-def _rule(message: str, value: Any, *, text: bool = False) -> str:
-    """Return pydantic's message in plainer words, with the value."""
-    rule = message.removeprefix("Value error, ").partition(", unable to")[0]
-    rule = re.sub("^(Input|String) should", "must", rule).replace("a valid integer", "an integer")
-    rule = rule.replace("a valid boolean", "true or false").replace("a valid", "a")
-    rule = re.sub("match pattern .*", "be letters, digits, '.', '_' and '-', with a letter or digit first", rule)
-    number = None if text else as_number(value)
-    if number and (rule == "must be a number" or (rule == "must be an integer" and "." not in number)):
-        return f"{rule}, got the text {show(value)}; write {number}"
-    return f"{rule}, got {show(value)}"
-
-
 def build(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
     """Return a model with the values from `where`; raise InputError with each unknown, missing or wrong field."""
     try:
@@ -345,7 +340,7 @@ def build(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
     except ValidationError as error:
         without_value = {"extra_forbidden": "no such setting", "missing": "is missing"}
         faults = [
-            (fault["loc"][0], without_value.get(fault["type"]) or _rule(fault["msg"], fault["input"]))
+            (fault["loc"][0], without_value.get(fault["type"]) or rule(fault["msg"], fault["input"]))
             for fault in error.errors()
         ]
         raise InputError([f"{where}: {key}: {rule}" for key, rule in faults]) from None

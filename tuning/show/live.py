@@ -9,7 +9,8 @@ from rich.text import Text
 
 from tuning.record.journal import Trial, best_epoch, loss_like
 from tuning.search.finalists import most_epochs, runs_to_make
-from tuning.settings.config import DEPTH_ALL, SearchPlan
+from tuning.settings.config import SearchPlan
+from tuning.settings.values import DEPTH_ALL
 from tuning.settings.words import count
 
 TOP = 3  # best trials shown

@@ -7,25 +7,25 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timm
 import torch
 from timm.layers import DropPath
-from timm.models import get_pretrained_cfg, group_parameters, load_state_dict
+from timm.models import get_pretrained_cfg, group_parameters
 from torch import Tensor, nn
 
-from tuning.settings.config import DEPTH_ALL, InputError
-from tuning.training.weights import PACKAGES, unsupported
+from tuning.settings.config import InputError
+from tuning.settings.values import DEPTH_ALL, Weights
+from tuning.training import state_dicts
+from tuning.training.weights import timm_name, unsupported
 
-NOT_WEIGHTS = ("n_averaged",)  # keys of a state dict: the counter of torch.optim.swa_utils.AveragedModel
 MIN_TRACED_SIZE = 64  # below it the last stages of stride-32 models have one position, as if pooled
 
 
 def build(
-    backbone: str, *, classes: int, image_size: int, head_dropout: float, seed: int, weights: Path | None
+    backbone: str, *, classes: int, image_size: int, head_dropout: float, seed: int, weights: Weights | None
 ) -> nn.Module:
     """Build a backbone with a new classifier, `Sequential(Dropout, classifier)`, initialised from (seed, backbone).
 
@@ -37,10 +37,11 @@ def build(
         image_size: side in pixels.
         head_dropout: dropout probability of the classifier's inputs.
         seed: of the classifier, and of everything else if `weights` is None.
-        weights: file of pretrained weights from `find_weights`; None: random weights.
+        weights: pretrained weights from `find_weights`; None: random weights.
 
     Returns:
-        A model on the CPU: images `[n, 3, image_size, image_size]` to logits `[n, classes]`.
+        A model on the CPU: images `[n, 3, image_size, image_size]` to logits `[n, classes]`. Its `pretrained_cfg` holds
+        the mean and standard deviation of the images that it expects, and as `loaded` what its weights were made of.
 
     Raises:
         InputError: the backbone is unknown or unsupported, or the file doesn't hold its weights.
@@ -51,7 +52,11 @@ def build(
     own_seed = int.from_bytes(digest[:8], "big") >> 1
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(own_seed)  # torch.manual_seed would seed the GPUs as well
-        model = _create(backbone, classes, image_size) if weights is None else _load(backbone, image_size, weights)
+        loaded = ""
+        if weights is None:
+            model = _create(backbone, classes, image_size)
+        else:
+            model, loaded = _load(backbone, image_size, weights)
         if model.num_classes != classes:
             model.reset_classifier(classes)
     name = model.pretrained_cfg["classifier"]
@@ -68,78 +73,93 @@ def build(
         if isinstance(module, DropPath):  # Swin and others drop paths by default
             module.drop_prob = 0.0
     model.to(memory_format=torch.channels_last)
+    given = {} if weights is None else {"mean": weights.mean, "std": weights.std}
+    model.pretrained_cfg |= {key: value for key, value in given.items() if value} | {"loaded": loaded}
     assert isinstance(model, nn.Module)
     return model
 
 
-def input_mean_std(backbone: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation, per channel in [0, 1], of the images that a backbone was pretrained on."""
-    cfg = get_pretrained_cfg(backbone)
-    return tuple(cfg.mean), tuple(cfg.std)
+def input_mean_std(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation, per channel in [0, 1], of the images that a model was pretrained on."""
+    cfg: Any = model.pretrained_cfg
+    return tuple(cfg["mean"]), tuple(cfg["std"])
 
 
 def _create(backbone: str, classes: int, image_size: int, overlay: dict[str, Any] | None = None) -> Any:
     """Create a timm model; with `overlay`, entries of its pretrained cfg, timm loads the weights that they name."""
     options = {"num_classes": classes, "drop_rate": 0.0}
-    if get_pretrained_cfg(backbone).fixed_input_size:
+    name = timm_name(backbone)
+    if get_pretrained_cfg(name).fixed_input_size:
         options["img_size"] = image_size
     try:
-        return timm.create_model(backbone, pretrained=overlay is not None, pretrained_cfg_overlay=overlay, **options)
+        return timm.create_model(name, pretrained=overlay is not None, pretrained_cfg_overlay=overlay, **options)
     except AssertionError as error:
         raise InputError(_wrong_size(backbone, image_size, error)) from None
 
 
 def _wrong_size(backbone: str, image_size: int, error: Exception) -> str:
-    cure = f"set image_size to {get_pretrained_cfg(backbone).input_size[-1]} or another multiple of 32"
+    cure = f"set image_size to {get_pretrained_cfg(timm_name(backbone)).input_size[-1]} or another multiple of 32"
     reason = str(error).partition("\n")[0] or type(error).__name__
     return f"image_size: {backbone} can't take {image_size} px ({reason}); {cure}"
 
 
-def check(backbone: str, sizes: Sequence[int], weights: Path | None) -> None:
+def check(backbone: str, sizes: Sequence[int], weights: Weights | None) -> str:
     """Check that a backbone can be built with its weights, and takes images of these sizes, in pixels.
+
+    Returns:
+        What the weights were made of, in words; empty if they are random or timm's own.
 
     Raises:
         InputError: as `build` does, or each size that it can't take.
     """
     faults: list[str] = []
-    model = None
+    model, loaded = None, ""
     for size in sizes:
         try:
-            if model is None or get_pretrained_cfg(backbone).fixed_input_size:
+            if model is None or get_pretrained_cfg(timm_name(backbone)).fixed_input_size:
                 model = build(backbone, classes=2, image_size=size, head_dropout=0.0, seed=0, weights=weights)
                 odd = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
                 if odd:
-                    cure = "copy timm's own file of this model"
-                    raise InputError(f"weights: {weights} of {backbone} hold NaN or infinity, in {odd[0]}; {cure}")
+                    where = "random weights" if weights is None else str(weights.file)
+                    raise InputError(f"weights: {where} of {backbone} hold NaN or infinity, in {odd[0]}")
+                loaded = str(model.pretrained_cfg["loaded"])  # type: ignore[index]
             stages(model, size)
             _pass(model, size)
         except InputError as error:
             faults += [fault for fault in error.faults if fault not in faults]
     if faults:
         raise InputError(faults)
+    return loaded
 
 
-def _load(backbone: str, image_size: int, file: Path) -> Any:
-    """Create a model with the weights of `file`; only the classifier's may be missing or have another shape."""
-    cfg = get_pretrained_cfg(backbone)
+def _load(backbone: str, image_size: int, weights: Weights) -> tuple[Any, str]:
+    """Create a model with the weights of a file, and say in words what of the file is in it.
+
+    Nothing but the classifier's may be missing or have another shape. See `state_dicts.fitted` for what the file may
+    have besides.
+    """
+    cfg, file = get_pretrained_cfg(timm_name(backbone)), weights.file
     classes = cfg.num_classes or 1
-    # timm's own loading renames keys and resamples position embeddings; strict because it only logs missing keys.
-    overlay = {"file": str(file), "custom_load": False, "num_classes": classes, "label_offset": 0}
     try:
-        if backbone.partition(".")[0] in PACKAGES and "_conv_stem.weight" in (
-            state := load_state_dict(str(file), weights_only=True)
-        ):
+        state = state_dicts.read(file)
+        if (ordered := state_dicts.of_package(backbone, state)) is not None:
             model = _create(backbone, classes, image_size)
-            # The packages' tensors are in the order of timm's state dict, under other names.
-            model.load_state_dict(dict(zip(model.state_dict(), state.values(), strict=True)))
-            return model
+            model.load_state_dict(dict(zip(model.state_dict(), ordered, strict=True)))
+            return model, ""
+        if not state:
+            raise InputError(f"weights: {file} holds no tensors")
+        with torch.device("meta"):
+            blank = _create(backbone, classes, image_size)
+        state, said = state_dicts.fitted(state, blank, cfg)
+        # timm's own loading renames keys and resamples position embeddings; strict because it only logs missing keys.
+        overlay = {"state_dict": state, "custom_load": False, "num_classes": classes, "label_offset": 0}
         try:
-            return _create(backbone, classes, image_size, overlay)
+            return _create(backbone, classes, image_size, overlay), said
         except RuntimeError as error:
             wrong = _wrong_keys(str(error))
             if not wrong:
                 raise
-            faulty = [key for key in wrong if not key.startswith(f"{cfg.classifier}.") and key not in NOT_WEIGHTS]
+            faulty = [key for key in wrong if not key.startswith(f"{cfg.classifier}.")]
             if faulty:
                 more = f" and {len(faulty) - 1:,} more" if len(faulty) > 1 else ""
                 raise InputError(
@@ -147,7 +167,7 @@ def _load(backbone: str, image_size: int, file: Path) -> Any:
                     "copy timm's own file of this model"
                 ) from None
         # timm drops the file's classifier, and is no longer strict, if the number of classes differs.
-        return _create(backbone, classes, image_size, overlay | {"num_classes": 0})
+        return _create(backbone, classes, image_size, overlay | {"num_classes": 0}), said
     except InputError:
         raise
     except Exception as error:  # any: timm's functions for a model suppose the keys of its own files

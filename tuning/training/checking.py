@@ -17,26 +17,31 @@ from pathlib import Path
 from typing import Any
 
 from tuning.record.tables import replacing
-from tuning.settings.config import InputError, cache_folder
+from tuning.settings.config import InputError, SearchPlan, cache_folder, check_value
+from tuning.settings.values import Weights
+from tuning.training.digests import plain, weights_of
 
-Weights = Callable[[float], dict[str, Path | None] | None]
+Found = tuple[dict[str, Weights | None], list[str]]  # by backbone, and a line for each that is not timm's own file
+Within = Callable[[float], Found | None]
 FOLDER = "FINETUNE_SEARCH_CHECK"  # the environment's variable that names the folder
 TAKEN_SECONDS = 60.0  # within which a worker has taken the question; else a process is started
 LOOK_SECONDS = 0.05
-VERSION = 1  # raised with any change of what is checked
+VERSION = 2  # raised with any change of what is checked
 MOST_REMEMBERED = 1000  # backbones with their sizes and files
 
 
 @contextmanager
-def weights_checked(sizes: Mapping[str, Sequence[int]], weights: str, *, by_worker: bool = False) -> Iterator[Weights]:
+def weights_checked(
+    sizes: Mapping[str, Sequence[int]], weights: str | Mapping[str, Weights], *, by_worker: bool = False
+) -> Iterator[Within]:
     """Have another process find and check weights, unless this one has loaded torch.
 
     Args:
         by_worker: whether workers that start meanwhile call `answer`.
 
     Yields:
-        A function that waits for some seconds, and returns each backbone's file of weights (None if they are random),
-        or None if they aren't known yet.
+        A function that waits for some seconds, and returns each backbone's weights (None if they are random) and what
+        to say of them, or None if they aren't known yet.
 
         Raises:
             InputError: as `find_weights` and `backbones.check` do, or the process that was started for it has died.
@@ -47,7 +52,8 @@ def weights_checked(sizes: Mapping[str, Sequence[int]], weights: str, *, by_work
         return
     with ExitStack() as end:
         folder = Path(end.enter_context(tempfile.TemporaryDirectory(prefix="finetune-search-")))
-        (folder / "question").write_text(json.dumps([sizes, weights]))
+        question = [sizes, weights if isinstance(weights, str) else plain(weights)]
+        (folder / "question").write_text(json.dumps(question))
         os.environ[FOLDER] = str(folder)
         end.callback(os.environ.pop, FOLDER, None)
         started, process = time.monotonic(), None
@@ -62,7 +68,7 @@ def weights_checked(sizes: Mapping[str, Sequence[int]], weights: str, *, by_work
             end.callback(begun.kill)
             return begun
 
-        def known(seconds: float) -> dict[str, Path | None] | None:
+        def known(seconds: float) -> Found | None:
             nonlocal process
             until = time.monotonic() + seconds
             while not (folder / "answer").exists():
@@ -82,7 +88,7 @@ def weights_checked(sizes: Mapping[str, Sequence[int]], weights: str, *, by_work
                 raise RuntimeError(found["error"])
             if "faults" in found:
                 raise InputError(found["faults"])
-            return {name: None if file is None else Path(file) for name, file in found["files"].items()}
+            return weights_of(found["weights"]), found["said"]
 
         if not by_worker:
             process = start()
@@ -99,14 +105,14 @@ def answer() -> None:
     """Answer the question in the folder that the environment names, if there is one that no other process has taken."""
     folder = Path(os.environ.get(FOLDER, os.devnull))
     try:
-        sizes, weights = json.loads((folder / "question").read_text())
+        sizes, given = json.loads((folder / "question").read_text())
         with open(folder / "taken", "x") as file:
             file.write(str(os.getpid()))
     except OSError:
         return
     try:
-        files = _checked(sizes, weights)
-        found: dict[str, Any] = {"files": {name: file and str(file) for name, file in files.items()}}
+        weights, said = _checked(sizes, check_value(SearchPlan, "weights", given))
+        found: dict[str, Any] = {"weights": plain(weights), "said": said}
     except InputError as error:
         found = {"faults": error.faults}
     except Exception:
@@ -115,8 +121,8 @@ def answer() -> None:
         temporary.write_text(json.dumps(found))
 
 
-def _checked(sizes: Mapping[str, Sequence[int]], weights: str) -> dict[str, Path | None]:
-    """Find each backbone's file of weights as `find_weights` does, and `backbones.check` it at its image sizes.
+def _checked(sizes: Mapping[str, Sequence[int]], weights: str | Mapping[str, Weights]) -> Found:
+    """Find each backbone's weights as `find_weights` does, and `backbones.check` them at its image sizes.
 
     What has been checked is remembered on this machine: building three small backbones takes more than a second.
 
@@ -129,26 +135,31 @@ def _checked(sizes: Mapping[str, Sequence[int]], weights: str) -> dict[str, Path
     from tuning.training.backbones import check  # finds a damaged file or an impossible image size before trials do
     from tuning.training.weights import find_weights
 
-    files, place = find_weights(list(sizes), weights), cache_folder() / "checked.json"
+    found, place = find_weights(list(sizes), weights), cache_folder() / "checked.json"
     try:
         known = json.loads(place.read_text())
     except (OSError, ValueError):
         known = None
     known = known if isinstance(known, list) else []
-    new = []
-    for backbone, file in files.items():
-        status = None if file is None else file.stat()
-        stamp = None if status is None else [str(file), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    remembered = {json.dumps(entry[:-1]): entry[-1] for entry in known if isinstance(entry, list) and entry}
+    new, lines = [], []
+    for backbone, given in found.items():
+        stamp = None
+        if given is not None:
+            status = given.file.stat()
+            stamp = [str(given.file), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
         entry = [VERSION, backbone, sorted(sizes[backbone]), stamp, timm.__version__, str(torch.__version__)]
-        if entry not in known:
-            check(backbone, sizes[backbone], file)
-            new.append(entry)
+        if (said := remembered.get(json.dumps(entry))) is None:
+            said = check(backbone, sizes[backbone], given)
+            new.append([*entry, said])
+        if said and given is not None:
+            lines.append(f"{backbone}: {given.file}: {said}")
     if new:
         with suppress(OSError):
             place.parent.mkdir(parents=True, exist_ok=True)
             with replacing(place) as temporary:
                 temporary.write_text(json.dumps([*known, *new][-MOST_REMEMBERED:]))
-    return files
+    return found, lines
 
 
 def _at_work(folder: Path) -> bool:

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from tuning.training import backbones
 from tuning.training.augment import augment
@@ -55,9 +55,9 @@ def train_eval_set(data: Data) -> Indices:
     return data.train[np.random.default_rng(0).permutation(len(data.train))[: len(data.val)]]
 
 
-def preparer(images: NDArray[np.uint8] | Tensor, backbone: str, device: torch.device) -> Prepare:
-    """Return a function that makes a backbone's input [batch, 3, side, side], augmented and normalised."""
-    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in backbones.input_mean_std(backbone))
+def preparer(images: NDArray[np.uint8] | Tensor, model: nn.Module, device: torch.device) -> Prepare:
+    """Return a function that makes a model's input [batch, 3, side, side], augmented and normalised."""
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in backbones.input_mean_std(model))
 
     def prepare(indices: Indices, table: Tensor | None, policy: str) -> Tensor:
         if isinstance(images, Tensor):

@@ -30,7 +30,7 @@ class Key:
     """What outputs depend on within a run, whose data are fixed."""
 
     backbone: str
-    weights: str  # file, or the seed of random ones
+    weights: str  # as `models.Network` names them
     image_size: int
     depth: int  # stages above the cut
     precision: str  # of the passes

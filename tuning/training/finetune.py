@@ -7,7 +7,6 @@ import re
 import time
 from collections.abc import Collection, Iterator
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from tuning.record.journal import LOSSES, best_epoch
-from tuning.settings.config import DEPTH_ALL, TrialConfig
+from tuning.settings.config import TrialConfig
+from tuning.settings.values import DEPTH_ALL, Weights
 from tuning.settings.words import count
 from tuning.training import backbones
 from tuning.training.augment import SHUFFLE, epoch_table
@@ -48,7 +48,7 @@ def finetune(
     data: Data,
     *,
     device: torch.device,
-    weights: Path | None,
+    weights: Weights | None,
     metric: str = "val_loss",
     patience: int | None = None,
     divergence_factor: float = math.inf,
@@ -64,7 +64,7 @@ def finetune(
         config: what to train, and how.
         data: decoded images.
         device: where to train, on CUDA with mixed precision; evaluation is in float32, as the model is deployed.
-        weights: the backbone's weight file; None: random weights.
+        weights: the backbone's pretrained weights; None: random weights.
         metric: chooses the best epoch.
         patience: epochs without improvement after which the trial has converged; None: no limit.
         divergence_factor: see `divergence`; infinite: only a loss that is not finite ends the trial.

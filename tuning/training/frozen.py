@@ -57,7 +57,7 @@ class Frozen:
     def __init__(self, network: Network, depth: int, images: NDArray[np.uint8] | Tensor, cache: Cache | None):
         self._network, self._cache, self._cut = network, cache, network.cut(depth)
         self._chunk = CHUNK if network.device.type == "cpu" else GPU_CHUNK
-        self._prepare = preparer(images, network.backbone, network.device)
+        self._prepare = preparer(images, network.model, network.device)
         self._key = Key(network.backbone, network.weights, network.image_size, depth, "float32", "", "none", None)
         self.trained: Callable[[Tensor], Tensor] = network.model if self._cut is None else self._cut.suffix
         self.head_only = depth == 0 and self._cut is not None

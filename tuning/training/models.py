@@ -3,11 +3,11 @@
 import math
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from tuning.settings.values import Weights
 from tuning.training import backbones
 from tuning.training.depthwise import speed_up
 from tuning.training.device import in_float32, mixed_precision
@@ -26,7 +26,7 @@ class Network:
     stages: list[list[str]]
     backbone: str
     image_size: int
-    weights: str  # file, or the seed of random ones
+    weights: str  # file, mean and standard deviation, or the seed of random ones
     device: torch.device
     half: torch.dtype | None  # of mixed precision in training; what is evaluated is in float32, as it is deployed
     _initial: dict[str, Tensor] = field(default_factory=dict)  # tensors that the last trial may have changed
@@ -87,7 +87,7 @@ class Models:
         self._networks: dict[tuple[object, ...], Network] = {}
 
     def get(
-        self, backbone: str, *, classes: int, image_size: int, seed: int, weights: Path | None, device: torch.device
+        self, backbone: str, *, classes: int, image_size: int, seed: int, weights: Weights | None, device: torch.device
     ) -> Network:
         """Return a network in the state that its last trial left (see `Network.begin`); build it the first time.
 
@@ -107,7 +107,7 @@ class Models:
             stages = backbones.stages(model, image_size)
             if device.type == "cpu":
                 fold(model, stages, image_size)
-            name = f"random {seed}" if weights is None else str(weights)
+            name = f"random {seed}" if weights is None else weights.model_dump_json()
             network = Network(model, stages, backbone, image_size, name, device, mixed_precision(device))
         self._networks[key] = network
         return network

