@@ -41,7 +41,7 @@ from tuning.run_search import (
 )
 from tuning.search import driver as search
 from tuning.search.plans import check_new, claimed, without_effect, write_run
-from tuning.settings.config import RESUME_MAY_CHANGE, InputError, SearchPlan
+from tuning.settings.config import ADDED, RESUME_MAY_CHANGE, InputError, SearchPlan
 from tuning.settings.space import sizes_of_backbones
 from tuning.settings.space_file import load, parse
 from tuning.settings.values import Weights
@@ -271,7 +271,7 @@ def test_a_run_of_a_version_without_a_setting_goes_on_where_the_default_is_what_
     run_folder = tmp_path / "results" / "older"
     write_run(run_folder, plan, load(space), *checked(plan))
     recorded = yaml.safe_load((run_folder / "plan.yaml").read_text())
-    for key in set(RESUME_MAY_CHANGE) - {"trials", "data"}:
+    for key in {*RESUME_MAY_CHANGE, *ADDED} - {"trials", "data"}:
         del recorded["settings"][key]
     (run_folder / "plan.yaml").write_text(yaml.safe_dump(recorded))
     again, *_ = planned(Flags(name="older", resume=True))
@@ -504,7 +504,7 @@ def test_no_finite_loss_leaves_tables_and_no_best(space, tmp_path, folder, capsy
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["run_search.py", "audit.py", "train_final.py", "model_folder.py"])
+@pytest.mark.parametrize("command", ["run_search.py", "audit.py", "train_final.py", "evaluate.py", "model_folder.py"])
 def test_help_shows_an_example_from_any_folder(tmp_path, command):
     arguments = ["predict", "--help"] if command == "model_folder.py" else ["--help"]
     said = subprocess.run(

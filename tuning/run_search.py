@@ -52,7 +52,7 @@ from tuning.settings.command_line import (
 from tuning.settings.config import InputError, SearchPlan, visible, without_secrets
 from tuning.settings.documents import read_plan
 from tuning.settings.space import Space, backbones, image_sizes, largest, sizes_of_backbones
-from tuning.settings.words import count, examples
+from tuning.settings.words import count, examples, nearest
 from tuning.show.progress import Progress, console, plain
 from tuning.show.report import refresher, write_or_warn
 from tuning.training.checking import Within, weights_checked
@@ -134,6 +134,8 @@ def _started(plan: SearchPlan, space: Space, folder: Path, resumed: bool) -> int
 
     sizes = sizes_of_backbones(space)
     checked = {name: sizes[name] for name in backbones(space)}
+    if unused := [] if isinstance(plan.weights, str) else [name for name in plan.weights if name not in checked]:
+        raise InputError(f"weights: {unused[0]} is no backbone of the space{nearest(unused[0], checked)}")
     with (
         mirrored(folder, plan.storage) as mirror,
         weights_checked(checked, plan.weights, by_worker=loading_ahead(plan) > 0) as weights,

@@ -176,4 +176,4 @@ def test_sites_above_classes_are_pointed_out(tmp_path):
 def test_columns_mean_nothing_in_a_folder(tmp_path):
     touch(tmp_path, *(f"{name}/{number}.png" for name in ("ill", "well") for number in range(8)))
     (said,) = load_samples(str(tmp_path), label_column="finding").attrs["remarks"]
-    assert said.startswith("label_column ('finding') is of a manifest: in a folder")
+    assert said == "label_column ('finding') is of a manifest: names of folders are classes and splits"

@@ -112,7 +112,7 @@ def test_columns_of_ones_and_zeros_are_classes(place):
     file = write(place / "films.csv", rows, header=("path", "a", "b"))
     samples = load_samples(file)
     assert [*samples["label"]] == [row[1] for row in ROWS]
-    assert "the columns 'a', 'b' of zeros and ones are taken for the classes" in samples.attrs["remarks"]
+    assert "the columns 'a', 'b' of ones and zeros are the classes" in samples.attrs["remarks"]
     assert [*load_samples(file, label_columns=["a", "b"])["label"]] == [row[1] for row in ROWS]
     assert "has no column 'c'" in faults(file, label_columns=["a", "c"])[0]
     rows[3], rows[4] = (rows[3][0], 1, 1), (rows[4][0], 0, 0)
@@ -133,7 +133,7 @@ def test_one_finding_of_several_against_all_others(place):
     samples = load_samples(file, finding="Mass")
     assert Counter(samples["label"]) == {"Mass": 10, "no Mass": 10}
     assert (
-        "finding: 'Hernia' is no label of column 'label'; it has Mass, No Finding, Nodule"
+        "finding: 'Hernia' is no label there; there are Mass, Mass|Nodule, No Finding, Nodule"
         in faults(file, finding="Hernia")[0]
     )
 
@@ -217,6 +217,86 @@ def test_rows_that_only_repeat_another_are_left_out(place):
     assert same(samples) and "left out: 3 rows that only repeat another" in samples.attrs["remarks"]
 
 
+def test_a_rare_finding_is_found_wherever_it_stands(place):
+    """Also in a cell with others, however few such cells there are, and however few rows of an image name it."""
+    labels = ["Mass|Nodule" if n == 0 else "Mass" if n % 2 else "No Finding" for n in range(20)]
+    rows = [(row[0], label) for row, label in zip(ROWS, labels, strict=True)]
+    samples = load_samples(write(place / "films.csv", rows, header=("path", "label")), finding="Mass")
+    assert Counter(samples["label"]) == {"Mass": 11, "no Mass": 9}
+    boxes = [*rows[1:], (ROWS[2][0], "Mass"), (ROWS[2][0], "Nodule"), (ROWS[2][0], "Effusion")]
+    samples = load_samples(write(place / "boxes.csv", boxes, header=("path", "label")), finding="Mass").set_index(
+        "path"
+    )
+    assert samples.loc[ROWS[2][0], "label"] == "Mass" and len(samples) == 19
+
+
+def test_a_comma_in_the_name_of_a_class_separates_nothing(place):
+    names = ["Pneumonia", "Pneumonia, viral"]
+    rows = [(row[0], f'"{names[n % 2]}"') for n, row in enumerate(ROWS)]
+    assert Counter(load_samples(write(place / "films.csv", rows, header=("path", "label")))["label"]) == dict.fromkeys(
+        names, 10
+    )
+
+
+def test_columns_that_are_no_classes_are_not_taken_for_them(place):
+    rows = [(name, label, n % 2, 1 - n % 2) for n, (name, label, _) in enumerate(ROWS)]
+    [found] = faults(write(place / "films.csv", rows, header=("path", "diagnosis", "AP", "PA")))
+    assert "has no column 'label'" in found
+    rows = [(name, -1 if n == 3 else 1, 0) for n, (name, *_) in enumerate(ROWS)]
+    found = faults(write(place / "films.csv", rows, header=("path", "a", "b")), label_columns=["a", "b"])[0]
+    assert "1 image with uncertain ones" in found
+
+
+def test_names_in_a_list_are_matched_by_the_ends_of_their_paths(tmp_path):
+    paths = [f"patient{number}/{view}.png" for number in range(12) for view in ("one", "two")]
+    touch(tmp_path, *paths)
+    file = write(
+        tmp_path / "films.csv", [(path, "ab"[n // 2 % 2]) for n, path in enumerate(paths)], header=("path", "label")
+    )
+    (tmp_path / "test.txt").write_text(
+        "\n".join([f"./{paths[0]}", f"Set\\{paths[3]}".replace("/", "\\"), f"/data/{paths[5]}"])
+    )
+    samples = load_samples(file, split_files={"test": str(tmp_path / "test.txt")})
+    assert set(samples.loc[samples["split"] == "test", "path"]) == {paths[0], paths[3], paths[5]}
+    (tmp_path / "test.txt").write_text("one.png\n" + paths[3])
+    assert "1 name is of several images (one.png (patient0/one.png and patient1/one.png))" in "\n".join(
+        faults(file, split_files={"test": str(tmp_path / "test.txt")})
+    )
+    touch(tmp_path, *(f"COVID-19 ({n}).png" for n in range(20)))
+    names = [f"COVID-19 ({n}).png" for n in range(20)]
+    file = write(
+        tmp_path / "named.csv", [(name, "ab"[n % 2]) for n, name in enumerate(names)], header=("path", "label")
+    )
+    (tmp_path / "test.txt").write_text("\n".join(names[:6]))
+    samples = load_samples(file, split_files={"test": str(tmp_path / "test.txt")})
+    assert set(samples.loc[samples["split"] == "test", "path"]) == set(names[:6])
+
+
+def test_each_manifest_has_its_paths_beside_it(tmp_path):
+    parts = {"train": range(16), "test": range(16)}  # of the same names
+    for part, numbers in parts.items():
+        touch(tmp_path, *(f"{part}/{number}.png" for number in numbers))
+        rows = [(f"{number}.png", "ab"[number % 2]) for number in numbers]
+        write(tmp_path / part / "labels.csv", rows, header=("path", "label"))
+    files = {"test": str(tmp_path / "test" / "labels.csv")}
+    samples = load_samples(str(tmp_path / "train" / "labels.csv"), split_files=files)
+    assert len(samples) == 32 and samples["path"].is_unique
+    assert ((samples["split"] == "test") == samples["file"].str.contains("/test/")).all()
+
+
+def test_tables_are_not_joined_by_row_numbers_or_empty_cells(place):
+    films = pd.DataFrame(ROWS, columns=["path", "label", "PatientID"]).drop(columns="label")
+    films.loc[0, "PatientID"] = None
+    patients = pd.DataFrame({"PatientID": [f"{number:03d}" for number in range(10)] + [None]})
+    patients["label"] = ["ab"[number % 2] for number in range(11)]
+    films.to_csv(place / "films.csv")
+    patients.sample(frac=1, random_state=0).to_csv(place / "patients.csv")
+    samples = load_samples(str(place / "films.csv"), join=str(place / "patients.csv"))
+    assert len(samples) == 19 and "patients.csv is joined by 'PatientID'" in samples.attrs["remarks"]
+    wanted = {row[0]: "ab"[int(row[2]) % 2] for row in ROWS}
+    assert all(wanted[row.path] == row.label for row in samples.itertuples())
+
+
 @pytest.mark.parametrize(("uncertain", "images"), [("ignore", 19), ("positive", 20), ("negative", 20)])
 def test_where_readers_disagree_the_majority_decides(place, uncertain, images):
     rows = [(name, int(label == "a")) for name, label, _ in ROWS]
@@ -240,6 +320,7 @@ def test_where_readers_disagree_the_majority_decides(place, uncertain, images):
         ("set.json", b"[", "can't be read as .json"),
         ("set.jsonl", b'{"path": ["a"], "label": 1}', "column 'path' contains ['a']"),
         ("set.csv.gz", b"path,label", "can't be read as .csv"),
+        ("set.csv.gz", gzip.compress(b"path,label\n" * 99)[:-20] + bytes(20), "can't be read as .csv"),
         ("sep.csv", b"sep=;\npath,label\n00.png,a", "has no column 'path'"),
     ],
 )

@@ -5,17 +5,20 @@ import argparse
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 from tuning.settings.config import InputError
 from tuning.settings.values import Weights
 from tuning.training import backbones
+from tuning.training.weights import find_weights
 
 EXTRA = {"decoder.0.weight": torch.zeros(3), "decoder.0.bias": torch.zeros(3)}
 WRAPPED = {
     "plain": (lambda state: state, ""),
     "state_dict": (lambda state: {"state_dict": state, "epoch": 3, "args": argparse.Namespace(lr=0.1)}, ""),
     "model": (lambda state: {"model": state, "optimizer": {"state": {0: {"step": torch.ones(())}}}}, ""),
-    "another entry": (lambda state: {"model_state_dict": state, "loss": 0.3}, ""),
+    "another entry": (lambda state: {"model_state_dict": state, "loss": torch.tensor(0.3)}, ""),
+    "before PyTorch counted batches": (lambda state: without_head(drop(state, "num_batches_tracked")), ""),
     "DataParallel": (lambda state: prefixed(state, "module."), ""),
     "compiled": (lambda state: prefixed(state, "_orig_mod.module."), ""),
     "Lightning": (lambda state: {"state_dict": prefixed(state, "model."), "hyper_parameters": {"lr": 0.1}}, "'model.'"),
@@ -27,6 +30,10 @@ WRAPPED = {
 
 def prefixed(state, prefix):
     return {prefix + key: tensor for key, tensor in state.items()}
+
+
+def drop(state, end):
+    return {key: tensor for key, tensor in state.items() if not key.endswith(end)}
 
 
 def without_head(state):
@@ -71,6 +78,10 @@ def test_a_stem_of_one_channel_sees_grey_images_as_before(tmp_path):
         (lambda state: prefixed(state, "model.") | {"model.layer3.9.weight": torch.zeros(3)}, "is unexpected"),
         (lambda state: {"student": state, "teacher": state}, "holds 2 state dicts: student, teacher; keep one"),
         (lambda state: {"epoch": 3}, "holds no tensors"),
+        (
+            lambda state: prefixed(state, "teacher.") | prefixed(state, "student."),
+            "networks: teacher., student.; keep one",
+        ),
     ],
 )
 def test_what_would_be_half_loaded_is_refused(tmp_path, change, said):
@@ -89,7 +100,25 @@ def test_mean_and_standard_deviation_are_those_of_the_file(tmp_path):
     )
 
 
-def test_a_tag_of_the_users_own_names_another_file_of_the_same_backbone(tmp_path):
+def test_a_tag_of_the_users_own_leaves_the_network_as_it_is(tmp_path):
     torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "mine.pth")
-    mine, random = build(tmp_path / "mine.pth", "test_resnet.mine"), build(tmp_path / "mine.pth")
-    assert torch.equal(mine.layer1[0].conv1.weight, random.layer1[0].conv1.weight)
+    mine, plain = (build(tmp_path / "mine.pth", name) for name in ("test_resnet.mine", "test_resnet"))
+    assert mine.state_dict().keys() == plain.state_dict().keys() and "state_dict" not in mine.pretrained_cfg
+    assert torch.equal(mine.layer1[0].conv1.weight, plain.layer1[0].conv1.weight)
+
+
+def test_a_link_to_a_file_without_a_suffix_is_read_by_the_links(tmp_path):
+    """As the Hugging Face cache keeps files."""
+    (tmp_path / "blob").mkdir()
+    save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "blob" / "0a1b2c")
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "blob" / "0a1b2c")
+    found = find_weights(["test_resnet"], {"test_resnet": Weights(file=tmp_path / "model.safetensors")})
+    assert backbones.build(
+        "test_resnet", classes=2, image_size=32, head_dropout=0.0, seed=0, weights=found["test_resnet"]
+    )
+
+
+def test_a_package_of_weights_is_read_by_its_timm_tag():
+    name = "tf_efficientnet_lite0.in1k"
+    weights = find_weights([name], "auto")[name]
+    assert backbones.build(name, classes=2, image_size=32, head_dropout=0.0, seed=0, weights=weights)

@@ -102,7 +102,7 @@ def test_files_of_the_users_own_beside_timms(nothing_cached):
     (nothing_cached / "resnet18.mine.pth").touch()
     assert find_weights(["resnet18.mine"], str(nothing_cached))["resnet18.mine"].file.name == "resnet18.mine.pth"
     with pytest.raises(InputError) as caught:
-        find_weights(["resnet18.zzz"], given | {"resnet18": Weights(file=nothing_cached / "absent.pth")})
+        find_weights(["resnet18", "resnet18.zzz"], {"resnet18": Weights(file=nothing_cached / "absent.pth")})
     absent, tag = caught.value.faults
     assert "absent.pth of resnet18 is not a file" in absent
     assert "no pretrained tag 'zzz'" in tag and "weights='{resnet18.zzz: FILE}'" in tag

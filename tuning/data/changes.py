@@ -40,7 +40,8 @@ def changes(samples: pd.DataFrame, plan: SearchPlan, listing: str | None) -> str
 
     Files that are missing are left to whoever opens them. Arguments as `elsewhere`.
     """
-    if plan.data is None or not (storage.is_uri(plan.data) or os.path.exists(os.path.expanduser(plan.data))):
+    places = [plan.data, plan.images, plan.join, *(plan.split_files or {}).values()]
+    if plan.data is None or not all(map(_is_there, filter(None, places))):
         return None
     try:
         there = _load(plan)
@@ -57,6 +58,10 @@ def changes(samples: pd.DataFrame, plan: SearchPlan, listing: str | None) -> str
     if found.keys() == {OTHER} and len(absent):
         return None
     return _in_words(found) or None
+
+
+def _is_there(place: str) -> bool:
+    return storage.is_uri(place) or os.path.exists(os.path.expanduser(place))
 
 
 def _load(plan: SearchPlan) -> pd.DataFrame:

@@ -47,8 +47,10 @@ class Entry(NamedTuple):
 Lister: TypeAlias = Callable[[str], list[Entry]]  # the entries of a folder by name, without hidden ones
 
 
-def read_folder(root: str, entries_of: Lister, faults: list[str], remarks: list[str]) -> list[Sample]:
-    """Samples of a folder of class folders, with or without split folders."""
+def read_folder(
+    root: str, entries_of: Lister, faults: list[str], remarks: list[str], *, evaluated: bool = False
+) -> list[Sample]:
+    """Samples of a folder of class folders, with or without split folders; `evaluated`: for a test alone."""
     inside = entries_of(root)
     while (only := _only_folder(inside)) is not None and _only_folders(entries_of(only.path)):
         remarks.append(f"looked into {only.name}, the only folder there")
@@ -56,9 +58,9 @@ def read_folder(root: str, entries_of: Lister, faults: list[str], remarks: list[
     names = [entry.name for entry in inside if entry.is_folder]
     words = FOLDER_WORDS if any(SPLIT_WORDS.get(name.lower()) == "train" for name in names) else SPLIT_WORDS
     split_of = {name: words[name.lower()] for name in names if name.lower() in words}
-    if len(set(split_of.values())) < len(split_of):
+    if len(set(split_of.values())) < len(split_of) and not evaluated:
         faults.append(f"{root}: two of the folders {', '.join(split_of)} mean the same split; keep one of each")
-    if split_of and "train" not in split_of.values():
+    if split_of and "train" not in split_of.values() and not evaluated:
         faults.append(
             f"{root}: has {', '.join(split_of)} but no train folder; add one, or rename the folder if it is a class"
         )
@@ -103,7 +105,7 @@ def read_folder(root: str, entries_of: Lister, faults: list[str], remarks: list[
             for file in images:
                 path = file.removeprefix(root).lstrip(os.sep).replace(os.sep, "/")
                 samples.append(Sample(path, file, entry.name, split, None))
-    faults += [f"{root}: {fault}" for fault in class_faults(classes)]
+    faults += [] if evaluated else [f"{root}: {fault}" for fault in class_faults(classes)]
     remarks += left_out(asides)
     times = Counter(name for inner in inside_class.values() for name in inner)
     if recurring := sorted(name for name, number in times.items() if number > 1 and len(times) > 1):

@@ -1,7 +1,6 @@
-"""The class of each row of a manifest: from a label, a pattern, or columns of zeros and ones."""
+"""The class of each row of a manifest: from a label, a pattern, or columns of ones and zeros."""
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,82 +8,101 @@ from tuning.settings.config import InputError
 from tuning.settings.words import count, examples, show
 
 SEPARATORS = ("|", ";", ",")
-NO, YES = {"0", "0.0", "no", "false", "n", "f"}, {"1", "1.0", "yes", "true", "y", "t"}
-UNCERTAIN = {"-1", "-1.0", "u", "uncertain"}  # as CheXpert and MIMIC-CXR write it
-SEVERAL = 0.05  # share of the images with several labels from which a column is one of several
+KNOWN: dict[str, bool | None] = {
+    **dict.fromkeys(("0", "no", "false", "n", "f"), False),
+    **dict.fromkeys(("1", "yes", "true", "y", "t"), True),
+    **dict.fromkeys(("-1", "u", "uncertain"), None),  # as CheXpert and MIMIC-CXR write it
+}
+Row = Mapping[str, bool | None]  # what is said of an image: which labels it has (True), has not, or perhaps has (None)
+
+
+def text(value: Any) -> str | None:
+    """Return a cell as text; None if it is empty."""
+    if value is None or value != value:
+        return None
+    # pandas makes a column of whole numbers with a gap one of floats: patient 123 must not become 123.0.
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, bytes):  # as Spark and Impala store text
+        value = value.decode("utf-8", "backslashreplace")
+    return str(value).strip() or None
+
+
+def _mark(cell: Any) -> str:
+    """Return a cell of a label column in one spelling."""
+    return re.sub(r"^(-?[01])\.0+$", r"\1", (text(cell) or "").lower())
 
 
 def one_hot_columns(columns: Mapping[str, Sequence[Any]], others: Sequence[str]) -> list[str]:
-    """Return the columns that are 1 for one class and 0 for all others in every row; none if there are no two such."""
-    found = [
-        name
-        for name, cells in columns.items()
-        if name not in others and cells and {_cell(cell) for cell in cells} == {"0", "1"}
-    ]
-    rows = zip(*(columns[name] for name in found), strict=True)
-    alone = all(sum(_cell(cell) == "1" for cell in row) == 1 for row in rows)
-    return found if len(found) > 1 and alone else []
+    """Return the columns beside `others` if there are several and each row has a 1 in one of them and 0 in the rest."""
+    found = [name for name in columns if name not in others]
+    rows = zip(*(map(_mark, columns[name]) for name in found), strict=True)
+    whole = len(found) > 1 and all(sorted(row) == ["0"] * (len(row) - 1) + ["1"] for row in rows)
+    return found if whole and any(columns[name] for name in found) else []
 
 
-def findings(columns: Mapping[str, Sequence[Any]], names: Sequence[str]) -> list[dict[str, bool | None]]:
-    """Return for each row the label columns that are 1 (True), 0 (False) or uncertain (None); empty cells are none.
+def findings(columns: Mapping[str, Sequence[Any]], names: Sequence[str]) -> list[Row]:
+    """Return each row of label columns: 1 is True, 0 False, -1 None; empty cells are left out.
 
     Raises:
         InputError: cells with other values.
     """
-    known = {**dict.fromkeys(NO, False), **dict.fromkeys(YES, True), **dict.fromkeys(UNCERTAIN, None)}
-    odd = {name: {text for cell in columns[name] if (text := _cell(cell)) and text not in known} for name in names}
+    odd = {name: {mark for cell in columns[name] if (mark := _mark(cell)) and mark not in KNOWN} for name in names}
     if any(odd.values()):
         said = [f"{name!r} ({examples(map(repr, sorted(values)))})" for name, values in odd.items() if values]
         raise InputError(f"label_columns: {', '.join(said)}: must hold 1, 0, -1 (uncertain) or nothing")
-    rows = zip(*(columns[name] for name in names), strict=True)
-    return [{name: known[text] for name, cell in zip(names, row, strict=True) if (text := _cell(cell))} for row in rows]
+    rows = zip(*(map(_mark, columns[name]) for name in names), strict=True)
+    return [{name: KNOWN[mark] for name, mark in zip(names, row, strict=True) if mark} for row in rows]
 
 
-def _cell(cell: Any) -> str:
-    """Return a cell of a label column as text, in one spelling."""
-    text = "" if cell is None or cell != cell else str(cell).strip().lower()
-    return {"0.0": "0", "1.0": "1", "-1.0": "-1"}.get(text, text)
+def separator(labels: Sequence[str | None], finding: str | None) -> str | None:
+    """Return what separates several labels in one cell; None if each cell is one label.
 
-
-def separator(labels: Sequence[str | None]) -> str | None:
-    """Return what separates labels, if a share of the images has several whose parts are labels of others, too."""
-    single = Counter(labels)
+    With a finding, what separates it from others in any cell. Else commas and semicolons separate where all parts of a
+    cell are labels of other images, a vertical bar where any is: `Pneumonia, viral` is one label.
+    """
+    alone = set(labels)
     for sign in SEPARATORS:
-        several = [label for label in labels if label is not None and sign in label]
-        alone = [label for label in several if any(part.strip() in single for part in label.split(sign))]
-        if several and len(several) >= SEVERAL * len(labels) and len(alone) >= len(several) / 2:
-            return sign
+        for label in alone:
+            parts = {part.strip() for part in (label or "").split(sign)}
+            if len(parts) > 1 and finding in parts:
+                return sign
+            if len(parts) > 1 and finding is None and (parts <= alone or (sign == "|" and parts & alone)):
+                return sign
     return None
 
 
-def parted(labels: Sequence[str | None], sign: str) -> list[dict[str, bool | None]]:
-    """Return each row's labels as `findings` does."""
-    return [{part.strip(): True for part in (label or "").split(sign) if part.strip()} for label in labels]
+def parted(labels: Sequence[str | None], sign: str | None) -> list[Row]:
+    """Return the rows of labels in one cell each, with what separates them."""
+    return [
+        {part.strip(): True for part in ([label] if sign is None else label.split(sign)) if part.strip()}
+        if label
+        else {}
+        for label in labels
+    ]
 
 
-def classes(rows: Sequence[Mapping[str, bool | None]], where: str) -> list[str | None]:
-    """Return the one finding that each row has.
+def classes(rows: Sequence[Row]) -> list[str | None]:
+    """Return the one label that each row has.
 
     Raises:
-        InputError: rows with none or several, which are no classes.
+        InputError: rows with none, several or uncertain ones, which are no classes.
     """
     found = [[name for name, there in row.items() if there] for row in rows]
-    wrong = Counter(min(len(each), 2) for each in found if len(each) != 1)
-    if wrong:
-        first = " and ".join(next((each for each in found if len(each) > 1), []))
-        several, none = count(wrong[2], "image"), count(wrong[0], "image")
-        what = [f"{several} with several labels, such as {first}"] if wrong[2] else []
-        what += [f"{none} with none"] if wrong[0] else []
-        raise InputError(
-            f"{where}: {', '.join(what)}: name one of them, `--set finding=...`, to tell it from all others"
-        )
+    uncertain = sum(None in row.values() for row in rows)
+    several = [each for each in found if len(each) > 1]
+    none = sum(not each for each in found)
+    what = (
+        [f"{count(len(several), 'image')} with several labels, such as {' and '.join(several[0])}"] if several else []
+    )
+    what += [f"{count(none, 'image')} with none"] if none else []
+    what += [f"{count(uncertain, 'image')} with uncertain ones"] if uncertain else []
+    if what:
+        raise InputError(f"{', '.join(what)}: name one label, `--set finding=...`, to tell it from all others")
     return [each[0] for each in found]
 
 
-def against_others(
-    rows: Sequence[Mapping[str, bool | None]], finding: str, uncertain: str, where: str
-) -> tuple[list[str | None], int]:
+def against_others(rows: Sequence[Row], finding: str, uncertain: str) -> tuple[list[str | None], int]:
     """Return `finding` or `no finding` for each row, None where it is left out, and how many are, being uncertain.
 
     Args:
@@ -95,7 +113,7 @@ def against_others(
     """
     names = {name for row in rows for name in row}
     if finding not in names:
-        raise InputError(f"finding: {show(finding)} is no label of {where}; it has {examples(sorted(names))}")
+        raise InputError(f"finding: {show(finding)} is no label there; there are {examples(sorted(names))}")
     other = f"no {finding}"
     guessed = {"ignore": None, "positive": finding, "negative": other}[uncertain]
     labels = [

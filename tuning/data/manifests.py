@@ -4,6 +4,8 @@ import csv
 import gzip
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
@@ -17,9 +19,13 @@ from tuning.record import storage
 from tuning.settings.config import FORMATS, InputError
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "'|'", " ": "spaces"}
-TEXT, LINES, EXCEL = (".csv", ".tsv", ".txt"), (".jsonl", ".ndjson"), (".xlsx", ".xls")
-SUFFIXES = (*TEXT, ".json", *LINES, *EXCEL, ".parquet")
+TEXT, LINES = (".csv", ".tsv", ".txt"), (".jsonl", ".ndjson")
+SUFFIXES = (*TEXT, ".json", *LINES, ".xlsx", ".parquet")
 SNIFFED = 20  # rows by which the delimiter is known
+UNREADABLE = (
+    *(OSError, EOFError, UnicodeDecodeError, csv.Error, json.JSONDecodeError, zlib.error, zipfile.BadZipFile),
+    pa.ArrowException,
+)
 
 
 class Manifest(NamedTuple):
@@ -40,18 +46,21 @@ def read_manifest(file: str, wanted: Sequence[str], named: Sequence[str] | None,
     Raises:
         InputError: it can't be read, with the cure.
     """
-    name = file.lower().removesuffix(".gz")
-    suffix = os.path.splitext(name)[1]
+    suffix = os.path.splitext(file.lower().removesuffix(".gz"))[1]
     try:
         if suffix in TEXT:
             return _text(file, wanted, named, remarks)
+        if named is not None:
+            remarks.append(f"columns {list(named)} are for text without a header, not for {suffix}")
         if suffix == ".parquet":
             return _parquet(file, wanted)
-        if suffix in EXCEL:
+        if suffix == ".xlsx":
             return _excel(file)
         if suffix == ".json" or suffix in LINES:
-            return _json(file, lines=suffix in LINES)
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error, json.JSONDecodeError, pa.ArrowException) as error:
+            return _json(file, wanted, lines=suffix in LINES)
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file") from None
+    except UNREADABLE as error:
         raise InputError(f"{file}: can't be read as {suffix} ({error}); save it again (text in UTF-8)") from None
     kinds = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
     raise InputError(f"{file}: a manifest must end in {kinds}, not in {suffix or 'no suffix'}; convert it")
@@ -76,6 +85,8 @@ def _text(file: str, wanted: Sequence[str], named: Sequence[str] | None, remarks
             raise InputError(f"{file}: is empty; give it a header and a row for each image")
         rows = [] if named is None else [first]
         if named is not None:
+            if len(first) != len(named):
+                raise InputError(f"{file}: columns names {len(named)}, but its first row has {len(first)}")
             header = list(named)
         elif not set(wanted) & set(header) and any(map(names_image, header)):
             header, rows = _unnamed(header, wanted), [first]
@@ -85,7 +96,8 @@ def _text(file: str, wanted: Sequence[str], named: Sequence[str] | None, remarks
                 f"{os.path.basename(file)} has no header: {', '.join(said)}" + (unused and " (others unused)")
             )
         if delimiter != ",":
-            remarks.append(f"the columns of {os.path.basename(file)} are separated by {DELIMITERS[delimiter]}")
+            sign = DELIMITERS.get(delimiter, repr(delimiter))
+            remarks.append(f"the columns of {os.path.basename(file)} are separated by {sign}")
         places = {name: header.index(name) for name in header}  # the first of columns with one name
         columns: dict[str, list[Any]] = {name: [] for name in places}
         for row in chain(rows, reader):
@@ -105,9 +117,11 @@ def _delimiter(stream: TextIO, wanted: Sequence[str], named: Sequence[str] | Non
     """
     start = stream.readline()
     if start.lower().startswith("sep=") and len(start.strip()) <= 5:
-        return start.rstrip("\r\n")[4:] or ","
+        return start.rstrip("\r\n")[4:5] or ","
     lines = [line for line in (start, *(stream.readline() for _ in range(SNIFFED))) if line.strip()]
     stream.seek(0)
+    if all(map(names_image, lines)):  # a list of images, whose names may have spaces
+        return ","
 
     def fits(delimiter: str) -> tuple[int, bool]:
         try:
@@ -146,12 +160,14 @@ def _parquet(file: str, wanted: Sequence[str]) -> Manifest:
         if nested := [(name, kind) for name in used if pa.types.is_nested(kind := schema.field(name).type)]:
             said = ", ".join(f"{name!r} contains {kind}" for name, kind in nested)
             raise InputError(f"{file}: column {said}; give one value per image")
-        flat = [name for name in schema.names if schema.names.count(name) == 1 and not _nested(schema, name)]
-        return Manifest(schema.names, {name: content.read(columns=[name])[name].to_pylist() for name in flat})
+        others = [name for name in schema.names if schema.names.count(name) == 1 and _is_plain(schema.field(name).type)]
+        read = dict.fromkeys([*used, *others])
+        return Manifest(schema.names, {name: content.read(columns=[name])[name].to_pylist() for name in read})
 
 
-def _nested(schema: pa.Schema, name: str) -> bool:
-    return bool(pa.types.is_nested(schema.field(name).type))
+def _is_plain(kind: pa.DataType) -> bool:
+    """Return whether a column may hold labels or ids: not images, nor lists."""
+    return not (pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def _excel(file: str) -> Manifest:
@@ -169,7 +185,7 @@ def _excel(file: str) -> Manifest:
     return Manifest(names, {name: table.iloc[:, place].tolist() for place, name in enumerate(names)})
 
 
-def _json(file: str, *, lines: bool) -> Manifest:
+def _json(file: str, wanted: Sequence[str], *, lines: bool) -> Manifest:
     """A list of objects, an object of lists, or an object a line."""
     with _open(file) as raw, TextIOWrapper(raw, encoding="utf-8-sig") as stream:
         found = [json.loads(line) for line in stream if line.strip()] if lines else json.load(stream)
@@ -181,9 +197,10 @@ def _json(file: str, *, lines: bool) -> Manifest:
             f"{file}: must hold a list of objects, one for each image, such as {{'path': ..., 'label': ...}}"
         )
     names = list(dict.fromkeys(name for row in found for name in row))
-    if nested := next(((name, row[name]) for row in found for name in row if isinstance(row[name], list | dict)), None):
-        raise InputError(f"{file}: column {nested[0]!r} contains {nested[1]!r}; give one value per image")
-    return Manifest(names, {name: [row.get(name) for row in found] for name in names})
+    nested = {name: row[name] for row in found for name in row if isinstance(row[name], list | dict)}
+    if used := [name for name in nested if name in wanted]:
+        raise InputError(f"{file}: column {used[0]!r} contains {nested[used[0]]!r}; give one value per image")
+    return Manifest(names, {name: [row.get(name) for row in found] for name in names if name not in nested})
 
 
 @contextmanager

@@ -4,14 +4,24 @@ import os
 import posixpath
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 from tuning.data.folders import SPLIT_WORDS, Sample, class_faults
-from tuning.data.labels import against_others, by_pattern, classes, findings, one_hot_columns, parted, separator
+from tuning.data.labels import (
+    Row,
+    against_others,
+    by_pattern,
+    classes,
+    findings,
+    one_hot_columns,
+    parted,
+    separator,
+    text,
+)
 from tuning.data.manifests import Manifest, names_image, read_manifest
-from tuning.data.places import Places
+from tuning.data.places import Ends, files_below, normalised
 from tuning.record import storage
 from tuning.settings.config import InputError
 from tuning.settings.words import are, count, examples, nearest
@@ -37,6 +47,7 @@ LIKELY = {  # names, without case and punctuation, of columns that are split or 
         "studyid",
     ),
 }
+AT_ONCE = 100  # files of a storage
 USUAL = {"path_column": "path", "label_column": "label", "split_column": "split", "group_column": "group"}
 
 
@@ -57,6 +68,7 @@ class Reading:
     images: str | None = None
     join: str | None = None
     split_files: Mapping[str, str] = field(default_factory=dict)
+    evaluated: bool = False  # for a test alone
 
     @property
     def wanted(self) -> tuple[str, str, str, str]:
@@ -66,34 +78,55 @@ class Reading:
 
 def read_rows(file: str, how: Reading, faults: list[str], remarks: list[str]) -> list[Sample]:
     """Return the samples of a manifest and of the files of its splits; all faults are given to `faults`."""
-    lists: dict[str, list[str]] = {}
     try:
-        found = _Rows(file, _read(file, how, remarks), how, faults, remarks).samples()
+        found = _rows_of(
+            file, _with_joined(file, read_manifest(file, how.wanted, how.columns, remarks), how, remarks), how
+        )
+        lists: dict[str, list[str]] = {}
         for split, listed in how.split_files.items():
-            of_split = read_manifest(listed, how.wanted, how.columns, remarks)
-            if not _has_labels(of_split, how):
-                lists[split] = _listed(of_split, how)
+            manifest, names = _listed(listed, how, remarks)
+            ends = Ends(sample.path for sample in found.samples)
+            own = os.path.dirname(listed)  # names of images beside the list are of these
+            beside = own != os.path.dirname(file) and any_exists(_located(own, name)[1] for name in names)
+            named = all(map(ends.find, names)) and not beside
+            rows = None if named else _with_joined(listed, manifest, how, remarks)
+            if rows is None or not _has_labels(rows, how):
+                lists[split] = names
                 continue
-            if how.join is not None:
-                of_split = _joined(listed, of_split, how.join, remarks)
-            rows = _Rows(listed, of_split, how, faults, remarks).samples(root=os.path.dirname(file))
-            found += [sample._replace(split=split) for sample in rows]
+            more = _rows_of(listed, rows, how, root=os.path.dirname(file))
+            found.samples.extend(sample._replace(split=split) for sample in more.samples)
+            found.faults.extend(more.faults)
+            found.remarks.extend(more.remarks)
     except InputError as error:
         faults += error.faults
         return []
-    if how.split_files:
-        found = _split_by_lists(file, found, lists, how.split_files, faults, remarks)
-    found = _once(found, how, remarks)
-    faults += [f"{file}: {fault}" for fault in _between_rows(found)]
-    return _placed(file, found, how, faults, remarks)
-
-
-def _read(file: str, how: Reading, remarks: list[str]) -> Manifest:
-    manifest = read_manifest(file, how.wanted, how.columns, remarks)
-    return manifest if how.join is None else _joined(file, manifest, how.join, remarks)
+    faults += found.faults
+    remarks += found.remarks
+    samples = _split_by_lists(file, found.samples, lists, how, faults, remarks) if how.split_files else found.samples
+    samples = _once(samples, how, remarks)
+    faults += [f"{file}: {fault}" for fault in _between_rows(samples, how)]
+    return _placed(file, samples, how, faults, remarks)
 
 
 # ---- columns ----------------------------------------------------------------------------------------------------
+
+
+class _Found(NamedTuple):
+    """Samples, with faults and lines for the user."""
+
+    samples: list[Sample]
+    faults: list[str]
+    remarks: list[str]
+
+
+def _rows_of(file: str, manifest: Manifest, how: Reading, root: str | None = None) -> _Found:
+    """Return a sample for each row of a manifest that has a path.
+
+    Args:
+        root: folder by which paths are shown, and in which they begin if there are no images in the manifest's own.
+    """
+    rows = _Rows(file, manifest, how, [], [])
+    return _Found(rows.samples(os.path.dirname(file) if root is None else root), rows.faults, rows.remarks)
 
 
 @dataclass(frozen=True)
@@ -106,13 +139,12 @@ class _Rows:
     faults: list[str]
     remarks: list[str]
 
-    def samples(self, root: str | None = None) -> list[Sample]:
-        """Return a sample for each row that has a path; `root` is the folder that relative paths begin in."""
+    def samples(self, root: str) -> list[Sample]:
         how, file = self.how, self.file
         if self.manifest.columns and not any(self.manifest.columns.values()):
             self.faults.append(f"{file}: has no rows; add one for each image")
         paths = self._cells("path_column")
-        splits = self._cells("split_column")
+        splits = [] if how.evaluated else self._cells("split_column")
         unknown = sorted({split for split in splits if split is not None and split.lower() not in SPLIT_WORDS})
         if unknown:
             self.faults.append(
@@ -122,15 +154,18 @@ class _Rows:
         try:
             kept, labels = self._labels(paths)
         except InputError as error:
-            self.faults.extend(error.faults)
-            kept, labels = [True] * len(paths), []
+            self.faults.extend(f"{file}: {fault}" for fault in error.faults)
+            kept, labels = [], []
         groups = self._groups(paths)
-        rows = max(map(len, (paths, splits, labels, groups)))
-        columns = [values or [None] * rows for values in (paths, labels, splits, groups)]
-        place = os.path.dirname(file) if root is None else root
+        number = max(map(len, (paths, splits, labels, groups)))
+        columns = [values or [None] * number for values in (paths, labels, splits, groups)]
+        own = os.path.dirname(file)
+        begin = (
+            own if own != root and any_exists(_located(own, path)[1] for path in paths if path is not None) else root
+        )
         return [
-            Sample(*_located(place, path), label, SPLIT_WORDS.get((split or "").lower()), group)
-            for keep, path, label, split, group in zip(kept or [True] * rows, *columns, strict=True)
+            Sample(*_located(root, path, begin), label, SPLIT_WORDS.get((split or "").lower()), group)
+            for keep, path, label, split, group in zip(kept or [True] * number, *columns, strict=True)
             if path is not None and keep
         ]
 
@@ -152,7 +187,7 @@ class _Rows:
             )
         if there.count(column) > 1:
             self.faults.append(f"{file}: has {there.count(column)} columns named {column!r}; rename the others")
-        values = [_cell_text(value) for value in self.manifest.columns.get(column, [])]
+        values = [text(value) for value in self.manifest.columns.get(column, [])]
         if setting in ("label_column", "group_column"):
             values = _one_spelling(values)
         if setting == "group_column":
@@ -179,38 +214,37 @@ class _Rows:
         return f"name one with `--set {setting}=...`"
 
     def _labels(self, paths: list[str | None]) -> tuple[list[bool], list[str | None]]:
-        """Return which rows are kept, and each row's class.
+        """Return which rows are kept (all, if it is empty), and each row's class.
 
         Raises:
             InputError: rows have no class, or several.
         """
-        how, columns, file = self.how, self.manifest.columns, self.file
+        how, columns = self.how, self.manifest.columns
+        rows: list[Row]
         if how.label_pattern is not None:
             labels = by_pattern(how.label_pattern, paths, "label_pattern")
             if how.finding is None:
                 return [], labels
-            rows, where = parted(labels, "\n"), "label_pattern"
-        elif how.label_columns or (how.label_column == "label" and "label" not in columns):
+            rows = parted(labels, None)
+        elif how.label_columns or (how.label_column == USUAL["label_column"] and how.label_column not in columns):
             others = (how.path_column, how.split_column, how.group_column)
             names = list(how.label_columns or one_hot_columns(columns, others))
             if lacking := [name for name in names if name not in columns]:
-                raise InputError(f"{file}: label_columns: has no column {lacking[0]!r}{nearest(lacking[0], columns)}")
+                raise InputError(f"label_columns: has no column {lacking[0]!r}{nearest(lacking[0], columns)}")
             if not names:
                 return [], self._cells("label_column")  # which says that it is missing
             if not how.label_columns:
-                self.remarks.append(
-                    f"the columns {examples(map(repr, names))} of zeros and ones are taken for the classes"
-                )
-            rows, where = findings(columns, names), "label_columns"
+                self.remarks.append(f"the columns {examples(map(repr, names))} of ones and zeros are the classes")
+            rows = findings(columns, names)
         else:
             labels = self._cells("label_column")
-            sign, where = separator(labels), f"column {how.label_column!r}"
+            sign = separator(labels, how.finding)
             if sign is None and how.finding is None:
                 return [], labels
-            rows = parted(labels, sign or "\n")
+            rows = parted(labels, sign)
         if how.finding is None:
-            return [], classes(rows, f"{file}: {where}")
-        labels, left_out = against_others(rows, how.finding, how.uncertain, where)
+            return [], classes(rows)
+        labels, left_out = against_others(rows, how.finding, how.uncertain)
         if left_out:
             cure = "`--set uncertain=positive` or `negative` keeps them"
             self.remarks.append(f"left out: {count(left_out, 'row')} in which {how.finding!r} is uncertain; {cure}")
@@ -222,19 +256,8 @@ class _Rows:
         try:
             return by_pattern(self.how.group_pattern, paths, "group_pattern")
         except InputError as error:
-            self.faults.extend(error.faults)
+            self.faults.extend(f"{self.file}: {fault}" for fault in error.faults)
             return []
-
-
-def _cell_text(value: Any) -> str | None:
-    if value is None or value != value:
-        return None
-    # pandas makes a column of whole numbers with a gap one of floats: patient 123 must not become 123.0.
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    if isinstance(value, bytes):  # as Spark and Impala store text
-        value = value.decode("utf-8", "backslashreplace")
-    return str(value).strip() or None
 
 
 def _one_spelling(values: list[str | None]) -> list[str | None]:
@@ -250,79 +273,93 @@ def _one_spelling(values: list[str | None]) -> list[str | None]:
 # ---- several files ----------------------------------------------------------------------------------------------
 
 
-def _joined(file: str, manifest: Manifest, other: str, remarks: list[str]) -> Manifest:
-    """Add the columns of another manifest to the rows that agree in the columns that both have.
+def _with_joined(file: str, manifest: Manifest, how: Reading, remarks: list[str]) -> Manifest:
+    """Add the columns of the manifest `join` to the rows that agree in the columns that both have.
 
     Raises:
         InputError: no column is common, no row agrees, or rows of the other say different things of one.
     """
+    other = how.join
+    if other is None:
+        return manifest
     added = read_manifest(other, manifest.names, None, remarks)
-    keys = [name for name in manifest.names if name in manifest.columns and name in added.columns]
+    numbers = re.compile(r"|Unnamed: \d+")  # the columns of row numbers that pandas writes
+    names = [name for name in added.names if name in added.columns and not numbers.fullmatch(name)]
+    keys = [name for name in names if name in manifest.columns]
     if not keys:
         raise InputError(f"join: {other} has no column of {file} (its columns: {', '.join(map(repr, added.names))})")
-    news = [name for name in added.names if name not in manifest.names and name in added.columns]
-
-    def rows(table: Manifest, names: Sequence[str]) -> list[tuple[Any, ...]]:
-        return list(zip(*(map(_cell_text, table.columns[name]) for name in names), strict=True))
-
-    known: dict[tuple[Any, ...], int] = {}
-    for row, key in enumerate(rows(added, keys)):
-        if any(added.columns[name][known.setdefault(key, row)] != added.columns[name][row] for name in news):
+    cells = {name: [text(cell) for cell in added.columns[name]] for name in names}
+    known: dict[tuple[str | None, ...], int] = {}
+    for row, key in enumerate(zip(*(cells[name] for name in keys), strict=True)):
+        first = known.setdefault(key, row)
+        if any(cells[name][first] != cells[name][row] for name in names):
             raise InputError(f"join: {other} has several rows of {', '.join(map(str, key))} that differ; keep one")
-    places = [known.get(key) for key in rows(manifest, keys)]
+    mine = zip(*([text(cell) for cell in manifest.columns[name]] for name in keys), strict=True)
+    places = [None if None in key else known.get(key) for key in mine]
     kept = [row for row, place in enumerate(places) if place is not None]
     if not kept:
         raise InputError(f"join: no row of {other} agrees with one of {file} in {examples(map(repr, keys))}")
+    remarks.append(f"{os.path.basename(other)} is joined by {examples(map(repr, keys))}")
     if lacking := len(places) - len(kept):
         what = f"{count(lacking, 'row')} of {os.path.basename(file)} that {os.path.basename(other)} says nothing of"
         remarks.append(f"left out: {what}")
-    cells = {name: [manifest.columns[name][row] for row in kept] for name in manifest.columns}
-    cells |= {name: [added.columns[name][place] for place in places if place is not None] for name in news}
-    return Manifest([*manifest.names, *news], cells)
+    columns = {name: [manifest.columns[name][row] for row in kept] for name in manifest.columns}
+    columns |= {
+        name: [added.columns[name][place] for place in places if place is not None]
+        for name in names
+        if name not in keys
+    }
+    return Manifest([*manifest.names, *(name for name in names if name not in manifest.names)], columns)
+
+
+def _listed(file: str, how: Reading, remarks: list[str]) -> tuple[Manifest, list[str]]:
+    """Return a split's file as a manifest, and the names of images in it, in the path's or the first column."""
+    try:
+        manifest = read_manifest(file, how.wanted, how.columns, remarks)
+    except InputError:
+        if how.columns is None:
+            raise
+        manifest = read_manifest(file, how.wanted, None, remarks)  # a list of another form than the manifest
+    first = how.path_column if how.path_column in manifest.columns else manifest.names[0]
+    cells = [*([] if first == how.path_column else [first]), *manifest.columns[first]]
+    return manifest, [name for cell in cells if (name := text(cell)) is not None]
 
 
 def _has_labels(manifest: Manifest, how: Reading) -> bool:
-    """Return whether a split's file is a manifest of its own, not a list of the other's images."""
-    labels = how.label_columns or [how.label_column]
-    there = how.label_pattern is not None or all(name in manifest.columns for name in labels)
-    return there and how.path_column in manifest.columns
-
-
-def _listed(manifest: Manifest, how: Reading) -> list[str]:
-    """Return the names in a list of images, with or without a header."""
-    first = how.path_column if how.path_column in manifest.columns else manifest.names[0]
-    cells = [*([] if first == how.path_column else [first]), *manifest.columns[first]]
-    return [text for cell in cells if (text := _cell_text(cell)) is not None]
+    """Return whether a manifest has paths and labels of its own."""
+    columns, labels = manifest.columns, how.label_columns or [how.label_column]
+    others = (how.path_column, how.split_column, how.group_column)
+    there = how.label_pattern is not None or all(name in columns for name in labels)
+    return how.path_column in columns and (there or bool(one_hot_columns(columns, others)))
 
 
 def _split_by_lists(
     file: str,
     samples: list[Sample],
     lists: Mapping[str, list[str]],
-    files: Mapping[str, str],
+    how: Reading,
     faults: list[str],
     remarks: list[str],
 ) -> list[Sample]:
-    """Give samples the splits of the files that list them, by path or name; the others are for training.
+    """Give samples the splits of the files that list them, by the ends of their paths; the others are for training.
 
     Args:
         lists: names of the images of splits.
-        files: of the splits.
     """
-    by_name: dict[str, list[int]] = defaultdict(list)
+    of_path: dict[str, list[int]] = defaultdict(list)
     for row, sample in enumerate(samples):
-        for name in {sample.path, *_names(sample.path)}:
-            by_name[name].append(row)
+        of_path[normalised(sample.path)].append(row)
+    ends = Ends(of_path)
     of_row: dict[int, str] = {}
     for split, names in lists.items():
-        rows = {
-            name: by_name.get(name) or by_name.get(name.replace("\\", "/").rpartition("/")[2], []) for name in names
-        }
-        if unknown := [name for name, found in rows.items() if not found]:
-            listed = os.path.basename(files[split])
+        listed = os.path.basename(how.split_files[split])
+        hits = {name: ends.find(name) for name in names}
+        if several := [f"{name} ({' and '.join(found[:2])})" for name, found in hits.items() if len(found) > 1]:
+            faults.append(f"{listed}: {are(len(several), 'name')} of several images ({examples(several)}); add folders")
+        if unknown := [name for name, found in hits.items() if not found]:
             what = f"{listed} names {count(len(unknown), 'image')} that {os.path.basename(file)} lacks"
-            (faults if len(unknown) == len(rows) else remarks).append(f"{what}: {examples(unknown)}")
-        for row in (row for found in rows.values() for row in found):
+            (faults if len(unknown) == len(hits) else remarks).append(f"{what}: {examples(unknown)}")
+        for row in (row for found in hits.values() if len(found) == 1 for row in of_path[found[0]]):
             if of_row.setdefault(row, split) != split:
                 faults.append(f"{samples[row].path}: is listed for {of_row[row]} and for {split}; keep one")
                 return samples
@@ -336,48 +373,46 @@ def _split_by_lists(
     return kept
 
 
-def _names(path: str) -> tuple[str, str]:
-    """Return the name of a path's file, with and without its suffix."""
-    name = path.rpartition("/")[2]
-    return name, os.path.splitext(name)[0]
-
-
 def _once(samples: list[Sample], how: Reading, remarks: list[str]) -> list[Sample]:
-    """Return the samples without repeated rows, as lists of boxes have them, and with one opinion of several readers.
+    """Return the samples without repeated rows, and with one label of rows of one image that disagree on the finding.
 
-    Where rows of one image disagree on the finding, the majority decides, and a draw counts as `uncertain` does.
+    Rows that each name a label say that the image has it. Rows of label columns, as of several readers, say yes or no:
+    the majority decides, and a draw counts as `uncertain` does.
     """
     kept = list(dict.fromkeys(samples))
     opinions: dict[str, Counter[str | None]] = defaultdict(Counter)
     for sample in samples:
         opinions[sample.path][sample.label] += 1
     divided = {path for path, labels in opinions.items() if len(labels) > 1}
-    if how.finding is None or not divided:
-        if len(kept) < len(samples):
-            remarks.append(f"left out: {count(len(samples) - len(kept), 'row')} that only repeat another")
-        return kept
-    other = next(label for label in opinions[min(divided)] if label != how.finding)
-    draw = {"ignore": None, "positive": how.finding, "negative": other}[how.uncertain]
-    decided = {}
-    for path in divided:
-        (first, most), (_, least) = opinions[path].most_common()
-        decided[path] = first if most > least else draw
-    agreed = [sample._replace(label=decided.get(sample.path, sample.label)) for sample in kept]
-    found = [sample for sample in dict.fromkeys(agreed) if sample.label is not None]
-    undecided = sum(label is None for label in decided.values())
-    remarks.append(
-        f"{count(len(divided), 'image')} whose rows disagree on {how.finding!r}: the majority decides"
-        + (f"; left out: {undecided:,} with a draw" if undecided else "")
-    )
-    return found
+    decided: dict[str, str | None] = {}
+    if how.finding is not None and divided:
+        other = f"no {how.finding}"
+        draw = {"ignore": None, "positive": how.finding, "negative": other}[how.uncertain]
+        for path in divided:
+            yes, no = opinions[path][how.finding], opinions[path][other]
+            named = not how.label_columns
+            decided[path] = how.finding if named or yes > no else draw if yes == no else other
+        if how.label_columns:
+            undecided = sum(label is None for label in decided.values())
+            remarks.append(
+                f"{count(len(divided), 'image')} whose rows disagree on {how.finding!r}: the majority decides"
+                + (f"; left out: {undecided:,} with a draw" if undecided else "")
+            )
+        agreed = [sample._replace(label=decided.get(sample.path, sample.label)) for sample in kept]
+        return [sample for sample in dict.fromkeys(agreed) if sample.label is not None]
+    if len(kept) < len(samples):
+        remarks.append(f"left out: {count(len(samples) - len(kept), 'row')} that only repeat another")
+    return kept
 
 
-def _between_rows(samples: list[Sample]) -> list[str]:
+def _between_rows(samples: list[Sample], how: Reading) -> list[str]:
     """Faults between rows: duplicate paths, classes that differ between splits."""
     faults: list[str] = []
     twice = [path for path, rows in Counter(sample.path for sample in samples).items() if rows > 1]
     if twice:
         faults.append(f"{are(len(twice), 'path')} listed more than once ({examples(twice)}); keep one row of each")
+    if how.evaluated:
+        return faults
     of_split: dict[str | None, set[str]] = defaultdict(set)
     for sample in samples:
         if sample.label is not None:
@@ -393,25 +428,33 @@ def _between_rows(samples: list[Sample]) -> list[str]:
 # ---- places -----------------------------------------------------------------------------------------------------
 
 
-def _located(root: str, path: str) -> tuple[str, str]:
-    """Path as shown and file of an image, from its path in a manifest that lies in `root`."""
-    slashed = path.replace("\\", "/")
-    if storage.is_uri(path) or (storage.is_uri(root) and not os.path.isabs(path)):
-        file = path if storage.is_uri(path) else storage.joined(root, posixpath.normpath(slashed))
+def _located(root: str, path: str, begin: str | None = None) -> tuple[str, str]:
+    """Path as shown and file of an image, from its path in a manifest.
+
+    Args:
+        root: folder by which it is shown.
+        begin: folder in which relative paths begin, if it is another.
+    """
+    begin, slashed = root if begin is None else begin, path.replace("\\", "/")
+    if storage.is_uri(path) or (storage.is_uri(begin) and not os.path.isabs(path)):
+        file = path if storage.is_uri(path) else storage.joined(begin, posixpath.normpath(slashed))
         return file.removeprefix(f"{root}/"), file
-    file = os.path.abspath(os.path.join(root, slashed))
+    file = os.path.abspath(os.path.join(begin, slashed))
     below = file.startswith(os.path.join(root, ""))
-    shown = os.path.relpath(file, root) if below or not os.path.isabs(path) else file
+    shown = os.path.relpath(file, root) if below or (begin == root and not os.path.isabs(path)) else file
     return shown.replace(os.sep, "/"), file
 
 
 def _placed(file: str, samples: list[Sample], how: Reading, faults: list[str], remarks: list[str]) -> list[Sample]:
     """Return the samples with the files below a folder whose paths end as theirs do, if no image is at its path."""
     folder = os.path.dirname(file) if how.images is None else how.images
-    if how.images is None and any(_exist([sample.file for sample in samples])):
+    if how.images is None and any_exists(sample.file for sample in samples):
         return samples
-    places = Places(folder)
-    files = [places.find(sample.path) for sample in samples]
+    if not storage.is_uri(folder) and not os.path.isdir(folder):
+        faults.append(f"images: {folder}: no such folder")
+        return samples
+    ends = Ends(files_below(folder))
+    files = [ends.find(sample.path) for sample in samples]
     times = Counter(each[0] for each in files if len(each) == 1)
     several = [
         f"{sample.path}: {each[0]} and {each[1]}" for sample, each in zip(samples, files, strict=True) if len(each) > 1
@@ -423,12 +466,22 @@ def _placed(file: str, samples: list[Sample], how: Reading, faults: list[str], r
     if any(moved):
         remarks.append(f"{count(sum(moved), 'image')} found by name below {folder}")
     return [
-        sample._replace(file=each[0]) if found else sample
+        sample._replace(file=storage.joined(folder, each[0])) if found else sample
         for sample, each, found in zip(samples, files, moved, strict=True)
     ]
 
 
-def _exist(files: Sequence[str]) -> list[bool]:
-    uris = [file for file in files if storage.is_uri(file)]
-    known = dict(zip(uris, storage.stored(uris), strict=True))
-    return [known[file] is not None if file in known else os.path.isfile(file) for file in files]
+def any_exists(files: Iterable[str]) -> bool:
+    """Return whether one of some files exists; storages are asked for some at a time."""
+    uris = []
+    for file in files:
+        if not storage.is_uri(file):
+            if os.path.isfile(file):
+                return True
+            continue
+        uris.append(file)
+        if len(uris) == AT_ONCE:
+            if storage.stored(uris) != [None] * AT_ONCE:
+                return True
+            uris = []
+    return storage.stored(uris) != [None] * len(uris)

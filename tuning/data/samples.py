@@ -14,13 +14,15 @@ from tuning.data.labels import by_pattern
 from tuning.data.rows import Reading, read_rows
 from tuning.data.splits import random_splits
 from tuning.record import storage
-from tuning.settings.config import InputError
+from tuning.settings.config import InputError, without_secrets
 from tuning.settings.words import are, count, examples
 
 WANTED = "give a folder of class folders, or a manifest such as a CSV file"
 
 
-def load_samples(data: str, *, val_fraction: float = 0.2, test_fraction: float = 0.2, **reading: Any) -> pd.DataFrame:
+def load_samples(
+    data: str, *, val_fraction: float = 0.2, test_fraction: float = 0.2, evaluated: bool = False, **reading: Any
+) -> pd.DataFrame:
     """Return the table of samples of a data set, each in a split.
 
     A folder holds class folders, or train, val and test folders with class folders in them; other folders beside a
@@ -32,6 +34,7 @@ def load_samples(data: str, *, val_fraction: float = 0.2, test_fraction: float =
         data: folder, or manifest (text with any delimiter, JSON, Excel, Parquet); a path or a URI.
         val_fraction: share of all images (if train is given: of its images) for validation.
         test_fraction: share of all images for the test set if no split is given.
+        evaluated: the images are for a test alone: splits mean nothing, and classes may be missing.
         reading: fields of `rows.Reading`, by which a manifest is read.
 
     Returns:
@@ -49,7 +52,7 @@ def load_samples(data: str, *, val_fraction: float = 0.2, test_fraction: float =
     settings |= {name: _absolute(settings[name]) for name in ("images", "join") if name in settings}
     if files := settings.get("split_files"):
         settings["split_files"] = {split: _absolute(file) for split, file in files.items()}
-    how = Reading(**settings)
+    how = Reading(**settings, evaluated=evaluated)
     faults: list[str] = []
     if val_fraction + test_fraction >= 1:
         faults.append(
@@ -79,6 +82,8 @@ def load_samples(data: str, *, val_fraction: float = 0.2, test_fraction: float =
     table = pd.DataFrame(samples, columns=list(Sample._fields), dtype=object)
     splits = [] if "val" in given else ["train", "val"] if "train" in given else ["train", "val", "test"]
     table.attrs |= {"random_splits": splits, "remarks": remarks}
+    if evaluated:
+        return table.assign(split="test")
     units = [sample.group or sample.path for sample in samples]
     try:
         split = random_splits(table, units, val_fraction=val_fraction, test_fraction=test_fraction)
@@ -143,11 +148,11 @@ def _read_stored(root: str, how: Reading, faults: list[str], remarks: list[str])
 
 def _read_folder(root: str, entries_of: Lister, how: Reading, faults: list[str], remarks: list[str]) -> list[Sample]:
     remarks += [
-        f"{setting} ({value!r}) is of a manifest: in a folder the names of folders are classes and splits"
+        f"{setting} ({without_secrets(str(value))!r}) is of a manifest: names of folders are classes and splits"
         for setting, value in vars(how).items()
-        if setting != "group_pattern" and value != getattr(Reading(), setting)
+        if setting not in ("group_pattern", "evaluated") and value != getattr(Reading(), setting)
     ]
-    samples = read_folder(root, entries_of, faults, remarks)
+    samples = read_folder(root, entries_of, faults, remarks, evaluated=how.evaluated)
     if how.group_pattern is None:
         return samples
     try:

@@ -231,9 +231,9 @@ class SearchPlan(BaseModel):
     finding: str | None = None
     """One of several labels that an image may have; the classes are the images with it, and all others."""
     uncertain: Literal["ignore", "positive", "negative"] = "ignore"
-    """What -1 in `label_columns` means for the `finding`: `ignore` (left out), `positive` or `negative`."""
+    """What -1 in `label_columns`, or a draw of readers, means for the `finding`: `ignore`, `positive` or `negative`."""
     label_pattern: Pattern | None = None
-    """Regular expression whose first group is the class in a manifest's paths: `study\\d+_(positive|negative)`."""
+    """Regular expression whose first group is the class in a manifest's paths: `study\\d_([a-z]+)`."""
     group_pattern: Pattern | None = None
     """Regular expression whose first group is the group in the images' paths: `(patient\\d+)`."""
     images: str | None = None
@@ -254,11 +254,16 @@ class SearchPlan(BaseModel):
     """Maximum bytes of all checkpoints. Beyond it the kept weights of the worst trials are deleted."""
 
     @field_serializer(
-        "optuna_storage", "data", "storage", "weights", "warm_start", mode="wrap", when_used="unless-none"
+        *("optuna_storage", "data", "storage", "weights", "warm_start", "images", "join", "split_files"),
+        mode="wrap",
+        when_used="unless-none",
     )
     def _written(self, value: Any, plain: SerializerFunctionWrapHandler) -> Any:
         """Keep secrets out of plan.yaml, best.yaml and reports."""
-        return without_secrets(value) if isinstance(value, str) else plain(value)
+        if isinstance(value, str):
+            return without_secrets(value)
+        shown: Any = plain(value)
+        return {key: without_secrets(each) if isinstance(each, str) else each for key, each in shown.items()}
 
     @property
     def on_gpus(self) -> bool:
@@ -283,8 +288,10 @@ RESUME_MAY_CHANGE = (
     *("trials", "finalist_epochs", "time_budget", "trial_timeout"),
     *("concurrent", "gpus_per_trial", "cpus_per_trial", "device"),
     *("optuna_storage", "track"),
-    "data",  # the same images in another place
+    *("data", "images", "join", "split_files"),  # the same images and labels in another place
 )
+# Settings whose defaults do what versions without them did.
+ADDED = ("columns", "label_columns", "finding", "uncertain", "label_pattern", "group_pattern", "deterministic")
 
 
 def cache_folder() -> Path:

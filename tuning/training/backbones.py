@@ -75,6 +75,7 @@ def build(
     model.to(memory_format=torch.channels_last)
     given = {} if weights is None else {"mean": weights.mean, "std": weights.std}
     model.pretrained_cfg |= {key: value for key, value in given.items() if value} | {"loaded": loaded}
+    model.pretrained_cfg.pop("state_dict", None)  # which timm keeps, a second time
     assert isinstance(model, nn.Module)
     return model
 
@@ -150,7 +151,10 @@ def _load(backbone: str, image_size: int, weights: Weights) -> tuple[Any, str]:
             raise InputError(f"weights: {file} holds no tensors")
         with torch.device("meta"):
             blank = _create(backbone, classes, image_size)
-        state, said = state_dicts.fitted(state, blank, cfg)
+        try:
+            state, said = state_dicts.fitted(state, blank, cfg)
+        except InputError as error:
+            raise InputError(f"weights: {file} {error}") from None
         # timm's own loading renames keys and resamples position embeddings; strict because it only logs missing keys.
         overlay = {"state_dict": state, "custom_load": False, "num_classes": classes, "label_offset": 0}
         try:

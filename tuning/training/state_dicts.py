@@ -1,7 +1,7 @@
 """State dicts as people have them: what wraps them, their prefixes, other heads and one-channel stems."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from tuning.settings.config import InputError
 from tuning.settings.words import count
-from tuning.training.weights import PACKAGES, timm_name
+from tuning.training.weights import PACKAGES
 
 StateDict = dict[str, Tensor]
+COUNTER = "num_batches_tracked"  # of batch norms, which older files lack
 DEEPEST = 3  # parts of a prefix, such as `module.encoder.model.`
 
 
@@ -27,11 +28,12 @@ def read(file: Path) -> StateDict:
         Exception: the file can't be read, of any kind.
     """
     found = load_state_dict(str(file), weights_only=True)
-    if not any(isinstance(value, Tensor) for value in found.values()):
-        inner = {key: value for key, value in found.items() if _holds_tensors(value)}
-        if len(inner) > 1:
-            raise InputError(f"weights: {file} holds {count(len(inner), 'state dict')}: {', '.join(inner)}; keep one")
-        found = clean_state_dict(next(iter(inner.values()), {}))
+    tensors = sum(isinstance(value, Tensor) for value in found.values())
+    inner = {key: value for key, value in found.items() if _holds_tensors(value) and len(value) > tensors}
+    if len(inner) > 1:
+        raise InputError(f"weights: {file} holds {count(len(inner), 'state dict')}: {', '.join(inner)}; keep one")
+    if inner:
+        found = clean_state_dict(next(iter(inner.values())))
     return {key: value for key, value in found.items() if isinstance(value, Tensor)}
 
 
@@ -41,7 +43,7 @@ def _holds_tensors(value: Any) -> bool:
 
 def of_package(backbone: str, state: StateDict) -> list[Tensor] | None:
     """Return the tensors of a PyPI package, in the order of timm's state dict but under other names; None if others."""
-    return list(state.values()) if timm_name(backbone) in PACKAGES and "_conv_stem.weight" in state else None
+    return list(state.values()) if backbone.partition(".")[0] in PACKAGES and "_conv_stem.weight" in state else None
 
 
 def fitted(state: StateDict, blank: nn.Module, cfg: PretrainedCfg) -> tuple[StateDict, str]:
@@ -58,17 +60,19 @@ def fitted(state: StateDict, blank: nn.Module, cfg: PretrainedCfg) -> tuple[Stat
         The state dict, and in words what of the file it holds; empty if the file has timm's layout, or one that timm's
         own loading renames, and nothing else.
     """
-    wanted = blank.state_dict()
-    prefix = _prefix(state, wanted)
+    wanted, classifier = blank.state_dict(), f"{cfg.classifier}."
+    body = [key for key in wanted if not key.startswith(classifier) and not key.endswith(COUNTER)]
+    prefix = _prefix(state, body)
     inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     left_out = Counter(key.partition(".")[0] for key in state if not key.startswith(prefix))
-    classifier = f"{cfg.classifier}."
-    body = [key for key in wanted if not key.startswith(classifier)]
     if all(key in inside for key in body):
         modules = {key.partition(".")[0] for key in wanted}
         others = [key for key in inside if key.partition(".")[0] not in modules]
         left_out.update(key.partition(".")[0] for key in others)
         inside = {key: value for key, value in inside.items() if key not in others}
+        inside |= {
+            key: torch.zeros((), dtype=torch.long) for key in wanted.keys() - inside.keys() if key.endswith(COUNTER)
+        }
     said = [f"without the prefix {prefix!r}"] if prefix else []
     for name in (cfg.first_conv,) if isinstance(cfg.first_conv, str) else cfg.first_conv or ():
         key = f"{name}.weight"
@@ -82,13 +86,23 @@ def fitted(state: StateDict, blank: nn.Module, cfg: PretrainedCfg) -> tuple[Stat
     return inside, "; ".join([count(used, "tensor"), *said]) if said else ""
 
 
-def _prefix(state: StateDict, wanted: Mapping[str, Tensor]) -> str:
-    """Return the prefix with which most of the wanted keys are there."""
+def _prefix(state: StateDict, body: Sequence[str]) -> str:
+    """Return the prefix with which most of a model's keys are there.
+
+    Raises:
+        InputError: all are there with several prefixes, as of a teacher and a student.
+    """
     prefixes = {"": None}
     for key in state:
         parts = key.split(".")
         prefixes |= {f"{'.'.join(parts[:depth])}.": None for depth in range(1, min(DEEPEST, len(parts) - 1) + 1)}
-    return max(prefixes, key=lambda prefix: sum(prefix + key in state for key in wanted))
+    there = {prefix: sum(prefix + key in state for key in body) for prefix in prefixes}
+    whole = [prefix for prefix, number in there.items() if number == len(body) > 0]
+    if len(whole) > 1:
+        raise InputError(
+            f"holds several networks: {', '.join(prefix or 'one without prefix' for prefix in whole)}; keep one"
+        )
+    return max(there, key=lambda prefix: there[prefix])
 
 
 def _grey(given: torch.Size, wanted: torch.Size) -> bool:

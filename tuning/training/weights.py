@@ -39,12 +39,15 @@ def find_weights(backbones: Sequence[str], weights: str | Mapping[str, Weights])
     Raises:
         InputError: all backbones that are unknown or unsupported, or else have no weights, with cures.
     """
-    folder, own = None, _absolute({} if isinstance(weights, str) else weights)
+    folder = None
+    own = {} if isinstance(weights, str) else _absolute({name: weights[name] for name in backbones if name in weights})
     faults = [f"weights: {each.file} of {name} is not a file" for name, each in own.items() if not each.file.is_file()]
     if isinstance(weights, str) and weights not in ("auto", "random"):
         folder = Path(weights).expanduser().resolve()  # absolute, since workers run in other folders
         if not folder.is_dir():
-            faults.append(f"weights: {weights!r} is not a folder; give `auto`, `random` or a folder of weight files")
+            faults.append(
+                f"weights: {weights!r} is not a folder; give `auto`, `random`, a folder, or {{BACKBONE: FILE}}"
+            )
         for backbone in backbones:
             named = [file for suffix in SUFFIXES if (file := folder / (backbone + suffix)).is_file()]
             if named:
@@ -79,7 +82,7 @@ def find_weights(backbones: Sequence[str], weights: str | Mapping[str, Weights])
 def _absolute(weights: Mapping[str, Weights]) -> dict[str, Weights]:
     """Return weights whose files hold in any folder, since workers run in others."""
     return {
-        name: given.model_copy(update={"file": given.file.expanduser().resolve()}) for name, given in weights.items()
+        name: given.model_copy(update={"file": given.file.expanduser().absolute()}) for name, given in weights.items()
     }
 
 
