@@ -40,7 +40,8 @@ from tuning.show.plots import PLOTS
 from tuning.train_final import Flags
 
 run = partial(train_final.run, onnx=False)  # which takes five seconds of a core
-WRITTEN = {"config.yaml", "metrics.json", "predictions.parquet", "README.md", "mistakes.html", *PLOTS}
+WRITTEN = {"config.yaml", "metrics.json", "predictions.parquet", "known_images.parquet", "README.md"}
+WRITTEN |= {"mistakes.html", *PLOTS}
 ROOT = Path(__file__).parent.parent
 CONFIG = TrialConfig(
     backbone="test_resnet",
@@ -515,7 +516,8 @@ def test_without_test_images_the_rest_is_there(best, folder, tmp_path):
     ]
     (tmp_path / "data.csv").write_text("path,label,split\n" + "\n".join(rows))
     model = run(Flags(str(best), data=str(tmp_path / "data.csv"), set=(("epochs=1",),)))
-    assert {path.name for path in model.iterdir()} == {"model.safetensors", "config.yaml", "metrics.json", "README.md"}
+    written = {"model.safetensors", "config.yaml", "metrics.json", "known_images.parquet", "README.md"}
+    assert {path.name for path in model.iterdir()} == written
     assert "There were no test images" in (model / "README.md").read_text()
 
 

@@ -31,7 +31,7 @@ class Flags:
     """
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """Folder of class folders (train/val/test above them are optional), CSV or Parquet manifest, or URI of one."""
+    """Folder of class folders (train/val/test above them are optional), manifest, or URI of one."""
     out: Annotated[str, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: the current folder)")] = "."
     """Folder for audit.parquet."""
     set: Annotated[Pairs, tyro.conf.arg(metavar="KEY=VALUE ...")] = ()

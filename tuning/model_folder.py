@@ -31,7 +31,7 @@ from tuning.settings.config import InputError, visible
 
 __all__ = ["load_model"]
 
-NOT_LOADED = ("model.onnx", "mistakes.html")
+NOT_LOADED = ("model.onnx", "mistakes.html", "known_images.parquet")
 AT_ONCE = 256  # images that are decoded before they are classified
 
 

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from tuning.checks.audit import Checked, load_checked
 from tuning.data.changes import OtherSamples, changes, elsewhere
-from tuning.data.images import content_hashes, cores, open_images
+from tuning.data.images import content_hashes, cores, open_images, read_facts
+from tuning.insight import shift
 from tuning.insight.best import config_digest
 from tuning.insight.ensemble import declined, members, offer
 from tuning.model.held_out import READINGS, print_metrics, record_evaluation, score_test_set
@@ -153,6 +154,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
 
     from tuning.model.activation import class_maps
     from tuning.model.card import card
+    from tuning.model.evaluation import known_images, write_known_images
     from tuning.model.export import MODEL, export, interface
     from tuning.model.final import assemble, train
     from tuning.model.folder import preprocessing, save_ensemble, save_model
@@ -220,11 +222,18 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
         described |= shaping[""] if "" in shaping else {"members": shaping}
         exported = export(unfinished / MODEL, final, data, temperature=temperature, described=described)
 
+    # What the model folder keeps of the images, which may be out of reach later.
+    facts, everyone = read_facts(folders[sizes[0]]), np.arange(len(table))
+    contents = content_hashes(list(table["file"]), cache_folder())
+    known = known_images(
+        table["split"].tolist(), contents, facts, shift.described(np.asarray(some.images), everyone, facts)
+    )
+
     # Test, once.
     tested, reading, logits = None, None, None
     rows = table.iloc[some.test]
     if len(rows):
-        hashes = content_hashes(list(rows["file"]), cache_folder())
+        hashes = [contents[row] for row in some.test]
         reading = record_evaluation(run_folder, found, final.metrics["trained_on"], len(final.networks) > 1, hashes)
         logits = final.logits(data, "test", device)
         tested = score_test_set(logits, temperature, rows, some.classes)
@@ -246,6 +255,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     if len(final.networks) > 1:
         save_ensemble(unfinished, final.shares, some.classes, temperature, **described, preprocessing=shaped)
     (unfinished / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_known_images(unfinished, known)
     if logits is not None:
         probabilities = tempered(logits, temperature)
         write_tested(unfinished / "predictions.parquet", rows, some.classes, probabilities, temperature=temperature)

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -65,6 +65,9 @@ def mistakes_page(
     classes: Sequence[str],
     pictures: Sequence[NDArray[np.uint8]],
     maps: NDArray[np.float32] | None,
+    *,
+    links: Mapping[str, str] = LINKS,
+    maps_tried: bool = True,
 ) -> str:
     """Return the page, in HTML.
 
@@ -73,6 +76,8 @@ def mistakes_page(
         probabilities: [images, classes].
         pictures: of each mistake, from `picture`.
         maps: of each mistake, 0 to 1 [mistakes, side, side]; None if they could not be computed.
+        links: words by file.
+        maps_tried: whether maps were to be shown.
     """
     figures = []
     for place, row in enumerate(mistakes.rows):
@@ -86,13 +91,14 @@ def mistakes_page(
             f"{_probabilities(str(sample['label']), probabilities[row], classes)}"
             f'<p class="file">{text(sample["path"])}</p></figcaption></figure>'
         )
-    links = " · ".join(f'<a href="{name}">{words}</a>' for name, words in LINKS.items())
+    linked = " · ".join(f'<a href="{name}">{words}</a>' for name, words in links.items())
     summary = f"{mistakes.total:,} of {count(len(tested), 'test image')} misclassified"
     most = f"; the {len(figures)} most confident mistakes are shown" if len(figures) < mistakes.total else ""
-    head = f"<header><h1>{text(title)}: mistakes</h1><p>{text(summary + most)}.</p><p>{links}</p></header>"
+    head = f"<header><h1>{text(title)}: mistakes</h1><p>{text(summary + most)}.</p><p>{linked}</p></header>"
     shown = "<p>There are none.</p>"
     if figures:
-        explained = note(MAPS if maps is not None else "Class-activation maps could not be computed for this model.")
+        lacking = "Class-activation maps could not be computed for this model." if maps_tried else ""
+        explained = note(MAPS if maps is not None else lacking)
         shown = f'{explained}<div class="mistakes">{"".join(figures)}</div>'
     return still(f"{title}: mistakes", [head, section("mistakes", "Most confident mistakes first", shown)], CSS)
 

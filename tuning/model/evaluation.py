@@ -1,0 +1,157 @@
+"""A model on labelled images from elsewhere: its figures there, beside those of its own test set, and what differs."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from tuning.data.decoding import DECODER_VERSION
+from tuning.insight.shift import NUMBERS, WORDS
+from tuning.model.folder import Ensemble, Model
+from tuning.record.tables import read_table, replacing, versioned
+from tuning.record.temperature import Floats, fit_temperature, logarithms, tempered
+
+KNOWN_IMAGES = "known_images.parquet"  # in a model folder
+HASHES = ("sha256", "pixels_sha256")  # of file and decoded pixels
+COMPARED = ("accuracy", "balanced_accuracy", "auroc")
+BY_CLASS = ("sensitivity", "specificity", "auroc")
+
+
+def known_images(
+    splits: Sequence[str], hashes: Sequence[str], facts: pd.DataFrame, described: pd.DataFrame
+) -> pa.Table:
+    """Return what a model folder keeps of its images: hashes and facts, in the hashes' order; no names and no pixels.
+
+    Args:
+        splits: of each image.
+        hashes: sha256 of each file, in hex.
+        facts: of `images.read_facts`.
+        described: of `shift.described`.
+    """
+    types = {**dict.fromkeys(("split", *HASHES), pa.string()), **dict.fromkeys(NUMBERS, pa.float64())}
+    types |= dict.fromkeys(WORDS, pa.string())
+    columns = {"split": splits, "sha256": hashes, "pixels_sha256": facts["pixels_sha256"], **described}
+    arrays = [pa.array(columns[name], kind) for name, kind in types.items()]
+    schema = versioned(types, decoder=str(DECODER_VERSION))
+    return pa.Table.from_arrays(arrays, schema=schema).sort_by("sha256")
+
+
+def write_known_images(folder: Path, table: pa.Table) -> None:
+    """Write the table of `known_images` into a model folder."""
+    with replacing(folder / KNOWN_IMAGES) as temporary:
+        pq.write_table(table, temporary, write_page_checksum=True)
+
+
+def read_known_images(folder: Path) -> tuple[pd.DataFrame | None, bool]:
+    """Return the table of `known_images`, None of a model of an older version; and whether images decode as they did.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    path = folder / KNOWN_IMAGES
+    if not path.exists():
+        return None, True
+    table = read_table(path)
+    metadata = pq.read_schema(path).metadata or {}
+    return table, metadata.get(b"decoder") == str(DECODER_VERSION).encode()
+
+
+def copies(known: pd.DataFrame, hashes: Sequence[str], facts: pd.DataFrame) -> NDArray[np.bool_]:
+    """Return which images have the bytes or the decoded pixels of one of the known ones."""
+    same = pd.Series(hashes).isin(set(known["sha256"])) | facts["pixels_sha256"].isin(set(known["pixels_sha256"]))
+    found: NDArray[np.bool_] = same.to_numpy(np.bool_)
+    return found
+
+
+def image_sizes(model: Model | Ensemble) -> list[int]:
+    """Return the sides of the images that a model takes, in pixels."""
+    if isinstance(model, Model):
+        return [model.config.image_size]
+    return sorted({size for member in model.members for size in image_sizes(member)})
+
+
+def shaping(model: Model | Ensemble) -> dict[str, Any]:
+    """Return `fit` and `drop_colour`, by which a model's images are decoded."""
+    while isinstance(model, Ensemble):
+        model = model.members[0]
+    return {"fit": model.fit, "drop_colour": model.drop_colour}
+
+
+def probabilities(model: Model | Ensemble, images: Mapping[int, NDArray[np.uint8]], rows: NDArray[np.int64]) -> Floats:
+    """Return a model's probabilities [rows, classes].
+
+    Args:
+        images: decoded, by their side in pixels.
+        rows: of the images.
+    """
+    from tuning.training.dataset import preparer
+    from tuning.training.scores import predict_images
+
+    if isinstance(model, Ensemble):
+        each = np.stack([probabilities(member, images, rows) for member in model.members])
+        return tempered(logarithms(np.tensordot(model.shares, each, axes=1)), model.temperature)
+    device = next(model.network.parameters()).device
+    prepare = preparer(images[model.config.image_size], model.network, device)
+    return tempered(predict_images(model.network, prepare, rows), model.temperature)
+
+
+def recalibrated(found: Floats, targets: NDArray[np.int64]) -> dict[str, float]:
+    """Return by what a model's temperature would be multiplied to fit these images, and the loss with it.
+
+    Args:
+        found: probabilities [images, classes].
+        targets: class indices [images].
+    """
+    logits = logarithms(found)
+    factor = fit_temperature(logits, targets)
+    again = tempered(logits, factor)[np.arange(len(targets)), targets]
+    return {"temperature_factor": float(factor), "loss": float(-logarithms(again).mean()), "images": len(targets)}
+
+
+def without_absent(figures: dict[str, Any]) -> dict[str, Any]:
+    """Return figures without the balanced accuracy where a class has no images: it would be of the others alone."""
+    if all(values["images"] for values in figures["classes"].values()):
+        return figures
+    return {**figures, "balanced_accuracy": None, "balanced_accuracy_95": None}
+
+
+def differences(here: Mapping[str, Any], tested: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return how much higher each figure is here than on the model's own test set, with 95% confidence intervals.
+
+    The interval follows from those of the two figures (Newcombe 1998, method 10: square and add). None where either has
+    none; accuracies are compared only where all classes have images.
+    """
+    if tested is None:
+        return {}
+    whole = here["balanced_accuracy"] is not None
+    found: dict[str, Any] = {
+        name: _difference(here, tested, name) if whole or name == "auroc" else None for name in COMPARED
+    }
+    own = tested.get("classes", {})
+    found["classes"] = {
+        label: {name: _difference(values, own.get(label, {}), name) for name in BY_CLASS}
+        for label, values in here["classes"].items()
+    }
+    return found
+
+
+def _difference(one: Mapping[str, Any], other: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    a, b = one.get(name), other.get(name)
+    bounds, others = one.get(f"{name}_95"), other.get(f"{name}_95")
+    if a is None or b is None or bounds is None or others is None:
+        return None
+    low = a - b - float(np.hypot(a - bounds[0], others[1] - b))
+    high = a - b + float(np.hypot(bounds[1] - a, b - others[0]))
+    return {"difference": a - b, "difference_95": [low, high]}
+
+
+def digest(folder: Path) -> str:
+    """Return a sha256 of a model folder's `config.yaml` files, which hold the digests of the weights."""
+    configs = sorted(folder.glob("**/config.yaml"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in configs)).hexdigest()
