@@ -265,6 +265,14 @@ def test_searches_that_start_in_the_same_second_have_names_of_their_own(space, f
     assert [path.name for path in first.parent.iterdir()] == [plan.name]
 
 
+def test_weights_of_no_backbone_of_the_space_are_told(space, folder, tmp_path):
+    (tmp_path / "mine.pth").touch()
+    given = (("weights={test_resnet.mine: mine.pth}",),)
+    assert faults(run, space=space, data=str(folder), set=given) == [
+        "weights: test_resnet.mine is no backbone of the space; did you mean test_resnet?"
+    ]
+
+
 def test_a_run_of_a_version_without_a_setting_goes_on_where_the_default_is_what_it_did(space, folder, tmp_path):
     plan = SearchPlan(name="older", data=str(folder), space=space, trials=2, epochs=2)
     (tmp_path / "results").mkdir()

@@ -25,6 +25,7 @@ from tuning.checks.audit import decoded
 from tuning.data.images import open_images, parallel_map, read_facts
 from tuning.data.samples import fingerprint, load_samples
 from tuning.insight.intervals import measure
+from tuning.insight.operating import at, prevalences
 from tuning.insight.shift import described, shifts
 from tuning.model import evaluation
 from tuning.model.folder import Ensemble, Model, load_model
@@ -60,6 +61,8 @@ class Flags:
     """Folder for evaluation-NAME. Default: beside the model's folder; of a model in a storage the current one."""
     rename: Annotated[tuple[str, ...], tyro.conf.arg(metavar="THEIRS=OURS ...", help_behavior_hint="")] = ()
     """Classes of the data that have another name in the model."""
+    prevalence: Annotated[tuple[str, ...], tyro.conf.arg(metavar="CLASS=SHARE ...", help_behavior_hint="")] = ()
+    """Share of a class where the model is to be used, by which its PPV and NPV are given: pneumonia=0.02."""
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], tyro.conf.arg(metavar="auto|cpu|cuda|mps")] = "auto"
     """Device: `cpu`, `cuda`, `mps` (Apple's GPU), or `auto`: a GPU if there is one."""
     set: Annotated[Pairs, tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
@@ -82,7 +85,8 @@ def run(flags: Flags) -> Path:
     with borrowed(flags.model, without=("model.onnx", "mistakes.html")) as folder:
         model = load_model(folder, flags.device)
         known, as_before = evaluation.read_known_images(folder)
-        own, digest = _own(folder), evaluation.digest(folder)
+        own, chosen, digest = _own(folder), _own(folder, "thresholds"), evaluation.digest(folder)
+    prevalence = prevalences(flags.prevalence, model.classes)
     samples, lines = _of_classes(samples, flags, model.classes)
 
     # Decode; what can't be read, what the model knows and what is there twice is left out.
@@ -108,7 +112,9 @@ def run(flags: Flags) -> Path:
     # Measure.
     probabilities = evaluation.probabilities(model, images, rows)
     targets = tested["label"].map({name: place for place, name in enumerate(model.classes)}).to_numpy(np.int64)
-    figures = evaluation.without_absent(measure(probabilities, targets, group_numbers(tested), model.classes))
+    groups = group_numbers(tested)
+    figures = evaluation.without_absent(measure(probabilities, targets, groups, model.classes))
+    figures["operating_points"] = at(chosen or {}, probabilities, targets, groups, model.classes, prevalence)
     whole = figures["balanced_accuracy"] is not None
     trained = None if known is None else known[known["split"] != "test"]
     shift = [] if trained is None else shifts(trained, described(images[sizes[0]], rows, facts))
@@ -116,7 +122,11 @@ def run(flags: Flags) -> Path:
         "model": {"folder": flags.model, "config_sha256": digest},
         "data": {"place": flags.data, "fingerprint": fingerprint(tested, [found.hashes[row] for row in rows])},
         "made": {"at": datetime.now(UTC).isoformat(timespec="seconds"), "version": __version__},
-        "settings": {"rename": list(flags.rename), "set": [pair for group in flags.set for pair in group]},
+        "settings": {
+            "rename": list(flags.rename),
+            "prevalence": prevalence,
+            "set": [pair for group in flags.set for pair in group],
+        },
         "evaluation": figures,
         "recalibrated": evaluation.recalibrated(probabilities, targets) if whole else None,
         "test": own,
@@ -207,10 +217,10 @@ def _new(
     return np.flatnonzero(~left & ~again), copies
 
 
-def _own(folder: Path) -> dict[str, Any] | None:
-    """Return the figures on the model's own test set, if there are any."""
+def _own(folder: Path, part: str = "test") -> dict[str, Any] | None:
+    """Return the figures on the model's own test set, or another part of its `metrics.json`, if there is one."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        found: Any = json.loads((folder / "metrics.json").read_text())["test"]
+        found: Any = json.loads((folder / "metrics.json").read_text())[part]
         return found if isinstance(found, dict) else None
     return None
 

@@ -26,6 +26,7 @@ from tuning.data.images import content_hashes, cores, open_images, read_facts
 from tuning.insight import shift
 from tuning.insight.best import config_digest
 from tuning.insight.ensemble import declined, members, offer
+from tuning.insight.operating import median_thresholds, prevalences
 from tuning.model.held_out import READINGS, print_metrics, record_evaluation, score_test_set
 from tuning.record import tables
 from tuning.record.journal import read_journal
@@ -63,6 +64,8 @@ class Flags:
     """Other data to train and test on, with splits of its own, or the place that the data of the search was moved to.
     Default: the data and splits of the search."""
     device: Annotated[str | None, flag("device", "auto|cpu|cuda|mps")] = None
+    prevalence: Annotated[tuple[str, ...], tyro.conf.arg(metavar="CLASS=SHARE ...", help_behavior_hint="")] = ()
+    """Share of a class where the model is to be used, by which its PPV and NPV are given: pneumonia=0.02."""
     set: Annotated[Pairs, tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
     """Settings of the final model or of --data, and trials' parameters: --set ensemble=false learning_rate=1e-4."""
 
@@ -170,6 +173,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
 
     data = {size: join(table, open_images(images)) for size, images in folders.items()}
     some = data[sizes[0]]
+    prevalence = prevalences(flags.prevalence, some.classes)
     weights = find_weights([each.backbone for each in configs.values()], plan.weights)
     if not best.chosen_weights and (other := other_weights(digests(weights), best.provenance.get("weights"))):
         named = shlex.quote(plan.weights) if isinstance(plan.weights, str) else "'{BACKBONE: FILE}'"
@@ -208,6 +212,8 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     validated, fitted_on = _validated(best, trials, final.validated, table)
     fitted = [fit_temperature(logits, some.labels[some.val]) for logits in validated]
     temperature = statistics.median(fitted) if fitted else 1.0
+    of_val = some.labels[some.val]
+    thresholds = median_thresholds([tempered(logits, temperature) for logits in validated], of_val, some.classes)
 
     # Export before the test set is read, since this takes a while and may be interrupted.
     unfinished = Path(tempfile.mkdtemp(prefix=".model-", dir=run_folder))
@@ -236,12 +242,13 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
         hashes = [contents[row] for row in some.test]
         reading = record_evaluation(run_folder, found, final.metrics["trained_on"], len(final.networks) > 1, hashes)
         logits = final.logits(data, "test", device)
-        tested = score_test_set(logits, temperature, rows, some.classes)
+        tested = score_test_set(logits, temperature, rows, some.classes, thresholds, prevalence)
 
     # Write: weights and metrics first, then what people look at.
     metrics = final.metrics | {
         "verdict": best.provenance.get("verdict"),
         "temperature": {"value": temperature, "fitted_on": fitted_on, "images": len(some.val) if fitted_on else 0},
+        "thresholds": thresholds,
         "test_reading": reading,
         "test": tested,
         "onnx": exported,

@@ -47,7 +47,7 @@ def test_a_temperature_of_few_images_is_called_that():
 def test_scores_of_the_test_set():
     samples = pd.DataFrame({"path": list("abcd"), "label": ["y", "x", "y", "x"], "group": ["1", "1", None, None]})
     logits = np.array([[0.0, 2.0], [3.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
-    found = score_test_set(logits, 2.0, samples, ("x", "y"))
+    found = score_test_set(logits, 2.0, samples, ("x", "y"), {}, {})
     assert found["accuracy"] == 0.75 and found["images"] == 4 and found["groups"] == 3
     assert found["confusion"]["counts"] == [[2, 0], [1, 1]]
     targets = np.array([1, 0, 1, 0])

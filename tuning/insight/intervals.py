@@ -56,14 +56,14 @@ def measure(probabilities: Floats, targets: Ints, groups: Ints, classes: tuple[s
     by_class, sensitivities, aurocs = {}, [], []
     for index, name in enumerate(classes):
         positive, called = targets == index, predicted == index
-        sensitivity = _share(called[positive], groups[positive], total)
+        sensitivity = share(called[positive], groups[positive], total)
         auroc = _auroc(positive, probabilities[:, index], groups, total)
         by_class[name] = {
             "images": int(positive.sum()),
             "groups": len(np.unique(groups[positive])),
-            **_entries("sensitivity", sensitivity),
-            **_entries("specificity", _share(~called[~positive], groups[~positive], total)),
-            **_entries("auroc", auroc),
+            **entries("sensitivity", sensitivity),
+            **entries("specificity", share(~called[~positive], groups[~positive], total)),
+            **entries("auroc", auroc),
         }
         aurocs.append(auroc)
         sensitivities += [sensitivity] if positive.any() else []
@@ -72,9 +72,9 @@ def measure(probabilities: Floats, targets: Ints, groups: Ints, classes: tuple[s
         "images": len(targets),
         "groups": len(np.unique(groups)),
         "loss": float(-logarithms(probabilities[rows, targets]).mean()),
-        **_entries("accuracy", _share(predicted == targets, groups, total)),
-        **_entries("balanced_accuracy", _mean(sensitivities)),
-        **_entries("auroc", _mean(aurocs)),
+        **entries("accuracy", share(predicted == targets, groups, total)),
+        **entries("balanced_accuracy", _mean(sensitivities)),
+        **entries("auroc", _mean(aurocs)),
         "calibration_error": calibration_error(probabilities, targets),
         "classes": by_class,
         "confusion": {"rows": "true", "columns": "predicted", "order": list(classes), "counts": confusion.tolist()},
@@ -95,7 +95,7 @@ def wilson(share: float, observations: float) -> tuple[float, float]:
     return min(max(centre - reach, 0.0), share), max(min(centre + reach, 1.0), share)
 
 
-def _share(right: NDArray[np.bool_], groups: Ints, total: int) -> Figure:
+def share(right: NDArray[np.bool_], groups: Ints, total: int) -> Figure:
     """Return the share of images [n] that are `right`.
 
     The effective number of images is n divided by the design effect: the variance by group over that by image. Since
@@ -180,7 +180,7 @@ def _mean(figures: Sequence[Figure]) -> Figure:
     return Figure(value, drawn, drawn * (1 - drawn) / float(variance), together)
 
 
-def _entries(name: str, figure: Figure) -> dict[str, Any]:
+def entries(name: str, figure: Figure) -> dict[str, Any]:
     """Return a metric and its interval as entries of `metrics.json`."""
     interval = None if np.isnan(figure.observations) else list(wilson(figure.value, figure.observations))
     return {name: None if np.isnan(figure.value) else figure.value, f"{name}_95": interval}

@@ -26,6 +26,7 @@ FEW_GROUPS = 100  # a test set with fewer is called small
 SETTINGS = ("metric", "fit", "drop_colour", "weights", "final_data", "ensemble", "on_leak")
 OVERALL = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC", "loss": "loss"}
 BY_CLASS = {"sensitivity": "sensitivity", "specificity": "specificity", "auroc": "AUROC"}
+POINTS = ["class", "validation", "threshold", "sensitivity, 95% CI", "specificity, 95% CI", "at a prevalence"]
 PICTURES = {CONFUSION: "Confusion matrix", ROC: "ROC curve of each class against the rest"}
 USE = """\
 ## Use
@@ -195,10 +196,23 @@ def _test(model: Path, metrics: Mapping[str, Any]) -> str:
             for label, values in tested["classes"].items()
         ]
         parts.append(_table(each, ["class", *(head for words in BY_CLASS.values() for head in (words, "95% CI"))]))
+    if points := tested.get("operating_points"):
+        parts.append("At thresholds that have these specificities on the validation set:")
+        parts.append(_table([_point(point) for point in points], POINTS))
     parts += [f"![{words}]({name})" for name, words in PICTURES.items() if (model / name).exists()]
     if (model / "mistakes.html").exists():
         parts.append("The most confident mistakes: [mistakes.html](mistakes.html). Plots: from `predictions.parquet`.")
     return "\n\n".join(parts)
+
+
+def _point(point: Mapping[str, Any]) -> list[str]:
+    """Return the cells of an operating point."""
+    shown = [point["class"], f"{point['validation_specificity']:.0%}", number(point["threshold"], 3)]
+    shown += [" ".join(_estimate(point, name)) for name in ("sensitivity", "specificity")]
+    if "prevalence" not in point:
+        return [*shown, "-"]
+    values = " and ".join(f"{name.upper()} {' '.join(_estimate(point, name))}" for name in ("ppv", "npv"))
+    return [*shown, f"{values} at {point['prevalence']:.3g}"]
 
 
 def _estimate(values: Mapping[str, Any], name: str) -> list[str]:

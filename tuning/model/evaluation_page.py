@@ -64,6 +64,7 @@ def write_page(
         f"<header><h1>{text(name)}</h1><p>{text(said)}</p></header>",
         section("figures", "Figures", table(_figures(metrics)), note(_calibration(metrics))),
         section("classes", "By class", table(_classes(metrics))),
+        section("points", "Operating points", *_points(here)),
         section("shift", "Against the training images", *_shift(metrics)),
         section("plots", "Plots", *(_plot(folder / file, SHOWN[file]) for file in PLOTS)),
         section("data", "Data", *(note(line) for line in metrics["remarks"] or ["All images were evaluated."])),
@@ -134,6 +135,23 @@ def _classes(metrics: Mapping[str, Any]) -> pd.DataFrame:
             for name, words in BY_CLASS.items()
         ]
     )
+
+
+def _points(here: Mapping[str, Any]) -> list[str]:
+    if not here["operating_points"]:
+        return [note("Unknown: the model, of an older version, has no thresholds.")]
+    rows = []
+    for point in here["operating_points"]:
+        row = {"class": point["class"], "validation specificity": f"{point['validation_specificity']:.0%}"}
+        row |= {name: estimate(point, name) for name in ("sensitivity", "specificity")}
+        for name in ("ppv", "npv") if "prevalence" in point else ():
+            row[f"{name.upper()} at the prevalence"] = f"{estimate(point, name)} at {point['prevalence']:.3g}"
+        rows.append(row)
+    words = "At the thresholds that have these specificities on the model's validation set. PPV and NPV, the shares of "
+    words += (
+        "those called positive or negative who are so, depend on the prevalence: give it by --prevalence CLASS=SHARE."
+    )
+    return [table(pd.DataFrame(rows).fillna("-")), note(words)]
 
 
 def _shift(metrics: Mapping[str, Any]) -> list[str]:

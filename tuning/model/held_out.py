@@ -1,6 +1,6 @@
 """Evaluation on the held-out test set: recorded for good, scored and printed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from tuning.insight.calibration import calibration_error
 from tuning.insight.intervals import measure
+from tuning.insight.operating import Thresholds, at
 from tuning.record.journal import Journal, read_journal
 from tuning.record.predictions import group_numbers
 from tuning.record.temperature import tempered
@@ -61,12 +62,30 @@ def record_evaluation(
 
 
 def score_test_set(
-    logits: NDArray[Any], temperature: float, samples: pd.DataFrame, classes: tuple[str, ...]
+    logits: NDArray[Any],
+    temperature: float,
+    samples: pd.DataFrame,
+    classes: tuple[str, ...],
+    thresholds: Thresholds,
+    prevalence: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Return the test set's part of `metrics.json`, from logits [images, classes] and the samples of the test split."""
+    """Return the test set's part of `metrics.json`.
+
+    Args:
+        logits: [images, classes].
+        temperature: fitted on validation.
+        samples: of the test split.
+        classes: names.
+        thresholds: of `operating.thresholds`.
+        prevalence: of classes where the model is to be used.
+    """
     targets = samples["label"].map({name: place for place, name in enumerate(classes)}).to_numpy(np.int64)
-    found = measure(tempered(logits, temperature), targets, group_numbers(samples), classes)
-    return found | {"calibration_error_untempered": calibration_error(tempered(logits, 1.0), targets)}
+    probabilities, groups = tempered(logits, temperature), group_numbers(samples)
+    return {
+        **measure(probabilities, targets, groups, classes),
+        "calibration_error_untempered": calibration_error(tempered(logits, 1.0), targets),
+        "operating_points": at(thresholds, probabilities, targets, groups, classes, prevalence),
+    }
 
 
 def print_metrics(metrics: dict[str, Any]) -> None:
