@@ -267,7 +267,7 @@ def test_searches_that_start_in_the_same_second_have_names_of_their_own(space, f
 
 def test_weights_of_no_backbone_of_the_space_are_told(space, folder, tmp_path):
     (tmp_path / "mine.pth").touch()
-    given = (("weights={test_resnet.mine: mine.pth}",),)
+    given = ("weights={test_resnet.mine: mine.pth}",)
     assert faults(run, space=space, data=str(folder), set=given) == [
         "weights: test_resnet.mine is no backbone of the space; did you mean test_resnet?"
     ]

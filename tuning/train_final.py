@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from tuning.model.final import Kept
 
 
+PLACES = ("images", "join", "split_files")
 OF_OTHER_DATA = (*SAMPLE_SETTINGS, "on_leak", "skip_unreadable")
 EFFECTIVE = (
     *("data", "fit", "drop_colour", "disk_cache_bytes", "cache_bytes"),
@@ -307,7 +308,8 @@ def _read_best(path: Path, flags: Flags) -> Best:
     given, overrides = command_line({"data": flags.data, "device": flags.device}, flags.set)
     overrides |= {key: given[key] for key in ("epochs", "seed") if key in given}
     _check_effect(given, path.parent, flags)
-    plan = build(SearchPlan, settings | given, str(path))
+    places = PLACES if flags.data is not None else ()  # of the search's data, not of other data
+    plan = build(SearchPlan, {key: settings[key] for key in settings if key not in places} | given, str(path))
     reshaped = any(given.get(key, settings.get(key)) != settings.get(key) for key in ("fit", "drop_colour"))
     retrained = bool(overrides) or reshaped or plan.final_data != "train" or plan.metric != settings.get("metric")
     if plan.ensemble is True and retrained:
