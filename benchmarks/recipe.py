@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import ray
+import timm
 import torch
 from PIL import Image
 from ray import tune
@@ -64,7 +65,8 @@ def transforms(policy: str, image_size: int, backbone: str) -> v2.Compose:
         move = v2.RandomAffine(10, translate=(0.08, 0.08), scale=(0.88, 1.12), interpolation=bilinear)
         on_pil = [flip, move, v2.ColorJitter(brightness=0.2, contrast=0.2)]
     to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
-    normalize = v2.Normalize(*backbones.input_mean_std(backbone))
+    cfg = timm.get_pretrained_cfg(backbone)
+    normalize = v2.Normalize(cfg.mean, cfg.std)
     on_tensor = [blur, normalize, v2.RandomErasing(0.25)] if policy == "medium" else [normalize]
     return v2.Compose([v2.Resize((image_size, image_size)), *on_pil, *to_tensor, *on_tensor])
 
