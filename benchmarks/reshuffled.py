@@ -23,7 +23,7 @@ import pandas as pd
 import tyro
 from numpy.typing import NDArray
 
-from benchmarks.selection import DRAWN, DRAWS, EPOCHS, Flags, file_of, mean_of, record_all
+from benchmarks.selection import DRAWN, DRAWS, EPOCHS, Flags, file_of, mean_of, record_all, sets_of
 from tuning.record.temperature import fit_temperature, tempered_loss
 from tuning.training.scores import score
 
@@ -122,9 +122,7 @@ def compare(configs: list[list[Trial]], of_test: NDArray[np.int64]) -> pd.DataFr
 def main() -> None:
     """Record what isn't there yet, and print a table for each set."""
     flags = tyro.cli(Flags)
-    for name in flags.sets:
-        if name.startswith("xrays") and flags.xrays is None:
-            continue
+    for name in sets_of(flags):
         table = compare(*trials(name, flags)).groupby("way", sort=False).mean()
         print(f"\n{name}\n{table.round(4).to_string()}", flush=True)
 

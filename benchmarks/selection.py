@@ -65,6 +65,11 @@ class Flags:
     """Folder of what was recorded; what is there is not trained again."""
 
 
+def sets_of(flags: Flags) -> list[str]:
+    """Return the sets whose images are there."""
+    return [name for name in flags.sets if flags.xrays is not None or not name.startswith("xrays")]
+
+
 # ---- recording --------------------------------------------------------------------------------------------------
 
 
@@ -281,9 +286,7 @@ def compare(curves: Curves) -> pd.DataFrame:
 def main() -> None:
     """Record what isn't there yet, and print a table for each set."""
     flags = tyro.cli(Flags)
-    for name in flags.sets:
-        if name.startswith("xrays") and flags.xrays is None:
-            continue
+    for name in sets_of(flags):
         curves = recorded(name, flags)
         rows = compare(curves)
         table = rows.groupby(["criterion", "model"], sort=False)[["loss", "auroc", "balanced_accuracy"]].mean()
