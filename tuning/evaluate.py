@@ -29,7 +29,7 @@ from tuning.insight.operating import at, prevalences
 from tuning.insight.shift import described, shifts
 from tuning.model import evaluation
 from tuning.model.folder import Ensemble, Model, load_model
-from tuning.model.held_out import few_images
+from tuning.model.held_out import estimate, few_images
 from tuning.record.mirror import borrowed
 from tuning.record.predictions import group_numbers, write_tested
 from tuning.record.storage import is_uri
@@ -258,15 +258,13 @@ def _write(
 
 
 def _print(metrics: dict[str, Any]) -> None:
-    from tuning.model.evaluation_page import estimate, significant
-
     here, own, differences = metrics["evaluation"], metrics["test"], metrics["differences"]
 
     def line(words: str, values: Any, others: Any, change: Any, name: str) -> None:
         said = f"  {visible(words):<34} {estimate(values, name)}"
         if own is not None:
             said += f"   own test set {estimate(others, name)}"
-        if significant(change):
+        if evaluation.significant(change):
             said += f"   {'higher' if change['difference'] > 0 else 'lower'} by {abs(change['difference']):.3f}"
         print(said)
 

@@ -169,6 +169,9 @@ def test_lists_of_splits(place):
     assert Counter(load_samples(file, split_files=files)["split"] == "test") == {False: 14, True: 6}
     (place / "test_list.txt").write_text("absent\nother.png\n")
     assert "test_list.txt names 2 images that films.csv lacks: absent, other.png" in faults(file, split_files=files)[0]
+    (place / "test_list.txt").write_text("".join(f"{name}\n" for name, *_ in ROWS[12:18]))
+    files["train"] = str(place / "train_val_list.txt")
+    assert len(load_samples(file, split_files=files, evaluated=True)) == 20  # for a test alone splits mean nothing
     files["train"] = files["test"] = str(place / "train_val_list.txt")
     assert "is listed for test and for train" in faults(file, split_files=files)[0]
 

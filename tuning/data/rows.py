@@ -102,7 +102,9 @@ def read_rows(file: str, how: Reading, faults: list[str], remarks: list[str]) ->
         return []
     faults += found.faults
     remarks += found.remarks
-    samples = _split_by_lists(file, found.samples, lists, how, faults, remarks) if how.split_files else found.samples
+    samples = found.samples
+    if how.split_files and not how.evaluated:
+        samples = _split_by_lists(file, samples, lists, how, faults, remarks)
     samples = _once(samples, how, remarks)
     faults += [f"{file}: {fault}" for fault in _between_rows(samples, how)]
     return _placed(file, samples, how, faults, remarks)

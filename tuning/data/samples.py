@@ -47,11 +47,11 @@ def load_samples(
     Raises:
         InputError: every fault found in the data.
     """
-    root = _absolute(data)
+    root = storage.absolute(data).rstrip("/") or "/"
     settings = {name: value for name, value in reading.items() if value is not None}
-    settings |= {name: _absolute(settings[name]) for name in ("images", "join") if name in settings}
+    settings |= {name: storage.absolute(settings[name]) for name in ("images", "join") if name in settings}
     if files := settings.get("split_files"):
-        settings["split_files"] = {split: _absolute(file) for split, file in files.items()}
+        settings["split_files"] = {split: storage.absolute(file) for split, file in files.items()}
     how = Reading(**settings, evaluated=evaluated)
     faults: list[str] = []
     if val_fraction + test_fraction >= 1:
@@ -91,10 +91,6 @@ def load_samples(
         return split
     except InputError as error:
         raise InputError([f"{data}: {fault}" for fault in error.faults]) from None
-
-
-def _absolute(place: str) -> str:
-    return place.rstrip("/") if storage.is_uri(place) else os.path.abspath(os.path.expanduser(place))
 
 
 class AbsentFiles(InputError):

@@ -151,6 +151,11 @@ def _difference(one: Mapping[str, Any], other: Mapping[str, Any], name: str) -> 
     return {"difference": a - b, "difference_95": [low, high]}
 
 
+def significant(change: Mapping[str, Any] | None) -> bool:
+    """Return whether a difference's interval leaves out 0."""
+    return change is not None and not change["difference_95"][0] <= 0 <= change["difference_95"][1]
+
+
 def digest(folder: Path) -> str:
     """Return a sha256 of a model folder's `config.yaml` files, which hold the digests of the weights."""
     configs = sorted(folder.glob("**/config.yaml"))

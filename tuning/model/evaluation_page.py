@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tuning.model.card import BY_CLASS, OVERALL, PICTURES
 from tuning.model.evaluation import COMPARED
-from tuning.model.held_out import few_images
+from tuning.model.held_out import estimate, few_images
 from tuning.model.mistakes import mistakes_page, picture, worst
 from tuning.record.temperature import Floats
 from tuning.settings.words import count
@@ -71,19 +71,6 @@ def write_page(
         f'<p><a href="{MISTAKES}">The most confident mistakes</a></p>',
     ]
     (folder / PAGE).write_text(still(f"{name}: evaluation", body, CSS), encoding="utf-8", errors="replace")
-
-
-def estimate(values: Mapping[str, Any] | None, name: str) -> str:
-    """Return a figure with its 95% confidence interval."""
-    if values is None or values.get(name) is None:
-        return "-"
-    bounds = values.get(f"{name}_95")
-    return f"{values[name]:.3f}" + ("" if bounds is None else " ({:.3f} to {:.3f})".format(*bounds))
-
-
-def significant(change: Mapping[str, Any] | None) -> bool:
-    """Return whether a difference's interval leaves out 0."""
-    return change is not None and not change["difference_95"][0] <= 0 <= change["difference_95"][1]
 
 
 def _change(change: Mapping[str, Any] | None) -> str:

@@ -139,9 +139,13 @@ def _print_test(tested: dict[str, Any], reading: dict[str, Any]) -> None:
 
 
 def _figures(values: dict[str, Any], *names: str) -> str:
-    parts = []
-    for name in names:
-        interval = "" if values[f"{name}_95"] is None else " ({:.3f} to {:.3f})".format(*values[f"{name}_95"])
-        number = "-" if values[name] is None else f"{values[name]:.3f}"
-        parts.append(f"{name.replace('_', ' ').replace('auroc', 'AUROC')} {number}{interval}")
-    return "  ".join(parts)
+    words = (name.replace("_", " ").replace("auroc", "AUROC") for name in names)
+    return "  ".join(f"{word} {estimate(values, name)}" for word, name in zip(words, names, strict=True))
+
+
+def estimate(values: Mapping[str, Any] | None, name: str) -> str:
+    """Return a figure of `intervals.measure` with its 95% confidence interval, each only if there is one."""
+    if values is None or values.get(name) is None:
+        return "-"
+    bounds = values.get(f"{name}_95")
+    return f"{values[name]:.3f}" + ("" if bounds is None else " ({:.3f} to {:.3f})".format(*bounds))

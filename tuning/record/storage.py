@@ -55,6 +55,11 @@ def is_uri(place: object) -> bool:
     return "://" in str(place)
 
 
+def absolute(place: str) -> str:
+    """Return a path that holds in any folder; a URI as it is."""
+    return place if is_uri(place) else os.path.abspath(os.path.expanduser(place))
+
+
 def joined(place: str, name: str) -> str:
     """Return the location of a name below a folder, which is a path or a URI."""
     return f"{place.rstrip('/')}/{name}" if is_uri(place) else os.path.join(place, name)

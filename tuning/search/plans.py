@@ -23,7 +23,7 @@ import yaml
 from tuning.record import tables
 from tuning.record.journal import Journal
 from tuning.record.mirror import fetch, run_folder
-from tuning.record.storage import is_uri, joined, stored
+from tuning.record.storage import absolute, is_uri, joined, stored
 from tuning.settings.config import ADDED, RESUME_MAY_CHANGE, InputError, SearchPlan, build, check_value
 from tuning.settings.documents import read_plan
 from tuning.settings.space import Space, configurations, largest
@@ -180,31 +180,29 @@ def resumed_plan(given: dict[str, Any], overrides: Mapping[str, Any]) -> tuple[S
 
 def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
     """Return settings whose paths hold in any folder: a run may be resumed in another, and workers run elsewhere."""
-    absolute = dict(settings)
+    found = dict(settings)
     if not isinstance(settings.get("weights", ""), str):
         files = check_value(SearchPlan, "weights", settings["weights"])
-        absolute["weights"] = plain(
+        found["weights"] = plain(
             {
                 name: each.model_copy(update={"file": Path(_absolute_place(str(each.file)))})
                 for name, each in files.items()
             }
         )
     elif settings.get("weights") not in (None, "auto", "random"):
-        absolute["weights"] = _absolute_place(settings["weights"])
+        found["weights"] = _absolute_place(settings["weights"])
     for key in ("data", "images", "join", "warm_start", "optuna_storage"):
         if settings.get(key) is not None:
-            absolute[key] = _absolute_place(settings[key])
+            found[key] = _absolute_place(settings[key])
     if settings.get("split_files"):
-        absolute["split_files"] = {split: _absolute_place(file) for split, file in settings["split_files"].items()}
-    return absolute
+        found["split_files"] = {split: _absolute_place(file) for split, file in settings["split_files"].items()}
+    return found
 
 
 def _absolute_place(place: str) -> str:
     named = re.match(r"sqlite(\+\w+)?:///", place)
     prefix = named[0] if named else ""
-    if is_uri(place) and not prefix:
-        return place
-    return prefix + os.path.abspath(os.path.expanduser(place.removeprefix(prefix)))
+    return prefix + absolute(place.removeprefix(prefix))
 
 
 def write_run(
