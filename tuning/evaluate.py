@@ -26,13 +26,15 @@ from tuning.data.images import open_images, parallel_map, read_facts
 from tuning.data.samples import fingerprint, load_samples
 from tuning.insight.intervals import measure
 from tuning.insight.operating import at, prevalences
+from tuning.insight.per_group import measured
 from tuning.insight.shift import described, shifts
 from tuning.model import evaluation
 from tuning.model.folder import Ensemble, Model, load_model
-from tuning.model.held_out import estimate, few_images
+from tuning.model.held_out import by_subgroup, estimate, few_images, print_per_group
 from tuning.record.mirror import borrowed
 from tuning.record.predictions import group_numbers, write_tested
 from tuning.record.storage import is_uri
+from tuning.record.targets import class_names, encoded, is_multi_label, named, written
 from tuning.settings.command_line import Pairs, command_line, exit_code, leave
 from tuning.settings.config import SAMPLE_SETTINGS, InputError, SearchPlan, visible
 from tuning.settings.words import count, examples, nearest
@@ -63,6 +65,8 @@ class Flags:
     """Classes of the data that have another name in the model."""
     prevalence: Annotated[tuple[str, ...], tyro.conf.arg(metavar="CLASS=SHARE ...", help_behavior_hint="")] = ()
     """Share of a class where the model is to be used, by which its PPV and NPV are given: pneumonia=0.02."""
+    per_group: Annotated[Literal["mean", "max"] | None, tyro.conf.arg(metavar="mean|max", help_behavior_hint="")] = None
+    """Gives the figures also per group, such as a patient, by the mean or the maximum of its images' probabilities."""
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], tyro.conf.arg(metavar="auto|cpu|cuda|mps")] = "auto"
     """Device: `cpu`, `cuda`, `mps` (Apple's GPU), or `auto`: a GPU if there is one."""
     set: Annotated[Pairs, tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
@@ -81,12 +85,15 @@ def run(flags: Flags) -> Path:
         InputError: no model, no labelled images of its classes, no place for the results, or wrong settings.
     """
     plan, target = _settings(flags), _target(flags)
-    samples = load_samples(flags.data, evaluated=True, **{key: getattr(plan, key) for key in SAMPLE_SETTINGS})
     with borrowed(flags.model, without=("model.onnx", "mistakes.html")) as folder:
         model = load_model(folder, flags.device)
         known, as_before = evaluation.read_known_images(folder)
         own, chosen, digest = _own(folder), _own(folder, "thresholds"), evaluation.digest(folder)
     prevalence = prevalences(flags.prevalence, model.classes)
+    reading = {key: getattr(plan, key) for key in SAMPLE_SETTINGS} | {"multi_label": model.multi_label}
+    samples = load_samples(flags.data, evaluated=True, **reading)
+    if model.multi_label != is_multi_label(samples["label"]):
+        raise InputError(f"{flags.data}: folders are classes, but the model predicts several labels; give a manifest")
     samples, lines = _of_classes(samples, flags, model.classes)
 
     # Decode; what can't be read, what the model knows and what is there twice is left out.
@@ -111,10 +118,12 @@ def run(flags: Flags) -> Path:
 
     # Measure.
     probabilities = evaluation.probabilities(model, images, rows)
-    targets = tested["label"].map({name: place for place, name in enumerate(model.classes)}).to_numpy(np.int64)
+    targets = encoded(tested["label"], model.classes)
     groups = group_numbers(tested)
     figures = evaluation.without_absent(measure(probabilities, targets, groups, model.classes))
     figures["operating_points"] = at(chosen or {}, probabilities, targets, groups, model.classes, prevalence)
+    figures |= by_subgroup(probabilities, targets, groups, tested)
+    figures |= measured(probabilities, targets, groups, model.classes, flags.per_group)
     whole = figures["balanced_accuracy"] is not None
     trained = None if known is None else known[known["split"] != "test"]
     shift = [] if trained is None else shifts(trained, described(images[sizes[0]], rows, facts))
@@ -170,21 +179,33 @@ def _place_name(data: str) -> str:
 
 def _of_classes(samples: pd.DataFrame, flags: Flags, classes: tuple[str, ...]) -> tuple[pd.DataFrame, list[str]]:
     """Return the images of the model's classes, by their names in the model, and lines on what was left out."""
-    lines, there = list(samples.attrs["remarks"]), sorted(set(samples["label"]))
+    lines, there = list(samples.attrs["remarks"]), list(class_names(samples["label"]))
     if wrong := [pair for pair in flags.rename if pair.partition("=")[2] not in classes]:
         raise InputError(f"--rename {wrong[0]}: give THEIRS=OURS, where OURS is {' or '.join(classes)}")
     names = dict(pair.split("=", 1) for pair in flags.rename)
     if absent := sorted(names.keys() - set(there)):
         raise InputError(f"--rename {absent[0]}: the data has no such class, but {examples(there)}")
-    labels = samples["label"].map(lambda label: names.get(label, label))
-    others = sorted(set(labels) - set(classes))
-    missing = [name for name in classes if name not in set(labels)]
-    if (missing and others) or not len(samples):
+    renamed = {names.get(name, name) for name in there}
+    others, missing = sorted(renamed - set(classes)), [name for name in classes if name not in renamed]
+    several = is_multi_label(samples["label"])
+    if (missing and others and not (several and renamed & set(classes))) or not len(samples):
         close = nearest(missing[0], others)
         raise InputError(
             f"{flags.data}: has the classes {examples(there) or 'none'}, the model {examples(classes)}{close}; name "
             "them by --rename THEIRS=OURS, or leave their images out"
         )
+    if several:
+        if others:
+            lines.append(f"not evaluated: labels that the model lacks: {examples(others)} (--rename THEIRS=OURS)")
+        if missing:
+            lines.append(f"unknown in all images: {examples(missing)}, which the data doesn't name")
+        unsaid: dict[str, bool | None] = dict.fromkeys(missing)
+        texts = [
+            written({names.get(name, name): known for name, known in named(label).items()} | unsaid)
+            for label in samples["label"]
+        ]
+        return samples.assign(label=pd.Series(texts, dtype=object)), lines
+    labels = samples["label"].map(lambda label: names.get(label, label))
     if others:
         number = count(int(labels.isin(others).sum()), "image")
         lines.append(f"left out: {number} of classes that the model lacks: {examples(others)} (--rename THEIRS=OURS)")
@@ -282,6 +303,9 @@ def _print(metrics: dict[str, Any]) -> None:
     if (fitted := metrics["recalibrated"]) is not None:
         few = few_images(fitted)
         print(f"  with the temperature that fits these images the loss would be {fitted['loss']:.3f}{few}")
+    print_per_group(here)
+    for words in here.get("subgroups_in_words", []):
+        print(f"  {visible(words)}")
     notable = [shift for shift in metrics["shift"] if shift["notable"]]
     for shift in notable:
         apart = f"tells {shift['separation']:.0%} of the images apart"

@@ -39,6 +39,8 @@ AT_ONCE = 256  # images that are decoded before they are classified
 class Predict:
     """Classify images: one row for each, with the predicted class and the probability of every class.
 
+    Of a model of several labels, those with a probability over 0.5 are predicted, separated by bars.
+
     Images that can't be read are reported and have no row; the exit code is then 2.
 
     Example: python tuning/model_folder.py predict results/xray/model films/ "more/*.png" --out predictions.csv
@@ -94,7 +96,8 @@ def run(flags: Predict) -> None:
     for line in notes_in_words(notes.keys(), notes.values()):
         print(visible(line), file=sys.stderr)
     if rows or flags.out is None:
-        _write_table(flags.out, known, model.classes, np.array(rows).reshape(len(rows), len(model.classes)))
+        probabilities = np.array(rows).reshape(len(rows), len(model.classes))
+        _write_table(flags.out, known, model.classes, probabilities, multi_label=model.multi_label)
     if faults:
         raise InputError(faults)
 
@@ -147,9 +150,18 @@ def _predict_readable(
 
 
 def _write_table(
-    out: str | None, files: Sequence[str], classes: Sequence[str], probabilities: NDArray[np.float64]
+    out: str | None,
+    files: Sequence[str],
+    classes: Sequence[str],
+    probabilities: NDArray[np.float64],
+    *,
+    multi_label: bool,
 ) -> None:
-    predicted = [classes[index] for index in probabilities.argmax(axis=1)]
+    if multi_label:
+        called = probabilities > 0.5
+        predicted = ["|".join(name for name, yes in zip(classes, row, strict=True) if yes) for row in called]
+    else:
+        predicted = [classes[index] for index in probabilities.argmax(axis=1)]
     header = ["path", "predicted", *(f"probability_{name}" for name in classes)]
     try:
         if out is not None and out.endswith(".parquet"):

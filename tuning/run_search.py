@@ -27,6 +27,7 @@ from tuning.insight.verdict import judged
 from tuning.record import tables
 from tuning.record.mirror import Mirror, borrowed, mirrored
 from tuning.record.storage import is_uri, isolated_nodes, joined, unreadable
+from tuning.record.targets import counted
 from tuning.record.track import check_installed, tracking
 from tuning.search.plans import (
     claimed,
@@ -306,7 +307,7 @@ def _data(plan: SearchPlan, space: Space, recorded: pd.DataFrame | None, map: Ca
     console.print(f"data: {plain(without_secrets(plan.data or 'generated chest radiographs'))}")
     started = time.perf_counter()
     data = load_checked(plan, image_sizes(space), table=recorded, map=map)
-    for label, row in data.samples.groupby(["label", "split"]).size().unstack(fill_value=0).iterrows():
+    for label, row in counted(data.samples).iterrows():
         console.print(f"  {plain(label)}: " + ", ".join(f"{images} {split}" for split, images in row.items()))
     audited = "decoded" if data.audit is None else "decoded, audited"
     console.print(f"  read, {audited} in {time.perf_counter() - started:.1f} s")

@@ -13,7 +13,7 @@ import shlex
 import statistics
 import tempfile
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -33,7 +33,7 @@ from tuning.record.journal import read_journal
 from tuning.record.mirror import borrowed
 from tuning.record.predictions import read_predictions, write_tested
 from tuning.record.storage import is_uri, joined
-from tuning.record.temperature import fit_temperature, logarithms, tempered
+from tuning.record.temperature import fit_temperature, logarithms, median_temperature, plain, tempered
 from tuning.search.plans import other_packages, short_training
 from tuning.settings.command_line import BAD_INPUT, DONE, Pairs, command_line, endure, exit_code, flag, leave
 from tuning.settings.config import SAMPLE_SETTINGS, InputError, SearchPlan, TrialConfig, build, cache_folder, visible
@@ -67,6 +67,8 @@ class Flags:
     device: Annotated[str | None, flag("device", "auto|cpu|cuda|mps")] = None
     prevalence: Annotated[tuple[str, ...], tyro.conf.arg(metavar="CLASS=SHARE ...", help_behavior_hint="")] = ()
     """Share of a class where the model is to be used, by which its PPV and NPV are given: pneumonia=0.02."""
+    per_group: Annotated[Literal["mean", "max"] | None, tyro.conf.arg(metavar="mean|max", help_behavior_hint="")] = None
+    """Gives the figures also per group, such as a patient, by the mean or the maximum of its images' probabilities."""
     set: Annotated[Pairs, tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
     """Settings of the final model or of --data, and trials' parameters: --set ensemble=false learning_rate=1e-4."""
 
@@ -211,10 +213,10 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
 
     # Calibrate.
     validated, fitted_on = _validated(best, trials, final.validated, table)
-    fitted = [fit_temperature(logits, some.labels[some.val]) for logits in validated]
-    temperature = statistics.median(fitted) if fitted else 1.0
-    of_val = some.labels[some.val]
-    thresholds = median_thresholds([tempered(logits, temperature) for logits in validated], of_val, some.classes)
+    several, of_val = {"multi_label": some.multi_label}, some.labels[some.val]
+    temperature = median_temperature([fit_temperature(logits, of_val) for logits in validated])
+    of_validated = [tempered(logits, temperature, **several) for logits in validated]
+    thresholds = median_thresholds(of_validated, of_val, some.classes)
 
     # Export before the test set is read, since this takes a while and may be interrupted.
     unfinished = Path(tempfile.mkdtemp(prefix=".model-", dir=run_folder))
@@ -225,7 +227,8 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     }
     exported: dict[str, Any] = {"error": "not asked for"}
     if onnx:
-        described = {"classes": some.classes, "temperature": temperature, "fingerprint": found, **interface(final)}
+        described = {"classes": some.classes, "temperature": plain(temperature), "fingerprint": found}
+        described |= interface(final) | several
         described |= shaping[""] if "" in shaping else {"members": shaping}
         exported = export(unfinished / MODEL, final, data, temperature=temperature, described=described)
 
@@ -243,12 +246,18 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
         hashes = [contents[row] for row in some.test]
         reading = record_evaluation(run_folder, found, final.metrics["trained_on"], len(final.networks) > 1, hashes)
         logits = final.logits(data, "test", device)
-        tested = score_test_set(logits, temperature, rows, some.classes, thresholds, prevalence)
+        tested = score_test_set(
+            logits, temperature, rows, some.classes, thresholds, prevalence, per_group=flags.per_group
+        )
 
     # Write: weights and metrics first, then what people look at.
     metrics = final.metrics | {
         "verdict": best.provenance.get("verdict"),
-        "temperature": {"value": temperature, "fitted_on": fitted_on, "images": len(some.val) if fitted_on else 0},
+        "temperature": {
+            "value": plain(temperature),
+            "fitted_on": fitted_on,
+            "images": len(some.val) if fitted_on else 0,
+        },
         "thresholds": thresholds,
         "test_reading": reading,
         "test": tested,
@@ -259,13 +268,14 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     shaped: dict[str, Any] = {"fit": plan.fit, "drop_colour": plan.drop_colour}
     for name, (network, each) in final.networks.items():
         own = {"provenance": provenance} if name else described | {"temperature": temperature}
-        save_model(unfinished / name, network, each, some.classes, **shaped, **own)
+        save_model(unfinished / name, network, each, some.classes, **shaped, **several, **own)
     if len(final.networks) > 1:
-        save_ensemble(unfinished, final.shares, some.classes, temperature, **described, preprocessing=shaped)
+        whole = described | {"preprocessing": shaped}
+        save_ensemble(unfinished, final.shares, some.classes, temperature, **several, **whole)
     (unfinished / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     write_known_images(unfinished, known)
     if logits is not None:
-        probabilities = tempered(logits, temperature)
+        probabilities = tempered(logits, temperature, **several)
         write_tested(unfinished / "predictions.parquet", rows, some.classes, probabilities, temperature=temperature)
     try:
         unfinished.rename(folder)
@@ -438,7 +448,7 @@ def _validated(
     alike = trials[trials["origin"] != "probe"].merge(mine, on=columns)
     known = read_predictions(best.path.parent, alike, samples)
     named = f"validation, by {', '.join(known.trial_ids)} of the search" if known.trial_ids else None
-    return [logarithms(each) for each in known.probabilities], named
+    return [logarithms(each, multi_label=known.multi_label) for each in known.probabilities], named
 
 
 def _print_epoch(row: dict[str, Any], epochs: int, *, on_both: bool) -> None:

@@ -140,10 +140,13 @@ def test_neighbouring_slices_are_a_sequence_and_no_copies(thickness):
     assert not (found.steps & found.copies).any()
 
 
-def test_a_copy_of_a_slice_is_still_a_copy():
+@pytest.mark.parametrize("of", [0, 5, 11])
+def test_a_copy_of_a_slice_is_still_a_copy(of):
     slices = [Image.fromarray(pixels) for pixels in benchmark.scan(np.random.default_rng(5), 12, 0.02)]
-    found = near_duplicates(seen([*slices, slices[5]]))
-    assert copies_of(found) == {(5, 12)} and found.steps.sum() >= 11
+    found = near_duplicates(seen([*slices, slices[of]]))
+    assert copies_of(found) == {(of, 12)} and found.steps.sum() >= 11
+    found = near_duplicates(seen([slices[of], *slices]))
+    assert copies_of(found) == {(0, of + 1)} and found.steps.sum() >= 11
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pytest
 from test_samples import touch
 
 from tuning.data.samples import load_samples
+from tuning.record.targets import class_names, encoded
 from tuning.settings.command_line import command_line
 from tuning.settings.config import SAMPLE_SETTINGS
 
@@ -160,3 +161,21 @@ def test_a_public_set_opens_by_its_command(tmp_path, monkeypatch, name):
     counts = Counter(samples["split"])
     assert all(counts[split] == number for split, number in splits.items()) and len(counts) >= 2
     assert all(Path(file).is_file() for file in samples["file"]) and samples["file"].is_unique
+
+
+@pytest.mark.parametrize(("name", "labels"), [("nih", {"Infiltration", "Pneumonia"}), ("CheXpert", {"Pneumonia"})])
+def test_all_labels_of_a_public_set_open_by_its_command(tmp_path, monkeypatch, name, labels):
+    [line] = [
+        line for line in PAGE.read_text().splitlines() if "multi_label=true '" in line and f"--data {name}" in line
+    ]
+    words = shlex.split(line)
+    data = words[words.index("--data") + 1]
+    place = tmp_path / data.partition("/")[0]
+    place.mkdir()
+    {"nih": nih, "CheXpert": chexpert}[name](place)
+    monkeypatch.chdir(tmp_path)
+    given, _ = command_line({"data": data}, [words[words.index("--set") + 1 :]])
+    samples = load_samples(data, **{key: given[key] for key in SAMPLE_SETTINGS if key in given})
+    assert set(class_names(samples["label"])) == labels and samples["group"].nunique() == 20
+    unknown = (encoded(samples["label"], class_names(samples["label"])) == -1).sum()
+    assert unknown == (8 if name == "CheXpert" else 0)

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 from scipy import stats
-from scipy.special import ndtri, softmax
+from scipy.special import expit, ndtri, softmax
 from searches import make_run, run_here
 from shared import SOAK
 
@@ -80,13 +80,13 @@ def test_the_error_that_needs_no_predictions_is_never_smaller():
         targets, groups, probabilities = patients(rng, shares, 60)
         for grouped in (True, False):
             names = [f"p{group}" if grouped else None for group in groups]
-            samples = pd.DataFrame({"label": targets, "group": names, "split": "val"})
+            samples = pd.DataFrame({"label": targets.astype(str), "group": names, "split": "val"})
             samples["path"] = [f"{row}.png" for row in range(len(samples))]
             found = separation(probabilities, targets, np.arange(len(targets)), TAIL)
             assert guess_error(samples) > 0.999 * error(found)
             if len(shares) == 2 and not grouped:
                 assert guess_error(samples) == pytest.approx(error(found))
-    assert guess_error(samples[samples["label"] == 0]) == np.inf
+    assert guess_error(samples[samples["label"] == "0"]) == np.inf
 
 
 @pytest.mark.slow
@@ -108,3 +108,31 @@ def test_on_random_labels_nothing_beats_guessing(tmp_path):
         _, verdict = judged(run, trials, samples, "val_tempered_loss", val_drawn=True)
         claimed += [verdict.verdict] if verdict.verdict != "nothing beats guessing" else []
     assert len(claimed) <= (5 if SOAK else 1), claimed
+
+
+def guessed_labels(rng, patients):
+    """Labels that go together within patients, some unknown, and a guess that knows the patient but no label."""
+    groups = np.repeat(np.arange(patients), rng.integers(1, 4, patients))
+    sick = rng.random((patients, 3)) < [0.4, 0.3, 0.2]
+    sick[:, 1] |= sick[:, 0] & (rng.random(patients) < 0.5)
+    targets = np.where(rng.random((len(groups), 3)) < 0.1, -1, sick[groups].astype(np.int64))
+    seen = rng.normal(size=(patients, 3)) + rng.normal(size=(patients, 1))
+    return expit(seen[groups] + 0.5 * rng.normal(size=targets.shape)), targets, groups
+
+
+def test_guesses_of_labels_are_seldom_called_better():
+    rng = np.random.default_rng(0)
+    called = np.mean([(found := separation(*guessed_labels(rng, 60), TAIL)).least > 0.5 for _ in range(SEARCHES)])
+    assert found.auroc == pytest.approx(0.5, abs=0.25)
+    assert called <= TAIL + 3 * np.sqrt(TAIL * (1 - TAIL) / SEARCHES)
+
+
+def test_predictions_of_labels_that_tell_something_are_called_better():
+    rng = np.random.default_rng(0)
+    probabilities, targets, groups = guessed_labels(rng, 80)
+    found = separation(0.5 * probabilities + 0.5 * (targets == 1), targets, groups, TAIL)
+    assert found.least > 0.5
+    one = separation(of_two(probabilities[:, 0]), (targets[:, 0] == 1).astype(int), np.arange(len(targets)), TAIL)
+    known = np.where(targets[:, [0]] == 1, 1, 0)
+    same = separation(probabilities[:, [0]], known, np.arange(len(targets)), TAIL)
+    assert same.auroc == pytest.approx(one.auroc) and same.least == pytest.approx(one.least, abs=1e-3)

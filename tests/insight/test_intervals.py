@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from scipy.special import softmax
+from scipy.special import expit, softmax
 from shared import SOAK
 from sklearn import metrics
 
@@ -244,3 +244,79 @@ def test_coverage_of_the_intervals_in_simulated_test_sets(kind, capsys):
             widest = 0.985 if SOAK and positives == 10 and kind != "single images" else most
             assert all(least <= found[name] <= widest for name in HEADLINES)
             assert min(found.values()) >= least - 0.01
+
+
+def drawn_labels(count=300, seed=0):
+    """Labels of which one in ten is unknown, and probabilities that say something of them."""
+    rng = np.random.default_rng(seed)
+    truth = (rng.random((count, 3)) < [0.5, 0.2, 0.1]).astype(np.int64)
+    probabilities = expit(np.round(2.0 * truth - 1 + rng.normal(size=truth.shape), 1))
+    return probabilities, np.where(rng.random(truth.shape) < 0.1, -1, truth)
+
+
+def test_figures_of_labels_are_those_of_scikit_learn_on_what_is_known():
+    probabilities, targets = drawn_labels()
+    found = measure(probabilities, targets, np.arange(300), ("a", "b", "c"))
+    areas, balanced = [], []
+    for index, name in enumerate("abc"):
+        known = targets[:, index] >= 0
+        true, values = targets[known, index], probabilities[known, index]
+        each, called = found["classes"][name], values > 0.5
+        areas.append(metrics.roc_auc_score(true, values))
+        balanced.append(metrics.balanced_accuracy_score(true, called))
+        assert each["images"] == true.sum() and each["unknown"] == (~known).sum()
+        assert each["auroc"] == pytest.approx(areas[-1])
+        assert each["auprc"] == pytest.approx(metrics.average_precision_score(true, values))
+        assert each["f1"] == pytest.approx(metrics.f1_score(true, called))
+        assert each["sensitivity"] == pytest.approx(metrics.recall_score(true, called))
+        assert found["confusion"]["counts"][index] == metrics.confusion_matrix(true, called).tolist()
+        for figure in ("sensitivity", "specificity", "auroc", "auprc", "f1"):
+            low, high = each[f"{figure}_95"]
+            assert low < each[figure] < high
+    assert found["auroc"] == pytest.approx(np.mean(areas))
+    assert found["balanced_accuracy"] == pytest.approx(np.mean(balanced))
+    assert found["auprc"] == pytest.approx(np.mean([each["auprc"] for each in found["classes"].values()]))
+    cells = targets >= 0
+    assert found["accuracy"] == pytest.approx(((probabilities > 0.5) == targets)[cells].mean())
+
+
+def test_a_label_that_no_image_has_leaves_the_others():
+    probabilities, targets = drawn_labels()
+    whole = measure(probabilities[:, :2], targets[:, :2], np.arange(300), ("a", "b"))
+    targets[:, 2] = 0
+    found = measure(probabilities, targets, np.arange(300), ("a", "b", "c"))
+    assert found["auroc"] == whole["auroc"] and found["auprc"] == whole["auprc"]
+    assert found["classes"]["c"]["auroc"] is None and found["classes"]["c"]["auprc"] is None
+    assert found["classes"]["c"]["specificity"] is not None
+
+
+def test_f1_and_precision_of_classes_are_those_of_scikit_learn():
+    probabilities, targets = drawn()
+    found = measure(probabilities, targets, np.arange(200), ("a", "b", "c"))["classes"]
+    called = probabilities.argmax(axis=1)
+    for index, name in enumerate("abc"):
+        expected = metrics.average_precision_score(targets == index, probabilities[:, index])
+        assert found[name]["auprc"] == pytest.approx(expected)
+        assert found[name]["f1"] == pytest.approx(metrics.f1_score(targets == index, called == index))
+
+
+COVERED = 1000 if SOAK else 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("images", [25, 120])
+@pytest.mark.parametrize("figure", ["auprc", "f1"])
+def test_intervals_of_auprc_and_f1_cover_the_truth(figure, images):
+    rng = np.random.default_rng(0)
+
+    def sample(positives, negatives):
+        true = np.repeat([1, 0], [positives, negatives])
+        return expit(1.5 * true - 1 + rng.normal(size=len(true)))[:, None], true[:, None]
+
+    values, true = sample(100_000, 400_000)
+    truth = measure(values, true, np.arange(len(true)), ("a",))["classes"]["a"][figure]
+    covered = 0
+    for _ in range(COVERED):
+        found = measure(*sample(images, 4 * images), np.arange(5 * images), ("a",))["classes"]["a"]
+        covered += found[f"{figure}_95"][0] <= truth <= found[f"{figure}_95"][1]
+    assert 0.90 <= covered / COVERED <= 0.995 if SOAK else covered / COVERED >= 0.85

@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
-from scipy.special import softmax
+from scipy.special import expit, softmax
 from shared import SOAK
 from sklearn import metrics
 
-from tuning.insight.paired import compare
+from tuning.insight.intervals import measure
+from tuning.insight.paired import compare, shares
 from tuning.record.predictions import Predictions
 from tuning.record.temperature import tempered_loss
 
@@ -31,7 +32,7 @@ def search(rng, *, trials, images, better=0.0, own=0.7, scale=1.2):
 
 def best_of(predictions):
     """The trial of the lowest loss, and the loss of the default less its own."""
-    losses = -np.log(predictions.true).mean(axis=1)
+    losses = predictions.losses.mean(axis=1)
     return predictions.trial_ids[losses.argmin()], losses[0] - losses.min()
 
 
@@ -126,3 +127,25 @@ def test_the_luckiest_of_fifty_trials_seldom_beats_a_default_that_is_as_good(ima
         )
     assert wrong <= 0.05 * SEARCHES + (0 if SOAK else 2)
     assert found >= (0.9 if images == 225 else 0.5 if images == 100 else 0.1) * (SEARCHES // 4)
+
+
+@pytest.mark.parametrize("metric", ["val_loss", "val_tempered_loss", "val_balanced_accuracy", "val_auroc"])
+def test_what_images_add_to_a_metric_of_labels_makes_it_up(metric):
+    rng = np.random.default_rng(0)
+    truth = (rng.random((150, 3)) < [0.5, 0.3, 0.2]).astype(np.int64)
+    logits = 1.5 * truth - 1 + rng.normal(size=(4, 150, 3))
+    targets = np.where(rng.random(truth.shape) < 0.1, -1, truth)
+    predictions = Predictions(tuple("abcd"), expit(logits), targets, np.arange(150), CLASSES)
+    values, parts = shares(predictions, metric)
+    for index in range(4):
+        figures = measure(expit(logits[index]), targets, np.arange(150), CLASSES)
+        expected = {
+            "val_loss": -figures["loss"],
+            "val_tempered_loss": -tempered_loss(logits[index], targets),
+            "val_balanced_accuracy": figures["balanced_accuracy"],
+            "val_auroc": figures["auroc"],
+        }[metric]
+        assert values[index] == pytest.approx(expected, abs=1e-4)
+        assert parts[index].sum() == pytest.approx(values[index] * (2 if metric == "val_auroc" else 1))
+    better = compare(predictions, "b", "a", metric, tried=3)
+    assert better.difference == pytest.approx(values[1] - values[0]) and better.low < better.difference < better.high

@@ -251,7 +251,7 @@ def searched(shifts, *, images=100, seed=0):
     names = tuple(f"t{number:05d}" for number in range(len(shifts)))
     probabilities = softmax(np.stack([np.zeros_like(evidence), evidence], axis=2), axis=2)
     predictions = Predictions(names, probabilities, targets, np.arange(images), ("a", "b"))
-    losses = -np.log(predictions.true).mean(axis=1)
+    losses = predictions.losses.mean(axis=1)
     order = np.argsort(losses)  # as they are read: the lowest loss first
     trials = table(list(losses), {}).assign(epochs=3)
     return trials, replace(predictions, trial_ids=tuple(names[i] for i in order), probabilities=probabilities[order])
@@ -308,7 +308,7 @@ def seeds_alone(shift, rng, *, images=60, runs=5):
     names = tuple(f"f{2 + place:05d}" for place in range(2 * runs))
     probabilities = softmax(np.stack([np.zeros_like(flat), flat], axis=2), axis=2)
     predictions = Predictions(names, probabilities, targets, np.arange(images), ("a", "b"))
-    losses = -np.log(predictions.true).mean(axis=1).reshape(2, runs)
+    losses = predictions.losses.mean(axis=1).reshape(2, runs)
     return table([0.5, 0.3], {"t00000": list(losses[0]), "t00001": list(losses[1])}), predictions
 
 

@@ -37,7 +37,7 @@ def make_model(folder, classes, **changes):
     }
     tested = figures("accuracy", "balanced_accuracy", "auroc") | {"loss": 0.6, "images": 40, "groups": 20}
     tested |= {"calibration_error": 0.04, "calibration_error_untempered": 0.09}
-    tested["classes"] = {name: figures("sensitivity", "specificity", "auroc") for name in classes}
+    tested["classes"] = {name: figures("sensitivity", "specificity", "auroc", "auprc", "f1") for name in classes}
     metrics = {
         "trained_on": "train",
         "verdict": "winner",

@@ -35,7 +35,7 @@ def test_predictions_are_read_back_the_best_first(tmp_path, samples):
     assert found.trial_ids == ("t1", "t0") and found.classes == CLASSES
     assert np.array_equal(found.probabilities, [good, poor])
     assert list(found.targets) == [1, 0, 0] and list(found.groups) == [0, 1, 0]
-    assert found.true[0] == pytest.approx([0.9, 0.8, 1e-200])
+    assert found.losses[0] == pytest.approx(-np.log([0.9, 0.8, 1e-200]))
     only = found.of({"t0"})
     assert only.trial_ids == ("t0",) and np.array_equal(only.probabilities, [poor])
 

@@ -2,10 +2,20 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.special import softmax
+from scipy.optimize import minimize_scalar
+from scipy.special import expit, softmax
 
 from tuning.insight.calibration import calibration_error
-from tuning.record.temperature import fit_temperature, logarithms, tempered, tempered_loss
+from tuning.record.temperature import (
+    TEMPERATURES,
+    fit_temperature,
+    image_losses,
+    logarithms,
+    median_temperature,
+    plain,
+    tempered,
+    tempered_loss,
+)
 
 
 def drawn(temperature, count=2000):
@@ -50,3 +60,48 @@ def test_the_tempered_loss_does_not_depend_on_the_scale(scale):
     found = tempered_loss(logits * scale, targets)
     plain = -logarithms(tempered(logits, 1.0))[np.arange(len(targets)), targets].mean()
     assert found == pytest.approx(tempered_loss(logits, targets), abs=1e-5) and found <= plain + 1e-4
+
+
+def drawn_labels(temperatures, count=3000, unknown=0.2):
+    """Logits whose labels are drawn from them at a temperature for each; some are unknown."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(-1, 3, (count, len(temperatures)))
+    targets = (rng.random(logits.shape) < expit(logits / np.array(temperatures))).astype(np.int64)
+    return logits, np.where(rng.random(logits.shape) < unknown, -1, targets)
+
+
+def test_each_label_has_the_temperature_that_fits_it_best():
+    truth = [0.4, 1.0, 3.0]
+    logits, targets = drawn_labels(truth)
+    found = fit_temperature(logits, targets)
+    assert found == pytest.approx(truth, rel=0.15)
+    for place in range(3):
+        known = targets[:, place] >= 0
+        values, wanted, smoothing = logits[known, place], targets[known, place], 1 / (known.sum() + 2)
+
+        def loss(log_temperature, values=values, wanted=wanted * (1 - smoothing) + smoothing / 2):
+            scaled = values / np.exp(log_temperature)
+            return (np.logaddexp(0, scaled) - wanted * scaled).sum()
+
+        best = minimize_scalar(loss, bounds=np.log(TEMPERATURES), method="bounded", options={"xatol": 1e-8})
+        assert found[place] == pytest.approx(np.exp(best.x), rel=1e-4)
+    probabilities = tempered(logits, found, multi_label=True)
+    assert calibration_error(probabilities, targets) < 0.05
+    assert tempered_loss(logits, targets) == pytest.approx(image_losses(probabilities, targets).mean(), abs=1e-4)
+    again = fit_temperature(logarithms(tempered(logits, 1.0, multi_label=True), multi_label=True), targets)
+    assert again == pytest.approx(found, rel=1e-3)
+
+
+def test_losses_of_images_have_the_loss_as_their_mean():
+    logits, targets = drawn_labels([1.0, 1.0])
+    probabilities = tempered(logits, 1.0, multi_label=True)
+    right = np.where(targets == 1, probabilities, 1 - probabilities)[targets >= 0]
+    assert image_losses(probabilities, targets).mean() == pytest.approx(-np.log(right).mean())
+    assert np.isfinite(image_losses(np.array([[1.0, 0.0]]), np.array([[0, 1]]))).all()
+    assert np.isfinite(logarithms(np.array([[0.0, 1.0]]), multi_label=True)).all()
+
+
+def test_the_median_temperature_is_that_of_each_label():
+    assert median_temperature([]) == 1.0 and median_temperature([1.0, 3.0, 2.0]) == 2.0
+    of_labels = median_temperature([np.array([1.0, 4.0]), np.array([3.0, 2.0]), np.array([2.0, 9.0])])
+    assert plain(of_labels) == [2.0, 4.0] and plain(1.5) == 1.5

@@ -20,6 +20,7 @@ from tuning.checks.findings import Finding
 from tuning.data import images, phantoms, samples, splits
 from tuning.data.decoding import Pixels
 from tuning.record import tables
+from tuning.record.targets import class_names, encoded, is_multi_label, one_row_per_label
 from tuning.settings.config import SAMPLE_SETTINGS, InputError, SearchPlan, cache_folder
 
 MOST_SIZES = 8  # image sizes of one search
@@ -132,7 +133,8 @@ def _without(table: pd.DataFrame, unreadable: dict[int, str], skip: bool) -> pd.
 
 def _emptied(before: pd.DataFrame, after: pd.DataFrame) -> str:
     """Classes that no longer have an image in a split, in words."""
-    had, has = (set(zip(table["label"], table["split"], strict=True)) for table in (before, after))
+    rows = map(one_row_per_label, (before, after))
+    had, has = (set(zip(table["label"], table["split"], strict=True)) for table in rows)
     return ", ".join(f"{label} in {split}" for label, split in sorted(had - has))
 
 
@@ -148,8 +150,7 @@ def audited(plan: SearchPlan, decoded: Decoded) -> tuple[list[Finding], pd.DataF
     pairs = zip(near.a[together], near.b[together], strict=True)
     unit = splits.number_units(table["group"], [*identical, *pairs])
     labels = table["label"].tolist()
-    chosen = shortcuts.sampled(labels, unit)
-    rules = _shortcuts(folder, shown, facts, labels, unit, chosen)
+    rules, untried = _shortcuts(folder, shown, facts, labels, unit)
     found = findings.of_unreadable(decoded.lost, plan.skip_unreadable)
     found += findings.of_groups(table, plan.on_leak)
     found += findings.of_copies(table, identical, decoded.hashes, near, plan.on_leak)
@@ -157,7 +158,7 @@ def audited(plan: SearchPlan, decoded: Decoded) -> tuple[list[Finding], pd.DataF
     found += names.of_names(table)
     found += findings.of_imbalance(table["label"])
     found += findings.of_decoding(table["path"], facts["notes"])
-    found += findings.of_shortcuts(rules or [], plan.fit, plan.drop_colour)
+    found += findings.of_shortcuts(rules, plan.fit, plan.drop_colour)
     moved = table
     if plan.on_leak == "move":
         after = splits.in_one_split(table["split"].tolist(), unit)
@@ -177,8 +178,8 @@ def audited(plan: SearchPlan, decoded: Decoded) -> tuple[list[Finding], pd.DataF
     messages += findings.summary(found, int((moved["split"] != table["split"]).sum()))
     if identical and table.attrs["random_splits"]:
         messages.append(f"  {', '.join(drawn)} were split at random, with identical images in the same split")
-    if untried := sorted(set(labels) - {labels[index] for index in chosen if rules is not None}):
-        classes = f"{len(untried)} of {len(set(labels))} classes, such as {untried[0]}"
+    if untried:
+        classes = f"{len(untried)} of {len(class_names(labels))} classes, such as {untried[0]}"
         why = "two or more classes are needed, with images of two or more groups each"
         messages.append(f"  shortcuts were not searched for in {classes}: {why}")
     if len(table) > MOST_IMAGES:
@@ -223,16 +224,34 @@ def _near(folder: Path, identical: list[tuple[int, int]], facts: pd.DataFrame, f
 
 
 def _shortcuts(
-    folder: Path, shown: Pixels, facts: pd.DataFrame, labels: list[str], unit: Ints, chosen: Ints
-) -> list[shortcuts.Shortcut] | None:
-    """Return what `shortcuts.shortcuts` finds, remembered beside the decoded images for these labels and units."""
+    folder: Path, shown: Pixels, facts: pd.DataFrame, labels: list[str], unit: Ints
+) -> tuple[list[shortcuts.Shortcut], list[str]]:
+    """Return what `shortcuts.shortcuts` finds, and the classes in which nothing could be tried.
+
+    It is remembered beside the decoded images for these labels and units. Of several labels, each is predicted alone.
+    """
     asked = json.dumps([shortcuts.VERSION, labels, unit.tolist()])
     cached = folder / f"shortcuts-{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
+    several, names = is_multi_label(labels), class_names(labels)
     if cached.exists():
-        known = json.loads(cached.read_text())
-        return None if known is None else [shortcuts.Shortcut(*rule) for rule in known]
-    pictures = shrunk(shown, chosen, shortcuts.SIDE).astype(np.float32)
-    found = shortcuts.shortcuts(pictures, facts.iloc[chosen], [labels[index] for index in chosen], unit[chosen])
-    with tables.replacing(cached) as temporary:
-        temporary.write_text(json.dumps(found))
-    return found
+        known, untried = json.loads(cached.read_text())
+    else:
+        tasks = [labels]
+        if several:
+            words = [("unknown", f"no {name}", name) for name in names]
+            cells = encoded(labels, names)
+            tasks = [[of[cell + 1] for cell in column] for of, column in zip(words, cells.T.tolist(), strict=True)]
+        known, untried = [], []
+        for name, task in zip(names if several else [""], tasks, strict=True):
+            chosen = shortcuts.sampled(task, unit)
+            if several:
+                chosen = chosen[[task[index] != "unknown" for index in chosen]]
+            pictures = shrunk(shown, chosen, shortcuts.SIDE).astype(np.float32)
+            of_chosen = [task[index] for index in chosen]
+            rules = shortcuts.shortcuts(pictures, facts.iloc[chosen], of_chosen, unit[chosen])
+            known += rules or []
+            untried += [name] if several and rules is None else []
+            untried += [] if several else sorted(set(labels) - set(of_chosen if rules is not None else []))
+        with tables.replacing(cached) as temporary:
+            temporary.write_text(json.dumps([known, untried]))
+    return [shortcuts.Shortcut(*rule) for rule in known], untried

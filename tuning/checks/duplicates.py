@@ -21,7 +21,7 @@ from tuning.checks.candidates import STARTS, Candidates, candidates, warps
 from tuning.checks.sequences import SAME, sequences
 from tuning.data.decoding import Pixels
 
-VERSION = 2  # raised with any change of what is found
+VERSION = 3  # raised with any change of what is found
 NEAR = 0.968  # agreement from which a pair is a copy
 ALIKE = 0.9  # agreement from which it is a look-alike, or a copy if nothing else resembles the two
 COARSE = 24  # pixels, of the first alignment

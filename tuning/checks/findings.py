@@ -11,6 +11,7 @@ from tuning.checks.alignment import Ints
 from tuning.checks.duplicates import Pairs
 from tuning.data.splits import SPLITS, number_units
 from tuning.record import tables
+from tuning.record.targets import most_frequent, shown
 from tuning.settings.words import count
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def of_copies(
     for a, b, kind, value, words in pairs:
         across, conflict = splits[a] != splits[b], labels[a] != labels[b]
         where = f"in {splits[a]} and {splits[b]}" if across else f"both in {splits[a]}"
-        classes = f"{labels[a]} and {labels[b]}" if conflict else f"both {labels[a]}"
+        classes = f"{shown(labels[a])} and {shown(labels[b])}" if conflict else f"both {shown(labels[a])}"
         severity = LEAKS[on_leak] if kind == "exact_duplicate" and across else "warn"
         severity = "info" if kind == "look_alike" else severity
         found.append(Finding(kind, severity, paths[a], paths[b], value, None, f"{words}; {where}; {classes}"))
@@ -154,8 +155,9 @@ def notes_in_words(paths: Iterable[str], notes: Iterable[str | None]) -> list[st
 
 
 def of_imbalance(labels: Iterable[str]) -> list[Finding]:
-    """Classes of very different size."""
-    (largest, most), *_, (smallest, least) = Counter(labels).most_common()
+    """Classes, or labels, of very different size."""
+    counts = most_frequent(labels)
+    (largest, most), (smallest, least) = counts[0], counts[-1]
     ratio = most / least
     if ratio < UNBALANCED:
         return []

@@ -9,6 +9,7 @@ import pandas as pd
 
 from tuning.checks.findings import Finding
 from tuning.data.rows import NO_VALUE
+from tuning.record.targets import class_names, one_row_per_label
 from tuning.settings.words import count, examples
 
 LARGE_GROUP = 0.2  # share of all images from which a group may be a placeholder for unknown ones
@@ -18,12 +19,12 @@ ROUNDED = re.compile(r"\d(\.\d+)?e\+\d+", re.IGNORECASE)  # 1.23457E+11, as spre
 
 def of_names(samples: pd.DataFrame) -> list[Finding]:
     """Return the findings on the names of a table's classes and groups."""
-    groups = samples["group"].dropna()
+    groups, classes, labelled = samples["group"].dropna(), class_names(samples["label"]), one_row_per_label(samples)
     found = [
         _finding("similar_classes", f"{' and '.join(map(repr, names))} are two classes; are they one?")
-        for names in _alike(samples["label"], _plain)
+        for names in _alike(classes, _plain)
     ]
-    if missing := sorted({label for label in samples["label"] if label in NO_VALUE}):
+    if missing := sorted({label for label in classes if label in NO_VALUE}):
         words = f"{examples(map(repr, missing))} is a class; is it a missing label?"
         found.append(_finding("placeholder_class", words))
     if similar := [" and ".join(map(repr, names)) for names in _alike(groups, _bare)]:
@@ -43,7 +44,7 @@ def of_names(samples: pd.DataFrame) -> list[Finding]:
     absent = [
         f"{label} in {split}"
         for split in sorted(set(samples["split"]))
-        for label in sorted(set(samples["label"]) - set(samples.loc[samples["split"] == split, "label"]))
+        for label in sorted(set(classes) - set(labelled.loc[labelled["split"] == split, "label"]))
     ]
     if absent:
         found.append(_finding("missing_class", f"no image of {examples(absent)}"))

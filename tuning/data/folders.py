@@ -34,6 +34,7 @@ class Sample(NamedTuple):
     label: str | None
     split: str | None
     group: str | None
+    subgroups: tuple[str | None, ...] = ()  # cells of the columns that `subgroups` names
 
 
 class Entry(NamedTuple):

@@ -1,9 +1,10 @@
-"""The class of each row of a manifest: from a label, a pattern, or columns of ones and zeros."""
+"""The class or the labels of each row of a manifest: from a label, a pattern, or columns of ones and zeros."""
 
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tuning.record.targets import DOUBT, SIGN, written
 from tuning.settings.config import InputError
 from tuning.settings.words import count, examples, show
 
@@ -13,6 +14,7 @@ KNOWN: dict[str, bool | None] = {
     **dict.fromkeys(("1", "yes", "true", "y", "t"), True),
     **dict.fromkeys(("-1", "u", "uncertain"), None),  # as CheXpert and MIMIC-CXR write it
 }
+NO_FINDING = ("no finding", "no findings", "no_finding", "nofinding", "none", "normal", "healthy")  # are no labels
 Row = Mapping[str, bool | None]  # what is said of an image: which labels it has (True), has not, or perhaps has (None)
 
 
@@ -41,6 +43,12 @@ def one_hot_columns(columns: Mapping[str, Sequence[Any]], others: Sequence[str])
     return found if whole and any(columns[name] for name in found) else []
 
 
+def mark_columns(columns: Mapping[str, Sequence[Any]], others: Sequence[str]) -> list[str]:
+    """Return the columns beside `others` that hold nothing but 1, 0, -1 and empty cells, and 1 at least once."""
+    marks = {name: set(map(_mark, cells)) for name, cells in columns.items() if name not in others}
+    return [name for name, there in marks.items() if "1" in there and there <= {"", "1", "0", "-1"}]
+
+
 def findings(columns: Mapping[str, Sequence[Any]], names: Sequence[str]) -> list[Row]:
     """Return each row of label columns: 1 is True, 0 False, -1 None; empty cells are left out.
 
@@ -55,11 +63,14 @@ def findings(columns: Mapping[str, Sequence[Any]], names: Sequence[str]) -> list
     return [{name: KNOWN[mark] for name, mark in zip(names, row, strict=True) if mark} for row in rows]
 
 
-def separator(labels: Sequence[str | None], finding: str | None) -> str | None:
+def separator(labels: Sequence[str | None], finding: str | None, *, anywhere: bool = False) -> str | None:
     """Return what separates several labels in one cell; None if each cell is one label.
 
     With a finding, what separates it from others in any cell. Else commas and semicolons separate where all parts of a
     cell are labels of other images, a vertical bar where any is: `Pneumonia, viral` is one label.
+
+    Args:
+        anywhere: whether cells are known to hold several: then a bar or a semicolon always separates.
     """
     alone = set(labels)
     for sign in SEPARATORS:
@@ -68,6 +79,8 @@ def separator(labels: Sequence[str | None], finding: str | None) -> str | None:
             if len(parts) > 1 and finding in parts:
                 return sign
             if len(parts) > 1 and finding is None and (parts <= alone or (sign == "|" and parts & alone)):
+                return sign
+            if len(parts) > 1 and anywhere and sign != ",":
                 return sign
     return None
 
@@ -98,7 +111,8 @@ def classes(rows: Sequence[Row]) -> list[str | None]:
     what += [f"{count(none, 'image')} with none"] if none else []
     what += [f"{count(uncertain, 'image')} with uncertain ones"] if uncertain else []
     if what:
-        raise InputError(f"{', '.join(what)}: name one label, `--set finding=...`, to tell it from all others")
+        cure = "train on all labels by `--set multi_label=true`, or tell one from all others by `--set finding=...`"
+        raise InputError(f"{', '.join(what)}: {cure}")
     return [each[0] for each in found]
 
 
@@ -120,6 +134,47 @@ def against_others(rows: Sequence[Row], finding: str, uncertain: str) -> tuple[l
         guessed if finding in row and row[finding] is None else finding if row.get(finding) else other for row in rows
     ]
     return labels, labels.count(None)
+
+
+def multi_labels(rows: Sequence[Row], uncertain: str, blank: str) -> tuple[list[str], list[str]]:
+    """Return the labels of each row as one text, see `record.targets`, and lines for the user.
+
+    Args:
+        uncertain: what a label that is perhaps there is: `ignore` (unknown), `positive` or `negative`.
+        blank: what a label is of which a row says nothing: `negative`, or `ignore`.
+
+    Raises:
+        InputError: names of labels that can't be written so.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    none = [name for name in names if name.lower() in NO_FINDING]
+    labels = [name for name in names if name not in none]
+    if odd := [name for name in labels if SIGN in name or name.endswith(DOUBT)]:
+        raise InputError(f"labels: {show(odd[0])} has a {SIGN!r} in it, or a {DOUBT!r} at its end; rename it")
+    if not labels:
+        raise InputError(f"labels: there are none but {examples(map(repr, none)) or 'empty ones'}")
+    guessed = {"ignore": None, "positive": True, "negative": False}[uncertain]
+    unsaid = None if blank == "ignore" else False
+    texts, blanks, doubts = [], 0, 0
+    for row in rows:
+        without = any(row.get(name) for name in none)  # says of all others that they are absent
+        there: dict[str, bool | None] = {}
+        for name in labels:
+            if name in row:
+                there[name] = guessed if row[name] is None else row[name]
+                doubts += row[name] is None
+            else:
+                there[name] = False if without else unsaid
+                blanks += not without
+        texts.append(written(there))
+    lines = [f"{examples(map(repr, none))} means that no label applies"] if none else []
+    if doubts:
+        what = {"ignore": "unknown, and left out of losses and figures"}.get(uncertain, uncertain)
+        lines.append(f"{count(doubts, 'uncertain label')}: {what} (uncertain={uncertain})")
+    if blanks and any(value is False for row in rows for value in row.values()):  # else a list names what is there
+        what = "unknown, and left out of losses and figures" if blank == "ignore" else "negative"
+        lines.append(f"{count(blanks, 'empty label')}: {what} (blank={blank})")
+    return texts, lines
 
 
 def by_pattern(pattern: str, paths: Sequence[str | None], setting: str) -> list[str | None]:

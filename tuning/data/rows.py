@@ -15,6 +15,8 @@ from tuning.data.labels import (
     by_pattern,
     classes,
     findings,
+    mark_columns,
+    multi_labels,
     one_hot_columns,
     parted,
     separator,
@@ -22,7 +24,7 @@ from tuning.data.labels import (
 )
 from tuning.data.manifests import Manifest, names_image, read_manifest
 from tuning.data.places import Ends, files_below, normalised
-from tuning.record import storage
+from tuning.record import storage, targets
 from tuning.settings.config import InputError
 from tuning.settings.words import are, count, examples, nearest
 
@@ -62,9 +64,12 @@ class Reading:
     columns: Sequence[str] | None = None
     label_columns: Sequence[str] | None = None
     finding: str | None = None
+    multi_label: bool = False
     uncertain: str = "ignore"
+    blank: str = "negative"
     label_pattern: str | None = None
     group_pattern: str | None = None
+    subgroups: Sequence[str] = ()
     images: str | None = None
     join: str | None = None
     split_files: Mapping[str, str] = field(default_factory=dict)
@@ -158,16 +163,17 @@ class _Rows:
         except InputError as error:
             self.faults.extend(f"{file}: {fault}" for fault in error.faults)
             kept, labels = [], []
-        groups = self._groups(paths)
+        groups, subgroups = self._groups(paths), self._subgroups()
         number = max(map(len, (paths, splits, labels, groups)))
         columns = [values or [None] * number for values in (paths, labels, splits, groups)]
+        others = list(zip(*subgroups, strict=True)) or [()] * number
         own = os.path.dirname(file)
         begin = (
             own if own != root and any_exists(_located(own, path)[1] for path in paths if path is not None) else root
         )
         return [
-            Sample(*_located(root, path, begin), label, SPLIT_WORDS.get((split or "").lower()), group)
-            for keep, path, label, split, group in zip(kept or [True] * number, *columns, strict=True)
+            Sample(*_located(root, path, begin), label, SPLIT_WORDS.get((split or "").lower()), group, other)
+            for keep, path, label, split, group, other in zip(kept or [True] * number, *columns, others, strict=True)
             if path is not None and keep
         ]
 
@@ -225,25 +231,31 @@ class _Rows:
         rows: list[Row]
         if how.label_pattern is not None:
             labels = by_pattern(how.label_pattern, paths, "label_pattern")
-            if how.finding is None:
+            if how.finding is None and not how.multi_label:
                 return [], labels
             rows = parted(labels, None)
         elif how.label_columns or (how.label_column == USUAL["label_column"] and how.label_column not in columns):
             others = (how.path_column, how.split_column, how.group_column)
-            names = list(how.label_columns or one_hot_columns(columns, others))
+            found = mark_columns(columns, others) if how.multi_label else one_hot_columns(columns, others)
+            names = list(how.label_columns or found)
             if lacking := [name for name in names if name not in columns]:
                 raise InputError(f"label_columns: has no column {lacking[0]!r}{nearest(lacking[0], columns)}")
             if not names:
                 return [], self._cells("label_column")  # which says that it is missing
             if not how.label_columns:
-                self.remarks.append(f"the columns {examples(map(repr, names))} of ones and zeros are the classes")
+                what = "labels" if how.multi_label else "classes"
+                self.remarks.append(f"the columns {examples(map(repr, names))} of ones and zeros are the {what}")
             rows = findings(columns, names)
         else:
             labels = self._cells("label_column")
-            sign = separator(labels, how.finding)
-            if sign is None and how.finding is None:
+            sign = separator(labels, how.finding, anywhere=how.multi_label)
+            if sign is None and how.finding is None and not how.multi_label:
                 return [], labels
             rows = parted(labels, sign)
+        if how.multi_label:
+            texts, lines = multi_labels(rows, how.uncertain, how.blank)
+            self.remarks.extend(lines)
+            return [], list(texts)
         if how.finding is None:
             return [], classes(rows)
         labels, left_out = against_others(rows, how.finding, how.uncertain)
@@ -260,6 +272,13 @@ class _Rows:
         except InputError as error:
             self.faults.extend(f"{self.file}: {fault}" for fault in error.faults)
             return []
+
+    def _subgroups(self) -> list[list[str | None]]:
+        """Return the cells of the columns by which figures are given."""
+        there = self.manifest.columns
+        lacking = [name for name in self.how.subgroups if name not in there]
+        self.faults.extend(f"{self.file}: subgroups: has no column {name!r}{nearest(name, there)}" for name in lacking)
+        return [_one_spelling([text(cell) for cell in there[name]]) for name in self.how.subgroups if name in there]
 
 
 def _one_spelling(values: list[str | None]) -> list[str | None]:
@@ -332,7 +351,8 @@ def _has_labels(manifest: Manifest, how: Reading) -> bool:
     columns, labels = manifest.columns, how.label_columns or [how.label_column]
     others = (how.path_column, how.split_column, how.group_column)
     there = how.label_pattern is not None or all(name in columns for name in labels)
-    return how.path_column in columns and (there or bool(one_hot_columns(columns, others)))
+    by_themselves = mark_columns if how.multi_label else one_hot_columns
+    return how.path_column in columns and (there or bool(by_themselves(columns, others)))
 
 
 def _split_by_lists(
@@ -382,6 +402,8 @@ def _once(samples: list[Sample], how: Reading, remarks: list[str]) -> list[Sampl
     the majority decides, and a draw counts as `uncertain` does.
     """
     kept = list(dict.fromkeys(samples))
+    if how.multi_label:
+        return _merged(kept, samples, how, remarks)
     opinions: dict[str, Counter[str | None]] = defaultdict(Counter)
     for sample in samples:
         opinions[sample.path][sample.label] += 1
@@ -407,6 +429,31 @@ def _once(samples: list[Sample], how: Reading, remarks: list[str]) -> list[Sampl
     return kept
 
 
+def _merged(kept: list[Sample], samples: list[Sample], how: Reading, remarks: list[str]) -> list[Sample]:
+    """Return samples with the labels of all rows of an image in one: as `_once`, label by label."""
+    rows_of: dict[str, list[dict[str, bool | None]]] = defaultdict(list)
+    for sample in samples:
+        rows_of[sample.path].append(targets.named(sample.label or ""))
+    draw = {"ignore": None, "positive": True, "negative": False}[how.uncertain]
+    merged: dict[str, str] = {}
+    for path, rows in rows_of.items():
+        there: dict[str, bool | None] = {}
+        for name in {name for row in rows for name in row}:
+            said = [row.get(name, False) for row in rows]
+            yes, no = said.count(True), said.count(False)
+            if not how.label_columns:
+                there[name] = True if yes else None
+            else:
+                there[name] = None if not yes + no else draw if yes == no else yes > no
+        merged[path] = targets.written(there)
+    found = list(dict.fromkeys(sample._replace(label=merged[sample.path]) for sample in kept))
+    if len(found) < len(samples):
+        remarks.append(
+            f"{count(len(samples) - len(found), 'row')} of images with several: their labels are put together"
+        )
+    return found
+
+
 def _between_rows(samples: list[Sample], how: Reading) -> list[str]:
     """Faults between rows: duplicate paths, classes that differ between splits."""
     faults: list[str] = []
@@ -424,6 +471,8 @@ def _between_rows(samples: list[Sample], how: Reading) -> list[str]:
         faults.append(f"no image is in the split train, only in {', '.join(sorted(map(str, given)))}; assign some")
     if given and None in of_split:
         del of_split[None]  # rows whose split is empty or unknown, which is already a fault
+    if how.multi_label:  # labels that can't be learnt are left out
+        return faults
     return faults + class_faults(of_split)
 
 

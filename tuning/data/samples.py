@@ -14,6 +14,8 @@ from tuning.data.labels import by_pattern
 from tuning.data.rows import Reading, read_rows
 from tuning.data.splits import random_splits
 from tuning.record import storage
+from tuning.record.tables import SUBGROUP
+from tuning.record.targets import SIGN, class_names, encoded, named, written
 from tuning.settings.config import InputError, without_secrets
 from tuning.settings.words import are, count, examples
 
@@ -40,9 +42,10 @@ def load_samples(
     Returns:
         One row per image, sorted by path: `path` (relative to the root if it lies below, with slashes), `file`
         (absolute path or URI), `label`, `split` (train, val or test), `group` (None if no groups are given); Python
-        strings. `attrs["random_splits"]` names the splits made here: none, train and val, or all three;
-        `attrs["remarks"]` are lines for the user: what was left out, and what may not be meant;
-        `attrs["listing"]` is a digest of what the data says, before anything is drawn, moved or left out.
+        strings; several labels of an image are one text, see `record.targets`. `attrs["random_splits"]` names the
+        splits made here: none, train and val, or all three; `attrs["remarks"]` are lines for the user: what was left
+        out, and what may not be meant; `attrs["listing"]` is a digest of what the data says, before anything is drawn,
+        moved or left out.
 
     Raises:
         InputError: every fault found in the data.
@@ -77,9 +80,18 @@ def load_samples(
     if faults:
         raise (AbsentFiles if missing and len(faults) == 1 else InputError)(faults)
 
+    several = bool(samples) and how.multi_label
+    if odd := [] if several else sorted({str(label) for _, _, label, *_ in samples if str(label).startswith(SIGN)}):
+        raise InputError(f"{data}: the class {odd[0]!r} begins with {SIGN!r}; rename it")
     samples.sort(key=lambda sample: sample.path)
     given = {sample.split for sample in samples}
-    table = pd.DataFrame(samples, columns=list(Sample._fields), dtype=object)
+    table = pd.DataFrame(samples, columns=list(Sample._fields), dtype=object).drop(columns="subgroups")
+    table = table.assign(
+        **{
+            f"{SUBGROUP}{name}": pd.Series([sample.subgroups[place] for sample in samples], dtype=object)
+            for place, name in enumerate(how.subgroups)
+        }
+    )
     splits = [] if "val" in given else ["train", "val"] if "train" in given else ["train", "val", "test"]
     table.attrs |= {"random_splits": splits, "remarks": remarks}
     if evaluated:
@@ -88,9 +100,34 @@ def load_samples(
     try:
         split = random_splits(table, units, val_fraction=val_fraction, test_fraction=test_fraction)
         split.attrs["listing"] = _listing(split)
-        return split
+        return with_learnable_labels(split) if several else split
     except InputError as error:
         raise InputError([f"{data}: {fault}" for fault in error.faults]) from None
+
+
+def with_learnable_labels(samples: pd.DataFrame) -> pd.DataFrame:
+    """Return samples without labels that no image, or every image, of training or validation has; a remark names them.
+
+    Raises:
+        InputError: no label is left.
+    """
+    names = class_names(samples["label"])
+    targets = encoded(samples["label"], names)
+    inside = [targets[(samples["split"] == split).to_numpy()] for split in ("train", "val")]
+    kept = [all((part[:, place] == value).any() for part in inside for value in (0, 1)) for place in range(len(names))]
+    if not any(kept):
+        raise InputError(f"no label has images with it and without it in training and validation: {examples(names)}")
+    if all(kept):
+        return samples
+    lost = [name for name, keep in zip(names, kept, strict=True) if not keep]
+    what = f"left out: {count(len(lost), 'label')} that no image, or every image, of training or validation has"
+    line = f"{what}: {examples(lost)}"
+    texts = [
+        written({name: known for name, known in named(label).items() if name not in lost}) for label in samples["label"]
+    ]
+    kept_labels = samples.assign(label=pd.Series(texts, index=samples.index, dtype=object))
+    kept_labels.attrs["remarks"] = [*samples.attrs["remarks"], line]
+    return kept_labels
 
 
 class AbsentFiles(InputError):

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from tuning.record.targets import NONE, each_label, is_multi_label
 from tuning.settings.config import InputError
 from tuning.settings.words import count, examples
 
@@ -62,12 +63,20 @@ def _split(
     Units are taken in the order of the sha256 of `salt` and their names, so that neither the order of the rows nor the
     machine matters. For units of one image this is largest-remainder apportionment: each split's count of a class is
     within one image of its share. An InputError names classes without an image in train or val.
+
+    Where images have several labels, units with the rarest label come first, and go to the split that most needs it
+    (iterative stratification, Sechidis et al. 2011); one without an image in a split is no error at first, for labels
+    that can't be learnt are left out.
     """
     chosen = [unit for unit, inside in zip(units, pool, strict=True) if inside]
     classes: dict[str, Counter[str]] = defaultdict(Counter)
-    for unit, label in zip(chosen, samples.loc[pool, "label"], strict=True):
-        classes[unit][label] += 1
-    totals = Counter(samples.loc[pool, "label"])
+    labels = each_label(samples.loc[pool, "label"])
+    for unit, of_image in zip(chosen, labels, strict=True):
+        classes[unit].update(of_image or [NONE])
+    totals: Counter[str] = Counter()
+    for counted in classes.values():
+        totals.update(counted)
+    several = is_multi_label(samples["label"])
     need = {(split, label): share * totals[label] for split, share in fractions.items() for label in totals}
     for split, label in need:
         if split != "test":  # a class of two images can still be trained and validated
@@ -75,9 +84,18 @@ def _split(
 
     split_of: dict[str, str] = {}
     images: Counter[tuple[str, str]] = Counter()
-    for unit in sorted(classes, key=lambda name: hashlib.sha256((salt + name).encode()).digest()):
+    rarest = {unit: min(counts, key=lambda label: (totals[label], label)) for unit, counts in classes.items()}
+
+    def order(unit: str) -> tuple[int, bytes]:
+        return (totals[rarest[unit]] if several else 0, hashlib.sha256((salt + unit).encode()).digest())
+
+    def lacking(split: str, unit: str) -> tuple[float, float]:
+        first = need[split, rarest[unit]] if several else 0.0
+        return first, sum(need[split, label] / totals[label] for label in sorted(classes[unit]))
+
+    for unit in sorted(classes, key=order):
         counts = sorted(classes[unit].items())
-        split = max(fractions, key=lambda name: sum(need[name, label] / totals[label] for label, _ in counts))
+        split = max(fractions, key=lambda name: lacking(name, unit))
         split_of[unit] = split
         for label, n_images in counts:
             need[split, label] -= n_images
@@ -88,7 +106,7 @@ def _split(
         f"{label!r} ({count(totals[label], 'image')} in {count(n_units[label], 'group')}) has none for {split}"
         for label in sorted(totals)
         for split in ("train", "val")
-        if images[split, label] == 0
+        if images[split, label] == 0 and not (several and not salt)
     ]
     if short:
         raise InputError(

@@ -10,6 +10,7 @@ import pandas as pd
 from tuning.record.journal import EARLY, loss_like
 from tuning.record.tables import TRIALS, read_table
 from tuning.record.tables import searched as searched
+from tuning.record.targets import class_names, constant_loss, encoded
 from tuning.settings.config import UNFROZEN, InputError, TrialConfig, unfrozen
 from tuning.settings.documents import read_plan
 from tuning.settings.space import Space
@@ -276,8 +277,8 @@ def errors(trials: pd.DataFrame) -> pd.DataFrame:
 
 def class_entropy(samples: pd.DataFrame) -> float:
     """Return the loss of always predicting the class frequencies of the training set, in nats."""
-    shares = samples[samples["split"] == "train"]["label"].value_counts(normalize=True)
-    return -math.fsum(share * math.log(share) for share in shares)
+    names, trained = class_names(samples["label"]), samples.loc[samples["split"] == "train", "label"]
+    return constant_loss(encoded(trained, names), len(names))
 
 
 # ---- several runs -----------------------------------------------------------------------------------------------

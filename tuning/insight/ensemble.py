@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from tuning.insight.intervals import mean_interval
 from tuning.record.journal import LOSSES
 from tuning.record.predictions import Predictions
-from tuning.record.temperature import Floats, Ints, fit_temperature, logarithms, tempered, tempered_loss
+from tuning.record.targets import patterns
+from tuning.record.temperature import Floats, Ints, fit_temperature, image_losses, logarithms, tempered, tempered_loss
 from tuning.settings.config import SearchPlan
 
 MOST_MEMBERS = 5
@@ -59,10 +60,11 @@ def offer(predictions: Predictions, chosen: str, *, least: int = 1) -> Offer | N
         ranked, size = selected(predictions.probabilities[:, half], predictions.targets[half], least=least)
         single = [predictions.trial_ids.index(chosen)]
         for losses, averaged in ((ensemble, ranked[:size]), (alone, single)):
-            logs = logarithms(predictions.probabilities[averaged].mean(axis=0))
+            several = predictions.multi_label
+            logs = logarithms(predictions.probabilities[averaged].mean(axis=0), multi_label=several)
             temperature = fit_temperature(logs[half], predictions.targets[half])
-            others = logarithms(tempered(logs[~half], temperature))
-            losses[~half] = -others[np.arange(len(others)), predictions.targets[~half]]
+            others = tempered(logs[~half], temperature, multi_label=several)
+            losses[~half] = image_losses(others, predictions.targets[~half])
     gain, low, high = mean_interval(alone - ensemble, predictions.groups)
     return Offer(members(predictions, least=least), float(ensemble.mean()), float(alone.mean()), gain, (low, high))
 
@@ -81,12 +83,16 @@ def selected(probabilities: Floats, targets: Ints, *, least: int = 1) -> tuple[N
 
     Args:
         probabilities: [trials, images, classes].
-        targets: classes [images].
+        targets: as in `Predictions`.
         least: members of the mean; all trials if there are fewer.
     """
-    ranked = np.argsort([tempered_loss(logarithms(each), targets) for each in probabilities], kind="stable")
-    means = [logarithms(probabilities[ranked[:size]].mean(axis=0)) for size in range(1, 1 + MOST_MEMBERS)]
-    losses = [tempered_loss(each, targets) for each in means[: len(ranked)]]
+
+    def loss(found: Floats) -> float:
+        return tempered_loss(logarithms(found, multi_label=targets.ndim == 2), targets)
+
+    ranked = np.argsort([loss(each) for each in probabilities], kind="stable")
+    sizes = range(1, 1 + min(MOST_MEMBERS, len(ranked)))
+    losses = [loss(probabilities[ranked[:size]].mean(axis=0)) for size in sizes]
     least = min(least, len(losses))
     return ranked, least + int(np.argmin(np.round(losses[least - 1 :], 9)))
 
@@ -94,8 +100,9 @@ def selected(probabilities: Floats, targets: Ints, *, least: int = 1) -> tuple[N
 def halves(targets: Ints, groups: Sequence[int] | Ints) -> NDArray[np.bool_]:
     """Return whether each image [n] is in the first of two halves, stratified by class, with no group in both.
 
-    Each group, in the order of a hash, goes to the half that has fewer images of its classes.
+    Each group, in the order of a hash, goes to the half that has fewer images of its classes, or of its sets of labels.
     """
+    targets = patterns(targets)
     units: dict[int, Counter[int]] = {}
     for group, target in zip(groups, targets, strict=True):
         units.setdefault(int(group), Counter())[int(target)] += 1

@@ -8,7 +8,8 @@ import pandas as pd
 from scipy.special import ndtri, stdtrit
 
 from tuning.record.predictions import Predictions, group_numbers
-from tuning.record.temperature import Floats, Ints, fit_temperature, logarithms, tempered
+from tuning.record.targets import by_class, class_names, constant_loss, encoded
+from tuning.record.temperature import Floats, Ints, fit_temperature, image_losses, logarithms, tempered
 
 GUESS = 0.5  # the expected AUROC of guesses
 ALPHA = 0.05  # probability that trials that only guess are said to tell the classes apart
@@ -29,17 +30,20 @@ def separation(probabilities: Floats, targets: Ints, groups: Ints, tail: float) 
     Grove 1999). The quantile is then Student's t, since this is estimated.
 
     Args:
-        targets: classes [n]; all are there.
+        targets: classes [n], all of which are there; or [n, labels] of 1, 0 and -1 (unknown).
         groups: [n], 0, 1, ...
         tail: probability that a guess is called better.
     """
     images, classes = probabilities.shape
-    ordered = np.sort(probabilities, axis=0)
-    ranks = np.empty((images, classes))  # from their mean; ties have the same
-    for column, values in enumerate(probabilities.T):
-        below, up_to = (np.searchsorted(ordered[:, column], values, side=side) for side in ("left", "right"))
-        ranks[:, column] = (below + up_to - images) / 2
-    weights = _weights(targets) / classes
+    cells = by_class(targets, classes)
+    ranks = np.zeros((images, classes))  # from their mean; ties have the same
+    for column in range(classes):
+        known = cells[:, column] >= 0
+        values = probabilities[known, column]
+        ordered = np.sort(values)
+        below, up_to = (np.searchsorted(ordered, values, side=side) for side in ("left", "right"))
+        ranks[known, column] = (below + up_to - len(values)) / 2
+    weights = _weights(cells) / classes
     covariance = ranks.T @ ranks / (images - 1)
     alike = _likeness(ranks, targets, groups)
     each, together = weights.T @ weights, _by_group(weights, groups).T @ _by_group(weights, groups)
@@ -48,7 +52,8 @@ def separation(probabilities: Floats, targets: Ints, groups: Ints, tail: float) 
     if seen == images:
         quantile = float(-ndtri(tail))
     else:
-        quantile = float(-stdtrit(seen - classes, tail)) if seen > classes else np.inf
+        means = classes if targets.ndim == 1 else 2  # that were estimated
+        quantile = float(-stdtrit(seen - means, tail)) if seen > means else np.inf
     auroc = GUESS + float((weights * ranks).sum())
     return Separation(auroc, auroc - quantile * error if error else min(auroc, GUESS))
 
@@ -60,27 +65,33 @@ def guess_error(samples: pd.DataFrame) -> float:
     larger. For two classes and single images it is exact.
     """
     validation = samples[samples["split"] == "val"]
-    targets, names = pd.factorize(validation["label"])
-    images = len(targets)
-    if len(names) < 2:
+    names = class_names(validation["label"])
+    cells = by_class(encoded(validation["label"], names), len(names))
+    positive, images = ((cells == 1).sum(axis=0), (cells >= 0).sum(axis=0))
+    if not ((positive > 0) & (positive < images)).all():
         return np.inf
-    weights = _weights(targets)
+    weights = _weights(cells)
     sums = np.maximum((weights**2).sum(axis=0), (_by_group(weights, group_numbers(validation)) ** 2).sum(axis=0))
     return float(np.sqrt(images * (images + 1) / 12 * sums).mean())
 
 
-def _weights(targets: Ints) -> Floats:
+def _weights(cells: Ints) -> Floats:
     """Return weights [n, classes] by which ranks add up to the AUROC of each class against the rest, less 0.5."""
-    own = np.eye(int(targets.max()) + 1)[targets]
-    count, images = own.sum(axis=0), len(targets)
-    weights: Floats = (own - count / images) / (count * (images - count))
+    own, known = cells == 1, cells >= 0
+    count, images = own.sum(axis=0), known.sum(axis=0)
+    weights: Floats = (own - count / images) * known / (count * (images - count))
     return weights
 
 
 def _likeness(ranks: Floats, targets: Ints, groups: Ints) -> float:
     """Return the correlation, from 0 to 1, of a group's ranks in [n, classes] beyond the means of their classes."""
-    own = np.eye(int(targets.max()) + 1)[targets]
-    residuals = ranks - own @ ((own.T @ ranks) / own.sum(axis=0)[:, None])
+    residuals = ranks.copy()
+    if targets.ndim == 1:
+        own = np.eye(int(targets.max()) + 1)[targets]
+        residuals -= own @ ((own.T @ ranks) / own.sum(axis=0)[:, None])
+    else:
+        for side in (targets == 0, targets == 1):
+            residuals -= side * ((side * ranks).sum(axis=0) / np.maximum(side.sum(axis=0), 1))
     sizes, square = np.bincount(groups), float((residuals**2).sum())
     pairs = int((sizes * (sizes - 1)).sum())
     if not pairs or not square:
@@ -105,7 +116,7 @@ class Comparison:
     least_auroc: float  # lower bound of the trial's AUROC at 95% confidence, corrected for selection bias
     val_loss: float
     baseline: float  # loss of validation's own class frequencies, the lowest that a constant prediction can have
-    temperature: float  # at which the trial's loss is lowest
+    temperature: float  # at which the trial's loss is lowest; of labels the median
     tempered_loss: float
     epochs: int  # that the trial's best epoch was selected from
     unjudged: tuple[str, ...]  # classes with a single group in validation, whose images the AUROC is without
@@ -126,26 +137,40 @@ def with_baseline(trials: pd.DataFrame, predictions: Predictions) -> Comparison 
     if not predictions.trial_ids:
         return None
     targets, groups, probabilities = predictions.targets, predictions.groups, predictions.probabilities[0]
-    judged = [index for index in np.unique(targets) if len(np.unique(groups[targets == index])) > 1]
-    if len(judged) < 2:
+    several = predictions.multi_label
+    cells = by_class(targets, len(predictions.classes))
+    sides = (1, 0) if several else (1,)
+    judged = [
+        place
+        for place, column in enumerate(cells.T)
+        if all(len(np.unique(groups[column == side])) > 1 for side in sides)
+    ]
+    if len(judged) < (1 if several else 2):
         return None
     epochs = int(trials["epochs"].sum())
-    inside = np.isin(targets, judged)
-    shares = probabilities[inside][:, judged]
-    shares = shares / np.maximum(shares.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
-    _, among = np.unique(groups[inside], return_inverse=True)
-    auroc, least = separation(shares, np.searchsorted(judged, targets[inside]), among, ALPHA / epochs)
-    logs = logarithms(probabilities / probabilities.sum(axis=1, keepdims=True))
-    images, frequencies = np.arange(len(targets)), np.bincount(targets) / len(targets)
+    if several:
+        auroc, least = separation(probabilities[:, judged], targets[:, judged], groups, ALPHA / epochs)
+    else:
+        inside = np.isin(targets, judged)
+        shares = probabilities[inside][:, judged]
+        shares = shares / np.maximum(shares.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+        _, among = np.unique(groups[inside], return_inverse=True)
+        auroc, least = separation(shares, np.searchsorted(judged, targets[inside]), among, ALPHA / epochs)
+        probabilities = probabilities / probabilities.sum(axis=1, keepdims=True)
+    logs = logarithms(probabilities, multi_label=several)
     temperature = fit_temperature(logs, targets)
     return Comparison(
         predictions.trial_ids[0],
         auroc=auroc,
         least_auroc=least,
-        val_loss=float(-logs[images, targets].mean()),
-        baseline=float(-np.log(frequencies[targets]).mean()),
-        temperature=temperature,
-        tempered_loss=float(-logarithms(tempered(logs, temperature))[images, targets].mean()),
+        val_loss=float(image_losses(probabilities, targets).mean()),
+        baseline=constant_loss(targets, len(predictions.classes)),
+        temperature=float(np.median(temperature)),
+        tempered_loss=float(image_losses(tempered(logs, temperature, multi_label=several), targets).mean()),
         epochs=epochs,
-        unjudged=tuple(predictions.classes[index] for index in np.setdiff1d(targets, judged)),
+        unjudged=tuple(
+            name
+            for place, name in enumerate(predictions.classes)
+            if place not in judged and (cells[:, place] == 1).any()
+        ),
     )

@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtri, stdtrit
+from scipy.special import expit, logit, ndtri, stdtrit
 
 from tuning.insight.calibration import calibration_error
-from tuning.record.temperature import Floats, Ints, logarithms
+from tuning.record.targets import by_class
+from tuning.record.temperature import Floats, Ints, image_losses
 
 TAIL = 0.025  # probability beyond each end of a 95% confidence interval
 NORMAL = float(-ndtri(TAIL))
@@ -24,6 +25,9 @@ class Figure(NamedTuple):
     drawn: float  # the value, drawn to a half like Agresti and Coull's (1998), so that it is neither 0 nor 1
     observations: float  # effective number of images, as many as a share would need for this variance
     errors: Floats  # [groups]: what each group adds to the metric's error, up to a factor; for correlations
+
+
+NOTHING = Figure(np.nan, np.nan, np.nan, np.zeros(0))
 
 
 def mean_interval(values: Floats, groups: Ints) -> tuple[float, float, float]:
@@ -43,42 +47,119 @@ def mean_interval(values: Floats, groups: Ints) -> tuple[float, float, float]:
 def measure(probabilities: Floats, targets: Ints, groups: Ints, classes: tuple[str, ...]) -> dict[str, Any]:
     """Compute the test metrics of `metrics.json`; `<name>_95` is the 95% confidence interval of `<name>`.
 
-    It is None if the metric needs a class, or a rest, whose images are all of one group.
+    It is None if the metric needs a class, or a rest, whose images are all of one group. Classes are called by the
+    highest probability; labels, of which an image may have several, from a probability of 0.5, and what is unknown
+    doesn't count. The accuracy of labels is the share of right calls, the balanced one the mean of their sensitivities
+    and specificities, AUROC and AUPRC the mean over the labels that have one.
 
     Args:
         probabilities: [n, classes].
-        targets: class indices [n].
+        targets: class indices [n], or labels [n, classes] of 1, 0 and -1 (unknown).
         groups: [n], 0, 1, ...
-        classes: class names.
+        classes: names.
     """
-    rows, predicted, k = np.arange(len(targets)), probabilities.argmax(axis=1), len(classes)
-    total = int(groups.max()) + 1
-    by_class, sensitivities, aurocs = {}, [], []
+    several, k = targets.ndim == 2, len(classes)
+    cells, total = by_class(targets, k), int(groups.max()) + 1
+    predicted = probabilities.argmax(axis=1)
+    calls = probabilities > 0.5 if several else predicted[:, None] == np.arange(k)
+    by_name: dict[str, dict[str, Any]] = {}
     for index, name in enumerate(classes):
-        positive, called = targets == index, predicted == index
-        sensitivity = share(called[positive], groups[positive], total)
-        auroc = _auroc(positive, probabilities[:, index], groups, total)
-        by_class[name] = {
+        known = cells[:, index] >= 0
+        positive, called, of = cells[known, index] == 1, calls[known, index], groups[known]
+        by_name[name] = {
             "images": int(positive.sum()),
-            "groups": len(np.unique(groups[positive])),
-            **entries("sensitivity", sensitivity),
-            **entries("specificity", share(~called[~positive], groups[~positive], total)),
-            **entries("auroc", auroc),
+            "groups": len(np.unique(of[positive])),
+            **({"unknown": int((~known).sum())} if several else {}),
+            **entries("sensitivity", share(called[positive], of[positive], total)),
+            **entries("specificity", share(~called[~positive], of[~positive], total)),
+            **entries("auroc", _auroc(positive, probabilities[known, index], of, total)),
+            **_auprc(positive, probabilities[known, index], of),
+            **_f1(positive, called, of, total),
         }
-        aurocs.append(auroc)
-        sensitivities += [sensitivity] if positive.any() else []
-    confusion = np.bincount(targets * k + predicted, minlength=k * k).reshape(k, k)
+    figures: dict[str, Any] = {}
+    for name, figure in overall(probabilities, targets, groups).items():
+        figures |= entries(name, figure)
+    precisions = [each["auprc"] for each in by_name.values() if not (several and each["auprc"] is None)]
     return {
         "images": len(targets),
         "groups": len(np.unique(groups)),
-        "loss": float(-logarithms(probabilities[rows, targets]).mean()),
-        **entries("accuracy", share(predicted == targets, groups, total)),
-        **entries("balanced_accuracy", _mean(sensitivities)),
-        **entries("auroc", _mean(aurocs)),
+        "loss": float(image_losses(probabilities, targets).mean()),
+        **figures,
+        "auprc": None if None in precisions or not precisions else float(np.mean(precisions)),
         "calibration_error": calibration_error(probabilities, targets),
-        "classes": by_class,
-        "confusion": {"rows": "true", "columns": "predicted", "order": list(classes), "counts": confusion.tolist()},
+        "classes": by_name,
+        "confusion": _confusion(cells, calls, classes) if several else _matrix(targets, predicted, classes),
         "intervals": {"percent": 95, "method": METHOD},
+    }
+
+
+def overall(probabilities: Floats, targets: Ints, groups: Ints) -> dict[str, Figure]:
+    """Return accuracy, balanced accuracy and AUROC over all classes; arguments and meaning as in `measure`."""
+    several, k = targets.ndim == 2, probabilities.shape[1]
+    cells, total = by_class(targets, k), int(groups.max()) + 1
+    predicted = probabilities.argmax(axis=1)
+    calls = probabilities > 0.5 if several else predicted[:, None] == np.arange(k)
+    balanced, aurocs = [], []
+    for index in range(k):
+        known = cells[:, index] >= 0
+        positive, called, of = cells[known, index] == 1, calls[known, index], groups[known]
+        auroc = _auroc(positive, probabilities[known, index], of, total)
+        aurocs += [] if several and np.isnan(auroc.value) else [auroc]
+        balanced += [share(called[positive], of[positive], total)] if positive.any() else []
+        balanced += [share(~called[~positive], of[~positive], total)] if several and not positive.all() else []
+    rows, columns = np.nonzero(cells >= 0)
+    right = (calls == (cells == 1))[rows, columns] if several else predicted == targets
+    return {
+        "accuracy": share(right, groups[rows] if several else groups, total),
+        "balanced_accuracy": _mean(balanced) if balanced else NOTHING,
+        "auroc": _mean(aurocs) if aurocs else NOTHING,
+    }
+
+
+def _matrix(targets: Ints, predicted: Ints, classes: Sequence[str]) -> dict[str, Any]:
+    k = len(classes)
+    counts = np.bincount(targets * k + predicted, minlength=k * k).reshape(k, k)
+    return {"rows": "true", "columns": "predicted", "order": list(classes), "counts": counts.tolist()}
+
+
+def _confusion(cells: Ints, calls: NDArray[np.bool_], classes: Sequence[str]) -> dict[str, Any]:
+    """Return the confusion matrix of each label: absent and there, called absent and there."""
+    counts = [
+        [[int(((cells[:, place] == true) & (calls[:, place] == called)).sum()) for called in (0, 1)] for true in (0, 1)]
+        for place in range(len(classes))
+    ]
+    return {"rows": "true: absent, there", "columns": "predicted", "order": list(classes), "counts": counts}
+
+
+def _auprc(positive: NDArray[np.bool_], values: Floats, groups: Ints) -> dict[str, Any]:
+    """Return the area under the precision-recall curve (average precision) and its interval.
+
+    The interval is that on the scale of the logit (Boyd et al. 2013), each group with a positive as one observation.
+    """
+    if not positive.any():
+        return {"auprc": None, "auprc_95": None}
+    order = np.argsort(-values, kind="stable")
+    ends = np.flatnonzero(np.append(np.diff(values[order]) != 0, True))  # of runs of ties
+    found = np.cumsum(positive[order])[ends]
+    area = float((np.diff(found, prepend=0) * found / (ends + 1)).sum() / positive.sum())
+    observations = len(np.unique(groups[positive]))
+    if observations == 1 or positive.all():
+        return {"auprc": area, "auprc_95": None}
+    drawn = (area * observations + 2) / (observations + 4)
+    reach = NORMAL / np.sqrt(observations * drawn * (1 - drawn))
+    centre = logit(area if 0 < area < 1 else drawn)
+    low, high = (float(expit(centre + sign * reach)) for sign in (-1, 1))
+    return {"auprc": area, "auprc_95": [min(low, area), max(high, area)]}
+
+
+def _f1(positive: NDArray[np.bool_], called: NDArray[np.bool_], groups: Ints, total: int) -> dict[str, Any]:
+    """Return F1 and its interval, from those of the Jaccard index, a share: F1 = 2 J / (1 + J)."""
+    either = positive | called
+    found = entries("f1", share((positive & called)[either], groups[either], total))
+    value, bounds = found["f1"], found["f1_95"]
+    return {
+        "f1": None if value is None else 2 * value / (1 + value),
+        "f1_95": None if bounds is None else [2 * bound / (1 + bound) for bound in bounds],
     }
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from scipy.special import expit, logit
 
 from tuning.insight.intervals import NORMAL, Figure, entries, share
+from tuning.record.targets import by_class
 from tuning.record.temperature import Floats, Ints
 from tuning.settings.config import InputError
 from tuning.settings.words import examples
@@ -23,13 +24,14 @@ def thresholds(probabilities: Floats, targets: Ints, classes: Sequence[str]) -> 
 
     Args:
         probabilities: [n, classes], of a validation set.
-        targets: class indices [n].
+        targets: class indices [n], or labels [n, classes] of 1, 0 and -1 (unknown).
         classes: names.
     """
     found: Thresholds = {}
+    cells = by_class(targets, len(classes))
     for index, name in enumerate(classes):
-        negatives = np.sort(probabilities[targets != index, index])
-        if 0 < len(negatives) < len(targets):
+        negatives = np.sort(probabilities[cells[:, index] == 0, index])
+        if len(negatives) and (cells[:, index] == 1).any():
             places = {each: int(np.ceil(each * len(negatives))) - 1 for each in SPECIFICITIES}
             found[name] = {f"{each:g}": float(negatives[place]) for each, place in places.items()}
     return found
@@ -80,26 +82,25 @@ def at(
     Args:
         chosen: of `thresholds`.
         probabilities: [n, classes].
-        targets: class indices [n].
+        targets: class indices [n], or labels [n, classes] of 1, 0 and -1 (unknown).
         groups: [n], 0, 1, ...
         classes: names.
         prevalence: share of a class where the model is to be used.
     """
-    rows, total = [], int(groups.max()) + 1
+    rows, total, cells = [], int(groups.max()) + 1, by_class(targets, len(classes))
     for index, name in enumerate(classes):
-        positive = targets == index
+        positive, negative = cells[:, index] == 1, cells[:, index] == 0
         for specificity, threshold in chosen.get(name, {}).items():
             called = probabilities[:, index] > threshold
             sensitivity = share(called[positive], groups[positive], total)
-            negative = share(~called[~positive], groups[~positive], total)
+            specific = share(~called[negative], groups[negative], total)
             row = {"class": name, "validation_specificity": float(specificity), "threshold": threshold}
-            row |= entries("sensitivity", sensitivity) | entries("specificity", negative)
+            row |= entries("sensitivity", sensitivity) | entries("specificity", specific)
             if name in prevalence:
                 odds = prevalence[name] / (1 - prevalence[name])
                 row["prevalence"] = prevalence[name]
-                row |= _predictive("ppv", sensitivity, negative, odds) | _predictive(
-                    "npv", negative, sensitivity, 1 / odds
-                )
+                row |= _predictive("ppv", sensitivity, specific, odds)
+                row |= _predictive("npv", specific, sensitivity, 1 / odds)
             rows.append(row)
     return rows
 

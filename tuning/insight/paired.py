@@ -8,6 +8,7 @@ import numpy as np
 from tuning.insight.intervals import placements
 from tuning.record.journal import LOSSES
 from tuning.record.predictions import Predictions
+from tuning.record.targets import by_class
 from tuning.record.temperature import Floats, Ints
 
 TAIL = 0.025  # probability beyond each end of the 95% confidence interval
@@ -115,23 +116,40 @@ def shares(predictions: Predictions, metric: str) -> tuple[Floats, Floats]:
     targets, images = predictions.targets, len(predictions.targets)
     if metric in LOSSES:
         each = predictions if metric == "val_loss" else predictions.tempered
-        parts = np.log(each.true) / images
+        parts = -each.losses / images
         return parts.sum(axis=1), parts
-    counts = np.bincount(targets, minlength=len(predictions.classes))
+    cells = by_class(targets, len(predictions.classes))
     if metric == "val_balanced_accuracy":
-        right = predictions.probabilities.argmax(axis=2) == targets
-        parts = right / (counts[targets] * np.count_nonzero(counts))
+        parts = np.stack([_balanced_parts(each, cells, predictions.multi_label) for each in predictions.probabilities])
         return parts.sum(axis=1), parts
-    parts = np.stack([_auroc_parts(each, targets, counts) for each in predictions.probabilities])
+    parts = np.stack([_auroc_parts(each, cells) for each in predictions.probabilities])
     return parts.sum(axis=1) / 2, parts
 
 
-def _auroc_parts(probabilities: Floats, targets: Ints, counts: Ints) -> Floats:
-    """Return what each image [n] adds to twice the macro AUROC of probabilities [n, classes]."""
-    judged = [index for index in range(len(counts)) if 0 < counts[index] < len(targets)]
-    parts = np.zeros(len(targets))
-    for index in judged:
-        positive = targets == index
-        size = np.where(positive, counts[index], len(targets) - counts[index])
-        parts += placements(positive, probabilities[:, index]) / size / len(judged)
+def _balanced_parts(probabilities: Floats, cells: Ints, multi_label: bool) -> Floats:
+    """Return what each image [n] adds to the balanced accuracy of probabilities [n, classes].
+
+    It is the mean sensitivity of the classes; of labels, which may be called or not, with their specificities.
+    """
+    if multi_label:
+        sides, right = [cells == 0, cells == 1], (probabilities > 0.5) == (cells == 1)
+    else:
+        sides, right = [cells == 1], (np.arange(cells.shape[1]) == probabilities.argmax(axis=1)[:, None])
+    counts = np.stack([side.sum(axis=0) for side in sides])
+    judged = counts.all(axis=0)
+    parts = np.zeros(len(cells))
+    for side, size in zip(sides, counts, strict=True):
+        parts += (side * right * judged / np.maximum(size, 1)).sum(axis=1) / len(sides) / max(int(judged.sum()), 1)
+    return parts
+
+
+def _auroc_parts(probabilities: Floats, cells: Ints) -> Floats:
+    """Return what each image [n] adds to twice the mean AUROC over classes of probabilities [n, classes]."""
+    judged = [place for place, column in enumerate(cells.T) if (column == 0).any() and (column == 1).any()]
+    parts = np.zeros(len(cells))
+    for place in judged:
+        known = np.flatnonzero(cells[:, place] >= 0)
+        positive = cells[known, place] == 1
+        size = np.where(positive, positive.sum(), (~positive).sum())
+        parts[known] += placements(positive, probabilities[known, place]) / size / len(judged)
     return parts

@@ -60,8 +60,15 @@ def _on_baseline(found: Comparison) -> list[Remark]:
 
 def _on_calibration(predictions: Predictions, trial_id: str) -> Remark:
     probabilities = predictions.of({trial_id}).probabilities[0]
-    accuracy = (probabilities.argmax(axis=1) == predictions.targets).mean()
     error = calibration_error(probabilities, predictions.targets)
+    if predictions.multi_label:
+        known = predictions.targets >= 0
+        positive, expected = (predictions.targets == 1)[known].mean(), probabilities[known].mean()
+        return Remark(
+            f"Calibration of {trial_id} on the validation set: mean probability of a label {expected:.1%}, its "
+            f"frequency {positive:.1%}, expected calibration error {error:.3f}, the mean over labels."
+        )
+    accuracy = (probabilities.argmax(axis=1) == predictions.targets).mean()
     return Remark(
         f"Calibration of {trial_id} on the validation set: mean confidence {probabilities.max(axis=1).mean():.0%}, "
         f"accuracy {accuracy:.0%}, expected calibration error {error:.3f}."

@@ -13,8 +13,9 @@ from tuning import __version__
 from tuning.checks.findings import LIGHT
 from tuning.data.decoding import GREY_LEVELS
 from tuning.insight import analysis
-from tuning.model.held_out import few_images
+from tuning.model.held_out import few_images, temperature_in_words
 from tuning.record import tables
+from tuning.record.targets import counted
 from tuning.settings.documents import read_plan
 from tuning.settings.words import count
 from tuning.show.frames import duration, number
@@ -25,8 +26,9 @@ CLASSES_SHOWN = 30  # with more classes only the totals are shown
 FEW_GROUPS = 100  # a test set with fewer is called small
 SETTINGS = ("metric", "fit", "drop_colour", "weights", "final_data", "ensemble", "on_leak")
 OVERALL = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC", "loss": "loss"}
-BY_CLASS = {"sensitivity": "sensitivity", "specificity": "specificity", "auroc": "AUROC"}
+BY_CLASS = {"sensitivity": "sensitivity", "specificity": "specificity", "auroc": "AUROC", "auprc": "AUPRC", "f1": "F1"}
 POINTS = ["class", "validation", "threshold", "sensitivity, 95% CI", "specificity, 95% CI", "at a prevalence"]
+SUBGROUPS = ["subgroup", "images", "accuracy", "95% CI", "AUROC", "95% CI"]
 PICTURES = {CONFUSION: "Confusion matrix", ROC: "ROC curve of each class against the rest"}
 USE = """\
 ## Use
@@ -110,7 +112,7 @@ def card(
         _audit(audit),
         _search(run, provenance),
         f"## Configuration\n\n````yaml\n{yaml.safe_dump(document, sort_keys=False, allow_unicode=True)}````",
-        _limitations(metrics, audit, provenance.get("changed", False)),
+        _limitations(metrics, audit, provenance.get("changed", False), config.get("multi_label", False)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -135,14 +137,15 @@ def _numeric(cell: Any) -> bool:
 def _head(
     config: Mapping[str, Any], metrics: Mapping[str, Any], provenance: Mapping[str, Any], samples: pd.DataFrame
 ) -> str:
-    classes = config["classes"]
+    classes, several = config["classes"], config.get("multi_label", False)
     named = ", ".join(map(plain, classes)) if len(classes) <= CLASSES_SHOWN else f"{len(classes)} classes"
     members = config.get("ensemble", {})
     network = f"an ensemble of {count(len(members), 'network')}" if members else plain(config["config"]["backbone"])
     images = int(samples["split"].isin(metrics["trained_on"].split("+")).sum())
     return (
         f"# {plain(provenance.get('run', 'model'))}\n\n"
-        f"Image classifier ({named}): {network}, fine-tuned on {count(images, 'image')}.\n\n"
+        f"Image classifier ({named}{'; an image may have several, or none' if several else ''}): {network}, fine-tuned "
+        f"on {count(images, 'image')}.\n\n"
         "**Not a medical device.** For research only: base no finding, treatment or triage on it."
     )
 
@@ -199,10 +202,24 @@ def _test(model: Path, metrics: Mapping[str, Any]) -> str:
     if points := tested.get("operating_points"):
         parts.append("At thresholds that have these specificities on the validation set:")
         parts.append(_table([_point(point) for point in points], POINTS))
+    if (per_group := tested.get("per_group")) and "accuracy" in per_group:
+        parts.append(f"{count(per_group['images'], 'group')}, {plain(per_group['in_words'])}:")
+        parts.append(
+            _table([[words, *_estimate(per_group, name)] for name, words in OVERALL.items()], ["", "test", "95% CI"])
+        )
+    if subgroups := tested.get("subgroups"):
+        parts.append("By subgroup. " + " ".join(f"{plain(line)}." for line in tested["subgroups_in_words"]))
+        parts.append(_table([_subgroup(row) for row in subgroups], SUBGROUPS))
     parts += [f"![{words}]({name})" for name, words in PICTURES.items() if (model / name).exists()]
     if (model / "mistakes.html").exists():
         parts.append("The most confident mistakes: [mistakes.html](mistakes.html). Plots: from `predictions.parquet`.")
     return "\n\n".join(parts)
+
+
+def _subgroup(row: Mapping[str, Any]) -> list[str]:
+    """Return the cells of a subgroup."""
+    shown = [f"{row['column']}: {row['value']}", f"{row['images']:,}"]
+    return shown + [cell for name in ("accuracy", "auroc") for cell in _estimate(row, name)]
 
 
 def _point(point: Mapping[str, Any]) -> list[str]:
@@ -226,7 +243,7 @@ def _calibration(model: Path, metrics: Mapping[str, Any]) -> str:
     value, fitted_on = metrics["temperature"]["value"], metrics["temperature"]["fitted_on"]
     few = few_images(metrics["temperature"])
     fitted = f"fitted on {plain(fitted_on)}{few}" if fitted_on else "not fitted, there are no held-out predictions"
-    words, tested = f"## Calibration\n\nTemperature {value:.2f}, {fitted}.", metrics["test"]
+    words, tested = f"## Calibration\n\nTemperature {temperature_in_words(value)}, {fitted}.", metrics["test"]
     if tested is not None:
         before, after = tested["calibration_error_untempered"], tested["calibration_error"]
         words += f" Expected calibration error on the test set: {after:.3f} ({before:.3f} without temperature scaling)."
@@ -234,10 +251,10 @@ def _calibration(model: Path, metrics: Mapping[str, Any]) -> str:
 
 
 def _data(samples: pd.DataFrame, fingerprint: str) -> str:
-    counts = samples.groupby(["label", "split"]).size().unstack(fill_value=0)
+    counts, images = counted(samples), samples["split"].value_counts()
     splits = [name for name in ("train", "val", "test") if name in counts]
     rows = [[str(label), *map(int, row)] for label, row in zip(counts.index, counts[splits].to_numpy(), strict=True)]
-    rows = (rows if len(rows) <= CLASSES_SHOWN else []) + [["all", *(int(counts[name].sum()) for name in splits)]]
+    rows = (rows if len(rows) <= CLASSES_SHOWN else []) + [["all", *(int(images[name]) for name in splits)]]
     if samples["group"].isna().all():
         grouped = "No groups (such as patients) were given, so images of one patient may be in several splits."
     else:
@@ -281,11 +298,13 @@ def _search(run: Path, provenance: Mapping[str, Any]) -> str:
     return "\n".join(["## Search\n", *lines, f"\n{ran}\n\n## Verdict\n\n{verdict}"])
 
 
-def _limitations(metrics: Mapping[str, Any], audit: pd.DataFrame | None, changed: bool) -> str:
+def _limitations(metrics: Mapping[str, Any], audit: pd.DataFrame | None, changed: bool, multi_label: bool) -> str:
     lines = [
         "On images from other sources than those of its data, such as another hospital, device or patient population, "
         "it may do worse; test it there before you rely on it.",
-        "It always predicts one of its classes, even for an image that shows none of them.",
+        "It knows nothing but its labels: an image without them may show something else."
+        if multi_label
+        else "It always predicts one of its classes, even for an image that shows none of them.",
     ]
     tested = metrics["test"]
     if tested is not None and tested["groups"] < FEW_GROUPS:

@@ -15,12 +15,12 @@ from tuning.data.decoding import DECODER_VERSION
 from tuning.insight.shift import NUMBERS, WORDS
 from tuning.model.folder import Ensemble, Model
 from tuning.record.tables import read_table, replacing, versioned
-from tuning.record.temperature import Floats, fit_temperature, logarithms, tempered
+from tuning.record.temperature import Floats, Ints, fit_temperature, image_losses, logarithms, plain, tempered
 
 KNOWN_IMAGES = "known_images.parquet"  # in a model folder
 HASHES = ("sha256", "pixels_sha256")  # of file and decoded pixels
 COMPARED = ("accuracy", "balanced_accuracy", "auroc")
-BY_CLASS = ("sensitivity", "specificity", "auroc")
+BY_CLASS = ("sensitivity", "specificity", "auroc", "auprc", "f1")
 
 
 def known_images(
@@ -94,24 +94,25 @@ def probabilities(model: Model | Ensemble, images: Mapping[int, NDArray[np.uint8
     from tuning.training.scores import predict_images
 
     if isinstance(model, Ensemble):
-        each = np.stack([probabilities(member, images, rows) for member in model.members])
-        return tempered(logarithms(np.tensordot(model.shares, each, axes=1)), model.temperature)
+        return model.averaged(np.stack([probabilities(member, images, rows) for member in model.members]))
     device = next(model.network.parameters()).device
     prepare = preparer(images[model.config.image_size], model.network, device)
-    return tempered(predict_images(model.network, prepare, rows), model.temperature)
+    logits = predict_images(model.network, prepare, rows)
+    return tempered(logits, model.temperature, multi_label=model.multi_label)
 
 
-def recalibrated(found: Floats, targets: NDArray[np.int64]) -> dict[str, float]:
+def recalibrated(found: Floats, targets: Ints) -> dict[str, Any]:
     """Return by what a model's temperature would be multiplied to fit these images, and the loss with it.
 
     Args:
         found: probabilities [images, classes].
-        targets: class indices [images].
+        targets: class indices [images], or labels [images, classes] of 1, 0 and -1 (unknown).
     """
-    logits = logarithms(found)
+    several = targets.ndim == 2
+    logits = logarithms(found, multi_label=several)
     factor = fit_temperature(logits, targets)
-    again = tempered(logits, factor)[np.arange(len(targets)), targets]
-    return {"temperature_factor": float(factor), "loss": float(-logarithms(again).mean()), "images": len(targets)}
+    loss = float(image_losses(tempered(logits, factor, multi_label=several), targets).mean())
+    return {"temperature_factor": plain(factor), "loss": loss, "images": len(targets)}
 
 
 def without_absent(figures: dict[str, Any]) -> dict[str, Any]:

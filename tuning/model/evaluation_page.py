@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from tuning.model.card import BY_CLASS, OVERALL, PICTURES
 from tuning.model.evaluation import COMPARED
-from tuning.model.held_out import estimate, few_images
+from tuning.model.held_out import estimate, few_images, temperature_in_words
 from tuning.model.mistakes import mistakes_page, picture, worst
-from tuning.record.temperature import Floats
+from tuning.record.temperature import Floats, Temperature
 from tuning.settings.words import count
 from tuning.show.page import note, section, still, table, text
 from tuning.show.plots import CALIBRATION, PLOTS, write_plots
@@ -33,7 +33,7 @@ def write_page(
     images: NDArray[np.uint8],
     rows: NDArray[np.int64],
     *,
-    temperature: float,
+    temperature: Temperature,
     shaped: Mapping[str, Any],
 ) -> None:
     """Write the plots, `mistakes.html` and `evaluation.html` of an evaluation into its folder.
@@ -65,6 +65,8 @@ def write_page(
         section("figures", "Figures", table(_figures(metrics)), note(_calibration(metrics))),
         section("classes", "By class", table(_classes(metrics))),
         section("points", "Operating points", *_points(here)),
+        *_per_group(here),
+        *_subgroups(here),
         section("shift", "Against the training images", *_shift(metrics)),
         section("plots", "Plots", *(_plot(folder / file, SHOWN[file]) for file in PLOTS)),
         section("data", "Data", *(note(line) for line in metrics["remarks"] or ["All images were evaluated."])),
@@ -102,7 +104,8 @@ def _calibration(metrics: Mapping[str, Any]) -> str:
     if again is None:
         return "95% confidence intervals in brackets."
     return (
-        f"95% confidence intervals in brackets. With {again['temperature_factor']:.2f} times the model's temperature, "
+        f"95% confidence intervals in brackets. With {temperature_in_words(again['temperature_factor'])} times the "
+        "model's temperature, "
         f"which fits these images best, their cross-entropy would be {again['loss']:.3f}{few_images(again)}."
     )
 
@@ -139,6 +142,33 @@ def _points(here: Mapping[str, Any]) -> list[str]:
         "those called positive or negative who are so, depend on the prevalence: give it by --prevalence CLASS=SHARE."
     )
     return [table(pd.DataFrame(rows).fillna("-")), note(words)]
+
+
+def _per_group(here: Mapping[str, Any]) -> list[str]:
+    per_group = here.get("per_group", {})
+    if "accuracy" not in per_group:
+        return []
+    rows = [{"": OVERALL[name], "per group": estimate(per_group, name)} for name in COMPARED]
+    rows += [
+        {"": f"{label}: {words}", "per group": estimate(values, name)}
+        for label, values in per_group["classes"].items()
+        for name, words in BY_CLASS.items()
+    ]
+    said = note(f"{count(per_group['images'], 'group')}, {per_group['in_words']}.")
+    return [section("groups", "Per group", table(pd.DataFrame(rows)), said)]
+
+
+def _subgroups(here: Mapping[str, Any]) -> list[str]:
+    rows = [
+        {"": f"{row['column']}: {row['value']}", "images": row["images"], "groups": row["groups"]}
+        | {"accuracy": estimate(row, "accuracy"), "AUROC": estimate(row, "auroc")}
+        | {f"{OVERALL[name]} less the rest's": _change(change) for name, change in row["differences"].items()}
+        for row in here.get("subgroups", [])
+    ]
+    if not rows:
+        return []
+    said = note(". ".join(here["subgroups_in_words"]) + ".")
+    return [section("subgroups", "By subgroup", table(pd.DataFrame(rows)), said)]
 
 
 def _shift(metrics: Mapping[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tuning.model.final import Final
-from tuning.record.temperature import tempered
+from tuning.record.temperature import Temperature, tempered
 from tuning.training import backbones
 from tuning.training.dataset import Data
 
@@ -30,29 +30,37 @@ MODEL, OPSET = "model.onnx", 18
 class Classifier(nn.Module):
     """Images to the probabilities that `predict` gives: normalisation, ensemble average and temperature included."""
 
-    def __init__(self, final: Final, temperature: float) -> None:
+    def __init__(self, final: Final, temperature: Temperature, multi_label: bool = False) -> None:
         super().__init__()
         self.networks = nn.ModuleList([network for network, _ in final.networks.values()])
         configs = [config for _, config in final.networks.values()]
         self.normal = [backbones.input_mean_std(network) for network, _ in final.networks.values()]
         self.sizes = sorted({config.image_size for config in configs})
         self.inputs = [self.sizes.index(config.image_size) for config in configs]
-        self.shares, self.temperature = list(final.shares.values()), temperature
+        self.shares, self.multi_label = list(final.shares.values()), multi_label
+        self.register_buffer("temperature", torch.as_tensor(temperature, dtype=torch.float32))
 
     def forward(self, *images: Tensor) -> Tensor:
         """Probabilities [n, classes] of the same images at each of `sizes`: [n, 3, side, side] in 0 to 1."""
-        logs = []
+        outputs = []
         members = zip(self.networks, self.normal, self.inputs, self.shares, strict=True)
         for network, (mean, std), place, share in members:
             pixels = images[place]
             centred = (pixels - pixels.new_tensor(mean).view(1, 3, 1, 1)) / pixels.new_tensor(std).view(1, 3, 1, 1)
-            logs.append(torch.log_softmax(network(centred), dim=1) + float(np.log(share)))
-        mixture = torch.logsumexp(torch.stack(logs), dim=0) if len(logs) > 1 else logs[0]
+            logits = network(centred)
+            if self.multi_label:
+                outputs.append(logits if len(self.shares) == 1 else torch.sigmoid(logits) * share)
+            else:
+                outputs.append(torch.log_softmax(logits, dim=1) + float(np.log(share)))
+        if self.multi_label:
+            odds = outputs[0] if len(outputs) == 1 else torch.logit(torch.stack(outputs).sum(dim=0), eps=1e-7)
+            return torch.sigmoid(odds / self.temperature)
+        mixture = torch.logsumexp(torch.stack(outputs), dim=0) if len(outputs) > 1 else outputs[0]
         return torch.softmax(mixture / self.temperature, dim=1)
 
 
 def export(
-    path: Path, final: Final, data: Mapping[int, Data], *, temperature: float, described: Mapping[str, Any]
+    path: Path, final: Final, data: Mapping[int, Data], *, temperature: Temperature, described: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Write the model as ONNX with `described` as metadata, and compare it with PyTorch on validation images.
 
@@ -62,10 +70,11 @@ def export(
     model is usable without ONNX, so any failure is printed, never raised. The networks are moved to the CPU.
     """
     some = {size: dataclasses.replace(each, val=each.val[:CHECKED_IMAGES]) for size, each in data.items()}
-    wanted = tempered(final.logits(some, "val", torch.device("cpu")), temperature)
+    several = any(each.multi_label for each in data.values())
+    wanted = tempered(final.logits(some, "val", torch.device("cpu")), temperature, multi_label=several)
     for traced in (True, False):
         try:
-            write_onnx(path, final, temperature, described, traced=traced)
+            write_onnx(path, final, temperature, described, multi_label=several, traced=traced)
             difference = float(np.abs(run_onnx(path, some) - wanted).max())
             if not difference <= CHECKED_DIFFERENCE:
                 raise RuntimeError(f"its probabilities differ from PyTorch's by {difference:.2g}")
@@ -86,13 +95,19 @@ def _reason(error: BaseException) -> str:
 
 
 def write_onnx(
-    path: Path, final: Final, temperature: float, described: Mapping[str, Any], *, traced: bool = True
+    path: Path,
+    final: Final,
+    temperature: Temperature,
+    described: Mapping[str, Any],
+    *,
+    multi_label: bool = False,
+    traced: bool = True,
 ) -> None:
     """Write an ONNX file that gives `probabilities`, for any batch size, by tracing or by `torch.export`.
 
     Its input is `images`, float32 [batch, 3, side, side] in 0 to 1, or one `images_<side>` for each of several sizes.
     """
-    model = Classifier(final, temperature).cpu().eval()
+    model = Classifier(final, temperature, multi_label).cpu().eval()
     examples = tuple(torch.rand(2, 3, side, side) for side in model.sizes)
     inputs, output = input_names(model.sizes), "probabilities"
     named: dict[str, Any] = {"input_names": inputs, "output_names": [output]}

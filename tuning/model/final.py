@@ -42,11 +42,15 @@ class Final:
 
     def logits(self, data: Mapping[int, Data], split: str, device: torch.device) -> NDArray[Any]:
         """Return logits [images, classes] of a split, for an ensemble log-probabilities; `data` is by image size."""
-        each = []
+        each, several = [], False
         for network, config in self.networks.values():
             images = data[config.image_size]
             each.append(_logits(network, images, getattr(images, split), device))
-        return each[0] if len(each) == 1 else _mixture(self.shares, [tempered(logits, 1.0) for logits in each])
+            several = images.multi_label
+        if len(each) == 1:
+            return each[0]
+        found = [tempered(logits, 1.0, multi_label=several) for logits in each]
+        return _mixture(self.shares, found, multi_label=several)
 
 
 def train(
@@ -137,7 +141,8 @@ def assemble(
         images = data[config.image_size]
         network = folded_network(config, len(images.classes), weights[config.backbone])
         network.load_state_dict(best_weights(chosen.run, trial_id), strict=False)
-        again = tempered(_logits(network, images, images.val[:CHECKED_IMAGES], device), 1.0)
+        logits = _logits(network, images, images.val[:CHECKED_IMAGES], device)
+        again = tempered(logits, 1.0, multi_label=images.multi_label)
         if not np.abs(again - probabilities[trial_id][:CHECKED_IMAGES]).max() < CHECKED_DIFFERENCE:
             raise InputError(
                 f"{trial_id}: its kept weights do not reproduce its probabilities in the search, perhaps because the "
@@ -151,13 +156,15 @@ def assemble(
         scores = {name: row[name] for name in row.index if name.startswith("val_")}
         metrics |= {"epochs": int(row["best_epoch"]), "train_eval_loss": _number(row["train_eval_loss"])}
         metrics |= {"validation": {name: _number(value) for name, value in scores.items()}, "taken_from": trial_id}
-        return Final({"": network_of}, {"": 1.0}, logarithms(probabilities[trial_id]), metrics)
+        validated = logarithms(probabilities[trial_id], multi_label=chosen.predictions.multi_label)
+        return Final({"": network_of}, {"": 1.0}, validated, metrics)
     shares = dict.fromkeys(networks, 1 / len(networks))
     gained, validation = chosen.gained, None
     if gained is not None:
         validation = {"val_tempered_loss": gained.val_tempered_loss, "best_trial_alone": gained.alone}
     metrics |= {"ensemble": shares, "validation": validation}
-    return Final(networks, shares, _mixture(shares, [probabilities[trial_id] for trial_id in shares]), metrics)
+    found, several = [probabilities[trial_id] for trial_id in shares], chosen.predictions.multi_label
+    return Final(networks, shares, _mixture(shares, found, multi_label=several), metrics)
 
 
 def _number(value: Any) -> float | None:
@@ -175,7 +182,9 @@ def _logits(network: nn.Module, data: Data, indices: NDArray[np.int64], device: 
     return predict_images(network.to(device), preparer(data.images, network, device), indices)
 
 
-def _mixture(shares: Mapping[str, float], probabilities: Iterable[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """Return the logarithms of a weighted average of probabilities."""
+def _mixture(
+    shares: Mapping[str, float], probabilities: Iterable[NDArray[np.float64]], *, multi_label: bool
+) -> NDArray[np.float64]:
+    """Return the `logarithms` of a weighted average of probabilities."""
     weighted = [share * values for share, values in zip(shares.values(), probabilities, strict=True)]
-    return logarithms(np.sum(weighted, axis=0))
+    return logarithms(np.sum(weighted, axis=0), multi_label=multi_label)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tuning.data.decoding import Pixels, decode
 from tuning.data.images import parallel_map
 from tuning.record.tables import replacing
-from tuning.record.temperature import logarithms, tempered
+from tuning.record.temperature import Temperature, logarithms, plain, tempered
 from tuning.settings.config import InputError, SearchPlan, TrialConfig, build, check_value
 from tuning.settings.documents import check_parts, read_mapping
 from tuning.settings.values import Weights
@@ -37,7 +37,8 @@ class Model:
     classes: tuple[str, ...]
     fit: str = "squash"
     drop_colour: bool = False
-    temperature: float = 1.0  # divides the logits
+    temperature: Temperature = 1.0  # divides the logits; of several labels, one for each
+    multi_label: bool = False  # whether an image may have several of the classes, each of which is predicted by itself
 
     def predict(
         self, files: str | Path | Sequence[str | Path], notes: dict[str, str] | None = None
@@ -75,7 +76,8 @@ class Model:
             return np.empty((0, len(self.classes)))
         device = next(self.network.parameters()).device
         prepare = preparer(np.stack(decoded), self.network, device)
-        return tempered(predict_images(self.network, prepare, np.arange(len(decoded))), self.temperature)
+        logits = predict_images(self.network, prepare, np.arange(len(decoded)))
+        return tempered(logits, self.temperature, multi_label=self.multi_label)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,14 +87,20 @@ class Ensemble:
     members: "tuple[Model | Ensemble, ...]"
     shares: tuple[float, ...]  # each member's weight in the average
     classes: tuple[str, ...]
-    temperature: float  # divides the logarithms of the average
+    temperature: Temperature  # divides the logarithms of the average, of several labels those of its odds
+    multi_label: bool = False
 
     def predict(
         self, files: str | Path | Sequence[str | Path], notes: dict[str, str] | None = None
     ) -> NDArray[np.float64]:
         """Return probabilities [files, classes], as `Model.predict` does."""
         each = np.stack([member.predict(files, notes) for member in self.members])
-        return tempered(logarithms(np.tensordot(self.shares, each, axes=1)), self.temperature)
+        return self.averaged(each)
+
+    def averaged(self, each: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the ensemble's probabilities, given those of its members [members, n, classes]."""
+        logs = logarithms(np.tensordot(self.shares, each, axes=1), multi_label=self.multi_label)
+        return tempered(logs, self.temperature, multi_label=self.multi_label)
 
 
 def save_model(
@@ -103,7 +111,8 @@ def save_model(
     *,
     fit: str = "squash",
     drop_colour: bool = False,
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,
+    multi_label: bool = False,
     **described: Any,
 ) -> None:
     """Write weights and `config.yaml` (configuration, classes, preprocessing and `described`) to a folder."""
@@ -112,7 +121,7 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / WEIGHTS) as temporary:
         save_file({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}, temporary)
-    document = {"config": config.model_dump(), "classes": list(classes), "temperature": temperature}
+    document = {"config": config.model_dump(), **_outputs(classes, temperature, multi_label)}
     document |= {"weights_sha256": _digest(folder), "preprocessing": preprocessing(network, config, fit, drop_colour)}
     _write_config(folder, document | described)
 
@@ -135,10 +144,22 @@ def preprocessing(network: "nn.Module", config: TrialConfig, fit: str, drop_colo
 
 
 def save_ensemble(
-    folder: Path, shares: Mapping[str, float], classes: Sequence[str], temperature: float, **described: Any
+    folder: Path,
+    shares: Mapping[str, float],
+    classes: Sequence[str],
+    temperature: Temperature,
+    *,
+    multi_label: bool = False,
+    **described: Any,
 ) -> None:
     """Write the `config.yaml` that makes an ensemble of model folders in this folder; `shares` are by their names."""
-    _write_config(folder, {"ensemble": dict(shares), "classes": list(classes), "temperature": temperature, **described})
+    _write_config(folder, {"ensemble": dict(shares), **_outputs(classes, temperature, multi_label), **described})
+
+
+def _outputs(classes: Sequence[str], temperature: Temperature, multi_label: bool) -> dict[str, Any]:
+    """Return what `config.yaml` says of the outputs."""
+    several = {"multi_label": True} if multi_label else {}
+    return {"classes": list(classes), **several, "temperature": plain(temperature)}
 
 
 def _write_config(folder: Path, document: dict[str, Any]) -> None:
@@ -161,15 +182,17 @@ def load_model(folder: str | Path, device: str = "cpu") -> Model | Ensemble:
 
     folder = Path(folder)
     document = _read_config(folder)
-    classes, temperature = tuple(document["classes"]), float(document.get("temperature", 1.0))
+    classes, given = tuple(document["classes"]), document.get("temperature", 1.0)
+    temperature = np.array(given, dtype=np.float64) if isinstance(given, list) else float(given)
+    several = document.get("multi_label", False)
     if shares := document.get("ensemble"):
         members = tuple(load_model(folder / name, device) for name in shares)
-        return Ensemble(members, tuple(shares.values()), classes, temperature)
+        return Ensemble(members, tuple(shares.values()), classes, temperature, several)
     config = build(TrialConfig, document["config"], str(folder / CONFIG))
-    given = document["preprocessing"]
+    shaped = document["preprocessing"]
     try:
-        shaping = {key: check_value(SearchPlan, key, given[key]) for key in ("fit", "drop_colour") if key in given}
-        normal = {key: check_value(Weights, key, given[key]) for key in ("mean", "std") if key in given}
+        shaping = {key: check_value(SearchPlan, key, shaped[key]) for key in ("fit", "drop_colour") if key in shaped}
+        normal = {key: check_value(Weights, key, shaped[key]) for key in ("mean", "std") if key in shaped}
     except ValueError as error:
         raise InputError(f"{folder / CONFIG}: preprocessing: {error}") from None
     try:
@@ -187,7 +210,8 @@ def load_model(folder: str | Path, device: str = "cpu") -> Model | Ensemble:
         network.load_state_dict(tensors)
     except RuntimeError as error:
         raise InputError(f"{folder / WEIGHTS}: not the weights of {config.backbone} ({error})") from None
-    return Model(network.eval().to(chosen(device)), config, classes, **shaping, temperature=temperature)
+    outputs: dict[str, Any] = {"temperature": temperature, "multi_label": several}
+    return Model(network.eval().to(chosen(device)), config, classes, **shaping, **outputs)
 
 
 def build_network(config: TrialConfig, classes: int, weights: Weights | None = None) -> "nn.Module":
@@ -218,10 +242,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
     check_parts(document, path, {"config": dict, "preprocessing": dict} if shares is None else {"ensemble": dict})
     # Each name of an ensemble is loaded as a folder, which must lie in this one.
     outside = [name for name in shares or {} if not (isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name))]
+    several = document.get("multi_label", False)
+    least = 1 if several is True else 2
+    each = temperature if several is True and isinstance(temperature, list) else [temperature] * len(names)
     rules = {
-        "classes must be at least two different names": all(isinstance(name, str) for name in names)
-        and len(set(names)) == len(names) > 1,
-        f"temperature must be a number above 0, got {show(temperature)}": _is_positive(temperature),
+        f"classes must be at least {'one name' if several is True else 'two different names'}": all(
+            isinstance(name, str) for name in names
+        )
+        and len(set(names)) == len(names) >= least,
+        f"multi_label must be true or false, got {show(several)}": isinstance(several, bool),
+        f"temperature must be a number above 0, got {show(temperature)}": len(each) == len(names)
+        and all(map(_is_positive, each)),
         "ensemble must hold shares above 0": shares is None or (shares and all(map(_is_positive, shares.values()))),
         f"ensemble must name subfolders of the model folder, got {show(next(iter(outside), None))}": not outside,
     }

@@ -5,16 +5,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from tuning.insight.calibration import calibration_error
 from tuning.insight.intervals import measure
 from tuning.insight.operating import Thresholds, at
+from tuning.insight.per_group import By, measured
+from tuning.insight.subgroups import compared, in_words, values_of
 from tuning.record.journal import Journal, read_journal
 from tuning.record.predictions import group_numbers
-from tuning.record.temperature import tempered
+from tuning.record.targets import encoded
+from tuning.record.temperature import Floats, Ints, Temperature, tempered
 from tuning.settings.config import visible
 from tuning.settings.words import count
 
@@ -63,11 +65,12 @@ def record_evaluation(
 
 def score_test_set(
     logits: NDArray[Any],
-    temperature: float,
+    temperature: Temperature,
     samples: pd.DataFrame,
     classes: tuple[str, ...],
     thresholds: Thresholds,
     prevalence: Mapping[str, float],
+    per_group: By | None = None,
 ) -> dict[str, Any]:
     """Return the test set's part of `metrics.json`.
 
@@ -78,14 +81,27 @@ def score_test_set(
         classes: names.
         thresholds: of `operating.thresholds`.
         prevalence: of classes where the model is to be used.
+        per_group: how figures per group are made, if they are asked for.
     """
-    targets = samples["label"].map({name: place for place, name in enumerate(classes)}).to_numpy(np.int64)
-    probabilities, groups = tempered(logits, temperature), group_numbers(samples)
+    targets, groups = encoded(samples["label"], classes), group_numbers(samples)
+    several = targets.ndim == 2
+    probabilities = tempered(logits, temperature, multi_label=several)
     return {
         **measure(probabilities, targets, groups, classes),
-        "calibration_error_untempered": calibration_error(tempered(logits, 1.0), targets),
+        "calibration_error_untempered": calibration_error(tempered(logits, 1.0, multi_label=several), targets),
         "operating_points": at(thresholds, probabilities, targets, groups, classes, prevalence),
+        **by_subgroup(probabilities, targets, groups, samples),
+        **measured(probabilities, targets, groups, classes, per_group),
     }
+
+
+def by_subgroup(probabilities: Floats, targets: Ints, groups: Ints, samples: pd.DataFrame) -> dict[str, Any]:
+    """Return the figures by the subgroups that samples have, if they have any; arguments as in `intervals.measure`."""
+    columns, lines = values_of(samples)
+    if not columns and not lines:
+        return {}
+    rows, comparisons = compared(probabilities, targets, groups, columns)
+    return {"subgroups": rows, "subgroups_in_words": in_words(rows, comparisons) + lines}
 
 
 def print_metrics(metrics: dict[str, Any]) -> None:
@@ -106,7 +122,8 @@ def print_metrics(metrics: dict[str, Any]) -> None:
     if temperature["fitted_on"] is None:
         print("temperature 1: not fitted, there are no held-out predictions")
     else:
-        print(f"temperature {temperature['value']:.2f}, fitted on {temperature['fitted_on']}{few_images(temperature)}")
+        value = temperature_in_words(temperature["value"])
+        print(f"temperature {value}, fitted on {temperature['fitted_on']}{few_images(temperature)}")
     if tested is None:
         print("no test images: the model was not tested")
     else:
@@ -114,6 +131,11 @@ def print_metrics(metrics: dict[str, Any]) -> None:
     if "error" not in metrics["onnx"]:
         difference, images = metrics["onnx"]["largest_difference"], count(metrics["onnx"]["images"], "validation image")
         print(f"model.onnx agrees with PyTorch within {difference:.1g} on {images}")
+
+
+def temperature_in_words(value: float | list[float]) -> str:
+    """Return a temperature; of several labels the lowest and the highest."""
+    return f"{min(value):.2f} to {max(value):.2f} by label" if isinstance(value, list) else f"{value:.2f}"
 
 
 def few_images(temperature: dict[str, Any]) -> str:
@@ -134,11 +156,21 @@ def _print_test(tested: dict[str, Any], reading: dict[str, Any]) -> None:
     print(f"  {_figures(tested, 'accuracy', 'balanced_accuracy', 'auroc')}")
     for name, values in tested["classes"].items():
         print(f"  {visible(name)}: {_figures(values, 'sensitivity', 'specificity', 'auroc')}")
+    print_per_group(tested)
     before, after = tested["calibration_error_untempered"], tested["calibration_error"]
     print(f"  expected calibration error {after:.3f} ({before:.3f} without temperature scaling)")
+    for line in tested.get("subgroups_in_words", []):
+        print(f"  {visible(line)}")
 
 
-def _figures(values: dict[str, Any], *names: str) -> str:
+def print_per_group(figures: Mapping[str, Any]) -> None:
+    """Print the figures per group, if there are any."""
+    if "per_group" in figures:
+        per_group = figures["per_group"]
+        print(f"  {per_group['in_words']}: {_figures(per_group, 'accuracy', 'balanced_accuracy', 'auroc')}")
+
+
+def _figures(values: Mapping[str, Any], *names: str) -> str:
     words = (name.replace("_", " ").replace("auroc", "AUROC") for name in names)
     return "  ".join(f"{word} {estimate(values, name)}" for word, name in zip(words, names, strict=True))
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tuning.data.decoding import decode
+from tuning.record.targets import SIGN, named, shown
 from tuning.settings.config import InputError
 from tuning.settings.words import count
 from tuning.show.page import note, section, still, text
@@ -21,8 +22,9 @@ SIDE = 320  # pixels of an image
 PROBABILITIES = 5  # classes shown for an image; the true one is always added
 LINKS = {CONFUSION: "confusion matrix", ROC: "ROC curves", CALIBRATION: "calibration", "README.md": "model card"}
 MAPS = (
-    "Each right image shows the class-activation map of the predicted class (gradient times activation at the last "
-    "stage), scaled to its own maximum. It shows what the model looked at, not whether that was a good reason."
+    "Each right image shows the class-activation map of the predicted class, or of the label that is most wrong "
+    "(gradient times activation at the last stage), scaled to its own maximum. It shows what the model looked at, not "
+    "whether that was a good reason."
 )
 CSS = """
 .mistakes { display: grid; grid: auto / repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1.75rem 1.5rem; }
@@ -45,12 +47,21 @@ class Mistakes(NamedTuple):
     """The `SHOWN` most confident misclassified test images, the most confident first."""
 
     rows: NDArray[np.int64]  # of the test set
-    predicted: NDArray[np.int64]  # class of each
+    predicted: NDArray[np.int64]  # class of each; of several labels the one that is most wrong
     total: int  # number of all mistakes
 
 
 def worst(targets: NDArray[np.int64], probabilities: NDArray[np.float64]) -> Mistakes:
-    """Find the most confident mistakes among class indices [images] and probabilities [images, classes]."""
+    """Find the most confident mistakes among targets and probabilities [images, classes].
+
+    Targets are class indices [images], or labels [images, classes] of 1, 0 and -1 (unknown): then each label that is
+    called wrongly makes an image a mistake.
+    """
+    if targets.ndim == 2:
+        errors = np.where(targets >= 0, np.abs(probabilities - (targets == 1)), 0.0)
+        wrong = np.flatnonzero((errors > 0.5).any(axis=1))
+        rows = wrong[np.argsort(-errors[wrong].max(axis=1), kind="stable")][:SHOWN]
+        return Mistakes(rows, errors[rows].argmax(axis=1), len(wrong))
     predicted = probabilities.argmax(axis=1)
     wrong = np.flatnonzero(predicted != targets)
     rows = wrong[np.argsort(-probabilities[wrong].max(axis=1), kind="stable")][:SHOWN]
@@ -82,7 +93,7 @@ def mistakes_page(
     figures = []
     for place, row in enumerate(mistakes.rows):
         sample = tested.iloc[row]
-        images = [_image(pictures[place], f"{sample['label']}: {sample['path']}")]
+        images = [_image(pictures[place], f"{shown(str(sample['label']))}: {sample['path']}")]
         if maps is not None:
             images.append(_image(overlaid(pictures[place], maps[place]), "the same under its class-activation map"))
         kind = "pictures" if maps is not None else "pictures alone"
@@ -95,20 +106,22 @@ def mistakes_page(
     summary = f"{mistakes.total:,} of {count(len(tested), 'test image')} misclassified"
     most = f"; the {len(figures)} most confident mistakes are shown" if len(figures) < mistakes.total else ""
     head = f"<header><h1>{text(title)}: mistakes</h1><p>{text(summary + most)}.</p><p>{linked}</p></header>"
-    shown = "<p>There are none.</p>"
+    listed = "<p>There are none.</p>"
     if figures:
         lacking = "Class-activation maps could not be computed for this model." if maps_tried else ""
         explained = note(MAPS if maps is not None else lacking)
-        shown = f'{explained}<div class="mistakes">{"".join(figures)}</div>'
-    return still(f"{title}: mistakes", [head, section("mistakes", "Most confident mistakes first", shown)], CSS)
+        listed = f'{explained}<div class="mistakes">{"".join(figures)}</div>'
+    return still(f"{title}: mistakes", [head, section("mistakes", "Most confident mistakes first", listed)], CSS)
 
 
 def _probabilities(label: str, values: NDArray[np.float64], classes: Sequence[str]) -> str:
-    """List the probabilities of the most probable classes and of the true one."""
+    """List the probabilities of the most probable classes and of those that are true."""
     order = [int(place) for place in np.argsort(-values, kind="stable")]
-    rows = []
-    for place in order[:PROBABILITIES] + [place for place in order[PROBABILITIES:] if classes[place] == label]:
-        kind = "true" if classes[place] == label else "predicted" if place == order[0] else ""
+    several, rows = label.startswith(SIGN), []
+    true = {name for name, there in named(label).items() if there} if several else {label}
+    for place in order[:PROBABILITIES] + [place for place in order[PROBABILITIES:] if classes[place] in true]:
+        called = values[place] > 0.5 if several else place == order[0]
+        kind = "true" if classes[place] in true else "predicted" if called else ""
         name = text(classes[place])
         words = f"{name} ({kind})" if kind else name
         rows.append(f'<dt class="{kind}" title="{name}">{words}</dt><dd class="{kind}">{values[place]:.1%}</dd>')

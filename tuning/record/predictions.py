@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from tuning.record.journal import loss_like
 from tuning.record.tables import read_whole, replacing, versioned
-from tuning.record.temperature import fit_temperature, logarithms, tempered
+from tuning.record.targets import class_names, encoded
+from tuning.record.temperature import Temperature, fit_temperature, image_losses, logarithms, plain, tempered
 
 MOST_TRIALS = 200  # are read at once: the best
 VALIDATION = ("path", "label")  # columns beside the probabilities
@@ -25,21 +26,27 @@ class Predictions:
 
     trial_ids: tuple[str, ...]
     probabilities: NDArray[np.float64]  # [trials, images, classes]
-    targets: NDArray[np.int64]  # [images], index into `classes`
+    targets: NDArray[np.int64]  # [images], index into `classes`; or [images, classes] of 1, 0 and -1 (unknown)
     groups: NDArray[np.int64]  # [images], from `group_numbers`
     classes: tuple[str, ...]
 
     @property
-    def true(self) -> NDArray[np.float64]:
-        """Probability [trials, images] of each image's own class; never 0, so that it has a logarithm."""
-        images = np.arange(len(self.targets))
-        return np.maximum(self.probabilities[:, images, self.targets], np.finfo(np.float64).tiny)
+    def multi_label(self) -> bool:
+        """Whether images may have several labels."""
+        return self.targets.ndim == 2
+
+    @property
+    def losses(self) -> NDArray[np.float64]:
+        """What each image has of each trial's loss [trials, images], which is their mean."""
+        each = [image_losses(probabilities, self.targets) for probabilities in self.probabilities]
+        return np.stack(each) if each else np.empty((0, len(self.targets)))
 
     @property
     def tempered(self) -> "Predictions":
         """Return each trial's probabilities at the temperature that fits these images best."""
-        logits = [logarithms(each) for each in self.probabilities]
-        heated = [tempered(each, fit_temperature(each, self.targets)) for each in logits]
+        several = self.multi_label
+        logits = [logarithms(each, multi_label=several) for each in self.probabilities]
+        heated = [tempered(each, fit_temperature(each, self.targets), multi_label=several) for each in logits]
         return replace(self, probabilities=np.stack(heated) if heated else self.probabilities)
 
     def of(self, trial_ids: Collection[str]) -> "Predictions":
@@ -80,13 +87,13 @@ def write_tested(
     classes: Sequence[str],
     probabilities: NDArray[np.float64],
     *,
-    temperature: float,
+    temperature: Temperature,
 ) -> None:
     """Write a final model's probabilities [images, classes] of the test split, with the temperature in them."""
-    _write(path, _schema(TESTED, classes, temperature=float(temperature)), tested, probabilities)
+    _write(path, _schema(TESTED, classes, temperature=plain(temperature)), tested, probabilities)
 
 
-def _schema(columns: Sequence[str], classes: Sequence[str], **facts: float) -> pa.Schema:
+def _schema(columns: Sequence[str], classes: Sequence[str], **facts: float | list[float]) -> pa.Schema:
     """Return a schema whose metadata says what the probabilities belong to."""
     types = dict.fromkeys(columns, pa.string()) | {f"probability_{name}": pa.float64() for name in classes}
     return versioned(types, **{name: repr(value) for name, value in facts.items()})
@@ -107,7 +114,7 @@ def read_predictions(
     A worker that is killed may leave no file, or that of an epoch that is no longer the best.
     """
     validation = samples[samples["split"] == "val"]
-    classes = tuple(sorted(samples["label"].unique()))
+    classes = class_names(samples["label"])
     found = {}
     finite = trials[trials["val_loss"].notna() & trials[metric].notna()]
     losses: pd.Series = loss_like(metric, finite[metric])
@@ -119,7 +126,7 @@ def read_predictions(
     return Predictions(
         tuple(found),
         np.stack(list(found.values())) if found else np.empty((0, len(validation), len(classes))),
-        np.array([classes.index(label) for label in validation["label"]], dtype=np.int64),
+        encoded(validation["label"], classes),
         group_numbers(validation),
         classes,
     )

@@ -64,6 +64,7 @@ AUDIT = versioned(
     dict.fromkeys(("finding", "severity", "path_a", "path_b"), _TEXT)
     | {"value": _REAL, "p_value": _REAL, "detail": _TEXT}
 )
+SUBGROUP = "subgroup_"  # before the names of further columns of samples, by which figures are given
 SCHEMAS = {"trials": TRIALS, "epochs": EPOCHS, "decisions": DECISIONS, "samples": SAMPLES}
 SCHEMAS |= {"finalists": FINALISTS, "audit": AUDIT}
 FILLED = {  # columns that have a value in every row
@@ -167,7 +168,11 @@ def _table(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
 
 def samples_table(samples: pd.DataFrame) -> pa.Table:
     """Return samples with the schema of `samples.parquet`."""
-    return pa.Table.from_pandas(samples[SAMPLES.names], schema=SAMPLES, preserve_index=False)
+    schema = SAMPLES
+    for name in samples.columns:
+        if str(name).startswith(SUBGROUP):
+            schema = schema.append(pa.field(str(name), _TEXT))
+    return pa.Table.from_pandas(samples[schema.names], schema=schema, preserve_index=False)
 
 
 def write_tables(tables: dict[str, pa.Table], folder: Path) -> None:
@@ -244,7 +249,7 @@ def _faults(table: pa.Table, name: str, version: int) -> list[str]:
     wrong = [
         f"{field.name} ({field.type})"
         for field in table.schema
-        if (field.name not in schema.names and version == SCHEMA_VERSION)
+        if (field.name not in schema.names and version == SCHEMA_VERSION and not field.name.startswith(SUBGROUP))
         or (field.name in schema.names and field.type != schema.field(field.name).type)
     ]
     filled = FILLED.get(name, ())

@@ -21,6 +21,8 @@ from tuning.record.journal import best_epoch
 from tuning.record.mirror import copy_folder
 from tuning.record.predictions import predictions_file, write_predictions
 from tuning.record.tables import read_table
+from tuning.record.targets import is_multi_label
+from tuning.record.temperature import tempered
 from tuning.record.transfer import fetch_files, patiently, push_file
 from tuning.search.checkpoints import StorageLost, best_file, load_state, save, state_file
 from tuning.search.cluster import images_here
@@ -265,7 +267,8 @@ class Worker:
         if best is None or logits is None or best["epoch"] == self._predicted:
             return
         trial_id = self._config["trial_id"]
-        path, probabilities = predictions_file(self._run, trial_id), torch.softmax(logits.double(), dim=1).numpy()
+        path, several = predictions_file(self._run, trial_id), is_multi_label(self._validation["label"])
+        probabilities = tempered(logits.numpy(), 1.0, multi_label=several)
         at_best: dict[str, Any] = {"epoch": best["epoch"], "val_loss": best["val_loss"]}
         try:
             write_predictions(path, self._validation, self._classes, probabilities, **at_best)

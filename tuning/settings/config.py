@@ -230,12 +230,18 @@ class SearchPlan(BaseModel):
     """Manifest columns of ones and zeros, one for each label: [normal, covid]. Default: `label_column` alone."""
     finding: str | None = None
     """One of several labels that an image may have; the classes are the images with it, and all others."""
+    multi_label: bool = False
+    """Whether an image may have several labels, or none; each is then predicted by itself."""
     uncertain: Literal["ignore", "positive", "negative"] = "ignore"
-    """What -1 in `label_columns`, or a draw of readers, means for the `finding`: `ignore`, `positive` or `negative`."""
+    """What -1 in `label_columns`, or a draw of readers, means for a label: `ignore`, `positive` or `negative`."""
+    blank: Literal["negative", "ignore"] = "negative"
+    """What an empty cell in `label_columns` means with `multi_label`: `negative`, or `ignore` (unknown)."""
     label_pattern: Pattern | None = None
     """Regular expression whose first group is the class in a manifest's paths: `study\\d_([a-z]+)`."""
     group_pattern: Pattern | None = None
     """Regular expression whose first group is the group in the images' paths: `(patient\\d+)`."""
+    subgroups: Names | None = None
+    """Manifest columns by which figures on the test set are given too: [sex, view]."""
     images: str | None = None
     """Folder in which a manifest's images are, at any depth. Default: the manifest's, where a path leads nowhere."""
     join: str | None = None
@@ -281,9 +287,10 @@ class SearchPlan(BaseModel):
 SETTINGS = tuple(name for name in SearchPlan.model_fields if name not in ("name", "data", "space", "storage"))
 SAMPLE_SETTINGS = (  # of `load_samples`
     *("path_column", "label_column", "split_column", "group_column", "columns", "label_columns", "finding"),
-    *("uncertain", "label_pattern", "group_pattern", "images", "join", "split_files", "val_fraction", "test_fraction"),
+    *("multi_label", "uncertain", "blank", "label_pattern", "group_pattern", "subgroups"),
+    *("images", "join", "split_files", "val_fraction", "test_fraction"),
 )
-STRUCTURED = ("weights", "columns", "label_columns", "split_files")  # lists and mappings
+STRUCTURED = ("weights", "columns", "label_columns", "subgroups", "split_files")  # lists and mappings
 RESUME_MAY_CHANGE = (
     *("trials", "finalist_epochs", "time_budget", "trial_timeout"),
     *("concurrent", "gpus_per_trial", "cpus_per_trial", "device"),
@@ -291,7 +298,10 @@ RESUME_MAY_CHANGE = (
     *("data", "images", "join", "split_files"),  # the same images and labels in another place
 )
 # Settings whose defaults do what versions without them did.
-ADDED = ("columns", "label_columns", "finding", "uncertain", "label_pattern", "group_pattern", "deterministic")
+ADDED = (
+    *("columns", "label_columns", "finding", "multi_label", "uncertain", "blank", "label_pattern", "group_pattern"),
+    *("subgroups", "deterministic"),
+)
 
 
 def cache_folder() -> Path:

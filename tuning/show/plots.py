@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from tuning.insight.calibration import BINS, calibration_error
-from tuning.record.temperature import Floats, Ints, logarithms, tempered
+from tuning.record.targets import by_class
+from tuning.record.temperature import Floats, Ints, Temperature, logarithms, tempered
 from tuning.settings.config import cache_folder
 from tuning.settings.words import count
 
@@ -41,14 +42,20 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def write_plots(folder: Path, classes: Sequence[str], targets: Ints, probabilities: Floats, temperature: float) -> None:
-    """Write `PLOTS` into a folder, from probabilities [images, classes] after scaling by the temperature."""
+def write_plots(
+    folder: Path, classes: Sequence[str], targets: Ints, probabilities: Floats, temperature: Temperature
+) -> None:
+    """Write `PLOTS` into a folder, from probabilities [images, classes] after scaling by the temperature.
+
+    Targets are class indices [images], or labels [images, classes] of 1, 0 and -1 (unknown).
+    """
+    several = targets.ndim == 2
     with rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph \d+")  # an emoji in a class name is shown as a box
         names = shortened(classes)
-        untempered = tempered(logarithms(probabilities), 1 / temperature)
+        untempered = tempered(logarithms(probabilities, multi_label=several), 1 / temperature, multi_label=several)
         for name, figure in (
-            (CONFUSION, confusion(names, targets, probabilities)),
+            (CONFUSION, (calls if several else confusion)(names, targets, probabilities)),
             (ROC, roc(names, targets, probabilities)),
             (CALIBRATION, calibration(targets, untempered, probabilities, temperature)),
         ):
@@ -88,6 +95,29 @@ def confusion(names: Sequence[str], targets: Ints, probabilities: Floats) -> Fig
     return figure
 
 
+def calls(names: Sequence[str], targets: Ints, probabilities: Floats) -> Figure:
+    """Draw how often each label is called where it is there and where it is absent, with the numbers of images."""
+    heads = ("there: called", "not called", "absent: called", "not called")
+    called = probabilities > 0.5
+    counts = np.stack(
+        [((targets == there) & (called == yes)).sum(axis=0) for there in (1, 0) for yes in (True, False)], axis=1
+    )
+    sides = np.repeat(np.maximum(counts.reshape(-1, 2, 2).sum(axis=2), 1), 2, axis=1)
+    size = len(names)
+    figure = Figure(figsize=(6.4, max(0.32 * min(size, WITH_NAMES) + 1.6, 2.4)), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(counts / sides, cmap="Blues", vmin=0, vmax=1.15, aspect="auto")
+    for row, column in np.ndindex(*counts.shape) if size <= WITH_COUNTS else ():
+        colour = "white" if counts[row, column] / sides[row, column] > 0.6 else INK
+        axes.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", color=colour, fontsize=8)
+    axes.set_xticks(range(len(heads)), heads)
+    axes.set_yticks(range(size) if size <= WITH_NAMES else [], names if size <= WITH_NAMES else [])
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title(f"Calls of each label in {count(len(targets), 'test image')}, from a probability of 0.5")
+    return figure
+
+
 def _name_classes(axes: Axes, names: Sequence[str]) -> None:
     """Label the rows and columns of a matrix, and draw lines between them."""
     size = len(names)
@@ -106,10 +136,12 @@ def roc(names: Sequence[str], targets: Ints, probabilities: Floats) -> Figure:
     """Draw the ROC curve of each class against the rest; of many classes, those of lowest AUROC stand out."""
     from sklearn.metrics import auc, roc_curve  # takes a second to load
 
-    curves = []
+    curves, cells = [], by_class(targets, len(names))
     for place, name in enumerate(names):
-        if 0 < (targets == place).sum() < len(targets):
-            false, true, _ = roc_curve(targets == place, probabilities[:, place])
+        known = cells[:, place] >= 0
+        there = cells[known, place] == 1
+        if 0 < there.sum() < len(there):
+            false, true, _ = roc_curve(there, probabilities[known, place])
             curves.append((auc(false, true), name, false, true))
     coloured = curves if len(curves) <= WITH_COLOURS else sorted(curves, key=lambda curve: curve[0])[:FEW]
     figure = Figure(figsize=(6.8, 4.2), layout="constrained")
@@ -125,19 +157,26 @@ def roc(names: Sequence[str], targets: Ints, probabilities: Floats) -> Figure:
     legend = figure.legend(lines, labels, title=title, alignment="left", loc="outside right center")
     legend.get_title().set_fontweight("bold")
     axes.set(xlabel="1 - specificity", ylabel="sensitivity")
-    axes.set_title("ROC curve of each class against the rest")
+    axes.set_title("ROC curve of each label" if targets.ndim == 2 else "ROC curve of each class against the rest")
     return figure
 
 
-def calibration(targets: Ints, untempered: Floats, probabilities: Floats, temperature: float) -> Figure:
-    """Draw accuracy against confidence before and after temperature scaling, with the number of images below."""
+def calibration(targets: Ints, untempered: Floats, probabilities: Floats, temperature: Temperature) -> Figure:
+    """Draw accuracy against confidence before and after temperature scaling, with the number of images below.
+
+    Of labels, it is the frequency of what has a probability, of all labels together.
+    """
+    several = targets.ndim == 2
     figure = Figure(figsize=(6.6, 5.4), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=[3.2, 1], sharex=True)
     _unit_square(above)
     kinds = ((untempered, "before temperature scaling", COLOURS[1]), (probabilities, "after", COLOURS[0]))
     lines, labels = [], []
     for place, (values, words, colour) in enumerate(kinds):
-        confidence, right = values.max(axis=1), values.argmax(axis=1) == targets
+        if several:
+            confidence, right = values[targets >= 0], targets[targets >= 0] == 1
+        else:
+            confidence, right = values.max(axis=1), values.argmax(axis=1) == targets
         bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
         images = np.bincount(bins, minlength=BINS)
         x = np.bincount(bins, weights=confidence, minlength=BINS) / np.maximum(images, 1)
@@ -150,13 +189,16 @@ def calibration(targets: Ints, untempered: Floats, probabilities: Floats, temper
         below.bar((np.arange(BINS) + 0.29 + 0.42 * place) / BINS, images, width=width, color=colour)
         lines.append(line)
         labels.append(f"{words}: expected calibration error {calibration_error(values, targets):.3f}")
-    above.set(ylabel="accuracy")
+    above.set(ylabel="frequency" if several else "accuracy")
     lines.append(above.scatter([], [], s=18, facecolor="white", edgecolor=QUIET))
-    labels.append(f"bin of fewer than {LEAST_IMAGES} images")
-    title = f"Calibration on {count(len(targets), 'test image')}, temperature {temperature:.2f}"
+    labels.append(f"bin of fewer than {LEAST_IMAGES} {'predictions' if several else 'images'}")
+    title = f"Calibration on {count(len(targets), 'test image')}, "
+    title += "a temperature for each label" if several else f"temperature {temperature:.2f}"
     legend = figure.legend(lines, labels, title=title, alignment="left", loc="outside upper left")
     legend.get_title().set(fontweight="bold", fontsize=11)
     below.set(xlabel="confidence: probability of the predicted class", ylabel="images")
+    if several:
+        below.set(xlabel="probability of a label", ylabel="predictions")
     below.grid(axis="y", color=LINE, linewidth=0.6)
     below.set_axisbelow(True)
     return figure

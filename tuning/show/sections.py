@@ -17,6 +17,7 @@ from tuning.insight.remarks import remarks
 from tuning.record import tables
 from tuning.record.journal import FINAL, read_record
 from tuning.record.storage import is_uri, joined
+from tuning.record.targets import counted, is_multi_label
 from tuning.settings.config import PARAMETERS, SearchPlan
 from tuning.settings.documents import plan_in
 from tuning.settings.space import Space
@@ -305,11 +306,13 @@ def _audit(run: Run) -> str:
 
 
 def _data(run: Run) -> str:
-    images = run.samples.groupby(["label", "split"]).size().unstack(fill_value=0).reset_index()
+    images = counted(run.samples).reset_index()
     splits = [name for name in ("train", "val", "test") if name in images]
-    shown = table(images[["label", *splits]].rename(columns={"label": "class"}))
-    folded = f"<details><summary>{len(images):,} classes</summary>{shown}</details>"
-    return section("data", "Images", shown if len(images) <= CLASSES_SHOWN else folded)
+    several = is_multi_label(run.samples["label"])
+    shown = table(images[["label", *splits]].rename(columns={"label": "label" if several else "class"}))
+    folded = f"<details><summary>{len(images):,} {'labels' if several else 'classes'}</summary>{shown}</details>"
+    words = note("An image may have several labels.") if several else ""
+    return section("data", "Images", shown if len(images) <= CLASSES_SHOWN else folded, words)
 
 
 def _table(run: Run) -> str:

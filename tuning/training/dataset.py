@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tuning.record.targets import class_names, encoded
 from tuning.training import backbones
 from tuning.training.augment import augment
 from tuning.training.features import to_device
@@ -23,11 +24,16 @@ class Data:
     """Decoded images with their labels and splits."""
 
     images: NDArray[np.uint8] | Tensor  # [n, side, side, channels], channels 1 or 3; memory-mapped, or on a GPU
-    labels: NDArray[np.int64]  # [n], index into `classes`
+    labels: NDArray[np.int64]  # [n], index into `classes`; or [n, classes] of 1, 0 and -1 (unknown)
     train: Indices  # of the images in each split
     val: Indices
     test: Indices
     classes: tuple[str, ...]
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may have several of the classes."""
+        return self.labels.ndim == 2
 
 
 def placed(images: NDArray[np.uint8], device: torch.device, *, share: float = 1.0) -> NDArray[np.uint8] | Tensor:
@@ -44,8 +50,8 @@ def placed(images: NDArray[np.uint8], device: torch.device, *, share: float = 1.
 def join(samples: pd.DataFrame, images: NDArray[np.uint8] | Tensor) -> Data:
     """Join samples (from `samples.load_samples`) with their decoded images, in the same order."""
     assert len(samples) == len(images)
-    classes = tuple(sorted(samples["label"].unique()))
-    labels = np.array([classes.index(label) for label in samples["label"]], dtype=np.int64)
+    classes = class_names(samples["label"])
+    labels = encoded(samples["label"], classes)
     splits = {name: np.flatnonzero(samples["split"] == name) for name in ("train", "val", "test")}
     return Data(images, labels, **splits, classes=classes)
 

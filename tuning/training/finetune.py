@@ -8,12 +8,11 @@ import time
 from collections.abc import Collection, Iterator
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from tuning.record.journal import LOSSES, best_epoch
+from tuning.record.targets import constant_loss
 from tuning.settings.config import TrialConfig
 from tuning.settings.values import DEPTH_ALL, Weights
 from tuning.settings.words import count
@@ -24,7 +23,7 @@ from tuning.training.features import Cache
 from tuning.training.frozen import Frozen
 from tuning.training.models import Models
 from tuning.training.probe import probed_head
-from tuning.training.scores import calibrated_loss, mean_loss, score
+from tuning.training.scores import calibrated_loss, class_weights, loss_sum, mean_loss, score, target_weight
 from tuning.training.state import Averaged, Row, Snapshot, State, restore, snapshot
 
 MOMENTUM = 0.9
@@ -108,25 +107,18 @@ def finetune(
     labels = torch.from_numpy(data.labels)
     batch_size = min(config.batch_size, len(data.train))
     steps = len(data.train) // batch_size
-    frequencies = np.bincount(data.labels[data.train], minlength=len(data.classes)) / len(data.train)
-    class_entropy = float(-(frequencies[frequencies > 0] * np.log(frequencies[frequencies > 0])).sum())
-    class_weights = None
-    if config.class_weighting == "balanced":
-        inverse = 1 / np.maximum(frequencies, 1 / len(data.train)) / len(data.classes)
-        class_weights = torch.tensor(inverse, dtype=torch.float32, device=device)
+    class_entropy = constant_loss(data.labels[data.train], len(data.classes))
+    balanced = config.class_weighting == "balanced"
+    weighting = class_weights(data.labels[data.train], len(data.classes)).to(device) if balanced else None
     train_eval = train_eval_set(data)
 
     def backward(batch: Tensor, targets: Tensor, micro_batch: int) -> Tensor:
         """Return the batch's mean loss; gradients are accumulated over parts of `micro_batch` images."""
-        weight = len(targets) if class_weights is None else class_weights[targets].sum()
+        weight = target_weight(targets, weighting)
         total = torch.zeros((), device=device)
         for inputs, wanted in zip(torch.split(batch, micro_batch), torch.split(targets, micro_batch), strict=True):
             with precision:
-                logits = frozen.trained(inputs)
-                smoothing = config.label_smoothing
-                loss = functional.cross_entropy(
-                    logits.float(), wanted, weight=class_weights, label_smoothing=smoothing, reduction="sum"
-                )
+                loss = loss_sum(frozen.trained(inputs).float(), wanted, weighting, config.label_smoothing)
             loss = loss / weight
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from tuning.settings.config import InputError, TrialConfig
 from tuning.settings.values import Weights
@@ -21,7 +20,7 @@ from tuning.training.dataset import Data, train_eval_set
 from tuning.training.features import Cache
 from tuning.training.frozen import Frozen
 from tuning.training.models import Models, Network
-from tuning.training.scores import mean_loss, score
+from tuning.training.scores import loss_sum, mean_loss, score, target_weight
 
 # L2 penalties of the standardized features' weights, the strongest first: with few images these are needed, for a
 # classifier of hundreds of features is overconfident at 1.
@@ -30,7 +29,9 @@ MAX_ITERATIONS = 100  # of L-BFGS, for each penalty
 
 
 def fit_head(features: Tensor, targets: Tensor, classes: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Fit logistic regressions of targets [n] on standardized features [n, width], one for each penalty in `DECAYS`.
+    """Fit logistic regressions of targets on standardized features [n, width], one for each penalty in `DECAYS`.
+
+    Targets are as in `scores.target_weight`; of labels, each has a regression of its own.
 
     Yields:
         Weight [classes, width] and bias [classes] for features that are not standardized.
@@ -39,18 +40,24 @@ def fit_head(features: Tensor, targets: Tensor, classes: int) -> Iterator[tuple[
     inputs = (features - mean) / scale
     weight = torch.zeros(classes, features.shape[1], device=features.device, requires_grad=True)
     bias = torch.zeros(classes, device=features.device, requires_grad=True)
-    for decay in DECAYS:
+    share = classes if targets.ndim == 2 else 1  # the loss is a mean over labels, the penalty a sum
+    for penalty in DECAYS:
+        decay = penalty / share
         optimizer = torch.optim.LBFGS([weight, bias], max_iter=MAX_ITERATIONS, line_search_fn="strong_wolfe")
 
         def loss(optimizer: torch.optim.LBFGS = optimizer, decay: float = decay) -> Tensor:
             optimizer.zero_grad()
-            found = functional.cross_entropy(inputs @ weight.T + bias, targets) + decay / 2 * weight.square().sum()
+            found = _loss(inputs @ weight.T + bias, targets) + decay / 2 * weight.square().sum()
             found.backward()  # type: ignore[no-untyped-call]
             return found
 
         optimizer.step(loss)  # type: ignore[no-untyped-call]
         folded = weight.detach() / scale
         yield folded, bias.detach() - folded @ mean
+
+
+def _loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return loss_sum(logits, targets) / target_weight(targets, None)
 
 
 def probed_head(network: Network, data: Data, features: Cache | None) -> tuple[Tensor, Tensor, Frozen, Tensor, Tensor]:
@@ -75,7 +82,7 @@ def probed_head(network: Network, data: Data, features: Cache | None) -> tuple[T
     train, val = frozen.vectors(fitted_on), frozen.vectors(data.val)
     best, least = None, math.inf
     for weight, bias in fit_head(train, labels[fitted_on], len(data.classes)):
-        loss = float(functional.cross_entropy(val @ weight.T + bias, labels[data.val]))
+        loss = float(_loss(val @ weight.T + bias, labels[data.val]))
         if best is None or not loss >= least:
             best, least = (weight, bias), loss
     assert best is not None

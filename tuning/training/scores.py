@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize
-from scipy.special import log_softmax
+from scipy.special import expit, log_expit, log_softmax
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -36,20 +37,63 @@ def predict_images(network: nn.Module, prepare: Prepare, indices: Indices) -> ND
     return predict(network, batches)
 
 
+def class_weights(targets: NDArray[np.int64], classes: int) -> Tensor:
+    """Return weights inverse to the frequencies of classes [classes], or of each label's 0 and 1 [2, classes]."""
+    if targets.ndim == 1:
+        inverse = len(targets) / np.maximum(np.bincount(targets, minlength=classes), 1) / classes
+    else:
+        sides = np.stack([(targets == value).sum(axis=0) for value in (0, 1)])
+        inverse = sides.sum(axis=0) / np.maximum(sides, 1) / 2
+    return torch.tensor(inverse, dtype=torch.float32)
+
+
+def target_weight(targets: Tensor, weights: Tensor | None) -> Tensor | int:
+    """Return the sum of the weights of targets; unknown ones have none.
+
+    Args:
+        targets: class indices [n], or labels [n, classes] of 1, 0 and -1 (unknown).
+        weights: of `class_weights`; None: 1.
+    """
+    if targets.ndim == 2:
+        return _cell_weights(targets, weights).sum().clamp_min(1e-6)
+    return len(targets) if weights is None else weights[targets].sum()
+
+
+def loss_sum(logits: Tensor, targets: Tensor, weights: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
+    """Return the weighted sum of the losses (nats) of logits [n, classes]; `target_weight` makes it a mean.
+
+    It is the cross-entropy of classes, or the binary cross-entropy of known labels; other arguments as there.
+    """
+    if targets.ndim == 1:
+        return functional.cross_entropy(logits, targets, weight=weights, label_smoothing=smoothing, reduction="sum")
+    wanted = (targets == 1).to(logits.dtype) * (1 - smoothing) + smoothing / 2
+    cells = _cell_weights(targets, weights)
+    return functional.binary_cross_entropy_with_logits(logits, wanted, weight=cells, reduction="sum")
+
+
+def _cell_weights(targets: Tensor, weights: Tensor | None) -> Tensor:
+    known = (targets >= 0).float()
+    return known if weights is None else known * torch.where(targets == 1, weights[1], weights[0])
+
+
 def mean_loss(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> float | None:
-    """Return the cross-entropy (nats) of logits [n, classes], given classes [n]; None if it is not finite."""
-    loss = float(functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(targets)))
+    """Return the loss (nats) of logits [n, classes], given targets as in `target_weight`; None if it is not finite."""
+    wanted = torch.from_numpy(targets)
+    loss = float(loss_sum(torch.from_numpy(logits), wanted) / target_weight(wanted, None))
     return loss if math.isfinite(loss) else None
 
 
 def score(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> dict[str, float | None]:
-    """Return cross-entropy (nats), plain and tempered, accuracy, balanced accuracy and AUROC of logits [n, classes].
+    """Return the loss (nats), plain and tempered, accuracy, balanced accuracy and AUROC of logits [n, classes].
 
-    All are None if the loss is not finite; AUROC is None unless all classes are there.
+    All are None if the loss is not finite; AUROC is None unless all classes are there. Of labels they are means over
+    the labels, each predicted from a probability of 0.5.
     """
     loss = mean_loss(logits, targets)
     if loss is None:
         return dict.fromkeys(("loss", "tempered_loss", "accuracy", "balanced_accuracy", "auroc"))
+    if targets.ndim == 2:
+        return {"loss": loss, "tempered_loss": tempered_loss(logits, targets), **_label_scores(logits, targets)}
     predicted = logits.argmax(axis=1)
     probabilities = torch.softmax(torch.from_numpy(logits).double(), dim=1).numpy()
     classes = np.unique(targets)
@@ -61,6 +105,21 @@ def score(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> dict[str, 
         "auroc": float(np.mean([auroc(targets == index, probabilities[:, index]) for index in classes]))
         if 1 < len(classes) == logits.shape[1]
         else None,
+    }
+
+
+def _label_scores(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> dict[str, float | None]:
+    called, known = logits > 0, targets >= 0
+    shares, areas = [], []
+    for values, calls, wanted in zip(logits.T, called.T, targets.T, strict=True):
+        sides = [calls[wanted == side] == side for side in (0, 1)]
+        if all(map(len, sides)):
+            shares += [float(side.mean()) for side in sides]
+            areas.append(auroc(wanted[wanted >= 0] == 1, values[wanted >= 0].astype(np.float64)))
+    return {
+        "accuracy": float((called == targets)[known].mean()),
+        "balanced_accuracy": float(np.mean(shares)) if shares else None,
+        "auroc": float(np.mean(areas)) if len(areas) == targets.shape[1] else None,
     }
 
 
@@ -77,7 +136,7 @@ def auroc(positive: NDArray[np.bool_], values: NDArray[np.float64]) -> float:
 
 
 def calibrated_loss(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> float | None:
-    """Return the cross-entropy (nats) after the best calibration: one scale for all logits, one shift for each class.
+    """Return the loss (nats) after the best calibration: one scale for all logits, one shift for each class or label.
 
     Early in fine-tuning, batch norm's lagging statistics put logits [n, classes] out of scale: this loss shows sooner
     than plain cross-entropy how well they separate the classes. None if a logit is not finite.
@@ -87,6 +146,10 @@ def calibrated_loss(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> 
     centred = logits.astype(np.float64) - logits.mean(axis=0)  # far from it the search for the best shifts ends early
     inputs = centred / (float(np.abs(centred - centred.mean(axis=1, keepdims=True)).max()) or 1.0)
     n, classes = logits.shape
+    bounds = [(0.0, None)] + [(None, None)] * classes
+    start = np.concatenate([[1.0], np.zeros(classes)])
+    if targets.ndim == 2:
+        return float(minimize(_label_loss(inputs, targets), start, jac=True, bounds=bounds).fun)
     smoothing = 1 / (n + 2)  # of one image's worth: perfectly separated classes have no best scale otherwise
     wanted = np.full((n, classes), smoothing / classes)
     wanted[np.arange(n), targets] += 1 - smoothing
@@ -96,6 +159,20 @@ def calibrated_loss(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> 
         slopes = (np.exp(logs) - wanted) / n
         return -float((wanted * logs).sum()) / n, np.concatenate([[(slopes * inputs).sum()], slopes.sum(axis=0)])
 
-    bounds = [(0.0, None)] + [(None, None)] * classes
-    start = np.concatenate([[1.0], np.zeros(classes)])
     return float(minimize(loss, start, jac=True, bounds=bounds).fun)
+
+
+def _label_loss(inputs: NDArray[np.float64], targets: NDArray[np.int64]) -> Callable[..., Any]:
+    """Return the binary cross-entropy of known labels and its gradient, as a function of one scale and shifts."""
+    known = targets >= 0
+    smoothing = 1 / (len(targets) + 2)
+    wanted = (targets == 1) * (1 - smoothing) + smoothing / 2
+    cells = max(int(known.sum()), 1)
+
+    def loss(parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        scaled = inputs * parameters[0] + parameters[1:]
+        slopes = (expit(scaled) - wanted) * known / cells
+        value = -float((wanted * scaled + log_expit(-scaled)).sum(where=known)) / cells
+        return value, np.concatenate([[(slopes * inputs).sum()], slopes.sum(axis=0)])
+
+    return loss
