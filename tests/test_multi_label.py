@@ -35,11 +35,11 @@ def planted(folder, count, *, seed=0, side=32, level=90.0):
     rows, columns = np.mgrid[:side, :side] / side
     folder.mkdir(parents=True, exist_ok=True)
     for number, (haze, line, spot) in enumerate(truth):
-        pixels = rng.normal(level, 18, (side, side))
-        pixels += 28 * haze * (columns < 0.5)
-        pixels += 45 * line * (np.abs(rows - rng.uniform(0.2, 0.8)) < 0.07)
+        pixels = rng.normal(level, 28, (side, side)) + rng.normal(0, 8) * (columns < 0.5)
+        pixels += 25 * haze * (columns < 0.5)
+        pixels += 22 * line * (np.abs(rows - rng.uniform(0.2, 0.8)) < 0.07)
         x, y = rng.uniform(0.25, 0.75, 2)
-        pixels += 80 * spot * ((rows - y) ** 2 + (columns - x) ** 2 < 0.012)
+        pixels += 45 * spot * ((rows - y) ** 2 + (columns - x) ** 2 < 0.012)
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{number:04d}.png")
     return truth
 
@@ -66,7 +66,7 @@ SPACE = {
 def searched(tmp_path_factory):
     """A finished search on films of three labels: its folder, its output, and the films."""
     place = tmp_path_factory.mktemp("several")
-    truth = planted(place / "films", 700)
+    truth = planted(place / "films", 900)
     write_lists(place / "films", truth)
     (place / "space.yaml").write_text(yaml.safe_dump(SPACE))
     arguments = ["--data", "films/films.csv", "--space", "space.yaml", "--name", "run"]
@@ -145,7 +145,8 @@ def test_the_model_predicts_each_label_by_itself_also_by_onnx(searched, model, t
     table = tmp_path / "table.csv"
     command = [sys.executable, str(ROOT / "tuning" / "model_folder.py"), "predict", str(model), str(searched[2])]
     subprocess.run([*command, "--out", str(table)], check=True, capture_output=True)
-    rows = list(csv.DictReader(table.open()))
+    with table.open() as stream:
+        rows = list(csv.DictReader(stream))
     for row in rows[:40]:
         assert row["predicted"] == "|".join(name for name in LABELS if float(row[f"probability_{name}"]) > 0.5)
     tested = read_table(model / "predictions.parquet")

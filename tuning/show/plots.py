@@ -97,7 +97,7 @@ def confusion(names: Sequence[str], targets: Ints, probabilities: Floats) -> Fig
 
 def calls(names: Sequence[str], targets: Ints, probabilities: Floats) -> Figure:
     """Draw how often each label is called where it is there and where it is absent, with the numbers of images."""
-    heads = ("there: called", "not called", "absent: called", "not called")
+    heads = ("there, called", "there, not called", "absent, called", "absent, not called")
     called = probabilities > 0.5
     counts = np.stack(
         [((targets == there) & (called == yes)).sum(axis=0) for there in (1, 0) for yes in (True, False)], axis=1
