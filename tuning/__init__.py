@@ -1,7 +1,10 @@
 """Hyperparameter search for fine-tuning pretrained image classifiers."""
 
 import os
+from importlib import import_module
+from typing import Any
 
+from tuning.api import CommandModule
 from tuning.training.compiler import load_when_used
 
 __version__ = "0.1.0"
@@ -15,3 +18,11 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 load_when_used()
+import_module("tuning.search").__class__ = CommandModule
+
+
+def __getattr__(name: str) -> Any:
+    """Give `load_model`, once it is asked for."""
+    if name == "load_model":
+        return import_module("tuning.model.folder").load_model
+    raise AttributeError(f"module 'tuning' has no attribute {name!r}")

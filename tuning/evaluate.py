@@ -21,6 +21,7 @@ import pandas as pd
 import tyro
 
 from tuning import __version__
+from tuning.api import CommandModule
 from tuning.checks.audit import decoded
 from tuning.data.images import open_images, parallel_map, read_facts
 from tuning.data.samples import fingerprint, load_samples
@@ -316,3 +317,5 @@ def _print(metrics: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     leave(main())
+else:  # `from tuning import evaluate` is called as the command is
+    sys.modules[__name__].__class__ = CommandModule

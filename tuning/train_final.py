@@ -20,6 +20,7 @@ import pandas as pd
 import tyro
 from numpy.typing import NDArray
 
+from tuning.api import CommandModule
 from tuning.checks.audit import Checked, load_checked
 from tuning.data.changes import OtherSamples, changes, elsewhere
 from tuning.data.images import content_hashes, cores, open_images, read_facts
@@ -213,7 +214,8 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
 
     # Calibrate.
     validated, fitted_on = _validated(best, trials, final.validated, table)
-    several, of_val = {"multi_label": some.multi_label}, some.labels[some.val]
+    several: dict[str, Any] = {"multi_label": some.multi_label}
+    of_val = some.labels[some.val]
     temperature = median_temperature([fit_temperature(logits, of_val) for logits in validated])
     of_validated = [tempered(logits, temperature, **several) for logits in validated]
     thresholds = median_thresholds(of_validated, of_val, some.classes)
@@ -227,10 +229,10 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     }
     exported: dict[str, Any] = {"error": "not asked for"}
     if onnx:
-        described = {"classes": some.classes, "temperature": plain(temperature), "fingerprint": found}
-        described |= interface(final) | several
-        described |= shaping[""] if "" in shaping else {"members": shaping}
-        exported = export(unfinished / MODEL, final, data, temperature=temperature, described=described)
+        inside: dict[str, Any] = {"classes": some.classes, "temperature": plain(temperature), "fingerprint": found}
+        inside |= interface(final) | several
+        inside |= shaping[""] if "" in shaping else {"members": shaping}
+        exported = export(unfinished / MODEL, final, data, temperature=temperature, described=inside)
 
     # What the model folder keeps of the images, which may be out of reach later.
     facts, everyone = read_facts(folders[sizes[0]]), np.arange(len(table))
@@ -264,7 +266,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
         "onnx": exported,
     }
     provenance = {"trained_from": best.path.name, "metric": plan.metric, "fingerprint": found, "epochs": config.epochs}
-    described = {"provenance": provenance} | ({} if "error" in exported else {"onnx": interface(final)})
+    described: dict[str, Any] = {"provenance": provenance} | ({} if "error" in exported else {"onnx": interface(final)})
     shaped: dict[str, Any] = {"fit": plan.fit, "drop_colour": plan.drop_colour}
     for name, (network, each) in final.networks.items():
         own = {"provenance": provenance} if name else described | {"temperature": temperature}
@@ -459,3 +461,5 @@ def _print_epoch(row: dict[str, Any], epochs: int, *, on_both: bool) -> None:
 
 if __name__ == "__main__":
     leave(main())
+else:  # `from tuning import train_final` is called as the command is
+    sys.modules[__name__].__class__ = CommandModule

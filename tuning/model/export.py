@@ -38,7 +38,7 @@ class Classifier(nn.Module):
         self.sizes = sorted({config.image_size for config in configs})
         self.inputs = [self.sizes.index(config.image_size) for config in configs]
         self.shares, self.multi_label = list(final.shares.values()), multi_label
-        self.register_buffer("temperature", torch.as_tensor(temperature, dtype=torch.float32))
+        self.temperature = torch.as_tensor(temperature, dtype=torch.float32)
 
     def forward(self, *images: Tensor) -> Tensor:
         """Probabilities [n, classes] of the same images at each of `sizes`: [n, 3, side, side] in 0 to 1."""

@@ -58,6 +58,7 @@ def fit(search: Any, trainable: type[tune.Trainable]) -> None:
             name="ray",
             storage_path=ray_folder,
             verbose=0,
+            progress_reporter=tune.CLIReporter(),  # says nothing; in a notebook the default clears what was printed
             failure_config=tune.FailureConfig(max_failures=0),  # `Search.lost` retries
             checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             callbacks=[_Started(search), _NoProgress()],

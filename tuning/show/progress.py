@@ -21,7 +21,7 @@ from tuning.show.live import Tally, block, clock, depth, status_line
 LIMIT = 1.96  # standard errors; 2.5% of guesses are further up, 3% with the penalty chosen on the same images
 HEARTBEAT_SECONDS = 30.0  # between status lines if the output is not a terminal
 REFRESH_PER_SECOND = 1
-console = Console(highlight=False, soft_wrap=True, emoji=False)
+console = Console(highlight=False, soft_wrap=True, emoji=False, force_jupyter=False)  # else each line is a widget
 
 
 class Progress:
