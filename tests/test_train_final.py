@@ -28,6 +28,8 @@ from tuning.data import phantoms
 from tuning.insight.best import config_digest
 from tuning.insight.ensemble import Offer
 from tuning.model.folder import Ensemble, load_model
+from tuning.model_folder import Predict
+from tuning.model_folder import run as predict
 from tuning.record.journal import Journal, best_epoch, read_journal, read_record
 from tuning.record.predictions import read_predictions
 from tuning.record.tables import SAMPLES, make_tables, read_table, write_tables
@@ -41,6 +43,7 @@ from tuning.train_final import Flags
 
 run = partial(train_final.run, onnx=False)  # which takes five seconds of a core
 WRITTEN = {"config.yaml", "metrics.json", "predictions.parquet", "known_images.parquet", "README.md"}
+WRITTEN |= {"familiar.npz", "conformal.parquet"}
 WRITTEN |= {"mistakes.html", *PLOTS}
 ROOT = Path(__file__).parent.parent
 CONFIG = TrialConfig(
@@ -93,6 +96,27 @@ def test_train_test_predict(best, folder, tmp_path):
     assert f"| accuracy | {tested['accuracy']:.3f} |" in card.replace("| 1 |", "| 1.000 |") and "Not a medical" in card
     with pytest.raises(InputError, match="the test set is to be read once"):
         run(Flags(str(best)))
+
+
+def test_classes_that_can_not_be_ruled_out_and_images_unlike_all_others(best, folder, tmp_path, capsys):
+    model = run(Flags(str(best)))
+    stripes = np.zeros((40, 40, 3), dtype=np.uint8)
+    stripes[::2, :, 0] = stripes[:, ::3, 1] = 255
+    Image.fromarray(stripes).save(tmp_path / "stripes.png")
+    out = tmp_path / "table.parquet"
+    predict(Predict(str(model), (str(folder), str(tmp_path / "stripes.png")), out=str(out), sets=0.9))
+    table = pd.read_parquet(out)
+    assert list(table)[-2:] == ["set", "unlike_training"] and len(table) == 61
+    films = table[:-1]
+    labels = [Path(path).parent.name for path in films["path"]]
+    assert np.mean([label in row.split("|") for label, row in zip(labels, films["set"], strict=True)]) >= 0.9
+    assert table["unlike_training"].iloc[-1] and films["unlike_training"].mean() < 0.25
+    assert "unlike those that the model was made from" in capsys.readouterr().err
+    with pytest.raises(InputError, match="--sets 2: must be a share"):
+        predict(Predict(str(model), (str(folder),), sets=2.0))
+    (model / "conformal.parquet").unlink()
+    with pytest.raises(InputError, match=r"has no conformal\.parquet"):
+        predict(Predict(str(model), (str(folder),), sets=0.9))
 
 
 @pytest.mark.slow
@@ -517,6 +541,7 @@ def test_without_test_images_the_rest_is_there(best, folder, tmp_path):
     (tmp_path / "data.csv").write_text("path,label,split\n" + "\n".join(rows))
     model = run(Flags(str(best), data=str(tmp_path / "data.csv"), set=(("epochs=1",),)))
     written = {"model.safetensors", "config.yaml", "metrics.json", "known_images.parquet", "README.md"}
+    written |= {"familiar.npz", "conformal.parquet"}
     assert {path.name for path in model.iterdir()} == written
     assert "There were no test images" in (model / "README.md").read_text()
 

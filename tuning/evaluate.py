@@ -118,7 +118,10 @@ def run(flags: Flags) -> Path:
         lines.append("no patients are known, so each image counts as one; name a column by --set group_column=...")
 
     # Measure.
-    probabilities = evaluation.probabilities(model, images, rows)
+    probabilities, unlike = evaluation.outputs(model, images, rows)
+    if unlike is not None and (odd := int((unlike > 1).sum())):
+        said = f"{count(odd, 'image')} ({odd / len(unlike):.0%}) unlike those that the model was trained on"
+        lines.append(f"{said} (of its own validation images 1 to 2%)")
     targets = encoded(tested["label"], model.classes)
     groups = group_numbers(tested)
     figures = evaluation.without_absent(measure(probabilities, targets, groups, model.classes))
@@ -142,6 +145,7 @@ def run(flags: Flags) -> Path:
         "test": own,
         "differences": evaluation.differences(figures, own),
         "shift": [each._asdict() for each in shift],
+        "unfamiliar": None if unlike is None else int((unlike > 1).sum()),
         "copies": copies,
         "remarks": lines,
     }

@@ -23,15 +23,18 @@ from numpy.typing import NDArray
 
 from tuning.checks.findings import notes_in_words
 from tuning.data.folders import images_below, left_out, local_entries, stored_entries
+from tuning.insight import conformal
 from tuning.model.folder import Ensemble, Model, load_model
 from tuning.record.mirror import borrowed
 from tuning.record.storage import files_below, is_uri, stored
 from tuning.settings.command_line import exit_code, leave
 from tuning.settings.config import InputError, visible
+from tuning.settings.words import count, examples
 
 __all__ = ["load_model"]
 
 NOT_LOADED = ("model.onnx", "mistakes.html", "known_images.parquet")
+CONFORMAL = "conformal.parquet"
 AT_ONCE = 256  # images that are decoded before they are classified
 
 
@@ -52,6 +55,9 @@ class Predict:
     """Image files, folders of images, URIs of either, or globs in quotes (** matches nested folders)."""
     out: Annotated[tyro.conf.DisallowNone[str | None], tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     """Table to write, .csv or .parquet. Default: CSV on the standard output."""
+    sets: Annotated[tyro.conf.DisallowNone[float | None], tyro.conf.arg(metavar="SHARE", help_behavior_hint="")] = None
+    """Adds a column `set`: the classes that can't be ruled out. Of the images of each class, at least this share (0.9)
+    have it in their set, if they are like the validation images."""
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], tyro.conf.arg(metavar="auto|cpu|cuda|mps")] = "auto"
     """Device: `cpu`, `cuda`, `mps` (Apple's GPU), or `auto`: a GPU if there is one."""
 
@@ -76,6 +82,8 @@ def run(flags: Predict) -> None:
     """
     if flags.out is not None and Path(flags.out).suffix not in (".csv", ".parquet"):
         raise InputError(f"--out: must end in .csv or .parquet, got {flags.out}")
+    if flags.sets is not None and not 0 < flags.sets < 1:
+        raise InputError(f"--sets {flags.sets:g}: must be a share between 0 and 1, such as 0.9")
     try:
         files, faults = named_images(flags.images)
     except OSError as error:
@@ -84,20 +92,26 @@ def run(flags: Predict) -> None:
         raise InputError(faults or ["predict: give at least one image"])
     with borrowed(flags.model, without=NOT_LOADED) as folder:
         model = load_model(folder, flags.device)
+        least = None if flags.sets is None else _least(folder, model.classes, flags.sets)
     known: list[str] = []
     rows: list[NDArray[np.float64]] = []
+    odd: list[bool | None] = []
     notes: dict[str, str] = {}
     for start in range(0, len(files), AT_ONCE):
         part = files[start : start + AT_ONCE]
         found, unreadable = _predict_readable(model, part, notes)
         known += [file for file, row in zip(part, found, strict=True) if row is not None]
-        rows += [row for row in found if row is not None]
+        rows += [row[0] for row in found if row is not None]
+        odd += [row[1] for row in found if row is not None]
         faults += unreadable
     for line in notes_in_words(notes.keys(), notes.values()):
         print(visible(line), file=sys.stderr)
     if rows or flags.out is None:
         probabilities = np.array(rows).reshape(len(rows), len(model.classes))
-        _write_table(flags.out, known, model.classes, probabilities, multi_label=model.multi_label)
+        if several := [file for file, unlike in zip(known, odd, strict=True) if unlike]:
+            said = f"{count(len(several), 'image')} unlike those that the model was made from ({examples(several)})"
+            print(visible(f"{said}: its predictions mean little there"), file=sys.stderr)
+        _write_table(flags.out, known, model, probabilities, odd, least)
     if faults:
         raise InputError(faults)
 
@@ -136,12 +150,24 @@ def _images_of(place: str, faults: list[str]) -> list[str]:
     return sorted(images if is_uri(place) else [str(Path(image)) for image in images])
 
 
+def _least(folder: Path, classes: Sequence[str], coverage: float) -> NDArray[np.float64]:
+    """Return the probability of each class from which it is in a set."""
+    if not (folder / CONFORMAL).exists():
+        raise InputError(f"--sets: {folder} has no {CONFORMAL}: it was made by an older version, or without validation")
+    return conformal.thresholds(pq.read_table(folder / CONFORMAL).to_pandas(), classes, coverage)
+
+
 def _predict_readable(
     model: Model | Ensemble, files: Sequence[str], notes: dict[str, str]
-) -> tuple[list[NDArray[np.float64] | None], list[str]]:
-    """Return each file's probabilities, None if it can't be read, and the faults, found by trying halves."""
+) -> tuple[list[tuple[NDArray[np.float64], bool | None] | None], list[str]]:
+    """Return each file's probabilities and whether it is unlike the training images, None if it can't be read.
+
+    And the faults, found by trying halves.
+    """
     try:
-        return list(model.predict(files, notes)), []
+        probabilities, unlike = model.look(files, notes)
+        odd = [None] * len(files) if unlike is None else [bool(each > 1) for each in unlike]
+        return list(zip(probabilities, odd, strict=True)), []
     except InputError as error:
         if len(files) == 1:
             return [None], error.faults[:1]
@@ -152,22 +178,29 @@ def _predict_readable(
 def _write_table(
     out: str | None,
     files: Sequence[str],
-    classes: Sequence[str],
+    model: Model | Ensemble,
     probabilities: NDArray[np.float64],
-    *,
-    multi_label: bool,
+    odd: Sequence[bool | None],
+    least: NDArray[np.float64] | None,
 ) -> None:
-    if multi_label:
-        called = probabilities > 0.5
-        predicted = ["|".join(name for name, yes in zip(classes, row, strict=True) if yes) for row in called]
+    classes = model.classes
+
+    def listed(chosen: NDArray[np.bool_]) -> list[str]:
+        return ["|".join(name for name, yes in zip(classes, row, strict=True) if yes) for row in chosen]
+
+    if model.multi_label:
+        predicted = listed(probabilities > 0.5)
     else:
         predicted = [classes[index] for index in probabilities.argmax(axis=1)]
-    header = ["path", "predicted", *(f"probability_{name}" for name in classes)]
+    more: dict[str, list[Any]] = {} if least is None else {"set": listed(probabilities >= least)}
+    more |= {} if None in odd else {"unlike_training": list(odd)}
+    header = ["path", "predicted", *(f"probability_{name}" for name in classes), *more]
     try:
         if out is not None and out.endswith(".parquet"):
             named = [os.fsencode(file).decode("utf-8", "replace") for file in files]  # Parquet holds only Unicode
             columns = [pa.array(values, pa.string()) for values in (named, predicted)]
             columns += [pa.array(values) for values in probabilities.T]
+            columns += [pa.array(values, pa.bool_() if name != "set" else pa.string()) for name, values in more.items()]
             pq.write_table(pa.Table.from_arrays(columns, names=header), out)
             return
         if out is None:
@@ -178,8 +211,11 @@ def _write_table(
         with opened as stream:
             writer = csv.writer(stream)
             writer.writerow(header)
-            for file, label, row in zip(files, predicted, probabilities, strict=True):
-                writer.writerow([file, label, *(f"{value:.6f}" for value in row)])
+            for place, (file, label, row) in enumerate(zip(files, predicted, probabilities, strict=True)):
+                others = [
+                    str(values[place]).lower() if name != "set" else values[place] for name, values in more.items()
+                ]
+                writer.writerow([file, label, *(f"{value:.6f}" for value in row), *others])
     except BrokenPipeError:
         raise
     except OSError as error:

@@ -24,7 +24,7 @@ from tuning.api import CommandModule
 from tuning.checks.audit import Checked, load_checked
 from tuning.data.changes import OtherSamples, changes, elsewhere
 from tuning.data.images import content_hashes, cores, open_images, read_facts
-from tuning.insight import shift
+from tuning.insight import conformal, shift
 from tuning.insight.best import config_digest
 from tuning.insight.ensemble import declined, members, offer
 from tuning.insight.operating import median_thresholds, prevalences
@@ -32,7 +32,7 @@ from tuning.model.held_out import READINGS, print_metrics, record_evaluation, sc
 from tuning.record import tables
 from tuning.record.journal import read_journal
 from tuning.record.mirror import borrowed
-from tuning.record.predictions import read_predictions, write_tested
+from tuning.record.predictions import group_numbers, read_predictions, write_tested
 from tuning.record.storage import is_uri, joined
 from tuning.record.temperature import fit_temperature, logarithms, median_temperature, plain, tempered
 from tuning.search.plans import other_packages, short_training
@@ -159,11 +159,12 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
 
     import torch  # takes seconds to load, and timm more: wrong input is reported before
 
+    from tuning.model import familiar
     from tuning.model.activation import class_maps
     from tuning.model.card import card
     from tuning.model.evaluation import known_images, write_known_images
     from tuning.model.export import MODEL, export, interface
-    from tuning.model.final import assemble, train
+    from tuning.model.final import assemble, train, usual_features
     from tuning.model.folder import preprocessing, save_ensemble, save_model
     from tuning.model.mistakes import SIDE, mistakes_page, picture, worst
     from tuning.show.plots import write_plots
@@ -235,6 +236,11 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
         exported = export(unfinished / MODEL, final, data, temperature=temperature, described=inside)
 
     # What the model folder keeps of the images, which may be out of reach later.
+    first, (network, its_config) = next(iter(final.networks.items()))
+    of_size = data[its_config.image_size]
+    usual = usual_features(network.cpu(), its_config, of_size)
+    groups = group_numbers(table.iloc[of_size.val])
+    ruled = conformal.scores(of_validated, of_val, groups, some.classes)
     facts, everyone = read_facts(folders[sizes[0]]), np.arange(len(table))
     contents = content_hashes(list(table["file"]), cache_folder())
     known = known_images(
@@ -276,6 +282,10 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
         save_ensemble(unfinished, final.shares, some.classes, temperature, **several, **whole)
     (unfinished / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     write_known_images(unfinished, known)
+    familiar.write(unfinished / first, usual)
+    if len(ruled):
+        with tables.replacing(unfinished / "conformal.parquet") as temporary:
+            ruled.to_parquet(temporary, index=False)
     if logits is not None:
         probabilities = tempered(logits, temperature, **several)
         write_tested(unfinished / "predictions.parquet", rows, some.classes, probabilities, temperature=temperature)

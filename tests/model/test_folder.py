@@ -134,7 +134,7 @@ def test_what_reads_the_rows_may_end_first(named, tmp_path, monkeypatch, capfd, 
     for number in range(copies if copies > 1 else 0):
         os.link("[1].png", f"{number}.png")
     monkeypatch.setattr(
-        "tuning.model_folder._predict_readable", lambda model, files, notes: ([np.ones(2)] * len(files), [])
+        "tuning.model_folder._predict_readable", lambda model, files, notes: ([(np.ones(2), False)] * len(files), [])
     )
     read, write = os.pipe()
     os.close(read)

@@ -83,22 +83,20 @@ def shaping(model: Model | Ensemble) -> dict[str, Any]:
     return {"fit": model.fit, "drop_colour": model.drop_colour}
 
 
-def probabilities(model: Model | Ensemble, images: Mapping[int, NDArray[np.uint8]], rows: NDArray[np.int64]) -> Floats:
-    """Return a model's probabilities [rows, classes].
+def outputs(
+    model: Model | Ensemble, images: Mapping[int, NDArray[np.uint8]], rows: NDArray[np.int64]
+) -> tuple[Floats, Floats | None]:
+    """Return a model's probabilities [rows, classes], and how unlike its training images each is, as `Model.look`.
 
     Args:
         images: decoded, by their side in pixels.
         rows: of the images.
     """
-    from tuning.training.dataset import preparer
-    from tuning.training.scores import predict_images
-
     if isinstance(model, Ensemble):
-        return model.averaged(np.stack([probabilities(member, images, rows) for member in model.members]))
-    device = next(model.network.parameters()).device
-    prepare = preparer(images[model.config.image_size], model.network, device)
-    logits = predict_images(model.network, prepare, rows)
-    return tempered(logits, model.temperature, multi_label=model.multi_label)
+        each = [outputs(member, images, rows) for member in model.members]
+        unlike = next((of_member for _, of_member in each if of_member is not None), None)
+        return model.averaged(np.stack([probabilities for probabilities, _ in each])), unlike
+    return model.of_images(images[model.config.image_size], rows)
 
 
 def recalibrated(found: Floats, targets: Ints) -> dict[str, Any]:

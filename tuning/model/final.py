@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from tuning.insight.ensemble import Offer
+from tuning.model import familiar
 from tuning.model.folder import build_network
 from tuning.record import tables
 from tuning.record.journal import best_epoch
@@ -176,6 +177,20 @@ def folded_network(config: TrialConfig, classes: int, weights: Weights | None) -
     network = build_network(config, classes, weights)
     fold(network, backbones.stages(network, config.image_size), config.image_size)
     return network
+
+
+def usual_features(network: nn.Module, config: TrialConfig, data: Data) -> familiar.Fitted:
+    """Return what tells images unlike those of training, by some of them and the validation images."""
+    names = familiar.taps(network, config.image_size)
+    trained = np.setdiff1d(data.train, data.val)
+    some = np.sort(np.random.default_rng(0).permutation(trained)[: familiar.MOST_IMAGES])
+
+    def features(indices: NDArray[np.int64]) -> familiar.Reals:
+        with familiar.recorded(network, names) as seen:
+            _logits(network, data, indices, torch.device("cpu"))
+        return familiar.joined(seen)
+
+    return familiar.fit(features(some), features(data.val), names)
 
 
 def _logits(network: nn.Module, data: Data, indices: NDArray[np.int64], device: torch.device) -> NDArray[Any]:

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import yaml
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from tuning.data.decoding import Pixels, decode
 from tuning.data.images import parallel_map
+from tuning.model import familiar
 from tuning.record.tables import replacing
 from tuning.record.temperature import Temperature, logarithms, plain, tempered
 from tuning.settings.config import InputError, SearchPlan, TrialConfig, build, check_value
@@ -25,6 +26,7 @@ if TYPE_CHECKING:  # torch and timm take seconds to load, and --help needs neith
     from torch import nn
 
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
+Files: TypeAlias = str | Path | Sequence[str | Path]
 FITS = {"squash": "squashed to", "crop": "the centre square, at", "letterbox": "in a black square of"}
 
 
@@ -39,20 +41,26 @@ class Model:
     drop_colour: bool = False
     temperature: Temperature = 1.0  # divides the logits; of several labels, one for each
     multi_label: bool = False  # whether an image may have several of the classes, each of which is predicted by itself
+    usual: familiar.Fitted | None = None  # what tells images unlike those that the model was made from
 
-    def predict(
-        self, files: str | Path | Sequence[str | Path], notes: dict[str, str] | None = None
-    ) -> NDArray[np.float64]:
-        """Return probabilities [files, classes] for one or more image files.
+    def predict(self, files: Files, notes: dict[str, str] | None = None) -> NDArray[np.float64]:
+        """Return probabilities [files, classes] for one or more image files; arguments and errors as in `look`."""
+        return self.look(files, notes)[0]
+
+    def look(
+        self, files: Files, notes: dict[str, str] | None = None
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        """Return probabilities [files, classes], and how unlike the training images each file is [files].
+
+        Above 1 it is more so than 99% of the validation images; None of a model of an older version.
 
         Args:
+            files: one or more image files.
             notes: is given what a user should know of how files were read, by file, such as that one has no window.
 
         Raises:
             InputError: names every file that can't be read.
         """
-        from tuning.training.dataset import preparer
-        from tuning.training.scores import predict_images
 
         def read(file: str | Path) -> tuple[Pixels, str | None] | InputError:
             try:
@@ -73,11 +81,22 @@ class Model:
         if faults:
             raise InputError(faults)
         if not decoded:
-            return np.empty((0, len(self.classes)))
-        device = next(self.network.parameters()).device
-        prepare = preparer(np.stack(decoded), self.network, device)
-        logits = predict_images(self.network, prepare, np.arange(len(decoded)))
-        return tempered(logits, self.temperature, multi_label=self.multi_label)
+            return np.empty((0, len(self.classes))), None if self.usual is None else np.empty(0)
+        return self.of_images(np.stack(decoded), np.arange(len(decoded)))
+
+    def of_images(
+        self, images: NDArray[np.uint8], rows: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        """Return what `look` does of some of the images [n, side, side, channels] that were decoded for this model."""
+        from tuning.training.dataset import preparer
+        from tuning.training.scores import predict_images
+
+        prepare = preparer(images, self.network, next(self.network.parameters()).device)
+        names = [] if self.usual is None else self.usual["taps"].tolist()
+        with familiar.recorded(self.network, names) as seen:
+            logits = predict_images(self.network, prepare, rows)
+        unlike = None if self.usual is None else familiar.unfamiliar(self.usual, familiar.joined(seen))
+        return tempered(logits, self.temperature, multi_label=self.multi_label), unlike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +109,17 @@ class Ensemble:
     temperature: Temperature  # divides the logarithms of the average, of several labels those of its odds
     multi_label: bool = False
 
-    def predict(
-        self, files: str | Path | Sequence[str | Path], notes: dict[str, str] | None = None
-    ) -> NDArray[np.float64]:
+    def predict(self, files: Files, notes: dict[str, str] | None = None) -> NDArray[np.float64]:
         """Return probabilities [files, classes], as `Model.predict` does."""
-        each = np.stack([member.predict(files, notes) for member in self.members])
-        return self.averaged(each)
+        return self.look(files, notes)[0]
+
+    def look(
+        self, files: Files, notes: dict[str, str] | None = None
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        """Return what `Model.look` does; how unlike images are is by the first member that knows."""
+        each = [member.look(files, notes) for member in self.members]
+        unlike = next((of_member for _, of_member in each if of_member is not None), None)
+        return self.averaged(np.stack([probabilities for probabilities, _ in each])), unlike
 
     def averaged(self, each: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the ensemble's probabilities, given those of its members [members, n, classes]."""
@@ -210,7 +234,7 @@ def load_model(folder: str | Path, device: str = "cpu") -> Model | Ensemble:
         network.load_state_dict(tensors)
     except RuntimeError as error:
         raise InputError(f"{folder / WEIGHTS}: not the weights of {config.backbone} ({error})") from None
-    outputs: dict[str, Any] = {"temperature": temperature, "multi_label": several}
+    outputs: dict[str, Any] = {"temperature": temperature, "multi_label": several, "usual": familiar.read(folder)}
     return Model(network.eval().to(chosen(device)), config, classes, **shaping, **outputs)
 
 
