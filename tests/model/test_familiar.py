@@ -70,4 +70,4 @@ def test_any_backbone_has_features(backbone):
     with familiar.recorded(network, names) as seen, torch.no_grad():
         network(torch.rand(2, 3, size, size))
     features = familiar.joined(seen)
-    assert len(names) == 2 and features.shape[0] == 2 and np.isfinite(features).all()
+    assert len(names) == 3 and features.shape[0] == 2 and np.isfinite(features).all()

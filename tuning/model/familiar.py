@@ -1,9 +1,9 @@
 """Images unlike all that a model was made from, told by the statistics of its features.
 
-A classifier divides whatever it is given among its classes, also a photograph of a cat. Its features show it: those
-that the classifier takes, and the means and deviations of the channels further down, which fine-tuning changes little.
-Their principal components and what these leave over are compared with those of the training images (Mahalanobis
-distance, Lee et al. 2018, https://arxiv.org/abs/1807.03888, and reconstruction error).
+A classifier divides whatever it is given among its classes, also a photograph of a cat. What its layers see of an image
+shows it: the means and deviations of their channels, which fine-tuning changes little, are compared with those of the
+training images (Mahalanobis distance, Lee et al. 2018, https://arxiv.org/abs/1807.03888). The features that the
+classifier takes tell less: fine-tuning leaves in them little but the classes (benchmarks/README.md).
 """
 
 from collections.abc import Iterator
@@ -23,31 +23,34 @@ Reals = NDArray[np.float32]
 Fitted = dict[str, NDArray[Any]]
 
 FILE = "familiar.npz"  # in a model folder
-COMPONENTS = 64  # at most, and at most a tenth of the images
 MOST_IMAGES = 1000  # of training, random ones
-LEVEL = 0.99  # share of the validation images that are familiar by each of the two measures
-STAGE = 3  # from the input, counted from 0: the channels that it takes
+LEVEL = 0.99  # share of the validation images that are familiar
+STAGES = (1, 2, 3)  # from the input, counted from 0, whose inputs are seen
+SHRINK = 0.1  # of the covariance towards that of independent features, for images are few
 
 
 def taps(network: "nn.Module", image_size: int) -> list[str]:
-    """Return the modules whose inputs are the features: the first of a stage in the middle, and the classifier."""
+    """Return the modules whose inputs are seen: the first of each of `STAGES`."""
     from tuning.training import backbones
 
     stages = backbones.stages(network, image_size)
-    middle = {name.rpartition(".")[0] for name in stages[min(STAGE, len(stages) - 1)]}
-    order: list[str] = []
-    handles = [
-        module.register_forward_pre_hook(lambda _, given, name=name: order.append(name))
-        for name, module in network.named_modules()
-        if name in middle
-    ]
+    first: dict[int, str] = {}
+
+    def note(stage: int, name: str) -> None:
+        first.setdefault(stage, name)
+
+    handles = []
+    for stage in (stage for stage in STAGES if stage < len(stages)):
+        for name in {parameter.rpartition(".")[0] for parameter in stages[stage]}:
+            module = network.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(lambda _, given, on=(stage, name): note(*on)))
     try:
         with backbones.evaluating(network):
             network(backbones.zero_images(network, 1, image_size))
     finally:
         for handle in handles:
             handle.remove()
-    return [*order[:1], backbones.classifier_name(network)]
+    return list(first.values())
 
 
 @contextmanager
@@ -94,34 +97,26 @@ def fit(trained: Reals, validated: Reals, names: list[str]) -> Fitted:
     """
     mean, scale = trained.mean(axis=0), trained.std(axis=0)
     scale = np.where(scale > 1e-6 * max(float(scale.max()), 1e-12), scale, np.inf)  # a constant feature tells nothing
-    centred = (trained - mean) / scale
-    number = max(1, min(COMPONENTS, len(trained) // 10, trained.shape[1]))
-    _, values, vectors = np.linalg.svd(centred, full_matrices=False)
-    spread = values[:number] / np.sqrt(max(len(trained) - 1, 1))
+    centred = ((trained - mean) / scale).astype(np.float64)
+    size = centred.shape[1]
+    covariance = centred.T @ centred / len(centred)
+    covariance = (1 - SHRINK) * covariance + SHRINK * np.eye(size) * max(float(np.trace(covariance)) / size, 1e-12)
     fitted: Fitted = {
         "mean": mean,
         "scale": scale.astype(np.float32),
-        "vectors": (vectors[:number] / np.maximum(spread, 1e-6)[:, None]).astype(np.float32),
-        "back": (vectors[:number] * np.maximum(spread, 1e-6)[:, None]).astype(np.float32),
-        "limits": np.ones(2, dtype=np.float32),
+        "factor": np.linalg.cholesky(np.linalg.inv(covariance)).astype(np.float32),
+        "limit": np.ones(1, dtype=np.float32),
         "taps": np.array(names),
     }
-    fitted["limits"] = np.quantile(_measures(fitted, validated), LEVEL, axis=0, method="higher").astype(np.float32)
-    return fitted
+    limit = np.quantile(unfamiliar(fitted, validated), LEVEL, method="higher")
+    return fitted | {"limit": np.array([max(float(limit), 1e-12)], dtype=np.float32)}
 
 
 def unfamiliar(fitted: Fitted, features: Reals) -> NDArray[np.float64]:
     """Return how unlike the training images others are [images]: above 1, more than nearly all of validation."""
-    found: NDArray[np.float64] = (_measures(fitted, features) / np.maximum(fitted["limits"], 1e-12)).max(axis=1)
-    return found
-
-
-def _measures(fitted: Fitted, features: Reals) -> NDArray[np.float64]:
-    """Return the distance in the components, and the length of what they leave over [images, 2]."""
     centred = ((features - fitted["mean"]) / fitted["scale"]).astype(np.float64)
-    within = centred @ fitted["vectors"].T
-    left = centred - within @ fitted["back"]
-    return np.stack([np.sqrt(np.square(within).mean(axis=1)), np.sqrt(np.square(left).mean(axis=1))], axis=1)
+    found: NDArray[np.float64] = np.linalg.norm(centred @ fitted["factor"], axis=1) / fitted["limit"][0]
+    return found
 
 
 def write(folder: Path, fitted: Fitted) -> None:
