@@ -130,7 +130,10 @@ DROPOUT = {"type": "float", "low": 0.0, "high": 0.5}
             parameter(unfreeze_depth={"type": "categorical", "choices": [5, "all"]}),
             ["unfreeze_depth.choices[1]: 5 is listed twice; delete one"],
         ),
-        (parameter(augmentation={"type": "categorical", "choices": ["hefty"]}), ["choices[0]", "'light'", "'hefty'"]),
+        (
+            parameter(augmentation={"type": "categorical", "choices": ["hefty"]}),
+            ["choices[0]", "none, light", "'hefty'"],
+        ),
         (parameter(head_dropout={**DROPOUT, "low": 0.5}), ["low must be below high, got low 0.5 and high 0.5"]),
         (parameter(head_dropout={**DROPOUT, "high": 1.5}), ["head_dropout.high: must be less than 1, got 1.5"]),
         (parameter(head_dropout={**DROPOUT, "log": True}), ["low: must be above 0 with log, got 0.0; raise low"]),

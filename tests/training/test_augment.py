@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from tuning.training.augment import BLUR, BRIGHTNESS, COLUMNS, CONTRAST, POLICIES, augment, epoch_table, sampled
+from tuning.settings.augmentation import POLICIES
+from tuning.training.augment import BLUR, BRIGHTNESS, COLUMNS, CONTRAST, augment, epoch_table, sampled
 
 
 def batch(count=4, side=32):
@@ -75,3 +76,17 @@ def test_without_border_padding_views_are_the_same():
     torch.testing.assert_close(
         sampled(images, grid, border=False), sampled(images, grid, border=True), atol=1e-5, rtol=0
     )
+
+
+def test_a_policy_of_ones_own_is_its_base_with_other_strengths():
+    images, table = batch(8), epoch_table(0, 1, 8)
+    table[:, 1] = 0.0  # mirrored, if the policy does that
+    assert torch.equal(augment(images, table, "mine: light"), augment(images, table, "light"))
+    mirrored, not_mirrored = augment(images, table, "medium"), augment(images, table, "medium flip=0")
+    assert not torch.allclose(mirrored, not_mirrored, atol=0.05)
+    assert torch.equal(augment(images, table, "flip=1"), augment(images, table, "flip=1 rotate=0"))
+    assert torch.allclose(augment(images, table, "flip=1"), images.flip(-1), atol=1e-5)
+    assert torch.equal(augment(images, table, "rotate=0"), images)
+    darker = augment(images, table, "brightness=0.5")
+    ratio = darker.mean(dim=(1, 2, 3)) - images.mean(dim=(1, 2, 3))
+    assert torch.equal(images, batch(8)) and ratio.abs().max() > 0.05

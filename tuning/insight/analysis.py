@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pandas as pd
 
@@ -11,13 +11,13 @@ from tuning.record.journal import EARLY, loss_like
 from tuning.record.tables import TRIALS, read_table
 from tuning.record.tables import searched as searched
 from tuning.record.targets import class_names, constant_loss, encoded
-from tuning.settings.config import UNFROZEN, InputError, TrialConfig, unfrozen
+from tuning.settings.augmentation import POLICIES
+from tuning.settings.config import UNFROZEN, InputError, unfrozen
 from tuning.settings.documents import read_plan
 from tuning.settings.space import Space
 from tuning.settings.space_file import parse
 
 LEAST_RANKED = 10  # ended trials that parameter importance needs
-AUGMENTATIONS = get_args(TrialConfig.model_fields["augmentation"].annotation)  # from none to strong
 
 # ---- reading runs -----------------------------------------------------------------------------------------------
 
@@ -191,7 +191,8 @@ def gaps(trials: pd.DataFrame) -> pd.DataFrame:
         Columns unfrozen, augmentation, trials, gap, val_loss (medians).
     """
     frame = _with_part(trials[(trials["epochs"] > 1) & trials["gap"].notna()])
-    frame = frame.assign(augmentation=pd.Categorical(frame["config_augmentation"], AUGMENTATIONS))
+    order = [*POLICIES, *sorted(set(frame["config_augmentation"]) - POLICIES.keys())]  # from none to strong
+    frame = frame.assign(augmentation=pd.Categorical(frame["config_augmentation"], order))
     groups = frame.groupby(["unfrozen", "augmentation"], observed=True)
     return groups.agg(trials=("gap", "size"), gap=("gap", "median"), val_loss=("val_loss", "median")).reset_index()
 

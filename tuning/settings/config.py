@@ -23,6 +23,7 @@ from pydantic import (
 from tuning.settings.values import (
     DEPTH_ALL,
     MODEL,
+    Augmentation,
     Depth,
     GivenWeights,
     Gpus,
@@ -115,8 +116,8 @@ class TrialConfig(BaseModel):
     """Class weights in the training loss: `none`, or `balanced` (inverse class frequencies)."""
     batch_norm: Literal["train", "frozen"] = "train"
     """Batch norm in unfrozen stages: `train`, or `frozen` with its pretrained statistics and affine weights."""
-    augmentation: Literal["none", "light", "medium", "strong"] = "light"
-    """Augmentation of training images: `none`, `light`, or `medium` or `strong`, which also mirror half of them."""
+    augmentation: Augmentation = "light"
+    """Augmentation: `none`, `light`, `medium` or `strong` (which mirror half), or strengths, as `medium flip=0`."""
     batch_size: int = Field(32, ge=2)
     """Number of images per optimizer step, at least 2."""
     image_size: int = Field(224, ge=32, le=1024)
@@ -290,7 +291,7 @@ SAMPLE_SETTINGS = (  # of `load_samples`
     *("multi_label", "uncertain", "blank", "label_pattern", "group_pattern", "subgroups"),
     *("images", "join", "split_files", "val_fraction", "test_fraction"),
 )
-STRUCTURED = ("weights", "columns", "label_columns", "subgroups", "split_files")  # lists and mappings
+STRUCTURED = ("augmentation", "weights", "columns", "label_columns", "subgroups", "split_files")  # lists and mappings
 RESUME_MAY_CHANGE = (
     *("trials", "finalist_epochs", "time_budget", "trial_timeout"),
     *("concurrent", "gpus_per_trial", "cpus_per_trial", "device"),

@@ -18,6 +18,7 @@ from pydantic import (
     field_serializer,
 )
 
+from tuning.settings.augmentation import written
 from tuning.settings.words import as_number, show
 
 DEPTH_ALL = 5  # stages from the head that make up a whole network; the word `all` means this
@@ -120,6 +121,7 @@ SplitFiles = Annotated[dict[Literal["train", "val", "test"], str], BeforeValidat
 Pattern = Annotated[str, AfterValidator(_pattern)]
 Depth = Annotated[int, BeforeValidator(lambda depth: DEPTH_ALL if depth == "all" else depth)]
 Seconds = Annotated[float, BeforeValidator(parse_duration)]
+Augmentation = Annotated[str, BeforeValidator(lambda value: written(_from_yaml(value)))]
 Gpus = Annotated[Annotated[float, Field(ge=0)] | Literal["auto"] | None, WrapValidator(_number_or_auto)]
 
 

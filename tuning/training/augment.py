@@ -7,22 +7,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tuning.settings.augmentation import strengths
+
 # Columns of an epoch's table: the first shuffles the samples, the others belong to one transform each.
 COLUMNS = 13
 SHUFFLE, FLIP, ROTATE, SHIFT_X, SHIFT_Y, SCALE, BRIGHTNESS = range(7)
 CONTRAST, BLUR, ERASE, ERASE_X, ERASE_Y, ERASE_SIZE = range(7, COLUMNS)
 
+MOVES = ("flip", "rotate", "shift", "scale")
 BLUR_SUM = 256  # of the binomial filter's weights, along both axes
-
-# flip: probability; rotate: degrees; shift: fraction of the side; scale, brightness, contrast: relative; blur: weight
-# of the blurred copy; erase: probability of a square up to half the side. No radiograph is flipped upside down, nor by
-# the weakest policy, which start points have, sideways: digits lose by it (benchmarks/README.md, "Horizontal flips").
-POLICIES: dict[str, dict[str, float]] = {
-    "none": {},
-    "light": dict(flip=0.0, rotate=5, shift=0.04, scale=0.05, brightness=0.1, contrast=0.1),
-    "medium": dict(flip=0.5, rotate=10, shift=0.08, scale=0.12, brightness=0.2, contrast=0.2, blur=0.5, erase=0.25),
-    "strong": dict(flip=0.5, rotate=20, shift=0.12, scale=0.25, brightness=0.35, contrast=0.35, blur=1.0, erase=0.5),
-}
 
 
 def epoch_table(seed: int, epoch: int, samples: int) -> Tensor:
@@ -39,28 +32,29 @@ def augment(images: Tensor, table: Tensor, policy: str) -> Tensor:
     Args:
         images: float [batch, channels, side, side] in [0, 1].
         table: the images' rows of the epoch's table, [batch, COLUMNS], on the same device.
-        policy: a name in `POLICIES`.
+        policy: its text, see `settings.augmentation`.
 
     Returns:
         Augmented images of the same shape, in [0, 1].
     """
-    strength = POLICIES[policy]
-    if not strength:
+    strength = strengths(policy)
+    if not any(strength.values()):
         return images
-    images = _move(images, table, strength)
+    moves = any(strength.get(name) for name in MOVES)
+    images = _move(images, table, strength) if moves else images.clone()
     signed = 2 * table - 1
 
     def column(index: int, name: str) -> Tensor:
-        return (signed[:, index] * strength[name]).view(-1, 1, 1, 1)
+        return (signed[:, index] * strength.get(name, 0.0)).view(-1, 1, 1, 1)
 
     mean = images.mean(dim=(1, 2, 3), keepdim=True)
     contrast, brightness = 1 + column(CONTRAST, "contrast"), 1 + column(BRIGHTNESS, "brightness")
     images.mul_(contrast).add_(mean * (brightness - contrast))  # in place, here and below: passes cost the time
-    if "blur" in strength:
+    if strength.get("blur"):
         share = (table[:, BLUR] * strength["blur"]).view(-1, 1, 1, 1)
         blurred = _blurred(images)
         images.mul_(1 - share).addcmul_(blurred, share / BLUR_SUM)
-    if "erase" in strength:
+    if strength.get("erase"):
         images = torch.where(_erased(images, table, strength["erase"]), mean, images)
     return images.clamp_(0, 1)
 
@@ -68,11 +62,12 @@ def augment(images: Tensor, table: Tensor, policy: str) -> Tensor:
 def _move(images: Tensor, table: Tensor, strength: dict[str, float]) -> Tensor:
     """Flip, rotate, shift and scale in one bilinear resampling; outside the image its border is repeated."""
     signed = 2 * table - 1
-    angle = signed[:, ROTATE] * math.radians(strength["rotate"])
-    scale = 1 + signed[:, SCALE] * strength["scale"]
-    flip = torch.where(table[:, FLIP] < strength["flip"], -1.0, 1.0)
+    angle = signed[:, ROTATE] * math.radians(strength.get("rotate", 0.0))
+    scale = 1 + signed[:, SCALE] * strength.get("scale", 0.0)
+    flip = torch.where(table[:, FLIP] < strength.get("flip", 0.0), -1.0, 1.0)
     cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
-    shift_x, shift_y = 2 * strength["shift"] * signed[:, SHIFT_X], 2 * strength["shift"] * signed[:, SHIFT_Y]
+    shift = 2 * strength.get("shift", 0.0)
+    shift_x, shift_y = shift * signed[:, SHIFT_X], shift * signed[:, SHIFT_Y]
     rows = torch.stack([cos * flip, -sin, shift_x, sin * flip, cos, shift_y], dim=1)
     grid = functional.affine_grid(rows.view(-1, 2, 3), list(images.shape), align_corners=False)
     return sampled(images, grid, border=images.device.type != "mps")
