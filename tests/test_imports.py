@@ -23,7 +23,7 @@ BELOW = {
     "model": {"settings", "record", "data", "checks", "training", "search", "insight", "show"},
 }
 MODULES = sorted(str(path.relative_to(TUNING).with_suffix("")).replace("/", ".") for path in TUNING.rglob("*.py"))
-COMMANDS = {"run_search", "audit", "train_final", "evaluate", "report", "model_folder"}
+COMMANDS = {"run_search", "audit", "train_final", "evaluate", "label_issues", "report", "model_folder"}
 RAY = {"search.cluster", "search.driver", "search.gpus", "search.trainable", "search.tuner", "search.worker"}
 OPTUNA = {"search.optimizer", "insight.analysis"}
 TORCHLESS = [

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from tuning import audit, evaluate, model_folder, report, run_search, train_final
+from tuning import audit, evaluate, label_issues, model_folder, report, run_search, train_final
 from tuning.checks.findings import KINDS, SEVERITIES
 from tuning.record.tables import AUDIT, DECISIONS, EPOCHS, FINALISTS, SAMPLES, TRIALS
 from tuning.settings.command_line import command_line
@@ -28,7 +28,7 @@ FINDINGS = {f"findings/{path.name}": path.read_text() for path in sorted((ROOT /
 SETTINGS_PAGE = ROOT / "docs" / "settings.md"
 ROOMS = sorted(path.parent.name for path in (ROOT / "tuning").glob("*/__init__.py"))
 COMMANDS = {"run_search": run_search, "audit": audit, "train_final": train_final, "report": report}
-COMMANDS["evaluate"] = evaluate
+COMMANDS |= {"evaluate": evaluate, "label_issues": label_issues}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`([^`\n]+)`")
 TABLE = re.compile(r"^\| key \| default \| meaning \|\n(?:\|.*\n)+", re.MULTILINE)

@@ -15,6 +15,7 @@ import tyro
 from tuning.checks import audit, findings
 from tuning.data.images import parallel_map
 from tuning.record import tables
+from tuning.record.targets import counted
 from tuning.settings.command_line import BAD_INPUT, DONE, Pairs, command_line, exit_code
 from tuning.settings.config import InputError, SearchPlan, build, visible
 
@@ -59,7 +60,7 @@ def run(flags: Flags) -> int:
     plan = build(SearchPlan, {"name": "audit"} | given, "command line")
     found, moved, notes = audit.audited(plan, audit.decoded(plan, [size], None, parallel_map, skip=True))
     tables.write_tables({"audit": findings.table(found)}, out)
-    for label, row in moved.groupby(["label", "split"]).size().unstack(fill_value=0).iterrows():
+    for label, row in counted(moved).iterrows():
         print(f"{visible(label)}: " + ", ".join(f"{images} {split}" for split, images in row.items()))
     print("\n".join(map(visible, notes)))
     print(f"written: {out / 'audit.parquet'}")

@@ -93,9 +93,9 @@ def mistakes_page(
     figures = []
     for place, row in enumerate(mistakes.rows):
         sample = tested.iloc[row]
-        images = [_image(pictures[place], f"{shown(str(sample['label']))}: {sample['path']}")]
+        images = [image(pictures[place], f"{shown(str(sample['label']))}: {sample['path']}")]
         if maps is not None:
-            images.append(_image(overlaid(pictures[place], maps[place]), "the same under its class-activation map"))
+            images.append(image(overlaid(pictures[place], maps[place]), "the same under its class-activation map"))
         kind = "pictures" if maps is not None else "pictures alone"
         figures.append(
             f'<figure><div class="{kind}">{"".join(images)}</div><figcaption>'
@@ -149,7 +149,8 @@ def overlaid(pixels: NDArray[np.uint8], strength: NDArray[np.float32]) -> NDArra
     return mixed
 
 
-def _image(pixels: NDArray[np.uint8], label: str) -> str:
+def image(pixels: NDArray[np.uint8], label: str) -> str:
+    """Return an image [SIDE, SIDE, 3] as HTML; `label` is for screen readers."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=82)
     data = base64.b64encode(buffer.getvalue()).decode()
