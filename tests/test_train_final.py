@@ -43,7 +43,7 @@ from tuning.train_final import Flags
 
 run = partial(train_final.run, onnx=False)  # which takes five seconds of a core
 WRITTEN = {"config.yaml", "metrics.json", "predictions.parquet", "known_images.parquet", "README.md"}
-WRITTEN |= {"familiar.npz", "conformal.parquet"}
+WRITTEN |= {"familiar.npz", "conformal.parquet", "reporting.md"}
 WRITTEN |= {"mistakes.html", *PLOTS}
 ROOT = Path(__file__).parent.parent
 CONFIG = TrialConfig(
@@ -541,7 +541,7 @@ def test_without_test_images_the_rest_is_there(best, folder, tmp_path):
     (tmp_path / "data.csv").write_text("path,label,split\n" + "\n".join(rows))
     model = run(Flags(str(best), data=str(tmp_path / "data.csv"), set=(("epochs=1",),)))
     written = {"model.safetensors", "config.yaml", "metrics.json", "known_images.parquet", "README.md"}
-    written |= {"familiar.npz", "conformal.parquet"}
+    written |= {"familiar.npz", "conformal.parquet", "reporting.md"}
     assert {path.name for path in model.iterdir()} == written
     assert "There were no test images" in (model / "README.md").read_text()
 

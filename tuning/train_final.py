@@ -167,6 +167,8 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     from tuning.model.final import assemble, train, usual_features
     from tuning.model.folder import preprocessing, save_ensemble, save_model
     from tuning.model.mistakes import SIDE, mistakes_page, picture, worst
+    from tuning.model.sheet import FILE as REPORTING
+    from tuning.model.sheet import sheet
     from tuning.show.plots import write_plots
     from tuning.training.backbones import check
     from tuning.training.dataset import join
@@ -310,6 +312,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
             (folder / "mistakes.html").write_text(page, encoding="utf-8", errors="replace")
         whence = best.provenance | {"changed": best.changed, "final_settings": plan.model_dump()}
         (folder / "README.md").write_text(card(folder, run_folder, whence, table, findings), encoding="utf-8")
+        (folder / REPORTING).write_text(sheet(folder, run_folder, whence, table, findings), encoding="utf-8")
     except Exception as error:
         print(f"plots, mistakes.html or README.md are missing ({type(error).__name__}: {error})", file=sys.stderr)
     return folder
