@@ -19,9 +19,10 @@ CELLS = [
 import yaml
 from pathlib import Path
 Path("space.yaml").write_text(yaml.safe_dump(space))
-run = search("images", space="space.yaml", trials=2, epochs=4, weights="random", finalists=0, name="book")
+run = search("images", space="space.yaml", trials=3, epochs=4, weights="random", finalists=0, name="book")
 run""",
-    "assert run.trials['val_loss'].is_monotonic_increasing or len(run.trials) == 2\nrun.best['backbone'], run.verdict",
+    "assert run.trials['val_tempered_loss'].is_monotonic_increasing and len(run.trials) == 3\n"
+    "run.best['backbone'], run.verdict",
     "model = train_final(run, prevalence={'dark': 0.1}, ensemble=False)\nmodel",
     "model.predict(sorted(Path('images/dark').glob('*.png'))[:3]).shape",
     "evaluate(model, 'other', rename={'black': 'dark'}, skip_unreadable=True)",
@@ -42,7 +43,7 @@ def test_a_notebook(tmp_path, monkeypatch):
         "".join(output.get("text", "") + "".join(output.get("data", {}).values()) for output in cell.outputs)
         for cell in book.cells
     ]
-    assert "2 trials of up to 4 epochs" in shown[1] and "best" in shown[1]  # progress, and the result
+    assert "3 trials of up to 4 epochs" in shown[1] and "best" in shown[1]  # progress, and the result
     assert "<table" in shown[1] and "report.html" in shown[1]
     assert "test_resnet" in shown[2] and "<table" in shown[3] and "(3, 2)" in shown[4]
     assert "<td>light</td>" in shown[5] and "('dark', 'light')" in shown[6]

@@ -1,6 +1,7 @@
 """From a manifest with several labels to a tested model, and to another hospital's images."""
 
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
@@ -179,14 +180,15 @@ def test_another_hospital_with_fewer_labels_and_other_names(searched, model, tmp
     single = tmp_path / "folders"
     for name in ("spot", "line"):
         planted(single / name, 4)
-    with pytest.raises(evaluate.InputError, match="the model predicts several labels; give a manifest"):
+    with pytest.raises(evaluate.InputError, match="multi_label needs a manifest"):
         evaluate.run(evaluate.Flags(str(model), str(single), out=str(tmp_path)))
 
 
-def test_masked_labels_change_nothing_that_is_learnt(tmp_path):
-    """Where a label is unknown, training and figures are the same whatever it is."""
+def test_unknown_labels_are_masked_in_training_and_figures(tmp_path):
+    """A label that is unknown in all images of a set leaves its output as it was; the others are learnt."""
     from tuning.data.samples import load_samples
     from tuning.settings.config import TrialConfig
+    from tuning.training import backbones
     from tuning.training.dataset import join
     from tuning.training.finetune import finetune
 
@@ -204,5 +206,13 @@ def test_masked_labels_change_nothing_that_is_learnt(tmp_path):
     given = {"device": torch.device("cpu"), "weights": None}
     rows = [row for row, _ in finetune(config, data, **given)]
     assert all(0 < row["val_loss"] < 2 and row["val_auroc"] is not None for row in rows)
+    hidden = data.labels.copy()
+    hidden[data.train, 1] = -1
+    for row, snapshot in finetune(config, dataclasses.replace(data, labels=hidden), **given):  # noqa: B007
+        pass
+    fresh = backbones.build("test_resnet", classes=3, image_size=32, head_dropout=0.0, seed=0, weights=None)
+    name = f"{backbones.classifier_name(fresh)}.1.bias"
+    change = (snapshot().tensors[f"model/{name}"] - fresh.state_dict()[name]).abs()
+    assert change[1] == 0 and (change[[0, 2]] > 0).all()
     balanced = config.model_copy(update={"class_weighting": "balanced", "label_smoothing": 0.1})
     assert all(np.isfinite(row["train_loss"]) for row, _ in finetune(balanced, data, **given))

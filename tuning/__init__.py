@@ -22,7 +22,7 @@ import_module("tuning.search").__class__ = CommandModule
 
 
 def __getattr__(name: str) -> Any:
-    """Give `load_model`, once it is asked for."""
-    if name == "load_model":
-        return import_module("tuning.model.folder").load_model
+    """Give `load_model` or `InputError`, once it is asked for."""
+    if name in ("load_model", "InputError"):
+        return getattr(import_module("tuning.model.folder"), name)
     raise AttributeError(f"module 'tuning' has no attribute {name!r}")

@@ -27,11 +27,11 @@ from tuning.data.images import open_images, parallel_map, read_facts
 from tuning.data.samples import fingerprint, load_samples
 from tuning.insight.intervals import measure
 from tuning.insight.operating import at, prevalences
-from tuning.insight.per_group import measured
+from tuning.insight.per_group import By, measured
 from tuning.insight.shift import described, shifts
 from tuning.model import evaluation
 from tuning.model.folder import Ensemble, Model, load_model
-from tuning.model.held_out import by_subgroup, estimate, few_images, print_per_group
+from tuning.model.held_out import by_subgroup, estimate, few_images, print_per_group, print_predictive_values
 from tuning.record.mirror import borrowed
 from tuning.record.predictions import group_numbers, write_tested
 from tuning.record.storage import is_uri
@@ -66,7 +66,9 @@ class Flags:
     """Classes of the data that have another name in the model."""
     prevalence: Annotated[tuple[str, ...], tyro.conf.arg(metavar="CLASS=SHARE ...", help_behavior_hint="")] = ()
     """Share of a class where the model is to be used, by which its PPV and NPV are given: pneumonia=0.02."""
-    per_group: Annotated[Literal["mean", "max"] | None, tyro.conf.arg(metavar="mean|max", help_behavior_hint="")] = None
+    per_group: Annotated[
+        tyro.conf.DisallowNone[By | None], tyro.conf.arg(metavar="mean|max", help_behavior_hint="")
+    ] = None
     """Gives the figures also per group, such as a patient, by the mean or the maximum of its images' probabilities."""
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], tyro.conf.arg(metavar="auto|cpu|cuda|mps")] = "auto"
     """Device: `cpu`, `cuda`, `mps` (Apple's GPU), or `auto`: a GPU if there is one."""
@@ -93,8 +95,6 @@ def run(flags: Flags) -> Path:
     prevalence = prevalences(flags.prevalence, model.classes)
     reading = {key: getattr(plan, key) for key in SAMPLE_SETTINGS} | {"multi_label": model.multi_label}
     samples = load_samples(flags.data, evaluated=True, **reading)
-    if model.multi_label != is_multi_label(samples["label"]):
-        raise InputError(f"{flags.data}: folders are classes, but the model predicts several labels; give a manifest")
     samples, lines = _of_classes(samples, flags, model.classes)
 
     # Decode; what can't be read, what the model knows and what is there twice is left out.
@@ -121,13 +121,18 @@ def run(flags: Flags) -> Path:
     probabilities, unlike = evaluation.outputs(model, images, rows)
     if unlike is not None and (odd := int((unlike > 1).sum())):
         said = f"{count(odd, 'image')} ({odd / len(unlike):.0%}) unlike those that the model was trained on"
-        lines.append(f"{said} (of its own validation images 1 to 2%)")
+        lines.append(f"{said} (of the validation images 1%)")
     targets = encoded(tested["label"], model.classes)
     groups = group_numbers(tested)
     figures = evaluation.without_absent(measure(probabilities, targets, groups, model.classes))
     figures["operating_points"] = at(chosen or {}, probabilities, targets, groups, model.classes, prevalence)
     figures |= by_subgroup(probabilities, targets, groups, tested)
     figures |= measured(probabilities, targets, groups, model.classes, flags.per_group)
+    if "per_group" in figures:
+        figures["per_group"] = evaluation.without_absent(figures["per_group"])
+    if judged := [name for name, values in figures["classes"].items() if values["auroc"] is not None]:
+        if len(judged) < len(model.classes):
+            lines.append(f"means are over {count(len(judged), 'label')} of {len(model.classes)}: {examples(judged)}")
     whole = figures["balanced_accuracy"] is not None
     trained = None if known is None else known[known["split"] != "test"]
     shift = [] if trained is None else shifts(trained, described(images[sizes[0]], rows, facts))
@@ -184,7 +189,9 @@ def _place_name(data: str) -> str:
 
 def _of_classes(samples: pd.DataFrame, flags: Flags, classes: tuple[str, ...]) -> tuple[pd.DataFrame, list[str]]:
     """Return the images of the model's classes, by their names in the model, and lines on what was left out."""
-    lines, there = list(samples.attrs["remarks"]), list(class_names(samples["label"]))
+    several = is_multi_label(samples["label"])
+    lines = list(samples.attrs["remarks"])
+    there = list(samples.attrs["labels"] if several else class_names(samples["label"]))
     if wrong := [pair for pair in flags.rename if pair.partition("=")[2] not in classes]:
         raise InputError(f"--rename {wrong[0]}: give THEIRS=OURS, where OURS is {' or '.join(classes)}")
     names = dict(pair.split("=", 1) for pair in flags.rename)
@@ -192,7 +199,6 @@ def _of_classes(samples: pd.DataFrame, flags: Flags, classes: tuple[str, ...]) -
         raise InputError(f"--rename {absent[0]}: the data has no such class, but {examples(there)}")
     renamed = {names.get(name, name) for name in there}
     others, missing = sorted(renamed - set(classes)), [name for name in classes if name not in renamed]
-    several = is_multi_label(samples["label"])
     if (missing and others and not (several and renamed & set(classes))) or not len(samples):
         close = nearest(missing[0], others)
         raise InputError(
@@ -308,6 +314,7 @@ def _print(metrics: dict[str, Any]) -> None:
     if (fitted := metrics["recalibrated"]) is not None:
         few = few_images(fitted)
         print(f"  with the temperature that fits these images the loss would be {fitted['loss']:.3f}{few}")
+    print_predictive_values(here)
     print_per_group(here)
     for words in here.get("subgroups_in_words", []):
         print(f"  {visible(words)}")

@@ -138,7 +138,8 @@ def _show(
 ) -> None:
     issues = table[table["issue"]]
     number = count(int(table["path"].nunique()), "image")
-    print(f"\n{len(issues):,} of {number} of training and validation have a label that is likely to be wrong:")
+    wrong = int(issues["path"].nunique())
+    print(f"\n{wrong:,} of {number} of training and validation have a label that is likely to be wrong:")
     for row in issues.head(LISTED).itertuples():
         print(visible(f"  {row.path}: {row.label} ({row.own_probability:.1%}), rather {row.suggested}"))
     print(f"  {folder / PAGE} shows them, {TABLE} has all" if len(issues) else "  none")

@@ -27,6 +27,7 @@ from tuning.insight import conformal
 from tuning.model.folder import Ensemble, Model, load_model
 from tuning.record.mirror import borrowed
 from tuning.record.storage import files_below, is_uri, stored
+from tuning.record.tables import read_table
 from tuning.settings.command_line import exit_code, leave
 from tuning.settings.config import InputError, visible
 from tuning.settings.words import count, examples
@@ -34,7 +35,6 @@ from tuning.settings.words import count, examples
 __all__ = ["load_model"]
 
 NOT_LOADED = ("model.onnx", "mistakes.html", "known_images.parquet")
-CONFORMAL = "conformal.parquet"
 AT_ONCE = 256  # images that are decoded before they are classified
 
 
@@ -152,9 +152,10 @@ def _images_of(place: str, faults: list[str]) -> list[str]:
 
 def _least(folder: Path, classes: Sequence[str], coverage: float) -> NDArray[np.float64]:
     """Return the probability of each class from which it is in a set."""
-    if not (folder / CONFORMAL).exists():
-        raise InputError(f"--sets: {folder} has no {CONFORMAL}: it was made by an older version, or without validation")
-    return conformal.thresholds(pq.read_table(folder / CONFORMAL).to_pandas(), classes, coverage)
+    path = folder / conformal.FILE
+    if not path.exists():
+        raise InputError(f"--sets: {folder} has no {path.name}: it was made by an older version, or without validation")
+    return conformal.thresholds(read_table(path), classes, coverage)
 
 
 def _predict_readable(

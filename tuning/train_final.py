@@ -13,7 +13,7 @@ import shlex
 import statistics
 import tempfile
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -28,6 +28,7 @@ from tuning.insight import conformal, shift
 from tuning.insight.best import config_digest
 from tuning.insight.ensemble import declined, members, offer
 from tuning.insight.operating import median_thresholds, prevalences
+from tuning.insight.per_group import By
 from tuning.model.held_out import READINGS, print_metrics, record_evaluation, score_test_set
 from tuning.record import tables
 from tuning.record.journal import read_journal
@@ -68,7 +69,9 @@ class Flags:
     device: Annotated[str | None, flag("device", "auto|cpu|cuda|mps")] = None
     prevalence: Annotated[tuple[str, ...], tyro.conf.arg(metavar="CLASS=SHARE ...", help_behavior_hint="")] = ()
     """Share of a class where the model is to be used, by which its PPV and NPV are given: pneumonia=0.02."""
-    per_group: Annotated[Literal["mean", "max"] | None, tyro.conf.arg(metavar="mean|max", help_behavior_hint="")] = None
+    per_group: Annotated[
+        tyro.conf.DisallowNone[By | None], tyro.conf.arg(metavar="mean|max", help_behavior_hint="")
+    ] = None
     """Gives the figures also per group, such as a patient, by the mean or the maximum of its images' probabilities."""
     set: Annotated[Pairs, tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
     """Settings of the final model or of --data, and trials' parameters: --set ensemble=false learning_rate=1e-4."""
@@ -256,6 +259,8 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
         hashes = [contents[row] for row in some.test]
         reading = record_evaluation(run_folder, found, final.metrics["trained_on"], len(final.networks) > 1, hashes)
         logits = final.logits(data, "test", device)
+        if flags.per_group is not None and rows["group"].isna().all():
+            print("no patients are known, so --per-group counts each image as one")
         tested = score_test_set(
             logits, temperature, rows, some.classes, thresholds, prevalence, per_group=flags.per_group
         )
@@ -286,8 +291,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     write_known_images(unfinished, known)
     familiar.write(unfinished / first, usual)
     if len(ruled):
-        with tables.replacing(unfinished / "conformal.parquet") as temporary:
-            ruled.to_parquet(temporary, index=False)
+        conformal.write(unfinished, ruled)
     if logits is not None:
         probabilities = tempered(logits, temperature, **several)
         write_tested(unfinished / "predictions.parquet", rows, some.classes, probabilities, temperature=temperature)
@@ -314,7 +318,10 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
         (folder / "README.md").write_text(card(folder, run_folder, whence, table, findings), encoding="utf-8")
         (folder / REPORTING).write_text(sheet(folder, run_folder, whence, table, findings), encoding="utf-8")
     except Exception as error:
-        print(f"plots, mistakes.html or README.md are missing ({type(error).__name__}: {error})", file=sys.stderr)
+        print(
+            f"plots, mistakes.html, README.md or reporting.md are missing ({type(error).__name__}: {error})",
+            file=sys.stderr,
+        )
     return folder
 
 

@@ -134,7 +134,7 @@ marks = st.sampled_from([True, False, None])
 
 @given(st.lists(st.dictionaries(st.sampled_from("abc"), marks), min_size=1).filter(any))
 def test_what_is_said_of_labels_is_kept(rows):
-    texts, _ = multi_labels(rows, "ignore", "ignore")
+    texts, *_ = multi_labels(rows, "ignore", "ignore")
     names = sorted({name for row in rows for name in row})
     wanted = [[{True: 1, False: 0, None: -1}[row.get(name)] for name in names] for row in rows]
     assert encoded(texts, names).tolist() == wanted
@@ -168,3 +168,40 @@ def test_splits_have_their_share_of_each_label_and_keep_patients_whole(seed):
     both = [{name for of_image in labels for name in of_image} for labels in of_split]
     assert both[0] == both[1] == {name for name, there in zip("abcd", truth.T, strict=True) if there.any()}
     assert (again["split"] == "test").equals(split["split"] == "test")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"finding": "Mass"}, "multi_label=true predicts each label by itself; give one of the two"),
+        ({"blank": "ignore"}, "blank=ignore: needs label columns"),
+        ({"multi_label": False, "blank": "ignore"}, "blank: has an effect only with multi_label=true"),
+    ],
+)
+def test_settings_that_contradict_each_other(place, settings, said):
+    assert said in faults(listed(place), **{"multi_label": True, **settings})[0]
+
+
+def test_a_folder_has_neither_several_labels_nor_subgroups(tmp_path):
+    touch(tmp_path, *(f"{label}/{number}.png" for label in "ab" for number in range(9)))
+    assert "multi_label needs a manifest" in faults(str(tmp_path), multi_label=True)[0]
+    assert "subgroups are columns of a manifest" in faults(str(tmp_path), subgroups=["sex"])[0]
+
+
+def test_subgroups_are_kept_and_are_no_labels(place):
+    rows = [(name, number % 2, number % 3 == 0, number % 2, f"s{number}", "NA") for number, name in enumerate(NAMES)]
+    rows = [(path, mass, int(edema), sex, site, age) for path, mass, edema, sex, site, age in rows]
+    file = write(place / "films.csv", ("path", "Mass", "Edema", "female", "site", "age"), rows)
+    samples = load_samples(file, multi_label=True, subgroups=["female", "site", "age"])
+    assert class_names(samples["label"]) == ("Edema", "Mass") and samples.attrs["labels"] == ["Edema", "Mass"]
+    assert set(samples["subgroup_female"]) == {"0", "1"} and samples["subgroup_age"].isna().all()
+    said = [line for line in samples.attrs["remarks"] if line.startswith("subgroups: ")]
+    assert said == ["subgroups: 'site' is left out: it has 60 different values; give at most 20 words, or numbers"]
+    assert "subgroups: has no column 'hospital'" in faults(file, multi_label=True, subgroups=["hospital"])[0]
+
+
+@pytest.mark.parametrize("label", ["Mass/Edema", "['Mass', 'Edema']"])
+def test_a_separator_that_is_not_known_is_asked_about(place, label):
+    samples = load_samples(listed(place, ["Mass", "No Finding", label.replace(",", " "), "Edema"]), multi_label=True)
+    said = samples.attrs["remarks"]
+    assert any("3 labels: " in line for line in said) and any(line.startswith("is ") for line in said)

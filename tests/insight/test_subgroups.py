@@ -9,7 +9,8 @@ from shared import SOAK
 
 from tuning.insight.intervals import measure
 from tuning.insight.per_group import grouped, measured
-from tuning.insight.subgroups import LEVEL, compared, in_words, values_of
+from tuning.insight.subgroups import LEVEL, compared, in_words
+from tuning.record.subgroups import PARTS, subgroups_of
 
 SETS = 400 if SOAK else 12
 
@@ -61,7 +62,7 @@ def test_the_worst_subgroup_is_said_first_and_two_values_are_one_comparison():
     [first, *_] = in_words(rows, comparisons)
     assert first.startswith("age over 80 (") and "20 comparisons" in first
     of_sex = {row["value"]: row for row in rows if row["column"] == "sex"}
-    for name in ("accuracy", "auroc"):
+    for name in ("balanced_accuracy", "auroc"):
         one, two = (of_sex[value]["differences"][name] for value in "fm")
         assert one["difference"] == -two["difference"] and one["p_value"] == two["p_value"]
     inside = np.array([value == "over 80" for value in columns["age"]])
@@ -91,19 +92,26 @@ def test_columns_of_many_values():
             "subgroup_count": [str(n % 3) for n in range(400)],
         }
     )
-    columns, lines = values_of(samples)
+    columns, lines = subgroups_of(samples)
     assert columns.keys() == {"age", "view", "count"} and lines == [
-        "subgroups: 'id' has 400 different values, and is left out; group them first"
+        "subgroups: 'id' is left out: it has 400 different values; give at most 20 words, or numbers"
     ]
     ages = pd.Series(columns["age"]).value_counts()
-    assert ages["unknown"] == 1 and len(ages) == 5 and ages.drop("unknown").between(95, 105).all()
+    assert columns["age"][7] is None and len(ages) == 4 and ages.between(95, 105).all()
     assert set(columns["count"]) == {"0", "1", "2"}
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=7, max_size=60))
-def test_every_number_has_a_part(numbers):
-    columns, _ = values_of(pd.DataFrame({"subgroup_x": [str(number) for number in numbers]}))
-    assert len(columns["x"]) == len(numbers) and len(set(columns["x"])) <= max(4, 6)
+def test_every_number_is_within_the_ends_of_its_part(numbers):
+    columns, _ = subgroups_of(pd.DataFrame({"subgroup_x": [f"{number:.3f}" for number in numbers]}))
+    if len({f"{number:.3f}" for number in numbers}) <= 6:
+        assert columns["x"] == [f"{number:.3f}" for number in numbers]
+        return
+    assert len(set(columns["x"])) <= PARTS
+    for number, part in zip(numbers, columns["x"], strict=True):
+        low, high = map(float, part.split(" to "))
+        margin = 1e-4 * max(abs(low), abs(high), 1)  # the ends are written with six digits
+        assert low - margin <= round(number, 3) <= high + margin
 
 
 # ---- per group -------------------------------------------------------------------------------------------------------

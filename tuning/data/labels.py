@@ -14,6 +14,7 @@ KNOWN: dict[str, bool | None] = {
     **dict.fromkeys(("1", "yes", "true", "y", "t"), True),
     **dict.fromkeys(("-1", "u", "uncertain"), None),  # as CheXpert and MIMIC-CXR write it
 }
+UNCERTAIN: dict[str, bool | None] = {"ignore": None, "positive": True, "negative": False}  # what it is taken for
 NO_FINDING = ("no finding", "no findings", "no_finding", "nofinding", "none", "normal", "healthy")  # are no labels
 Row = Mapping[str, bool | None]  # what is said of an image: which labels it has (True), has not, or perhaps has (None)
 
@@ -129,15 +130,15 @@ def against_others(rows: Sequence[Row], finding: str, uncertain: str) -> tuple[l
     if finding not in names:
         raise InputError(f"finding: {show(finding)} is no label there; there are {examples(sorted(names))}")
     other = f"no {finding}"
-    guessed = {"ignore": None, "positive": finding, "negative": other}[uncertain]
+    guessed = {True: finding, False: other, None: None}[UNCERTAIN[uncertain]]
     labels = [
         guessed if finding in row and row[finding] is None else finding if row.get(finding) else other for row in rows
     ]
     return labels, labels.count(None)
 
 
-def multi_labels(rows: Sequence[Row], uncertain: str, blank: str) -> tuple[list[str], list[str]]:
-    """Return the labels of each row as one text, see `record.targets`, and lines for the user.
+def multi_labels(rows: Sequence[Row], uncertain: str, blank: str) -> tuple[list[str], list[str], list[str]]:
+    """Return the labels of each row as one text, see `record.targets`, the names of all labels, and lines for the user.
 
     Args:
         uncertain: what a label that is perhaps there is: `ignore` (unknown), `positive` or `negative`.
@@ -153,7 +154,7 @@ def multi_labels(rows: Sequence[Row], uncertain: str, blank: str) -> tuple[list[
         raise InputError(f"labels: {show(odd[0])} has a {SIGN!r} in it, or a {DOUBT!r} at its end; rename it")
     if not labels:
         raise InputError(f"labels: there are none but {examples(map(repr, none)) or 'empty ones'}")
-    guessed = {"ignore": None, "positive": True, "negative": False}[uncertain]
+    guessed = UNCERTAIN[uncertain]
     unsaid = None if blank == "ignore" else False
     texts, blanks, doubts = [], 0, 0
     for row in rows:
@@ -167,14 +168,17 @@ def multi_labels(rows: Sequence[Row], uncertain: str, blank: str) -> tuple[list[
                 there[name] = False if without else unsaid
                 blanks += not without
         texts.append(written(there))
-    lines = [f"{examples(map(repr, none))} means that no label applies"] if none else []
+    lines = [f"{count(len(labels), 'label')}: {examples(sorted(labels))}"]
+    if joined := [name for name in labels if re.search(r"[/+&,\[]", name)]:
+        lines.append(f"is {joined[0]!r} one label? Several labels in a cell are separated by | or ;")
+    lines += [f"{examples(map(repr, none))} means that no label applies"] if none else []
     if doubts:
         what = {"ignore": "unknown, and left out of losses and figures"}.get(uncertain, uncertain)
         lines.append(f"{count(doubts, 'uncertain label')}: {what} (uncertain={uncertain})")
     if blanks and any(value is False for row in rows for value in row.values()):  # else a list names what is there
         what = "unknown, and left out of losses and figures" if blank == "ignore" else "negative"
         lines.append(f"{count(blanks, 'empty label')}: {what} (blank={blank})")
-    return texts, lines
+    return texts, labels, lines
 
 
 def by_pattern(pattern: str, paths: Sequence[str | None], setting: str) -> list[str | None]:

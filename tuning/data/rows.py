@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from tuning.data.folders import SPLIT_WORDS, Sample, class_faults
 from tuning.data.labels import (
+    UNCERTAIN,
     Row,
     against_others,
     by_pattern,
@@ -74,6 +75,12 @@ class Reading:
     join: str | None = None
     split_files: Mapping[str, str] = field(default_factory=dict)
     evaluated: bool = False  # for a test alone
+    labels: set[str] = field(default_factory=set)  # is given the names of labels that manifests have
+
+    @property
+    def not_labels(self) -> tuple[str, ...]:
+        """Names of the columns that are no labels, though they may hold ones and zeros."""
+        return self.path_column, self.split_column, self.group_column, *self.subgroups
 
     @property
     def wanted(self) -> tuple[str, str, str, str]:
@@ -216,9 +223,8 @@ class _Rows:
                 if cells and all(map(names_image, cells)):
                     return f"name the images' by `--set {setting}={name!r}`"
         if setting == "label_column":
-            return (
-                "name one with `--set label_column=...`, or several of zeros and ones with `--set label_columns=[...]`"
-            )
+            several = "`--set label_columns=[...]`; if an image may have several labels, add `multi_label=true`"
+            return f"name one with `--set label_column=...`, or several of zeros and ones with {several}"
         return f"name one with `--set {setting}=...`"
 
     def _labels(self, paths: list[str | None]) -> tuple[list[bool], list[str | None]]:
@@ -229,14 +235,19 @@ class _Rows:
         """
         how, columns = self.how, self.manifest.columns
         rows: list[Row]
+        listed = False
+        if how.multi_label and how.finding is not None:
+            raise InputError("finding: multi_label=true predicts each label by itself; give one of the two")
+        if how.blank != Reading.blank and not how.multi_label:
+            raise InputError("blank: has an effect only with multi_label=true; leave it out")
         if how.label_pattern is not None:
             labels = by_pattern(how.label_pattern, paths, "label_pattern")
             if how.finding is None and not how.multi_label:
                 return [], labels
             rows = parted(labels, None)
         elif how.label_columns or (how.label_column == USUAL["label_column"] and how.label_column not in columns):
-            others = (how.path_column, how.split_column, how.group_column)
-            found = mark_columns(columns, others) if how.multi_label else one_hot_columns(columns, others)
+            by_themselves = mark_columns if how.multi_label else one_hot_columns
+            found = by_themselves(columns, how.not_labels)
             names = list(how.label_columns or found)
             if lacking := [name for name in names if name not in columns]:
                 raise InputError(f"label_columns: has no column {lacking[0]!r}{nearest(lacking[0], columns)}")
@@ -251,10 +262,13 @@ class _Rows:
             sign = separator(labels, how.finding, anywhere=how.multi_label)
             if sign is None and how.finding is None and not how.multi_label:
                 return [], labels
-            rows = parted(labels, sign)
+            rows, listed = parted(labels, sign), True
         if how.multi_label:
-            texts, lines = multi_labels(rows, how.uncertain, how.blank)
+            if listed and how.blank == "ignore":
+                raise InputError("blank=ignore: needs label columns; a list of labels names all that an image has")
+            texts, names, lines = multi_labels(rows, how.uncertain, how.blank)
             self.remarks.extend(lines)
+            how.labels.update(names)
             return [], list(texts)
         if how.finding is None:
             return [], classes(rows)
@@ -278,7 +292,8 @@ class _Rows:
         there = self.manifest.columns
         lacking = [name for name in self.how.subgroups if name not in there]
         self.faults.extend(f"{self.file}: subgroups: has no column {name!r}{nearest(name, there)}" for name in lacking)
-        return [_one_spelling([text(cell) for cell in there[name]]) for name in self.how.subgroups if name in there]
+        cells = [[text(cell) for cell in there[name]] for name in self.how.subgroups if name in there]
+        return [[None if cell in NO_VALUE else cell for cell in _one_spelling(column)] for column in cells]
 
 
 def _one_spelling(values: list[str | None]) -> list[str | None]:
@@ -349,10 +364,9 @@ def _listed(file: str, how: Reading, remarks: list[str]) -> tuple[Manifest, list
 def _has_labels(manifest: Manifest, how: Reading) -> bool:
     """Return whether a manifest has paths and labels of its own."""
     columns, labels = manifest.columns, how.label_columns or [how.label_column]
-    others = (how.path_column, how.split_column, how.group_column)
     there = how.label_pattern is not None or all(name in columns for name in labels)
     by_themselves = mark_columns if how.multi_label else one_hot_columns
-    return how.path_column in columns and (there or bool(by_themselves(columns, others)))
+    return how.path_column in columns and (there or bool(by_themselves(columns, how.not_labels)))
 
 
 def _split_by_lists(
@@ -411,7 +425,7 @@ def _once(samples: list[Sample], how: Reading, remarks: list[str]) -> list[Sampl
     decided: dict[str, str | None] = {}
     if how.finding is not None and divided:
         other = f"no {how.finding}"
-        draw = {"ignore": None, "positive": how.finding, "negative": other}[how.uncertain]
+        draw = {True: how.finding, False: other, None: None}[UNCERTAIN[how.uncertain]]
         for path in divided:
             yes, no = opinions[path][how.finding], opinions[path][other]
             named = not how.label_columns
@@ -434,7 +448,7 @@ def _merged(kept: list[Sample], samples: list[Sample], how: Reading, remarks: li
     rows_of: dict[str, list[dict[str, bool | None]]] = defaultdict(list)
     for sample in samples:
         rows_of[sample.path].append(targets.named(sample.label or ""))
-    draw = {"ignore": None, "positive": True, "negative": False}[how.uncertain]
+    draw = UNCERTAIN[how.uncertain]
     merged: dict[str, str] = {}
     for path, rows in rows_of.items():
         there: dict[str, bool | None] = {}

@@ -14,6 +14,7 @@ from tuning.data.labels import by_pattern
 from tuning.data.rows import Reading, read_rows
 from tuning.data.splits import random_splits
 from tuning.record import storage
+from tuning.record.subgroups import subgroups_of
 from tuning.record.tables import SUBGROUP
 from tuning.record.targets import SIGN, class_names, encoded, named, written
 from tuning.settings.config import InputError, without_secrets
@@ -44,8 +45,8 @@ def load_samples(
         (absolute path or URI), `label`, `split` (train, val or test), `group` (None if no groups are given); Python
         strings; several labels of an image are one text, see `record.targets`. `attrs["random_splits"]` names the
         splits made here: none, train and val, or all three; `attrs["remarks"]` are lines for the user: what was left
-        out, and what may not be meant; `attrs["listing"]` is a digest of what the data says, before anything is drawn,
-        moved or left out.
+        out, and what may not be meant; `attrs["labels"]` the labels that the data names, if images may have several;
+        `attrs["listing"]` is a digest of what the data says, before anything is drawn, moved or left out.
 
     Raises:
         InputError: every fault found in the data.
@@ -94,6 +95,8 @@ def load_samples(
     )
     splits = [] if "val" in given else ["train", "val"] if "train" in given else ["train", "val", "test"]
     table.attrs |= {"random_splits": splits, "remarks": remarks}
+    table.attrs["labels"] = sorted(how.labels)
+    remarks += subgroups_of(table)[1]
     if evaluated:
         return table.assign(split="test")
     units = [sample.group or sample.path for sample in samples]
@@ -116,7 +119,9 @@ def with_learnable_labels(samples: pd.DataFrame) -> pd.DataFrame:
     inside = [targets[(samples["split"] == split).to_numpy()] for split in ("train", "val")]
     kept = [all((part[:, place] == value).any() for part in inside for value in (0, 1)) for place in range(len(names))]
     if not any(kept):
-        raise InputError(f"no label has images with it and without it in training and validation: {examples(names)}")
+        which = examples(names) or "none at all"
+        what = f"no label has images with it and without it in training and validation ({which})"
+        raise InputError(f"{what}; give more images, or splits in which a label is both present and absent")
     if all(kept):
         return samples
     lost = [name for name, keep in zip(names, kept, strict=True) if not keep]
@@ -183,8 +188,16 @@ def _read_folder(root: str, entries_of: Lister, how: Reading, faults: list[str],
     remarks += [
         f"{setting} ({without_secrets(str(value))!r}) is of a manifest: names of folders are classes and splits"
         for setting, value in vars(how).items()
-        if setting not in ("group_pattern", "evaluated") and value != getattr(Reading(), setting)
+        if setting not in ("group_pattern", "evaluated", "multi_label", "subgroups")
+        and value != getattr(Reading(), setting)
     ]
+    if how.multi_label:
+        faults.append(
+            f"{root}: multi_label needs a manifest, since an image lies in one class folder only; give a table with a "
+            "column of labels, or columns of ones and zeros"
+        )
+    if how.subgroups:
+        faults.append(f"{root}: subgroups are columns of a manifest, which a folder is not; leave them out")
     samples = read_folder(root, entries_of, faults, remarks, evaluated=how.evaluated)
     if how.group_pattern is None:
         return samples

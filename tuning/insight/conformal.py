@@ -6,14 +6,19 @@ class, or a label, at least the stated share have it in their sets, for each cla
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
+from tuning.record.tables import replacing, versioned
 from tuning.record.targets import by_class
 from tuning.record.temperature import Floats, Ints
 
-COLUMNS = ("class", "probability", "weight")
+FILE = "conformal.parquet"  # in a model folder
+SCHEMA = versioned({"class": pa.string(), "probability": pa.float64(), "weight": pa.float64()})
 
 
 def scores(each: Sequence[Floats], targets: Ints, groups: Ints, classes: Sequence[str]) -> pd.DataFrame:
@@ -32,11 +37,18 @@ def scores(each: Sequence[Floats], targets: Ints, groups: Ints, classes: Sequenc
     cells = by_class(targets, len(classes))
     for place, name in enumerate(classes):
         rows = np.flatnonzero(cells[:, place] == 1)
-        sizes = np.bincount(groups[rows], minlength=1)[groups[rows]] * max(len(each), 1)
+        sizes = np.bincount(groups[rows], minlength=1)[groups[rows]]
         for probabilities in each:
-            values = {"class": name, "probability": probabilities[rows, place], "weight": 1 / np.maximum(sizes, 1)}
-            parts.append(pd.DataFrame(values, columns=list(COLUMNS)))
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(COLUMNS))
+            weights = 1 / (sizes * len(each))
+            parts.append(pd.DataFrame({"class": name, "probability": probabilities[rows, place], "weight": weights}))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=SCHEMA.names)
+
+
+def write(folder: Path, found: pd.DataFrame) -> None:
+    """Write what `scores` returned into a model folder."""
+    with replacing(folder / FILE) as temporary:
+        table = pa.Table.from_pandas(found, schema=SCHEMA, preserve_index=False)
+        pq.write_table(table, temporary, write_page_checksum=True)
 
 
 def thresholds(found: pd.DataFrame, classes: Sequence[str], coverage: float) -> Floats:

@@ -1,12 +1,13 @@
 """Figures per group, such as a patient or a study, from the predictions for its images."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from tuning.insight.intervals import measure
 from tuning.record.temperature import Floats, Ints
-from tuning.settings.words import count
+from tuning.settings.config import InputError
+from tuning.settings.words import count, show
 
 By = Literal["mean", "max"]
 
@@ -46,8 +47,10 @@ def measured(
     """Return `per_group`, the figures per group, with how they came about; nothing if they are not asked for."""
     if by is None:
         return {}
+    if by not in get_args(By):
+        raise InputError(f"per_group: must be mean or max, got {show(by)}")
     found, of_groups, left_out = grouped(probabilities, targets, groups, by)
-    words = f"per group, by the {'mean' if by == 'mean' else 'maximum'} of its images' probabilities"
+    words = f"by the {'mean' if by == 'mean' else 'maximum'} of the probabilities of its images"
     if left_out:
         words += f"; left out: {count(left_out, 'group')} with images of several classes"
     figures = measure(found, of_groups, np.arange(len(of_groups)), classes) if len(of_groups) else {}

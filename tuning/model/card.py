@@ -13,7 +13,7 @@ from tuning import __version__
 from tuning.checks.findings import LIGHT
 from tuning.data.decoding import GREY_LEVELS
 from tuning.insight import analysis
-from tuning.model.held_out import few_images, temperature_in_words
+from tuning.model.held_out import estimate, few_images, temperature_in_words
 from tuning.record import tables
 from tuning.record.targets import counted
 from tuning.settings.documents import read_plan
@@ -28,7 +28,7 @@ SETTINGS = ("metric", "fit", "drop_colour", "weights", "final_data", "ensemble",
 OVERALL = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC", "loss": "loss"}
 BY_CLASS = {"sensitivity": "sensitivity", "specificity": "specificity", "auroc": "AUROC", "auprc": "AUPRC", "f1": "F1"}
 POINTS = ["class", "validation", "threshold", "sensitivity, 95% CI", "specificity, 95% CI", "at a prevalence"]
-SUBGROUPS = ["subgroup", "images", "accuracy", "95% CI", "AUROC", "95% CI"]
+SUBGROUPS = ["subgroup", "images", "balanced accuracy", "95% CI", "AUROC", "95% CI"]
 PICTURES = {CONFUSION: "Confusion matrix", ROC: "ROC curve of each class against the rest"}
 USE = """\
 ## Use
@@ -203,7 +203,7 @@ def _test(model: Path, metrics: Mapping[str, Any]) -> str:
         parts.append("At thresholds that have these specificities on the validation set:")
         parts.append(_table([_point(point) for point in points], POINTS))
     if (per_group := tested.get("per_group")) and "accuracy" in per_group:
-        parts.append(f"{count(per_group['images'], 'group')}, {plain(per_group['in_words'])}:")
+        parts.append(f"{count(per_group['images'], 'group')}, each {plain(per_group['in_words'])}:")
         parts.append(
             _table([[words, *_estimate(per_group, name)] for name, words in OVERALL.items()], ["", "test", "95% CI"])
         )
@@ -219,16 +219,16 @@ def _test(model: Path, metrics: Mapping[str, Any]) -> str:
 def _subgroup(row: Mapping[str, Any]) -> list[str]:
     """Return the cells of a subgroup."""
     shown = [f"{row['column']}: {row['value']}", f"{row['images']:,}"]
-    return shown + [cell for name in ("accuracy", "auroc") for cell in _estimate(row, name)]
+    return shown + [cell for name in ("balanced_accuracy", "auroc") for cell in _estimate(row, name)]
 
 
 def _point(point: Mapping[str, Any]) -> list[str]:
     """Return the cells of an operating point."""
     shown = [point["class"], f"{point['validation_specificity']:.0%}", number(point["threshold"], 3)]
-    shown += [" ".join(_estimate(point, name)) for name in ("sensitivity", "specificity")]
+    shown += [estimate(point, name) for name in ("sensitivity", "specificity")]
     if "prevalence" not in point:
         return [*shown, "-"]
-    values = " and ".join(f"{name.upper()} {' '.join(_estimate(point, name))}" for name in ("ppv", "npv"))
+    values = ", ".join(f"{name.upper()} {estimate(point, name)}" for name in ("ppv", "npv"))
     return [*shown, f"{values} at {point['prevalence']:.3g}"]
 
 

@@ -124,15 +124,16 @@ def differences(here: Mapping[str, Any], tested: Mapping[str, Any] | None) -> di
     """Return how much higher each figure is here than on the model's own test set, with 95% confidence intervals.
 
     The interval follows from those of the two figures (Newcombe 1998, method 10: square and add). None where either has
-    none; accuracies are compared only where all classes have images.
+    none; means over the classes are compared only where both are of the same.
     """
     if tested is None:
         return {}
-    whole = here["balanced_accuracy"] is not None
-    found: dict[str, Any] = {
-        name: _difference(here, tested, name) if whole or name == "auroc" else None for name in COMPARED
-    }
     own = tested.get("classes", {})
+    judged = [
+        {label for label, values in part.items() if values["auroc"] is not None} for part in (here["classes"], own)
+    ]
+    whole = here["balanced_accuracy"] is not None and judged[0] == judged[1]  # else the means are of other classes
+    found: dict[str, Any] = {name: _difference(here, tested, name) if whole else None for name in COMPARED}
     found["classes"] = {
         label: {name: _difference(values, own.get(label, {}), name) for name in BY_CLASS}
         for label, values in here["classes"].items()

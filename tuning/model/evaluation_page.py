@@ -154,14 +154,14 @@ def _per_group(here: Mapping[str, Any]) -> list[str]:
         for label, values in per_group["classes"].items()
         for name, words in BY_CLASS.items()
     ]
-    said = note(f"{count(per_group['images'], 'group')}, {per_group['in_words']}.")
+    said = note(f"{count(per_group['images'], 'group')}, each {per_group['in_words']}.")
     return [section("groups", "Per group", table(pd.DataFrame(rows)), said)]
 
 
 def _subgroups(here: Mapping[str, Any]) -> list[str]:
     rows = [
         {"": f"{row['column']}: {row['value']}", "images": row["images"], "groups": row["groups"]}
-        | {"accuracy": estimate(row, "accuracy"), "AUROC": estimate(row, "auroc")}
+        | {"balanced accuracy": estimate(row, "balanced_accuracy"), "AUROC": estimate(row, "auroc")}
         | {f"{OVERALL[name]} less the rest's": _change(change) for name, change in row["differences"].items()}
         for row in here.get("subgroups", [])
     ]

@@ -6,6 +6,7 @@ training images (Mahalanobis distance, Lee et al. 2018, https://arxiv.org/abs/18
 classifier takes tell less: fine-tuning leaves in them little but the classes (benchmarks/README.md).
 """
 
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuning.record.tables import replacing
+from tuning.settings.config import InputError
 
 if TYPE_CHECKING:  # torch and timm take seconds to load, and --help needs neither
     from torch import nn
@@ -126,8 +128,15 @@ def write(folder: Path, fitted: Fitted) -> None:
 
 
 def read(folder: Path) -> Fitted | None:
-    """Return what was written; None in a folder of an older version."""
+    """Return what was written; None in a folder of an older version.
+
+    Raises:
+        InputError: the file is damaged.
+    """
     if not (folder / FILE).exists():
         return None
-    with np.load(folder / FILE, allow_pickle=False) as found:
-        return dict(found)
+    try:
+        with np.load(folder / FILE, allow_pickle=False) as found:
+            return {name: found[name] for name in ("mean", "scale", "factor", "limit", "taps")}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(f"{folder / FILE}: is damaged ({error}); restore it from a copy") from None

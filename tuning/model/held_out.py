@@ -12,9 +12,10 @@ from tuning.insight.calibration import calibration_error
 from tuning.insight.intervals import measure
 from tuning.insight.operating import Thresholds, at
 from tuning.insight.per_group import By, measured
-from tuning.insight.subgroups import compared, in_words, values_of
+from tuning.insight.subgroups import compared, in_words
 from tuning.record.journal import Journal, read_journal
 from tuning.record.predictions import group_numbers
+from tuning.record.subgroups import subgroups_of
 from tuning.record.targets import encoded
 from tuning.record.temperature import Floats, Ints, Temperature, tempered
 from tuning.settings.config import visible
@@ -97,7 +98,7 @@ def score_test_set(
 
 def by_subgroup(probabilities: Floats, targets: Ints, groups: Ints, samples: pd.DataFrame) -> dict[str, Any]:
     """Return the figures by the subgroups that samples have, if they have any; arguments as in `intervals.measure`."""
-    columns, lines = values_of(samples)
+    columns, lines = subgroups_of(samples)
     if not columns and not lines:
         return {}
     rows, comparisons = compared(probabilities, targets, groups, columns)
@@ -156,6 +157,7 @@ def _print_test(tested: dict[str, Any], reading: dict[str, Any]) -> None:
     print(f"  {_figures(tested, 'accuracy', 'balanced_accuracy', 'auroc')}")
     for name, values in tested["classes"].items():
         print(f"  {visible(name)}: {_figures(values, 'sensitivity', 'specificity', 'auroc')}")
+    print_predictive_values(tested)
     print_per_group(tested)
     before, after = tested["calibration_error_untempered"], tested["calibration_error"]
     print(f"  expected calibration error {after:.3f} ({before:.3f} without temperature scaling)")
@@ -163,11 +165,22 @@ def _print_test(tested: dict[str, Any], reading: dict[str, Any]) -> None:
         print(f"  {visible(line)}")
 
 
+def print_predictive_values(figures: Mapping[str, Any]) -> None:
+    """Print PPV and NPV at the prevalences that were given."""
+    for point in figures.get("operating_points", []):
+        if "prevalence" in point and point["sensitivity"] is not None:
+            values = ", ".join(f"{name.upper()} {estimate(point, name)}" for name in ("ppv", "npv"))
+            at = (
+                f"{point['validation_specificity']:.0%} specificity on validation, prevalence {point['prevalence']:.3g}"
+            )
+            print(f"  {visible(point['class'])} at {at}: {values}")
+
+
 def print_per_group(figures: Mapping[str, Any]) -> None:
     """Print the figures per group, if there are any."""
     if "per_group" in figures:
         per_group = figures["per_group"]
-        print(f"  {per_group['in_words']}: {_figures(per_group, 'accuracy', 'balanced_accuracy', 'auroc')}")
+        print(f"  per group, {per_group['in_words']}: {_figures(per_group, 'accuracy', 'balanced_accuracy', 'auroc')}")
 
 
 def _figures(values: Mapping[str, Any], *names: str) -> str:

@@ -5,6 +5,7 @@ https://doi.org/10.1136/bmj-2023-078378. Items are named in words of our own.
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from tuning import __version__
 from tuning.insight import analysis
 from tuning.model.card import OVERALL, plain
 from tuning.model.held_out import estimate, temperature_in_words
 from tuning.record import tables
-from tuning.record.targets import counted, is_multi_label
+from tuning.record.subgroups import subgroups_of
+from tuning.record.targets import NONE, UNKNOWN, class_names, counted, encoded
+from tuning.settings.documents import read_plan
 from tuning.settings.words import count
 
 FILE = "reporting.md"
@@ -51,7 +55,7 @@ CLAIM: Items = (
     ("33", "test on external data", ("external",)),
     ("34", "registration of a trial", ()),
     ("35", "flow of participants or examinations", ("counts",)),
-    ("36", "demographic and clinical characteristics of each set", ("subgroups",)),
+    ("36", "demographic and clinical characteristics of each set", ("characteristics",)),
     ("37, 38", "performance with its uncertainty", ("results", "calibration")),
     ("39", "analysis of failures", ("failures",)),
     ("40, 41", "limitations; implications for practice", ("limits",)),
@@ -74,7 +78,7 @@ TRIPOD: Items = (
         "predictors in the analysis; type of model and how it was built",
         ("architecture", "training", "search"),
     ),
-    ("12d", "heterogeneity between clusters", ("subgroups",)),
+    ("12d", "heterogeneity between clusters", ()),
     ("12e", "measures of performance", ("metrics", "uncertainty")),
     ("12f", "updating of the model", ()),
     ("12g", "how predictions are computed", ("outputs", "availability")),
@@ -85,7 +89,7 @@ TRIPOD: Items = (
     ("17", "ethical approval", ()),
     ("18a to 18f", "funding, interests, protocol, registration, data, code", ("availability",)),
     ("19", "involvement of patients and public", ()),
-    ("20a to 20c", "flow and characteristics of participants", ("counts",)),
+    ("20a to 20c", "flow and characteristics of participants", ("counts", "characteristics")),
     ("21", "numbers of participants and outcomes in each analysis", ("counts",)),
     ("22", "the full model", ("availability",)),
     ("23a, 23b", "performance, also in subgroups", ("results", "calibration", "subgroups")),
@@ -133,14 +137,18 @@ def facts(
         for split, number in samples["split"].value_counts().items()
     }
     shared = int((samples.dropna(subset="group").groupby("group")["split"].nunique() > 1).sum())
+    drawn = "Sets"
+    if (run / "plan.yaml").exists():
+        at_random = read_plan(run)["provenance"].get("val_drawn", False)
+        drawn = "Training and validation sets drawn at random" if at_random else "Sets as given by the data"
     found = {
         "method": "Deep learning: fine-tuned convolutional or transformer image classifier.",
         "place": f"Images from {plain(settings.get('data') or 'generated radiographs')}, fingerprint "
         f"{plain(config['provenance']['fingerprint'][:16])}.",
-        "labels": f"Labels: {', '.join(map(plain, counts.index))}{' (an image may have several)' if several else ''}. "
-        f"Who gave them, and how: {YOURS}",
+        "labels": f"Labels: {', '.join(plain(name) for name in counts.index if name != NONE)}"
+        f"{' (an image may have several)' if several else ''}. Who gave them, and how: {YOURS}",
         "counts": "; ".join(by_split[name] for name in ("train", "val", "test") if name in by_split) + ".",
-        "split": f"{count(shared, 'group')} in several sets." if shared else f"Sets are disjoint by {unit}.",
+        "split": drawn + (f"; {count(shared, 'group')} in several of them." if shared else f", disjoint by {unit}."),
         "metrics": "Accuracy, balanced accuracy, AUROC, AUPRC, F1, sensitivity and specificity of each "
         f"{'label' if several else 'class'}, cross-entropy, expected calibration error.",
         "uncertainty": f"95% confidence intervals, each {'group' if groups else 'image'} as one observation (Wilson; "
@@ -149,7 +157,9 @@ def facts(
         "outputs": f"A probability of each {'label' if several else 'class'}, with temperature scaling "
         f"({temperature_in_words(metrics['temperature']['value'])}).",
         "inputs": "The pixels of one image; no other predictor.",
-        "explanations": "Class-activation maps (HiResCAM) of the most confident mistakes, in mistakes.html.",
+        "explanations": "Class-activation maps (HiResCAM) of the most confident mistakes: mistakes.html."
+        if tested is not None
+        else "",
         "availability": "The model's folder has weights, ONNX file, configuration and predictions; the software is "
         f"finetune-search. Data and funding: {YOURS}",
         "external": f"By `evaluate.py` on labelled images from elsewhere, which writes what differs. Results: {YOURS}",
@@ -172,31 +182,46 @@ def facts(
     )
     found |= {name: f"{found[name]}." for name in ("architecture", "training")}
     found["preprocessing"] = f"{plain(shaping['resize'])}; {plain(shaping['channels'])}; mean and deviation subtracted."
-    if weights := provenance.get("weights"):
-        named = ", ".join(f"{plain(name)} ({plain(str(digest)[:12])})" for name, digest in weights.items())
-        found["initial"] = f"Pretrained weights, by the sha256 of their files: {named}."
+    digests = provenance.get("weights") or {}
+    if used := sorted({one["backbone"] for one in each} & digests.keys()):
+        files = ", ".join(f"{plain(name)} ({plain(str(digests[name])[:12])})" for name in used)
+        found["initial"] = f"Pretrained weights, by the sha256 of their files: {files}."
     if packages := provenance.get("packages"):
-        found["software"] = ", ".join(f"{plain(name)} {plain(version)}" for name, version in packages.items()) + "."
+        named = {"finetune-search": __version__, **packages}
+        found["software"] = ", ".join(f"{plain(name)} {plain(version)}" for name, version in named.items()) + "."
     if (run / "trials.parquet").exists():
         trials = analysis.searched(tables.read_table(run / "trials.parquet"))
-        found["search"] = (
-            f"{count(len(trials), 'configuration')} tried (Optuna {plain(settings['sampler'])}, early stopping by "
-            f"ASHA), {count(int(trials['epochs'].sum()), 'epoch')} in all."
+        early = ", early stopping by ASHA" if settings.get("early_stopping", True) else ""
+        tried, epochs = count(len(trials), "configuration"), count(int(trials["epochs"].sum()), "epoch")
+        found["search"] = f"{tried} tried (Optuna {plain(settings['sampler'])}{early}), {epochs} in all."
+    of_val = "its best epoch on the validation set" if metrics["trained_on"] == "train" else "the median best epoch"
+    what = "the trials whose mean is best" if members else "one configuration"
+    found["selection"] = f"By {plain(settings['metric'])} on the validation set: {what}, each at {of_val}."
+    if several:
+        unknown = int((encoded(samples["label"], class_names(samples["label"])) == UNKNOWN).sum())
+        read = {"negative": "as absent", "ignore": "as unknown"}[settings.get("blank", "negative")]
+        found["missing"] = (
+            f"{count(unknown, 'unknown label')}, left out of loss and figures; empty cells of label columns were read "
+            f"{read}, uncertain ones as uncertain={plain(settings.get('uncertain', 'ignore'))}."
         )
-    found["selection"] = f"By {plain(settings['metric'])} on the validation set, best epoch of the best trial."
-    if is_multi_label(samples["label"]):
-        unknown = int(samples["label"].str.count(r"\?(?=\||$)").sum())
-        found["missing"] = f"{unknown:,} unknown labels, left out of loss and figures." if unknown else ""
     if audit is not None:
         kinds = audit["finding"].value_counts()
         lost = int(kinds.get("unreadable", 0))
         found["left_out"] = f"{count(lost, 'unreadable image')} left out." if lost else ""
         leaks = audit["finding"].isin(["group_across_splits", "exact_duplicate", "near_duplicate"])
-        found["leaks"] = f"Copies and divided groups that the audit found: {int(leaks.sum()):,}."
+        across = audit["detail"].str.contains("; in ", regex=False) | (audit["finding"] == "group_across_splits")
+        found["leaks"] = f"Copies and groups in several sets, by the audit: {int((leaks & across).sum()):,}."
         shortcuts = audit.loc[audit["finding"].str.startswith("shortcut_"), "detail"]
         found["shortcuts"] = (
             f"Shortcuts: {plain('; '.join(shortcuts))}." if len(shortcuts) else "No shortcut was found."
         )
+    parts = []
+    for column, cells in subgroups_of(samples)[0].items():
+        values = pd.Series(cells, index=samples.index).fillna("unknown")
+        for split in by_split:
+            numbers = Counter(values[samples["split"] == split]).most_common()
+            parts.append(f"{plain(column)} in {split}: {', '.join(f'{plain(value)} {n:,}' for value, n in numbers)}")
+    found["characteristics"] = "; ".join(parts)
     if tested is not None:
         found["reading"] = f"Test set of {count(tested['images'], 'image')}, evaluation number "
         found["reading"] += f"{metrics['test_reading']['number']}."

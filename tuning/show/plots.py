@@ -96,8 +96,8 @@ def confusion(names: Sequence[str], targets: Ints, probabilities: Floats) -> Fig
 
 
 def calls(names: Sequence[str], targets: Ints, probabilities: Floats) -> Figure:
-    """Draw how often each label is called where it is there and where it is absent, with the numbers of images."""
-    heads = ("there, called", "there, not called", "absent, called", "absent, not called")
+    """Draw the confusion matrix of each label as a row, coloured by the shares of its positives and negatives."""
+    heads = ("true positive", "false negative", "false positive", "true negative")
     called = probabilities > 0.5
     counts = np.stack(
         [((targets == there) & (called == yes)).sum(axis=0) for there in (1, 0) for yes in (True, False)], axis=1
@@ -114,7 +114,7 @@ def calls(names: Sequence[str], targets: Ints, probabilities: Floats) -> Figure:
     axes.set_yticks(range(size) if size <= WITH_NAMES else [], names if size <= WITH_NAMES else [])
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title(f"Calls of each label in {count(len(targets), 'test image')}, from a probability of 0.5")
+    axes.set_title(f"Known labels of {count(len(targets), 'test image')}, positive from a probability of 0.5")
     return figure
 
 
@@ -188,12 +188,14 @@ def calibration(targets: Ints, untempered: Floats, probabilities: Floats, temper
         width = 0.4 / BINS
         below.bar((np.arange(BINS) + 0.29 + 0.42 * place) / BINS, images, width=width, color=colour)
         lines.append(line)
-        labels.append(f"{words}: expected calibration error {calibration_error(values, targets):.3f}")
+        error = calibration_error(confidence[:, None], right[:, None].astype(np.int64)) if several else None
+        error = calibration_error(values, targets) if error is None else error
+        labels.append(f"{words}: expected calibration error {error:.3f}")
     above.set(ylabel="frequency" if several else "accuracy")
     lines.append(above.scatter([], [], s=18, facecolor="white", edgecolor=QUIET))
     labels.append(f"bin of fewer than {LEAST_IMAGES} {'predictions' if several else 'images'}")
     title = f"Calibration on {count(len(targets), 'test image')}, "
-    title += "a temperature for each label" if several else f"temperature {temperature:.2f}"
+    title += "all labels together" if several else f"temperature {temperature:.2f}"
     legend = figure.legend(lines, labels, title=title, alignment="left", loc="outside upper left")
     legend.get_title().set(fontweight="bold", fontsize=11)
     below.set(xlabel="confidence: probability of the predicted class", ylabel="images")

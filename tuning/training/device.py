@@ -80,7 +80,7 @@ def chosen(name: str) -> torch.device:
     usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(each for each, there in usable.items() if there)
-    if not usable[name]:
+    if not usable.get(name):
         raise InputError(f"--device {name}: torch finds no such device here; use auto or cpu")
     return torch.device(name)
 
