@@ -12,6 +12,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from tuning.record.storage import is_uri
+from tuning.settings.config import InputError
+
 if TYPE_CHECKING:  # loaded when they are used: `import tuning` takes a moment
     import numpy as np
     import pandas as pd
@@ -22,7 +25,10 @@ SHOWN = 5  # trials of a search
 
 
 class CommandModule(ModuleType):
-    """A module that is called as the command of its name: `tuning.search` is a package, and so a name is taken."""
+    """Makes a module callable, so that `tuning.search(...)` works though `tuning.search` is a package, too."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return import_module, (self.__name__,)
 
     def __call__(self, *given: Any, **named: Any) -> Any:
         return getattr(sys.modules[__name__], self.__name__.rpartition(".")[2])(*given, **named)
@@ -96,7 +102,11 @@ class Tested:
 
     @functools.cached_property
     def model(self) -> "Model | Ensemble":
-        """The model, which predicts; of an evaluation an error."""
+        """The final model.
+
+        Raises:
+            InputError: this is the result of `evaluate`, whose folder holds no model.
+        """
         from tuning.model.folder import load_model
 
         return load_model(self.folder)
@@ -124,8 +134,10 @@ class Tested:
         return f"<p><b>{text(self.folder)}</b>: {figures['images']:,} images, 95% confidence intervals</p>{table}"
 
 
-def search(data: Any = None, **named: Any) -> Run:
+def search(data: str | Path | None = None, **named: Any) -> Run:
     """Search for the best way to fine-tune an image classifier, as `run_search.py` does, and return the run.
+
+    A search that was interrupted, or in which no trial had a finite loss, is returned, too.
 
     Args:
         data: folder of class folders, manifest or URI; None: generated chest radiographs.
@@ -136,6 +148,8 @@ def search(data: Any = None, **named: Any) -> Run:
     """
     from tuning import run_search
 
+    if named.get("storage") is not None:
+        named["storage"] = _local(named["storage"], "storage")
     flags = run_search.Flags(**_arguments(run_search.Flags, {"data": data, **named}))
     if flags.name is None:
         flags = dataclasses.replace(flags, name=run_search.planned(flags)[0].name)
@@ -148,7 +162,7 @@ def search(data: Any = None, **named: Any) -> Run:
     return Run(folder)
 
 
-def train_final(run: Any, **named: Any) -> Tested:
+def train_final(run: Run | str | Path, **named: Any) -> Tested:
     """Take or train the best model of a run, test it once and write its folder, as `train_final.py` does.
 
     Args:
@@ -159,11 +173,11 @@ def train_final(run: Any, **named: Any) -> Tested:
         InputError: wrong input.
     """
     command = import_module("tuning.train_final")
-    named["best"] = str(run.folder if isinstance(run, Run) else run)
+    named["best"] = _local(run.folder if isinstance(run, Run) else run, "run")
     return Tested(command.run(command.Flags(**_arguments(command.Flags, named))))
 
 
-def evaluate(model: Any, data: Any, **named: Any) -> Tested:
+def evaluate(model: Tested | str | Path, data: str | Path, **named: Any) -> Tested:
     """Evaluate a model on labelled images from elsewhere, as `evaluate.py` does.
 
     Args:
@@ -175,8 +189,15 @@ def evaluate(model: Any, data: Any, **named: Any) -> Tested:
         InputError: wrong input.
     """
     command = import_module("tuning.evaluate")
-    named |= {"model": str(model.folder if isinstance(model, Tested) else model), "data": data}
+    named |= {"model": _local(model.folder if isinstance(model, Tested) else model, "model"), "data": data}
     return Tested(command.run(command.Flags(**_arguments(command.Flags, named))))
+
+
+def _local(place: Any, what: str) -> str:
+    """Return a folder as text; a URI raises InputError."""
+    if is_uri(str(place)):
+        raise InputError(f"{what}: {place} is in a storage; use the commands, or copy it to this machine")
+    return str(place)
 
 
 def _arguments(flags: Callable[..., Any], named: Mapping[str, Any]) -> dict[str, Any]:

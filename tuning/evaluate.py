@@ -123,6 +123,8 @@ def run(flags: Flags) -> Path:
         said = f"{count(odd, 'image')} ({odd / len(unlike):.0%}) unlike those that the model was trained on"
         lines.append(f"{said} (of the validation images 1%)")
     targets = encoded(tested["label"], model.classes)
+    if model.multi_label and not (targets >= 0).any():
+        raise InputError(f"{flags.data}: no label of any image is known; give others")
     groups = group_numbers(tested)
     figures = evaluation.without_absent(measure(probabilities, targets, groups, model.classes))
     figures["operating_points"] = at(chosen or {}, probabilities, targets, groups, model.classes, prevalence)
@@ -211,10 +213,12 @@ def _of_classes(samples: pd.DataFrame, flags: Flags, classes: tuple[str, ...]) -
         if missing:
             lines.append(f"unknown in all images: {examples(missing)}, which the data doesn't name")
         unsaid: dict[str, bool | None] = dict.fromkeys(missing)
-        texts = [
-            written({names.get(name, name): known for name, known in named(label).items()} | unsaid)
-            for label in samples["label"]
-        ]
+        texts = []
+        for label in samples["label"]:
+            own: dict[str, bool | None] = {}
+            for name, known in named(label).items():  # of several labels that become one, one that is there decides
+                own[names.get(name, name)] = known or own.get(names.get(name, name))
+            texts.append(written(own | unsaid))
         return samples.assign(label=pd.Series(texts, dtype=object)), lines
     labels = samples["label"].map(lambda label: names.get(label, label))
     if others:

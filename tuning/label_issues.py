@@ -18,6 +18,7 @@ import tyro
 
 from tuning.checks.audit import load_checked
 from tuning.data.images import cores, open_images
+from tuning.data.splits import number_units
 from tuning.insight.confident import ranked
 from tuning.record import tables
 from tuning.record.mirror import borrowed
@@ -103,7 +104,8 @@ def run(flags: Flags) -> pd.DataFrame:
         keep_memory()
     else:
         prepare_gpu(deterministic=plan.deterministic)
-    units = samples["unit"].to_numpy(np.int64)
+    known = samples["unit"].notna().all()  # not of a run of an older version
+    units = samples["unit"].to_numpy(np.int64) if known else number_units(samples["group"], [])
     found = []
     with run_folder(cache_folder(), folder / TABLE) as outputs:
         cache = (

@@ -243,7 +243,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     # What the model folder keeps of the images, which may be out of reach later.
     first, (network, its_config) = next(iter(final.networks.items()))
     of_size = data[its_config.image_size]
-    usual = usual_features(network.cpu(), its_config, of_size)
+    usual = usual_features(network, its_config, of_size, device)
     groups = group_numbers(table.iloc[of_size.val])
     ruled = conformal.scores(of_validated, of_val, groups, some.classes)
     facts, everyone = read_facts(folders[sizes[0]]), np.arange(len(table))
@@ -289,7 +289,8 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
         save_ensemble(unfinished, final.shares, some.classes, temperature, **several, **whole)
     (unfinished / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     write_known_images(unfinished, known)
-    familiar.write(unfinished / first, usual)
+    if usual is not None:
+        familiar.write(unfinished / first, usual)
     if len(ruled):
         conformal.write(unfinished, ruled)
     if logits is not None:

@@ -205,3 +205,25 @@ def test_a_separator_that_is_not_known_is_asked_about(place, label):
     samples = load_samples(listed(place, ["Mass", "No Finding", label.replace(",", " "), "Edema"]), multi_label=True)
     said = samples.attrs["remarks"]
     assert any("3 labels: " in line for line in said) and any(line.startswith("is ") for line in said)
+
+
+def test_readers_are_counted_also_where_columns_are_found_by_themselves(place):
+    readers = [(name, int(reader == 0), int(number % 2)) for number, name in enumerate(NAMES) for reader in range(3)]
+    file = write(place / "films.csv", ("path", "Edema", "Mass"), [*readers, *((name, 1, 0) for name in NAMES[:1] * 4)])
+    found = load_samples(file, multi_label=True)
+    assert "Edema" not in class_names(found["label"]) and any("Edema" in line for line in found.attrs["remarks"])
+
+
+def test_an_empty_cell_of_a_list_is_no_label(place):
+    samples = load_samples(listed(place, ["Mass|Edema", "", "Edema", "Mass"]), multi_label=True)
+    assert Counter(samples["label"])["|"] == 15
+    assert "15 rows with an empty cell: no label applies" in samples.attrs["remarks"]
+
+
+def test_one_image_without_a_label_does_not_keep_splits_from_being_drawn_again():
+    frame, _ = table(np.random.default_rng(0), 300, [0.5, 0.4], 300)
+    frame.loc[:, "label"] = [
+        "|" if row == 7 else label if label != "|" else "|a" for row, label in enumerate(frame["label"])
+    ]
+    split = random_splits(frame, frame["path"].tolist(), val_fraction=0.2, test_fraction=0.2)
+    assert (resplit(split, 1)["split"] != split["split"]).sum() > 20

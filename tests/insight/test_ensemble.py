@@ -96,3 +96,17 @@ def test_too_little_to_choose_from_or_to_judge_on():
     assert offer(simulated([1.0]), "t0") is None
     assert offer(simulated([1.0, 1.0]), "t2") is None  # its weights were not kept: another trial would stand for it
     assert offer(simulated([1.0, 1.0], groups=np.zeros(300, np.int64)), "t0") is None
+
+
+@pytest.mark.parametrize("unknown", [0.0, 0.15, 0.5])
+def test_halves_of_many_labels_are_halves_with_each_label_in_both(unknown):
+    rng = np.random.default_rng(0)
+    targets = (rng.random((300, 14)) < rng.uniform(0.05, 0.4, 14)).astype(np.int64)
+    targets[rng.random(targets.shape) < unknown] = -1
+    groups = np.sort(rng.integers(0, 150, 300))
+    first = halves(targets, groups)
+    assert 0.42 < first.mean() < 0.58
+    assert not set(groups[first]) & set(groups[~first])
+    for column in targets.T:
+        there = column == 1
+        assert 0.3 < first[there].mean() < 0.7

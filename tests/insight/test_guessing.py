@@ -110,19 +110,21 @@ def test_on_random_labels_nothing_beats_guessing(tmp_path):
     assert len(claimed) <= (5 if SOAK else 1), claimed
 
 
-def guessed_labels(rng, patients):
+def guessed_labels(rng, patients, unknown=0.1):
     """Labels that go together within patients, some unknown, and a guess that knows the patient but no label."""
     groups = np.repeat(np.arange(patients), rng.integers(1, 4, patients))
     sick = rng.random((patients, 3)) < [0.4, 0.3, 0.2]
     sick[:, 1] |= sick[:, 0] & (rng.random(patients) < 0.5)
-    targets = np.where(rng.random((len(groups), 3)) < 0.1, -1, sick[groups].astype(np.int64))
+    targets = np.where(rng.random((len(groups), 3)) < unknown, -1, sick[groups].astype(np.int64))
     seen = rng.normal(size=(patients, 3)) + rng.normal(size=(patients, 1))
     return expit(seen[groups] + 0.5 * rng.normal(size=targets.shape)), targets, groups
 
 
-def test_guesses_of_labels_are_seldom_called_better():
+@pytest.mark.parametrize("unknown", [0.0, 0.1, 0.7])
+def test_guesses_of_labels_are_seldom_called_better(unknown):
     rng = np.random.default_rng(0)
-    called = np.mean([(found := separation(*guessed_labels(rng, 60), TAIL)).least > 0.5 for _ in range(SEARCHES)])
+    given = [guessed_labels(rng, 90, unknown) for _ in range(SEARCHES)]
+    called = np.mean([(found := separation(*each, TAIL)).least > 0.5 for each in given])
     assert found.auroc == pytest.approx(0.5, abs=0.25)
     assert called <= TAIL + 3 * np.sqrt(TAIL * (1 - TAIL) / SEARCHES)
 

@@ -44,10 +44,10 @@ def unlike(backbone, size=64):
     network = backbones.build(backbone, classes=2, image_size=size, head_dropout=0.0, seed=0, weights=None).eval()
     order = np.arange(160)
     data = Data(images, np.zeros(172, dtype=np.int64), order[:100], order[100:130], order[130:160], ("a", "b"))
-    fitted = usual_features(network, config, data)
+    fitted = usual_features(network, config, data, torch.device("cpu"))
     with familiar.recorded(network, fitted["taps"].tolist()) as seen:
         predict_images(network, preparer(images, network, torch.device("cpu")), np.arange(172))
-    return familiar.unfamiliar(fitted, familiar.joined(seen)), fitted
+    return familiar.unfamiliar(fitted, familiar.joined(seen, 172)), fitted
 
 
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_efficientnet", "test_vit"])
@@ -69,5 +69,5 @@ def test_any_backbone_has_features(backbone):
     names = familiar.taps(network, size)
     with familiar.recorded(network, names) as seen, torch.no_grad():
         network(torch.rand(2, 3, size, size))
-    features = familiar.joined(seen)
+    features = familiar.joined(seen, 2)
     assert len(names) == 3 and features.shape[0] == 2 and np.isfinite(features).all()

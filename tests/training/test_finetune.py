@@ -405,3 +405,14 @@ def test_calibration_of_separated_classes_and_of_logits_that_are_not_finite():
     found = [calibrated_loss(logits * scale, targets) for scale in (1e-3, 1.0, 1e3)]
     assert found == pytest.approx([found[0]] * 3, rel=1e-3) and 0.01 < found[0] < 0.3
     assert calibrated_loss(np.full((4, 2), np.nan, np.float32), targets[:4]) is None
+
+
+def test_rare_labels_are_no_divergence():
+    data = make_data(count=96)
+    rng = np.random.default_rng(0)
+    labels = (rng.random((96, 14)) < 0.01).astype(np.int64)
+    labels[:4] = 1
+    config = TrialConfig(backbone="test_resnet", learning_rate=1e-5, image_size=32, batch_size=8, epochs=3)
+    several = replace(data, labels=labels, classes=tuple("abcdefghijklmn"))
+    rows = [row for row, _ in finetune(config, several, device=CPU, weights=None, divergence_factor=10.0)]
+    assert rows[-1]["ends"] == "completed" and rows[0]["val_loss"] > 0.3

@@ -126,6 +126,8 @@ def _without(table: pd.DataFrame, unreadable: dict[int, str], skip: bool) -> pd.
         cure = "repair or remove them, or leave them out with --set skip_unreadable=true"
         raise InputError([*listed, f"{len(listed)} of {len(table)} images can't be read; {cure}"])
     kept = table.drop(index=list(unreadable)).reset_index(drop=True)
+    if is_multi_label(kept["label"]):
+        return samples.with_learnable_labels(kept)
     if emptied := _emptied(table, kept):
         raise InputError([*listed, f"no readable image is left of {emptied}; repair some of these"])
     return kept
@@ -145,6 +147,9 @@ def audited(plan: SearchPlan, decoded: Decoded) -> tuple[list[Finding], pd.DataF
     shown, facts = images.open_images(folder), images.read_facts(folder)
     identical = findings.identical_images(facts["pixels_sha256"].tolist())
     table = _with_identical_together(decoded.samples, identical, plan)
+    several = is_multi_label(table["label"])
+    if several:
+        table = samples.with_learnable_labels(table)
     near = _near(folder, identical, facts, plan.fit)
     together = near.copies | near.steps
     pairs = zip(near.a[together], near.b[together], strict=True)
@@ -164,11 +169,13 @@ def audited(plan: SearchPlan, decoded: Decoded) -> tuple[list[Finding], pd.DataF
         after = splits.in_one_split(table["split"].tolist(), unit)
         found = findings.with_moves(found, table, after, unit)
         moved = table.assign(split=pd.Series(after, dtype=object))
-        if emptied := _emptied(table, moved):
+        if several:
+            moved = samples.with_learnable_labels(moved)
+        elif emptied := _emptied(table, moved):
             cure = "move groups by hand, or remove the split column for random splits by group"
             raise InputError(f"on_leak=move: the moves would leave no image of {emptied}; {cure}")
     messages = findings.notes_in_words(table["path"], facts["notes"])
-    messages += decoded.samples.attrs.get("remarks", [])
+    messages += moved.attrs.get("remarks", [])
     if drawn := table.attrs["random_splits"]:
         of = "images, since no groups are given" if table["group"].isna().all() else "groups"
         messages.append(f"split at random, by {of}: {', '.join(drawn)}")
@@ -232,26 +239,32 @@ def _shortcuts(
     """
     asked = json.dumps([shortcuts.VERSION, labels, unit.tolist()])
     cached = folder / f"shortcuts-{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
-    several, names = is_multi_label(labels), class_names(labels)
     if cached.exists():
         known, untried = json.loads(cached.read_text())
+        return [shortcuts.Shortcut(*rule) for rule in known], untried
+    names = class_names(labels)
+    if is_multi_label(labels):
+        known, untried, cells = [], [], encoded(labels, names)
+        for place, name in enumerate(names):
+            rows = np.flatnonzero(cells[:, place] >= 0)
+            task = [name if cell else f"no {name}" for cell in cells[rows, place]]
+            rules, tried = _rules(shown, facts, task, unit[rows], rows)
+            known += [rule._replace(rule=rule.rule.replace("predicts the class", f"predicts {name}")) for rule in rules]
+            untried += [] if tried else [name]
     else:
-        tasks = [labels]
-        if several:
-            words = [("unknown", f"no {name}", name) for name in names]
-            cells = encoded(labels, names)
-            tasks = [[of[cell + 1] for cell in column] for of, column in zip(words, cells.T.tolist(), strict=True)]
-        known, untried = [], []
-        for name, task in zip(names if several else [""], tasks, strict=True):
-            chosen = shortcuts.sampled(task, unit)
-            if several:
-                chosen = chosen[[task[index] != "unknown" for index in chosen]]
-            pictures = shrunk(shown, chosen, shortcuts.SIDE).astype(np.float32)
-            of_chosen = [task[index] for index in chosen]
-            rules = shortcuts.shortcuts(pictures, facts.iloc[chosen], of_chosen, unit[chosen])
-            known += rules or []
-            untried += [name] if several and rules is None else []
-            untried += [] if several else sorted(set(labels) - set(of_chosen if rules is not None else []))
-        with tables.replacing(cached) as temporary:
-            temporary.write_text(json.dumps([known, untried]))
-    return [shortcuts.Shortcut(*rule) for rule in known], untried
+        known, tried = _rules(shown, facts, labels, unit, np.arange(len(labels)))
+        untried = sorted(set(names) - tried)
+    with tables.replacing(cached) as temporary:
+        temporary.write_text(json.dumps([known, untried]))
+    return known, untried
+
+
+def _rules(
+    shown: Pixels, facts: pd.DataFrame, labels: list[str], unit: Ints, rows: Ints
+) -> tuple[list[shortcuts.Shortcut], set[str]]:
+    """Return what predicts the labels of some images, `rows`, and the classes that were tried."""
+    chosen = shortcuts.sampled(labels, unit)
+    pictures = shrunk(shown, rows[chosen], shortcuts.SIDE).astype(np.float32)
+    of_chosen = [labels[index] for index in chosen]
+    found = shortcuts.shortcuts(pictures, facts.iloc[rows[chosen]], of_chosen, unit[chosen])
+    return (found, set(of_chosen)) if found is not None else ([], set())

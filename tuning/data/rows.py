@@ -76,6 +76,7 @@ class Reading:
     split_files: Mapping[str, str] = field(default_factory=dict)
     evaluated: bool = False  # for a test alone
     labels: set[str] = field(default_factory=set)  # is given the names of labels that manifests have
+    marked: set[str] = field(default_factory=set)  # is given the columns of ones and zeros that are labels
 
     @property
     def not_labels(self) -> tuple[str, ...]:
@@ -171,7 +172,7 @@ class _Rows:
             self.faults.extend(f"{file}: {fault}" for fault in error.faults)
             kept, labels = [], []
         groups, subgroups = self._groups(paths), self._subgroups()
-        number = max(map(len, (paths, splits, labels, groups)))
+        number = max(map(len, (paths, splits, labels, groups, *subgroups)))
         columns = [values or [None] * number for values in (paths, labels, splits, groups)]
         others = list(zip(*subgroups, strict=True)) or [()] * number
         own = os.path.dirname(file)
@@ -208,6 +209,8 @@ class _Rows:
         if setting == "group_column":
             values = [None if value in NO_VALUE else value for value in values]
         empty = [row for row, value in enumerate(values, start=1) if value is None]
+        if setting == "label_column" and self.how.multi_label:
+            empty = []
         if empty:
             unique = " (a unique id for each image of an unknown group)" if setting == "group_column" else ""
             cure = "" if setting in ("path_column", "label_column") else f"{unique}, or remove the column"
@@ -257,8 +260,11 @@ class _Rows:
                 what = "labels" if how.multi_label else "classes"
                 self.remarks.append(f"the columns {examples(map(repr, names))} of ones and zeros are the {what}")
             rows = findings(columns, names)
+            how.marked.update(names)
         else:
             labels = self._cells("label_column")
+            if without := labels.count(None) if how.multi_label else 0:
+                self.remarks.append(f"{count(without, 'row')} with an empty cell: no label applies")
             sign = separator(labels, how.finding, anywhere=how.multi_label)
             if sign is None and how.finding is None and not how.multi_label:
                 return [], labels
@@ -455,7 +461,7 @@ def _merged(kept: list[Sample], samples: list[Sample], how: Reading, remarks: li
         for name in {name for row in rows for name in row}:
             said = [row.get(name, False) for row in rows]
             yes, no = said.count(True), said.count(False)
-            if not how.label_columns:
+            if not how.marked:
                 there[name] = True if yes else None
             else:
                 there[name] = None if not yes + no else draw if yes == no else yes > no

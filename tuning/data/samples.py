@@ -131,7 +131,7 @@ def with_learnable_labels(samples: pd.DataFrame) -> pd.DataFrame:
         written({name: known for name, known in named(label).items() if name not in lost}) for label in samples["label"]
     ]
     kept_labels = samples.assign(label=pd.Series(texts, index=samples.index, dtype=object))
-    kept_labels.attrs["remarks"] = [*samples.attrs["remarks"], line]
+    kept_labels.attrs["remarks"] = [*samples.attrs.get("remarks", []), line]
     return kept_labels
 
 

@@ -104,7 +104,7 @@ def _split(
     n_units = Counter(label for counts in classes.values() for label in counts)
     short = [
         f"{label!r} ({count(totals[label], 'image')} in {count(n_units[label], 'group')}) has none for {split}"
-        for label in sorted(totals)
+        for label in sorted(totals.keys() - ({NONE} if several else set()))
         for split in ("train", "val")
         if images[split, label] == 0 and not (several and not salt)
     ]

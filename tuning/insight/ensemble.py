@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from tuning.insight.intervals import mean_interval
 from tuning.record.journal import LOSSES
 from tuning.record.predictions import Predictions
-from tuning.record.targets import patterns
+from tuning.record.targets import PRESENT
 from tuning.record.temperature import Floats, Ints, fit_temperature, image_losses, logarithms, tempered, tempered_loss
 from tuning.settings.config import SearchPlan
 
 MOST_MEMBERS = 5
+NO_LABEL = -1  # stands for the labels of an image that has none
 
 
 @dataclass(frozen=True)
@@ -100,18 +101,22 @@ def selected(probabilities: Floats, targets: Ints, *, least: int = 1) -> tuple[N
 def halves(targets: Ints, groups: Sequence[int] | Ints) -> NDArray[np.bool_]:
     """Return whether each image [n] is in the first of two halves, stratified by class, with no group in both.
 
-    Each group, in the order of a hash, goes to the half that has fewer images of its classes, or of its sets of labels.
+    Each group, in the order of a hash, goes to the half that has fewer images of its classes or labels.
     """
-    targets = patterns(targets)
     units: dict[int, Counter[int]] = {}
     for group, target in zip(groups, targets, strict=True):
-        units.setdefault(int(group), Counter())[int(target)] += 1
-    totals = Counter(int(target) for target in targets)
+        own = [int(target)] if targets.ndim == 1 else np.flatnonzero(target == PRESENT).tolist()
+        units.setdefault(int(group), Counter()).update(own or [NO_LABEL])
+    totals: Counter[int] = Counter()
+    for counts in units.values():
+        totals.update(counts)
     surplus: Counter[int] = Counter()  # of each class in the first half
+    larger = 0  # by how many groups the first half is
     first = {}
     for group in sorted(units, key=lambda group: hashlib.sha256(str(group).encode()).digest()):
         lean = sum(count * surplus[label] / totals[label] for label, count in units[group].items())
-        first[group] = lean <= 0
+        first[group] = lean < 0 or (lean == 0 and (targets.ndim == 1 or larger <= 0))
+        larger += 1 if first[group] else -1
         for label, count in units[group].items():
             surplus[label] += count if first[group] else -count
     return np.array([first[int(group)] for group in groups])

@@ -38,13 +38,14 @@ def separation(probabilities: Floats, targets: Ints, groups: Ints, tail: float) 
     cells = by_class(targets, classes)
     ranks = np.zeros((images, classes))  # from their mean; ties have the same
     for column in range(classes):
-        known = cells[:, column] >= 0
-        values = probabilities[known, column]
+        there = cells[:, column] >= 0
+        values = probabilities[there, column]
         ordered = np.sort(values)
         below, up_to = (np.searchsorted(ordered, values, side=side) for side in ("left", "right"))
-        ranks[known, column] = (below + up_to - len(values)) / 2
+        ranks[there, column] = (below + up_to - len(values)) / 2
     weights = _weights(cells) / classes
-    covariance = ranks.T @ ranks / (images - 1)
+    known = (cells >= 0).astype(np.float64)
+    covariance = ranks.T @ ranks / np.maximum(known.T @ known - 1, 1)
     alike = _likeness(ranks, targets, groups)
     each, together = weights.T @ weights, _by_group(weights, groups).T @ _by_group(weights, groups)
     error = float(np.sqrt(max((covariance * ((1 - alike) * each + alike * together)).sum(), 0.0)))
@@ -86,18 +87,19 @@ def _weights(cells: Ints) -> Floats:
 def _likeness(ranks: Floats, targets: Ints, groups: Ints) -> float:
     """Return the correlation, from 0 to 1, of a group's ranks in [n, classes] beyond the means of their classes."""
     residuals = ranks.copy()
+    known = np.ones_like(ranks) if targets.ndim == 1 else (targets >= 0).astype(np.float64)
     if targets.ndim == 1:
         own = np.eye(int(targets.max()) + 1)[targets]
         residuals -= own @ ((own.T @ ranks) / own.sum(axis=0)[:, None])
     else:
         for side in (targets == 0, targets == 1):
             residuals -= side * ((side * ranks).sum(axis=0) / np.maximum(side.sum(axis=0), 1))
-    sizes, square = np.bincount(groups), float((residuals**2).sum())
-    pairs = int((sizes * (sizes - 1)).sum())
+    sizes, square = _by_group(known, groups), float((residuals**2).sum())
+    pairs = float((sizes * (sizes - 1)).sum())
     if not pairs or not square:
         return 0.0
     shared = float((_by_group(residuals, groups) ** 2).sum()) - square
-    return min(max(shared / pairs / (square / len(ranks)), 0.0), 1.0)
+    return min(max(shared / pairs / (square / float(known.sum())), 0.0), 1.0)
 
 
 def _by_group(values: Floats, groups: Ints) -> Floats:

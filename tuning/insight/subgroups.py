@@ -5,10 +5,12 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from tuning.insight.intervals import NORMAL, Figure, entries, overall
 from tuning.insight.verdict import holm
+from tuning.record.targets import by_class
 from tuning.record.temperature import Floats, Ints
 from tuning.settings.words import count
 
@@ -47,8 +49,8 @@ def compared(
             for key in ("accuracy", *COMPARED):
                 row |= entries(key, figures[0][key])
             row["differences"] = dict.fromkeys(COMPARED)
-            for name in COMPARED if len(sides) == 2 and min(seen) >= LEAST_GROUPS else ():
-                row["differences"][name] = _difference(figures[0][name], figures[1][name])
+            if len(sides) == 2 and min(seen) >= LEAST_GROUPS:
+                row["differences"] |= _differences(probabilities, targets, groups, sides)
             rows.append(row)
             if len(names) > 2 or value == names[0]:  # of two, the second's difference is the first's turned round
                 changes += [change for change in row["differences"].values() if change is not None]
@@ -64,6 +66,20 @@ def compared(
 
 def _numbered(groups: Ints) -> Ints:
     return np.unique(groups, return_inverse=True)[1].astype(np.int64)
+
+
+def _differences(
+    probabilities: Floats, targets: Ints, groups: Ints, sides: Sequence[NDArray[np.bool_]]
+) -> dict[str, dict[str, Any] | None]:
+    """Return the differences of both sides' figures, over what both can be measured by."""
+    cells = by_class(targets, probabilities.shape[1])
+    judged = np.all([[(cells[side] == value).any(axis=0) for value in (0, 1)] for side in sides], axis=(0, 1))
+    if targets.ndim == 2 and judged.any():  # labels that one side lacks would make the means of different labels
+        probabilities, targets = probabilities[:, judged], targets[:, judged]
+    elif not judged.all():
+        return dict.fromkeys(COMPARED)
+    mine, others = (overall(probabilities[side], targets[side], _numbered(groups[side])) for side in sides)
+    return {name: _difference(mine[name], others[name]) for name in COMPARED}
 
 
 def _difference(mine: Figure, others: Figure) -> dict[str, Any] | None:

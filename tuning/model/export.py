@@ -16,6 +16,7 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tuning.model.final import Final
 from tuning.record.temperature import Temperature, tempered
@@ -49,14 +50,14 @@ class Classifier(nn.Module):
             centred = (pixels - pixels.new_tensor(mean).view(1, 3, 1, 1)) / pixels.new_tensor(std).view(1, 3, 1, 1)
             logits = network(centred)
             if self.multi_label:
-                outputs.append(logits if len(self.shares) == 1 else torch.sigmoid(logits) * share)
+                logs = [functional.logsigmoid(logits), functional.logsigmoid(-logits)]
             else:
-                outputs.append(torch.log_softmax(logits, dim=1) + float(np.log(share)))
-        if self.multi_label:
-            odds = outputs[0] if len(outputs) == 1 else torch.logit(torch.stack(outputs).sum(dim=0), eps=1e-7)
-            return torch.sigmoid(odds / self.temperature)
+                logs = [torch.log_softmax(logits, dim=1)]
+            outputs.append(torch.stack(logs) + float(np.log(share)))
         mixture = torch.logsumexp(torch.stack(outputs), dim=0) if len(outputs) > 1 else outputs[0]
-        return torch.softmax(mixture / self.temperature, dim=1)
+        if self.multi_label:
+            return torch.sigmoid((mixture[0] - mixture[1]) / self.temperature)
+        return torch.softmax(mixture[0] / self.temperature, dim=1)
 
 
 def export(

@@ -25,7 +25,7 @@ Reals = NDArray[np.float32]
 Fitted = dict[str, NDArray[Any]]
 
 FILE = "familiar.npz"  # in a model folder
-MOST_IMAGES = 1000  # of training, random ones
+MOST_IMAGES = 1000  # of training, and of validation: random ones
 LEVEL = 0.99  # share of the validation images that are familiar
 STAGES = (1, 2, 3)  # from the input, counted from 0, whose inputs are seen
 SHRINK = 0.1  # of the covariance towards that of independent features, for images are few
@@ -84,9 +84,18 @@ def recorded(network: "nn.Module", names: list[str]) -> Iterator[list[list[Reals
             handle.remove()
 
 
-def joined(found: list[list[Reals]]) -> Reals:
-    """Return recorded features as one array [images, features]."""
-    return np.concatenate([np.concatenate(batches) for batches in found], axis=1)
+def joined(found: list[list[Reals]], images: int) -> Reals:
+    """Return recorded features as one array [images, features].
+
+    Raises:
+        ValueError: a module sees something else than images, such as parts of them.
+    """
+    each = [np.concatenate(batches) for batches in found]
+    if any(len(features) != images for features in each):
+        raise ValueError(
+            f"its modules see {' and '.join(str(len(features)) for features in each)} parts of {images} images"
+        )
+    return np.concatenate(each, axis=1)
 
 
 def fit(trained: Reals, validated: Reals, names: list[str]) -> Fitted:

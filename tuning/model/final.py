@@ -1,6 +1,7 @@
 """The final model before its test: one configuration trained again, or what the search has trained."""
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -179,18 +180,26 @@ def folded_network(config: TrialConfig, classes: int, weights: Weights | None) -
     return network
 
 
-def usual_features(network: nn.Module, config: TrialConfig, data: Data) -> familiar.Fitted:
-    """Return what tells images unlike those of training, by some of them and the validation images."""
-    names = familiar.taps(network, config.image_size)
-    trained = np.setdiff1d(data.train, data.val)
-    some = np.sort(np.random.default_rng(0).permutation(trained)[: familiar.MOST_IMAGES])
+def usual_features(network: nn.Module, config: TrialConfig, data: Data, device: torch.device) -> familiar.Fitted | None:
+    """Return what tells images unlike those of training, by some of them and of validation; None if it can't be had.
 
-    def features(indices: NDArray[np.int64]) -> familiar.Reals:
-        with familiar.recorded(network, names) as seen:
-            _logits(network, data, indices, torch.device("cpu"))
-        return familiar.joined(seen)
-
-    return familiar.fit(features(some), features(data.val), names)
+    Any failure is printed: the model is complete without it. The network is moved to the device.
+    """
+    try:
+        names = familiar.taps(network, config.image_size)
+        trained = np.setdiff1d(data.train, data.val)
+        trained, validated = (
+            np.sort(np.random.default_rng(0).permutation(rows)[: familiar.MOST_IMAGES]) for rows in (trained, data.val)
+        )
+        features = []
+        for rows in (trained, validated):
+            with familiar.recorded(network, names) as seen:
+                _logits(network, data, rows, device)
+            features.append(familiar.joined(seen, len(rows)))
+        return familiar.fit(features[0], features[1], names)
+    except Exception as error:
+        print(f"images unlike those of training can't be told ({type(error).__name__}: {error})", file=sys.stderr)
+        return None
 
 
 def _logits(network: nn.Module, data: Data, indices: NDArray[np.int64], device: torch.device) -> NDArray[Any]:

@@ -95,7 +95,7 @@ class Model:
         names = [] if self.usual is None else self.usual["taps"].tolist()
         with familiar.recorded(self.network, names) as seen:
             logits = predict_images(self.network, prepare, rows)
-        unlike = None if self.usual is None else familiar.unfamiliar(self.usual, familiar.joined(seen))
+        unlike = None if self.usual is None else familiar.unfamiliar(self.usual, familiar.joined(seen, len(rows)))
         return tempered(logits, self.temperature, multi_label=self.multi_label), unlike
 
 

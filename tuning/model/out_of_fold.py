@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from tuning.model.familiar import joined, recorded, unfamiliar
 from tuning.model.final import train, usual_features
-from tuning.record.targets import patterns
+from tuning.record.targets import PRESENT
 from tuning.record.temperature import Floats, Ints, fit_temperature, tempered
 from tuning.settings.config import InputError, TrialConfig
 from tuning.settings.values import Weights
@@ -54,22 +54,33 @@ def folds(
         raise InputError(f"--folds {count}: there are {len(np.unique(units[rows]))} groups of images; give fewer")
     alone = len(np.unique(units[rows])) == len(rows)  # the grouped one is slow
     splitter = (StratifiedKFold if alone else StratifiedGroupKFold)(count, shuffle=True, random_state=config.seed)
-    kinds = patterns(data.labels)[rows]
-    if np.unique(kinds, return_counts=True)[1].min() < count:  # a rare set of labels can't be stratified
-        kinds = np.zeros_like(kinds)
+    kinds = _kinds(data.labels[rows], count)
     for others, inside in splitter.split(rows, kinds, None if alone else units[rows]):
         part = dataclasses.replace(data, train=rows[others], val=rows[inside])
         given = {"weights": weights, "device": device, "features": features, "metric": "val_tempered_loss"}
         final = train(config, part, last=None, on_epoch=lambda row: None, **given)  # type: ignore[arg-type]
         ((network, _),) = final.networks.values()
-        network = network.cpu()
-        usual = usual_features(network, config, part)
-        with recorded(network, usual["taps"].tolist()) as seen:
-            logits = predict_images(network, preparer(part.images, network, torch.device("cpu")), part.val)
+        usual = usual_features(network, config, part, device)
+        with recorded(network, [] if usual is None else usual["taps"].tolist()) as seen:
+            logits = predict_images(network.to(device), preparer(part.images, network, device), part.val)
+        unlike = None if usual is None else unfamiliar(usual, joined(seen, len(part.val)))
         temperature = fit_temperature(logits, part.labels[part.val])
         probabilities = tempered(logits, temperature, multi_label=data.multi_label)
         loss = final.metrics["validation"]["val_loss"]
-        yield Fold(rows[inside], probabilities, unfamiliar(usual, joined(seen)), float(loss))
+        yield Fold(rows[inside], probabilities, np.full(len(inside), np.nan) if unlike is None else unlike, float(loss))
+
+
+def _kinds(targets: Ints, count: int) -> Ints:
+    """Return by what images are stratified: their class, or the rarest of their labels; rare ones together."""
+    if targets.ndim == 1:
+        kinds = targets.copy()
+    else:
+        positive = targets == PRESENT
+        rarest = np.argsort(positive.sum(axis=0), kind="stable")
+        kinds = np.where(positive.any(axis=1), positive[:, rarest].argmax(axis=1), targets.shape[1])
+    names, numbers = np.unique(kinds, return_counts=True)
+    rare = np.isin(kinds, names[numbers < count])
+    return np.where(rare, -1, kinds) if rare.sum() >= count else np.where(rare, names[numbers.argmax()], kinds)
 
 
 def ordered(found: list[Fold]) -> tuple[Ints, Floats, NDArray[np.float64]]:

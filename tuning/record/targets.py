@@ -6,9 +6,11 @@ bar those that are there, and with a question mark those that are unknown. The o
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from tuning.record.temperature import Floats, Ints, known_losses
 
@@ -81,15 +83,16 @@ def encoded(labels: Sequence[str] | pd.Series, classes: Sequence[str]) -> Ints:
     return targets
 
 
-def by_class(targets: Ints, classes: int) -> Ints:
+def by_class(targets: Ints, classes: int) -> NDArray[Any]:
     """Return, for each image and class or label [n, classes], whether it is there: 1, 0 or -1 (unknown)."""
-    return targets if targets.ndim == 2 else (targets[:, None] == np.arange(classes)).astype(np.int64)
+    return targets if targets.ndim == 2 else (targets[:, None] == np.arange(classes)).astype(np.int8)
 
 
 def counted(samples: pd.DataFrame) -> pd.DataFrame:
     """Return the numbers of images of each class or label [labels, splits]; of labels, also those with none."""
     rows = one_row_per_label(samples)
     counts = rows.groupby(["label", "split"]).size().unstack(fill_value=0)
+    counts = counts.reindex(columns=sorted(samples["split"].unique()), fill_value=0)
     if is_multi_label(samples["label"]):
         without = samples[[not each for each in each_label(samples["label"])]]
         if len(without):

@@ -108,6 +108,8 @@ def finetune(
     batch_size = min(config.batch_size, len(data.train))
     steps = len(data.train) // batch_size
     class_entropy = constant_loss(data.labels[data.train], len(data.classes))
+    if data.multi_label:  # a new head begins at log 2 a label, however rare these are
+        class_entropy = max(class_entropy, math.log(2))
     balanced = config.class_weighting == "balanced"
     weighting = class_weights(data.labels[data.train], len(data.classes)).to(device) if balanced else None
     train_eval = train_eval_set(data)
