@@ -1,7 +1,7 @@
 """How many planted wrong labels `tuning/label_issues.py` ranks among its first.
 
-A share of the training and validation images gets another class, a search with its default settings runs on them, and
-its best configuration is cross-validated. Where cleanlab is installed, its ranking of the same probabilities stands
+A share of the training and validation images gets another class, a search runs on them, and its best configuration is
+cross-validated. Where cleanlab is installed, its ranking of the same probabilities stands
 beside ours.
 """
 

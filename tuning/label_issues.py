@@ -87,23 +87,17 @@ def run(flags: Flags) -> pd.DataFrame:
     if checked.fingerprint != provenance["fingerprint"]:
         raise InputError(f"the data has changed since {path} was written; restore it")
 
-    import torch  # takes seconds to load, and timm more: wrong input is reported before
-
+    # torch takes seconds to load, and timm more: wrong input is reported before.
     from tuning.model.out_of_fold import folds, ordered
     from tuning.training.dataset import join
-    from tuning.training.device import chosen, keep_memory, prepare_gpu
+    from tuning.training.device import ready
     from tuning.training.features import FeatureCache, HeldOutputs
     from tuning.training.outputs import run_folder
     from tuning.training.weights import find_weights
 
     data = join(samples, open_images(checked.folders[config.image_size]))
     weights = find_weights([config.backbone], plan.weights)[config.backbone]
-    device = chosen(plan.device)
-    torch.set_num_threads(cores())
-    if device.type == "cpu":
-        keep_memory()
-    else:
-        prepare_gpu(deterministic=plan.deterministic)
+    device = ready(plan.device, threads=cores(), deterministic=plan.deterministic)
     known = samples["unit"].notna().all()  # not of a run of an older version
     units = samples["unit"].to_numpy(np.int64) if known else number_units(samples["group"], [])
     found = []

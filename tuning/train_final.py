@@ -160,8 +160,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     for line in notes:
         print(visible(line))
 
-    import torch  # takes seconds to load, and timm more: wrong input is reported before
-
+    # torch takes seconds to load, and timm more: wrong input is reported before.
     from tuning.model import familiar
     from tuning.model.activation import class_maps
     from tuning.model.card import card
@@ -175,7 +174,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     from tuning.show.plots import write_plots
     from tuning.training.backbones import check
     from tuning.training.dataset import join
-    from tuning.training.device import chosen, keep_memory, prepare_gpu
+    from tuning.training.device import ready
     from tuning.training.digests import digests, other_weights
     from tuning.training.features import FeatureCache, HeldOutputs
     from tuning.training.outputs import run_folder as outputs_folder
@@ -193,12 +192,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
         said = check(each.backbone, [each.image_size], weights[each.backbone])
         if said and best.chosen_weights:
             print(visible(f"{each.backbone}: {said}"))
-    device = chosen(plan.device)
-    torch.set_num_threads(cores())
-    if device.type == "cpu":
-        keep_memory()
-    else:
-        prepare_gpu(deterministic=plan.deterministic)
+    device = ready(plan.device, threads=cores(), deterministic=plan.deterministic)
 
     # Take what the search has trained, or train.
     if taken is not None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import pandas as pd
 
 from tuning.checks.findings import Finding
-from tuning.data.rows import NO_VALUE
+from tuning.data.reading import NO_VALUE
 from tuning.record.targets import class_names, one_row_per_label
 from tuning.settings.words import count, examples
 

@@ -58,7 +58,7 @@ def sequences(n: int, a: Ints, b: Ints, agreement: Floats, agreement_of: Callabl
     there, number[number >= 0] = np.unique(number[number >= 0], return_inverse=True)
     larger = [np.quantile(length[child][number[child] == which], 0.75) for which in range(len(there))]
     # A copy of an image of a sequence belongs to it too. Which of the two is in the chain is chance: their differences
-    # to others are equal, and hang on the processor's rounding.
+    # to others are equal, and which is less depends on rounding.
     differs = 1 - agreement
     for one, other in ((a, b), (b, a)):
         joins = np.flatnonzero((number[one] >= 0) & (number[other] < 0))

@@ -1,16 +1,12 @@
 """From the columns of manifests to samples: their splits, classes and groups, and where the images are."""
 
 import os
-import posixpath
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from tuning.data.folders import SPLIT_WORDS, Sample, class_faults
+from tuning.data.folders import SPLIT_WORDS, Sample
 from tuning.data.labels import (
-    UNCERTAIN,
     Row,
     against_others,
     by_pattern,
@@ -23,13 +19,15 @@ from tuning.data.labels import (
     separator,
     text,
 )
+from tuning.data.lists import has_labels, images_listed, split_by_lists, with_joined
+from tuning.data.located import any_exists, located, placed
 from tuning.data.manifests import Manifest, names_image, read_manifest
-from tuning.data.places import Ends, files_below, normalised
-from tuning.record import storage, targets
+from tuning.data.places import Ends
+from tuning.data.reading import NO_VALUE, USUAL, Reading
+from tuning.data.repeated import between_rows, once
 from tuning.settings.config import InputError
-from tuning.settings.words import are, count, examples, nearest
+from tuning.settings.words import count, examples, nearest
 
-NO_VALUE = ("NA", "N/A", "<NA>", "NaN", "nan", "NULL", "null", "None")  # as R, pandas and databases write no value
 LIKELY = {  # names, without case and punctuation, of columns that are split or group by other names
     "split_column": ("split", "set", "dataset", "fold", "partition", "subset", "phase"),
     "group_column": (
@@ -50,60 +48,23 @@ LIKELY = {  # names, without case and punctuation, of columns that are split or 
         "studyid",
     ),
 }
-AT_ONCE = 100  # files of a storage
-USUAL = {"path_column": "path", "label_column": "label", "split_column": "split", "group_column": "group"}
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How a manifest is read; the settings of a search by the same names describe each."""
-
-    path_column: str = "path"
-    label_column: str = "label"
-    split_column: str = "split"
-    group_column: str = "group"
-    columns: Sequence[str] | None = None
-    label_columns: Sequence[str] | None = None
-    finding: str | None = None
-    multi_label: bool = False
-    uncertain: str = "ignore"
-    blank: str = "negative"
-    label_pattern: str | None = None
-    group_pattern: str | None = None
-    subgroups: Sequence[str] = ()
-    images: str | None = None
-    join: str | None = None
-    split_files: Mapping[str, str] = field(default_factory=dict)
-    evaluated: bool = False  # for a test alone
-    labels: set[str] = field(default_factory=set)  # is given the names of labels that manifests have
-    marked: set[str] = field(default_factory=set)  # is given the columns of ones and zeros that are labels
-
-    @property
-    def not_labels(self) -> tuple[str, ...]:
-        """Names of the columns that are no labels, though they may hold ones and zeros."""
-        return self.path_column, self.split_column, self.group_column, *self.subgroups
-
-    @property
-    def wanted(self) -> tuple[str, str, str, str]:
-        """Names of the columns of path, label, split and group."""
-        return self.path_column, self.label_column, self.split_column, self.group_column
 
 
 def read_rows(file: str, how: Reading, faults: list[str], remarks: list[str]) -> list[Sample]:
     """Return the samples of a manifest and of the files of its splits; all faults are given to `faults`."""
     try:
         found = _rows_of(
-            file, _with_joined(file, read_manifest(file, how.wanted, how.columns, remarks), how, remarks), how
+            file, with_joined(file, read_manifest(file, how.wanted, how.columns, remarks), how, remarks), how
         )
         lists: dict[str, list[str]] = {}
         for split, listed in how.split_files.items():
-            manifest, names = _listed(listed, how, remarks)
+            manifest, names = images_listed(listed, how, remarks)
             ends = Ends(sample.path for sample in found.samples)
             own = os.path.dirname(listed)  # names of images beside the list are of these
-            beside = own != os.path.dirname(file) and any_exists(_located(own, name)[1] for name in names)
+            beside = own != os.path.dirname(file) and any_exists(located(own, name)[1] for name in names)
             named = all(map(ends.find, names)) and not beside
-            rows = None if named else _with_joined(listed, manifest, how, remarks)
-            if rows is None or not _has_labels(rows, how):
+            rows = None if named else with_joined(listed, manifest, how, remarks)
+            if rows is None or not has_labels(rows, how):
                 lists[split] = names
                 continue
             more = _rows_of(listed, rows, how, root=os.path.dirname(file))
@@ -117,13 +78,10 @@ def read_rows(file: str, how: Reading, faults: list[str], remarks: list[str]) ->
     remarks += found.remarks
     samples = found.samples
     if how.split_files and not how.evaluated:
-        samples = _split_by_lists(file, samples, lists, how, faults, remarks)
-    samples = _once(samples, how, remarks)
-    faults += [f"{file}: {fault}" for fault in _between_rows(samples, how)]
-    return _placed(file, samples, how, faults, remarks)
-
-
-# ---- columns ----------------------------------------------------------------------------------------------------
+        samples = split_by_lists(file, samples, lists, how, faults, remarks)
+    samples = once(samples, how, remarks)
+    faults += [f"{file}: {fault}" for fault in between_rows(samples, how)]
+    return placed(file, samples, how, faults, remarks)
 
 
 class _Found(NamedTuple):
@@ -176,11 +134,9 @@ class _Rows:
         columns = [values or [None] * number for values in (paths, labels, splits, groups)]
         others = list(zip(*subgroups, strict=True)) or [()] * number
         own = os.path.dirname(file)
-        begin = (
-            own if own != root and any_exists(_located(own, path)[1] for path in paths if path is not None) else root
-        )
+        begin = own if own != root and any_exists(located(own, path)[1] for path in paths if path is not None) else root
         return [
-            Sample(*_located(root, path, begin), label, SPLIT_WORDS.get((split or "").lower()), group, other)
+            Sample(*located(root, path, begin), label, SPLIT_WORDS.get((split or "").lower()), group, other)
             for keep, path, label, split, group, other in zip(kept or [True] * number, *columns, others, strict=True)
             if path is not None and keep
         ]
@@ -310,249 +266,3 @@ def _one_spelling(values: list[str | None]) -> list[str | None]:
         found[1] if found is not None and found[1] in there else value
         for found, value in zip(matches, values, strict=True)
     ]
-
-
-# ---- several files ----------------------------------------------------------------------------------------------
-
-
-def _with_joined(file: str, manifest: Manifest, how: Reading, remarks: list[str]) -> Manifest:
-    """Add the columns of the manifest `join` to the rows that agree in the columns that both have.
-
-    Raises:
-        InputError: no column is common, no row agrees, or rows of the other say different things of one.
-    """
-    other = how.join
-    if other is None:
-        return manifest
-    added = read_manifest(other, manifest.names, None, remarks)
-    numbers = re.compile(r"|Unnamed: \d+")  # the columns of row numbers that pandas writes
-    names = [name for name in added.names if name in added.columns and not numbers.fullmatch(name)]
-    keys = [name for name in names if name in manifest.columns]
-    if not keys:
-        raise InputError(f"join: {other} has no column of {file} (its columns: {', '.join(map(repr, added.names))})")
-    cells = {name: [text(cell) for cell in added.columns[name]] for name in names}
-    known: dict[tuple[str | None, ...], int] = {}
-    for row, key in enumerate(zip(*(cells[name] for name in keys), strict=True)):
-        first = known.setdefault(key, row)
-        if any(cells[name][first] != cells[name][row] for name in names):
-            raise InputError(f"join: {other} has several rows of {', '.join(map(str, key))} that differ; keep one")
-    mine = zip(*([text(cell) for cell in manifest.columns[name]] for name in keys), strict=True)
-    places = [None if None in key else known.get(key) for key in mine]
-    kept = [row for row, place in enumerate(places) if place is not None]
-    if not kept:
-        raise InputError(f"join: no row of {other} agrees with one of {file} in {examples(map(repr, keys))}")
-    remarks.append(f"{os.path.basename(other)} is joined by {examples(map(repr, keys))}")
-    if lacking := len(places) - len(kept):
-        what = f"{count(lacking, 'row')} of {os.path.basename(file)} that {os.path.basename(other)} says nothing of"
-        remarks.append(f"left out: {what}")
-    columns = {name: [manifest.columns[name][row] for row in kept] for name in manifest.columns}
-    columns |= {
-        name: [added.columns[name][place] for place in places if place is not None]
-        for name in names
-        if name not in keys
-    }
-    return Manifest([*manifest.names, *(name for name in names if name not in manifest.names)], columns)
-
-
-def _listed(file: str, how: Reading, remarks: list[str]) -> tuple[Manifest, list[str]]:
-    """Return a split's file as a manifest, and the names of images in it, in the path's or the first column."""
-    try:
-        manifest = read_manifest(file, how.wanted, how.columns, remarks)
-    except InputError:
-        if how.columns is None:
-            raise
-        manifest = read_manifest(file, how.wanted, None, remarks)  # a list of another form than the manifest
-    first = how.path_column if how.path_column in manifest.columns else manifest.names[0]
-    cells = [*([] if first == how.path_column else [first]), *manifest.columns[first]]
-    return manifest, [name for cell in cells if (name := text(cell)) is not None]
-
-
-def _has_labels(manifest: Manifest, how: Reading) -> bool:
-    """Return whether a manifest has paths and labels of its own."""
-    columns, labels = manifest.columns, how.label_columns or [how.label_column]
-    there = how.label_pattern is not None or all(name in columns for name in labels)
-    by_themselves = mark_columns if how.multi_label else one_hot_columns
-    return how.path_column in columns and (there or bool(by_themselves(columns, how.not_labels)))
-
-
-def _split_by_lists(
-    file: str,
-    samples: list[Sample],
-    lists: Mapping[str, list[str]],
-    how: Reading,
-    faults: list[str],
-    remarks: list[str],
-) -> list[Sample]:
-    """Give samples the splits of the files that list them, by the ends of their paths; the others are for training.
-
-    Args:
-        lists: names of the images of splits.
-    """
-    of_path: dict[str, list[int]] = defaultdict(list)
-    for row, sample in enumerate(samples):
-        of_path[normalised(sample.path)].append(row)
-    ends = Ends(of_path)
-    of_row: dict[int, str] = {}
-    for split, names in lists.items():
-        listed = os.path.basename(how.split_files[split])
-        hits = {name: ends.find(name) for name in names}
-        if several := [f"{name} ({' and '.join(found[:2])})" for name, found in hits.items() if len(found) > 1]:
-            faults.append(f"{listed}: {are(len(several), 'name')} of several images ({examples(several)}); add folders")
-        if unknown := [name for name, found in hits.items() if not found]:
-            what = f"{listed} names {count(len(unknown), 'image')} that {os.path.basename(file)} lacks"
-            (faults if len(unknown) == len(hits) else remarks).append(f"{what}: {examples(unknown)}")
-        for row in (row for found in hits.values() if len(found) == 1 for row in of_path[found[0]]):
-            if of_row.setdefault(row, split) != split:
-                faults.append(f"{samples[row].path}: is listed for {of_row[row]} and for {split}; keep one")
-                return samples
-    kept = [
-        sample._replace(split=of_row.get(row) or sample.split or "train")
-        for row, sample in enumerate(samples)
-        if row in of_row or sample.split or "train" not in lists
-    ]
-    if len(kept) < len(samples):
-        remarks.append(f"left out: {count(len(samples) - len(kept), 'image')} in none of the lists of splits")
-    return kept
-
-
-def _once(samples: list[Sample], how: Reading, remarks: list[str]) -> list[Sample]:
-    """Return the samples without repeated rows, and with one label of rows of one image that disagree on the finding.
-
-    Rows that each name a label say that the image has it. Rows of label columns, as of several readers, say yes or no:
-    the majority decides, and a draw counts as `uncertain` does.
-    """
-    kept = list(dict.fromkeys(samples))
-    if how.multi_label:
-        return _merged(kept, samples, how, remarks)
-    opinions: dict[str, Counter[str | None]] = defaultdict(Counter)
-    for sample in samples:
-        opinions[sample.path][sample.label] += 1
-    divided = {path for path, labels in opinions.items() if len(labels) > 1}
-    decided: dict[str, str | None] = {}
-    if how.finding is not None and divided:
-        other = f"no {how.finding}"
-        draw = {True: how.finding, False: other, None: None}[UNCERTAIN[how.uncertain]]
-        for path in divided:
-            yes, no = opinions[path][how.finding], opinions[path][other]
-            named = not how.label_columns
-            decided[path] = how.finding if named or yes > no else draw if yes == no else other
-        if how.label_columns:
-            undecided = sum(label is None for label in decided.values())
-            remarks.append(
-                f"{count(len(divided), 'image')} whose rows disagree on {how.finding!r}: the majority decides"
-                + (f"; left out: {undecided:,} with a draw" if undecided else "")
-            )
-        agreed = [sample._replace(label=decided.get(sample.path, sample.label)) for sample in kept]
-        return [sample for sample in dict.fromkeys(agreed) if sample.label is not None]
-    if len(kept) < len(samples):
-        remarks.append(f"left out: {count(len(samples) - len(kept), 'row')} that only repeat another")
-    return kept
-
-
-def _merged(kept: list[Sample], samples: list[Sample], how: Reading, remarks: list[str]) -> list[Sample]:
-    """Return samples with the labels of all rows of an image in one: as `_once`, label by label."""
-    rows_of: dict[str, list[dict[str, bool | None]]] = defaultdict(list)
-    for sample in samples:
-        rows_of[sample.path].append(targets.named(sample.label or ""))
-    draw = UNCERTAIN[how.uncertain]
-    merged: dict[str, str] = {}
-    for path, rows in rows_of.items():
-        there: dict[str, bool | None] = {}
-        for name in {name for row in rows for name in row}:
-            said = [row.get(name, False) for row in rows]
-            yes, no = said.count(True), said.count(False)
-            if not how.marked:
-                there[name] = True if yes else None
-            else:
-                there[name] = None if not yes + no else draw if yes == no else yes > no
-        merged[path] = targets.written(there)
-    found = list(dict.fromkeys(sample._replace(label=merged[sample.path]) for sample in kept))
-    if len(found) < len(samples):
-        remarks.append(
-            f"{count(len(samples) - len(found), 'row')} of images with several: their labels are put together"
-        )
-    return found
-
-
-def _between_rows(samples: list[Sample], how: Reading) -> list[str]:
-    """Faults between rows: duplicate paths, classes that differ between splits."""
-    faults: list[str] = []
-    twice = [path for path, rows in Counter(sample.path for sample in samples).items() if rows > 1]
-    if twice:
-        faults.append(f"{are(len(twice), 'path')} listed more than once ({examples(twice)}); keep one row of each")
-    if how.evaluated:
-        return faults
-    of_split: dict[str | None, set[str]] = defaultdict(set)
-    for sample in samples:
-        if sample.label is not None:
-            of_split[sample.split].add(sample.label)
-    given = {sample.split for sample in samples} - {None}
-    if given and "train" not in given:
-        faults.append(f"no image is in the split train, only in {', '.join(sorted(map(str, given)))}; assign some")
-    if given and None in of_split:
-        del of_split[None]  # rows whose split is empty or unknown, which is already a fault
-    if how.multi_label:  # labels that can't be learnt are left out
-        return faults
-    return faults + class_faults(of_split)
-
-
-# ---- places -----------------------------------------------------------------------------------------------------
-
-
-def _located(root: str, path: str, begin: str | None = None) -> tuple[str, str]:
-    """Path as shown and file of an image, from its path in a manifest.
-
-    Args:
-        root: folder by which it is shown.
-        begin: folder in which relative paths begin, if it is another.
-    """
-    begin, slashed = root if begin is None else begin, path.replace("\\", "/")
-    if storage.is_uri(path) or (storage.is_uri(begin) and not os.path.isabs(path)):
-        file = path if storage.is_uri(path) else storage.joined(begin, posixpath.normpath(slashed))
-        return file.removeprefix(f"{root}/"), file
-    file = os.path.abspath(os.path.join(begin, slashed))
-    below = file.startswith(os.path.join(root, ""))
-    shown = os.path.relpath(file, root) if below or (begin == root and not os.path.isabs(path)) else file
-    return shown.replace(os.sep, "/"), file
-
-
-def _placed(file: str, samples: list[Sample], how: Reading, faults: list[str], remarks: list[str]) -> list[Sample]:
-    """Return the samples with the files below a folder whose paths end as theirs do, if no image is at its path."""
-    folder = os.path.dirname(file) if how.images is None else how.images
-    if how.images is None and any_exists(sample.file for sample in samples):
-        return samples
-    if not storage.is_uri(folder) and not os.path.isdir(folder):
-        faults.append(f"images: {folder}: no such folder")
-        return samples
-    ends = Ends(files_below(folder))
-    files = [ends.find(sample.path) for sample in samples]
-    times = Counter(each[0] for each in files if len(each) == 1)
-    several = [
-        f"{sample.path}: {each[0]} and {each[1]}" for sample, each in zip(samples, files, strict=True) if len(each) > 1
-    ]
-    if several:
-        cure = "name the folder by `--set images=...`, or write the paths from there"
-        faults.append(f"{file}: {are(len(several), 'image name')} in two places ({examples(several)}); {cure}")
-    moved = [len(each) == 1 and times[each[0]] == 1 for each in files]
-    if any(moved):
-        remarks.append(f"{count(sum(moved), 'image')} found by name below {folder}")
-    return [
-        sample._replace(file=storage.joined(folder, each[0])) if found else sample
-        for sample, each, found in zip(samples, files, moved, strict=True)
-    ]
-
-
-def any_exists(files: Iterable[str]) -> bool:
-    """Return whether one of some files exists; storages are asked for some at a time."""
-    uris = []
-    for file in files:
-        if not storage.is_uri(file):
-            if os.path.isfile(file):
-                return True
-            continue
-        uris.append(file)
-        if len(uris) == AT_ONCE:
-            if storage.stored(uris) != [None] * AT_ONCE:
-                return True
-            uris = []
-    return storage.stored(uris) != [None] * len(uris)

@@ -11,7 +11,8 @@ import pandas as pd
 
 from tuning.data.folders import Lister, Sample, local_entries, read_folder, stored_entries
 from tuning.data.labels import by_pattern
-from tuning.data.rows import Reading, read_rows
+from tuning.data.reading import Reading
+from tuning.data.rows import read_rows
 from tuning.data.splits import random_splits
 from tuning.record import storage
 from tuning.record.subgroups import subgroups_of
@@ -38,7 +39,7 @@ def load_samples(
         val_fraction: share of all images (if train is given: of its images) for validation.
         test_fraction: share of all images for the test set if no split is given.
         evaluated: the images are for a test alone: splits mean nothing, and classes may be missing.
-        reading: fields of `rows.Reading`, by which a manifest is read.
+        reading: fields of `reading.Reading`, by which a manifest is read.
 
     Returns:
         One row per image, sorted by path: `path` (relative to the root if it lies below, with slashes), `file`

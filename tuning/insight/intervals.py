@@ -1,6 +1,6 @@
 """Test metrics with 95% confidence intervals; all images of a group, such as a patient, count as one observation."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ TAIL = 0.025  # probability beyond each end of a 95% confidence interval
 NORMAL = float(-ndtri(TAIL))
 PRIOR = 6  # degrees of freedom of the typical ROC curve's variance; chosen by simulation (benchmarks/README.md)
 LEAST_EFFECT = 0.25  # smallest design effect: images of one group that differ by chance seem worth any number of images
-METHOD = "Wilson's score interval for the effective number of images"
+METHOD = "Wilson's score interval for the effective number of images; of AUPRC on the scale of the logit"
 
 
 class Figure(NamedTuple):
@@ -58,59 +58,79 @@ def measure(probabilities: Floats, targets: Ints, groups: Ints, classes: tuple[s
         groups: [n], 0, 1, ...
         classes: names.
     """
-    several, k = targets.ndim == 2, len(classes)
-    cells, total = by_class(targets, k), int(groups.max()) + 1
-    predicted = probabilities.argmax(axis=1)
-    calls = probabilities > 0.5 if several else predicted[:, None] == np.arange(k)
+    cells, calls, total = _called(probabilities, targets, groups)
+    judged = list(_judged(probabilities, cells, calls, groups, total))
     by_name: dict[str, dict[str, Any]] = {}
-    for index, name in enumerate(classes):
-        known = cells[:, index] >= 0
-        positive, called, of = cells[known, index] == 1, calls[known, index], groups[known]
+    for name, (known, figures) in zip(classes, judged, strict=True):
+        place = len(by_name)
+        positive, called, of = cells[known, place] == 1, calls[known, place], groups[known]
         by_name[name] = {
             "images": int(positive.sum()),
             "groups": len(np.unique(of[positive])),
-            **({"unknown": int((~known).sum())} if several else {}),
-            **entries("sensitivity", share(called[positive], of[positive], total)),
-            **entries("specificity", share(~called[~positive], of[~positive], total)),
-            **entries("auroc", _auroc(positive, probabilities[known, index], of, total)),
-            **_auprc(positive, probabilities[known, index], of),
+            **({"unknown": int((~known).sum())} if targets.ndim == 2 else {}),
+            **{key: each for figure in figures for key, each in entries(figure, figures[figure]).items()},
+            **_auprc(positive, probabilities[known, place], of),
             **_f1(positive, called, of, total),
         }
-    figures: dict[str, Any] = {}
-    for name, figure in overall(probabilities, targets, groups).items():
-        figures |= entries(name, figure)
-    precisions = [each["auprc"] for each in by_name.values() if not (several and each["auprc"] is None)]
+    precisions = [each["auprc"] for each in by_name.values() if not (targets.ndim == 2 and each["auprc"] is None)]
+    means = _overall(targets, groups, cells, calls, [figures for _, figures in judged])
     return {
         "images": len(targets),
         "groups": len(np.unique(groups)),
         "loss": float(image_losses(probabilities, targets).mean()),
-        **figures,
+        **{key: each for name, figure in means.items() for key, each in entries(name, figure).items()},
         "auprc": None if None in precisions or not precisions else float(np.mean(precisions)),
         "calibration_error": calibration_error(probabilities, targets),
         "classes": by_name,
-        "confusion": _confusion(cells, calls, classes) if several else _matrix(targets, predicted, classes),
+        "confusion": _confusion(cells, calls, classes)
+        if targets.ndim == 2
+        else _matrix(targets, probabilities.argmax(axis=1), classes),
         "intervals": {"percent": 95, "method": METHOD},
     }
 
 
 def overall(probabilities: Floats, targets: Ints, groups: Ints) -> dict[str, Figure]:
     """Return accuracy, balanced accuracy and AUROC over all classes; arguments and meaning as in `measure`."""
-    several, k = targets.ndim == 2, probabilities.shape[1]
-    cells, total = by_class(targets, k), int(groups.max()) + 1
-    predicted = probabilities.argmax(axis=1)
-    calls = probabilities > 0.5 if several else predicted[:, None] == np.arange(k)
-    balanced, aurocs = [], []
-    for index in range(k):
-        known = cells[:, index] >= 0
-        positive, called, of = cells[known, index] == 1, calls[known, index], groups[known]
-        auroc = _auroc(positive, probabilities[known, index], of, total)
-        aurocs += [] if several and np.isnan(auroc.value) else [auroc]
-        balanced += [share(called[positive], of[positive], total)] if positive.any() else []
-        balanced += [share(~called[~positive], of[~positive], total)] if several and not positive.all() else []
-    rows, columns = np.nonzero(cells >= 0)
-    right = (calls == (cells == 1))[rows, columns] if several else predicted == targets
+    cells, calls, total = _called(probabilities, targets, groups)
+    judged = _judged(probabilities, cells, calls, groups, total)
+    return _overall(targets, groups, cells, calls, [figures for _, figures in judged])
+
+
+def _called(probabilities: Floats, targets: Ints, groups: Ints) -> tuple[NDArray[Any], NDArray[np.bool_], int]:
+    """Return whether each class is there [n, classes] (1, 0 or -1), whether it is called, and the number of groups."""
+    k = probabilities.shape[1]
+    calls = probabilities > 0.5 if targets.ndim == 2 else probabilities.argmax(axis=1)[:, None] == np.arange(k)
+    return by_class(targets, k), calls, int(groups.max()) + 1
+
+
+def _judged(
+    probabilities: Floats, cells: NDArray[Any], calls: NDArray[np.bool_], groups: Ints, total: int
+) -> Iterator[tuple[NDArray[np.bool_], dict[str, Figure]]]:
+    """Yield, for each class, of which images it is known, and its sensitivity, specificity and AUROC there."""
+    for place in range(cells.shape[1]):
+        known = cells[:, place] >= 0
+        positive, called, of = cells[known, place] == 1, calls[known, place], groups[known]
+        yield (
+            known,
+            {
+                "sensitivity": share(called[positive], of[positive], total),
+                "specificity": share(~called[~positive], of[~positive], total),
+                "auroc": _auroc(positive, probabilities[known, place], of, total),
+            },
+        )
+
+
+def _overall(
+    targets: Ints, groups: Ints, cells: NDArray[Any], calls: NDArray[np.bool_], judged: Sequence[dict[str, Figure]]
+) -> dict[str, Figure]:
+    several, total = targets.ndim == 2, int(groups.max()) + 1
+    right = calls == (cells == 1)
+    rows, columns = np.nonzero(cells >= 0) if several else (np.arange(len(targets)), targets)
+    sides = ("sensitivity", "specificity") if several else ("sensitivity",)
+    balanced = [each[side] for each in judged for side in sides if not np.isnan(each[side].value)]
+    aurocs = [each["auroc"] for each in judged if not (several and np.isnan(each["auroc"].value))]
     return {
-        "accuracy": share(right, groups[rows] if several else groups, total),
+        "accuracy": share(right[rows, columns], groups[rows], total),
         "balanced_accuracy": _mean(balanced) if balanced else NOTHING,
         "auroc": _mean(aurocs) if aurocs else NOTHING,
     }

@@ -93,9 +93,7 @@ def outputs(
         rows: of the images.
     """
     if isinstance(model, Ensemble):
-        each = [outputs(member, images, rows) for member in model.members]
-        unlike = next((of_member for _, of_member in each if of_member is not None), None)
-        return model.averaged(np.stack([probabilities for probabilities, _ in each])), unlike
+        return model.combined([outputs(member, images, rows) for member in model.members])
     return model.of_images(images[model.config.image_size], rows)
 
 

@@ -117,14 +117,16 @@ class Ensemble:
         self, files: Files, notes: dict[str, str] | None = None
     ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
         """Return what `Model.look` does; how unlike images are is by the first member that knows."""
-        each = [member.look(files, notes) for member in self.members]
-        unlike = next((of_member for _, of_member in each if of_member is not None), None)
-        return self.averaged(np.stack([probabilities for probabilities, _ in each])), unlike
+        return self.combined([member.look(files, notes) for member in self.members])
 
-    def averaged(self, each: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return the ensemble's probabilities, given those of its members [members, n, classes]."""
-        logs = logarithms(np.tensordot(self.shares, each, axes=1), multi_label=self.multi_label)
-        return tempered(logs, self.temperature, multi_label=self.multi_label)
+    def combined(
+        self, each: Sequence[tuple[NDArray[np.float64], NDArray[np.float64] | None]]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        """Return the ensemble's answer, given those of its members, see `Model.look`."""
+        unlike = next((of_member for _, of_member in each if of_member is not None), None)
+        mean = np.tensordot(self.shares, np.stack([probabilities for probabilities, _ in each]), axes=1)
+        logs = logarithms(mean, multi_label=self.multi_label)
+        return tempered(logs, self.temperature, multi_label=self.multi_label), unlike
 
 
 def save_model(

@@ -14,9 +14,12 @@ SHOWN = 60  # likely wrong labels
 ODD = 24  # images unlike all others
 ISSUES = (
     "By models that were trained without these images another label is at least three times as probable as their own. "
-    "Look at each before you change a label: a model is as sure where it is wrong, and an image may be hard."
+    "Look at each before you change a label: a model can be just as confident when it is wrong, and images may be hard."
 )
-UNLIKE = "Those whose features are furthest from the others', as another kind of picture is; 1 is rare already."
+UNLIKE = (
+    "The images whose features are furthest from those of all others, such as another kind of picture. About 1 in 100 "
+    "has a distance above 1."
+)
 
 
 def issues_page(

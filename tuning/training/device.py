@@ -85,6 +85,17 @@ def chosen(name: str) -> torch.device:
     return torch.device(name)
 
 
+def ready(name: str, *, threads: int, deterministic: bool) -> torch.device:
+    """Return the device that a name chooses, see `chosen`, made ready for training in this process."""
+    device = chosen(name)
+    torch.set_num_threads(threads)
+    if device.type == "cpu":
+        keep_memory()
+    else:
+        prepare_gpu(deterministic=deterministic)
+    return device
+
+
 def gpus() -> list[tuple[str, str | None]]:
     """Return each GPU of this machine in words, and what is wrong with it; None if it works."""
     if not torch.cuda.is_available():
