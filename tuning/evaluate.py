@@ -121,7 +121,8 @@ def run(flags: Flags) -> Path:
     probabilities, unlike = evaluation.outputs(model, images, rows)
     if unlike is not None and (odd := int((unlike > 1).sum())):
         said = f"{count(odd, 'image')} ({odd / len(unlike):.0%}) unlike those that the model was trained on"
-        lines.append(f"{said} (of the validation images 1%)")
+        first = examples(tested["path"][unlike > 1])
+        lines.append(f"{said} (of the validation images 1%): {first}")
     targets = encoded(tested["label"], model.classes)
     if model.multi_label and not (targets >= 0).any():
         raise InputError(f"{flags.data}: no label of any image is known; give others")

@@ -118,6 +118,7 @@ class Comparison:
     least_auroc: float  # lower bound of the trial's AUROC at 95% confidence, corrected for selection bias
     val_loss: float
     baseline: float  # loss of validation's own class frequencies, the lowest that a constant prediction can have
+    multi_label: bool
     temperature: float  # at which the trial's loss is lowest; of labels the median
     tempered_loss: float
     epochs: int  # that the trial's best epoch was selected from
@@ -167,6 +168,7 @@ def with_baseline(trials: pd.DataFrame, predictions: Predictions) -> Comparison 
         least_auroc=least,
         val_loss=float(image_losses(probabilities, targets).mean()),
         baseline=constant_loss(targets, len(predictions.classes)),
+        multi_label=several,
         temperature=float(np.median(temperature)),
         tempered_loss=float(image_losses(tempered(logs, temperature, multi_label=several), targets).mean()),
         epochs=epochs,

@@ -47,12 +47,13 @@ def _on_baseline(found: Comparison) -> list[Remark]:
     if not found.better or found.val_loss < found.baseline:
         return [remark]
     wrong = "overconfident" if found.temperature > 1 else "miscalibrated"
+    fits = "a median temperature of {:.2f} (train_final.py fits one for each label)"
+    fits = (fits if found.multi_label else "temperature {:.2f} (train_final.py fits it)").format(found.temperature)
     return [
         remark,
         Remark(
             f"The probabilities of {found.trial_id} are {wrong}: always predicting the class frequencies has a lower "
-            f"loss. At temperature {found.temperature:.2f} (train_final.py fits it) val_loss would be "
-            f"{found.tempered_loss:.4f}.",
+            f"loss. At {fits} val_loss would be {found.tempered_loss:.4f}.",
             alarming=True,
         ),
     ]

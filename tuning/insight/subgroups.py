@@ -94,23 +94,19 @@ def _difference(mine: Figure, others: Figure) -> dict[str, Any] | None:
 
 def in_words(rows: Sequence[Mapping[str, Any]], comparisons: int) -> list[str]:
     """Return a line for each subgroup that is significantly worse than the rest, the worst first; or that none is."""
+    tests = count(comparisons, "comparison")
     worse = [
-        (change["difference"], row, name, change)
+        (row, name, change)
         for row in rows
         for name, change in row["differences"].items()
         if change is not None and change["flagged"] and change["difference"] < 0
     ]
-    lines = [
-        f"{row['column']} {row['value']} ({count(row['images'], 'image')}): {WORDS[name]} {row[name]:.3f}, "
-        "{:.3f} lower than the rest ({:.3f} to {:.3f}, p = {:.3g} after correction for {})".format(
-            -difference,
-            -change["difference_95"][1],
-            -change["difference_95"][0],
-            change["p_value"],
-            count(comparisons, "comparison"),
-        )
-        for difference, row, name, change in sorted(worse, key=lambda each: each[0])
-    ]
-    return lines or [f"no subgroup is significantly worse than the rest ({count(comparisons, 'comparison')})"] * bool(
-        rows
-    )
+    lines = []
+    for row, name, change in sorted(worse, key=lambda each: each[2]["difference"]):
+        low, high = (-bound for bound in reversed(change["difference_95"]))
+        shown = f"{WORDS[name]} {row[name]:.3f}, {-change['difference']:.3f} lower than the rest"
+        how_sure = f"({low:.3f} to {high:.3f}, p = {change['p_value']:.3g} after correction for {tests})"
+        lines.append(f"{row['column']} {row['value']} ({count(row['images'], 'image')}): {shown} {how_sure}")
+    if rows and not lines:
+        lines.append(f"no subgroup is significantly worse than the rest ({tests})")
+    return lines

@@ -15,7 +15,7 @@ from tuning.data.decoding import GREY_LEVELS
 from tuning.insight import analysis
 from tuning.model.held_out import estimate, few_images, temperature_in_words
 from tuning.record import tables
-from tuning.record.targets import counted
+from tuning.record.targets import counted, unknown_labels
 from tuning.settings.documents import read_plan
 from tuning.settings.words import count
 from tuning.show.frames import duration, number
@@ -260,6 +260,10 @@ def _data(samples: pd.DataFrame, fingerprint: str) -> str:
     else:
         groups = samples.groupby("split")["group"].nunique()
         grouped = f"Groups: {', '.join(f'{int(groups[name]):,} in {name}' for name in splits)}."
+    unknown = unknown_labels(samples)
+    if len(unknown) <= CLASSES_SHOWN and unknown:
+        listed = ", ".join(f"{plain(name)} {number:,}" for name, number in unknown.items())
+        grouped = f"Images in which a label is unknown, and left out of loss and figures: {listed}. {grouped}"
     return f"## Data\n\n{_table(rows, ['class', *splits])}\n\n{grouped} Fingerprint: {plain(fingerprint)}."
 
 

@@ -19,7 +19,7 @@ from tuning.model.card import OVERALL, plain
 from tuning.model.held_out import estimate, temperature_in_words
 from tuning.record import tables
 from tuning.record.subgroups import subgroups_of
-from tuning.record.targets import NONE, UNKNOWN, class_names, counted, encoded
+from tuning.record.targets import NONE, counted, unknown_labels
 from tuning.settings.documents import read_plan
 from tuning.settings.words import count
 
@@ -102,7 +102,7 @@ TRIPOD: Items = (
 def sheet(
     model: Path, run: Path, provenance: Mapping[str, Any], samples: pd.DataFrame, audit: pd.DataFrame | None
 ) -> str:
-    """Return the sheet, in Markdown; arguments as in `card.card`."""
+    """Return the checklists, in Markdown; arguments as in `card.card`."""
     known = facts(model, run, provenance, samples, audit)
     parts = [
         f"# What to report of {plain(provenance.get('run', 'model'))}",
@@ -198,7 +198,7 @@ def facts(
     what = "the trials whose mean is best" if members else "one configuration"
     found["selection"] = f"By {plain(settings['metric'])} on the validation set: {what}, each at {of_val}."
     if several:
-        unknown = int((encoded(samples["label"], class_names(samples["label"])) == UNKNOWN).sum())
+        unknown = sum(unknown_labels(samples).values())
         read = {"negative": "as absent", "ignore": "as unknown"}[settings.get("blank", "negative")]
         found["missing"] = (
             f"{count(unknown, 'unknown label')}, left out of loss and figures; empty cells of label columns were read "

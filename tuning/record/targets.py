@@ -100,6 +100,15 @@ def counted(samples: pd.DataFrame) -> pd.DataFrame:
     return counts.fillna(0).astype(int)
 
 
+def unknown_labels(samples: pd.DataFrame) -> dict[str, int]:
+    """Return in how many images each label is unknown; empty if all are known."""
+    labels = samples["label"].to_list()
+    counts = Counter(
+        name for label in labels if label.startswith(SIGN) for name, known in named(label).items() if known is None
+    )
+    return dict(sorted(counts.items()))
+
+
 def frequencies(targets: Ints, classes: int) -> Floats:
     """Return the share of each class, or of each label among the images of which it is known."""
     if targets.ndim == 1:
@@ -114,13 +123,6 @@ def constant_loss(targets: Ints, classes: int) -> float:
     if targets.ndim == 1:
         return float(-(shares[shares > 0] * np.log(shares[shares > 0])).sum())
     return float(known_losses(np.broadcast_to(shares, targets.shape), targets).mean())
-
-
-def patterns(targets: Ints) -> Ints:
-    """Return a number for each image, the same for those with the same class or the same labels."""
-    if targets.ndim == 1:
-        return targets
-    return np.unique(targets, axis=0, return_inverse=True)[1].ravel().astype(np.int64)
 
 
 def most_frequent(labels: Iterable[str]) -> list[tuple[str, int]]:
