@@ -22,6 +22,9 @@ UNLIKE = (
 )
 
 
+WHOLE = ".mistakes .pictures.alone { grid-template-columns: minmax(0, 100%); }\n"  # no map stands beside a picture
+
+
 def issues_page(
     title: str, table: pd.DataFrame, images: Any, files: Sequence[str], decoded: Any, shaped: Mapping[str, Any]
 ) -> str:
@@ -63,5 +66,5 @@ def issues_page(
             section("labels", "Likely wrong labels", note(ISSUES), f'<div class="mistakes">{"".join(wrong)}</div>'),
             section("odd", "Images unlike all others", note(UNLIKE), f'<div class="mistakes">{"".join(unlike)}</div>'),
         ],
-        CSS,
+        CSS + WHOLE,
     )
