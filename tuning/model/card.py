@@ -15,7 +15,7 @@ from tuning.data.decoding import GREY_LEVELS
 from tuning.insight import analysis
 from tuning.model.held_out import estimate, few_images, temperature_in_words
 from tuning.record import tables
-from tuning.record.targets import counted, unknown_labels
+from tuning.record.targets import counted, is_multi_label, unknown_labels
 from tuning.settings.documents import read_plan
 from tuning.settings.words import count
 from tuning.show.frames import duration, number
@@ -27,7 +27,7 @@ FEW_GROUPS = 100  # a test set with fewer is called small
 SETTINGS = ("metric", "fit", "drop_colour", "weights", "final_data", "ensemble", "on_leak")
 OVERALL = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC", "loss": "loss"}
 BY_CLASS = {"sensitivity": "sensitivity", "specificity": "specificity", "auroc": "AUROC", "auprc": "AUPRC", "f1": "F1"}
-POINTS = ["class", "validation", "threshold", "sensitivity, 95% CI", "specificity, 95% CI", "at a prevalence"]
+POINTS = ["validation", "threshold", "sensitivity, 95% CI", "specificity, 95% CI", "at a prevalence"]
 SUBGROUPS = ["subgroup", "images", "balanced accuracy", "95% CI", "AUROC", "95% CI"]
 PICTURES = {CONFUSION: "Confusion matrix", ROC: "ROC curve of each class against the rest"}
 USE = """\
@@ -106,7 +106,7 @@ def card(
     parts = [
         _head(config, metrics, provenance, samples),
         _use(config, metrics["onnx"]),
-        _test(model, metrics),
+        _test(model, metrics, "label" if config.get("multi_label", False) else "class"),
         _calibration(model, metrics),
         _data(samples, config["provenance"]["fingerprint"]),
         _audit(audit),
@@ -175,7 +175,7 @@ def _onnx_code(config: Mapping[str, Any]) -> str:
     )
 
 
-def _test(model: Path, metrics: Mapping[str, Any]) -> str:
+def _test(model: Path, metrics: Mapping[str, Any], kind: str) -> str:
     tested, reading = metrics["test"], metrics["test_reading"]
     if tested is None:
         return "## Test results\n\nThere were no test images, so its performance on new images is unknown."
@@ -198,10 +198,10 @@ def _test(model: Path, metrics: Mapping[str, Any]) -> str:
             [label, *(cell for name in BY_CLASS for cell in _estimate(values, name))]
             for label, values in tested["classes"].items()
         ]
-        parts.append(_table(each, ["class", *(head for words in BY_CLASS.values() for head in (words, "95% CI"))]))
+        parts.append(_table(each, [kind, *(head for words in BY_CLASS.values() for head in (words, "95% CI"))]))
     if points := tested.get("operating_points"):
         parts.append("At thresholds that have these specificities on the validation set:")
-        parts.append(_table([_point(point) for point in points], POINTS))
+        parts.append(_table([_point(point) for point in points], [kind, *POINTS]))
     if (per_group := tested.get("per_group")) and "accuracy" in per_group:
         parts.append(f"{count(per_group['images'], 'group')}, each {plain(per_group['in_words'])}:")
         parts.append(
@@ -264,7 +264,8 @@ def _data(samples: pd.DataFrame, fingerprint: str) -> str:
     if len(unknown) <= CLASSES_SHOWN and unknown:
         listed = ", ".join(f"{plain(name)} {number:,}" for name, number in unknown.items())
         grouped = f"Images in which a label is unknown, and left out of loss and figures: {listed}. {grouped}"
-    return f"## Data\n\n{_table(rows, ['class', *splits])}\n\n{grouped} Fingerprint: {plain(fingerprint)}."
+    table = _table(rows, ["label" if is_multi_label(samples["label"]) else "class", *splits])
+    return f"## Data\n\n{table}\n\n{grouped} Fingerprint: {plain(fingerprint)}."
 
 
 def _audit(audit: pd.DataFrame | None) -> str:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tuning.data.decoding import decode
-from tuning.record.targets import SIGN, named, shown
+from tuning.record.targets import SIGN, is_multi_label, named, shown
 from tuning.settings.config import InputError
 from tuning.settings.words import count
 from tuning.show.page import note, section, still, text
@@ -103,7 +103,8 @@ def mistakes_page(
             f'<p class="file">{text(sample["path"])}</p></figcaption></figure>'
         )
     linked = " · ".join(f'<a href="{name}">{words}</a>' for name, words in links.items())
-    summary = f"{mistakes.total:,} of {count(len(tested), 'test image')} misclassified"
+    wrong = "with a wrong label" if is_multi_label(tested["label"]) else "misclassified"
+    summary = f"{mistakes.total:,} of {count(len(tested), 'test image')} {wrong}"
     most = f"; the {len(figures)} most confident mistakes are shown" if len(figures) < mistakes.total else ""
     head = f"<header><h1>{text(title)}: mistakes</h1><p>{text(summary + most)}.</p><p>{linked}</p></header>"
     listed = "<p>There are none.</p>"
