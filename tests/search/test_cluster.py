@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -87,6 +88,39 @@ def test_an_address_at_which_nothing_answers_is_named_at_once(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(InputError, match=f"RAY_ADDRESS={address}: no Ray answers .* unset RAY_ADDRESS"):
         start_ray(SearchPlan(name="test"))
+
+
+def end_raylet_of(process: subprocess.Popen[str], ended: set[int]) -> None:
+    """End a raylet that a process starts, before it can be part of a cluster."""
+    before = len(ended)
+    while len(ended) == before and process.poll() is None:
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                name, rest = (folder / "stat").read_text().split("(")[1].rsplit(")", 1)
+                if name == "raylet" and int(rest.split()[1]) == process.pid and int(folder.name) not in ended:
+                    os.kill(int(folder.name), signal.SIGKILL)
+                    ended.add(int(folder.name))
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("most", "said"), [(1, "nodes: 1"), (2, "Ray did not start on this machine")])
+def test_a_ray_that_does_not_start_is_started_once_more(most, said):
+    code = """if True:
+        from tuning.search.cluster import ray_running
+        from tuning.settings.config import InputError, SearchPlan
+        with ray_running(SearchPlan(name="test")) as nodes:
+            try:
+                print("nodes:", len(nodes()))
+            except InputError as error:
+                print(error)
+    """
+    ended: set[int] = set()
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        for _ in range(most):
+            end_raylet_of(process, ended)
+        assert said in process.communicate()[0]
+    assert process.returncode == 0 and len(ended) == most
 
 
 @pytest.mark.slow

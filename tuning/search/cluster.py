@@ -124,8 +124,26 @@ def start_ray(plan: SearchPlan) -> list[Node]:
     os.environ.update(environment | os.environ)  # the user's values count
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a dead worker's traceback is in the table
     with _few_processes():
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", **options)
+        try:
+            _init(options)
+        except InputError:  # on a busy machine; what it read from the disk is in memory now
+            _init(options)
     return ray_nodes()
+
+
+def _init(options: dict[str, Any]) -> None:
+    """Start Ray or connect to it; raise InputError if it doesn't start in the time that Ray gives itself.
+
+    A node gives up if one of its own processes takes more than 15 s to load (Ray 2.60, ray-project/ray#65983).
+    """
+    try:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", **options)
+    except Exception as error:
+        ray.shutdown()
+        if "timed out during startup" not in str(error):
+            raise
+        cure = "run the command again when it is less busy, or has more free memory"
+        raise InputError(f"Ray did not start on this machine within its 30 s: {cure}") from error
 
 
 def loading_ahead(plan: SearchPlan) -> int:
