@@ -22,7 +22,7 @@ from tuning.data.splits import number_units
 from tuning.insight.confident import ranked
 from tuning.record import tables
 from tuning.record.mirror import borrowed
-from tuning.settings.command_line import DONE, exit_code, flag
+from tuning.settings.command_line import DONE, exit_code, flag, leave
 from tuning.settings.config import InputError, SearchPlan, TrialConfig, build, cache_folder, visible
 from tuning.settings.documents import check_parts, read_mapping
 from tuning.settings.words import count
@@ -150,4 +150,4 @@ def _show(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -61,8 +61,7 @@ def measure(probabilities: Floats, targets: Ints, groups: Ints, classes: tuple[s
     cells, calls, total = _called(probabilities, targets, groups)
     judged = list(_judged(probabilities, cells, calls, groups, total))
     by_name: dict[str, dict[str, Any]] = {}
-    for name, (known, figures) in zip(classes, judged, strict=True):
-        place = len(by_name)
+    for place, (name, (known, figures)) in enumerate(zip(classes, judged, strict=True)):
         positive, called, of = cells[known, place] == 1, calls[known, place], groups[known]
         by_name[name] = {
             "images": int(positive.sum()),

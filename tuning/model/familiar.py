@@ -21,6 +21,8 @@ from tuning.settings.config import InputError
 if TYPE_CHECKING:  # torch and timm take seconds to load, and --help needs neither
     from torch import nn
 
+    from tuning.training.dataset import Prepare
+
 Reals = NDArray[np.float32]
 Fitted = dict[str, NDArray[Any]]
 
@@ -128,6 +130,24 @@ def unfamiliar(fitted: Fitted, features: Reals) -> NDArray[np.float64]:
     centred = ((features - fitted["mean"]) / fitted["scale"]).astype(np.float64)
     found: NDArray[np.float64] = np.linalg.norm(centred @ fitted["factor"], axis=1) / fitted["limit"][0]
     return found
+
+
+def predicted(
+    network: "nn.Module", prepare: "Prepare", rows: NDArray[np.int64], fitted: Fitted | None
+) -> tuple[Reals, NDArray[np.float64] | None]:
+    """Return the logits [rows, classes] of some images, and `unfamiliar` of each; None if nothing was fitted.
+
+    Args:
+        network: on the device of the prepared images.
+        prepare: of `dataset.preparer`.
+        rows: of the images.
+        fitted: of `fit`, for this network.
+    """
+    from tuning.training.scores import predict_images
+
+    with recorded(network, [] if fitted is None else fitted["taps"].tolist()) as seen:
+        logits = predict_images(network, prepare, rows)
+    return logits, None if fitted is None else unfamiliar(fitted, joined(seen, len(rows)))
 
 
 def write(folder: Path, fitted: Fitted) -> None:

@@ -89,13 +89,9 @@ class Model:
     ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
         """Return what `look` does of some of the images [n, side, side, channels] that were decoded for this model."""
         from tuning.training.dataset import preparer
-        from tuning.training.scores import predict_images
 
         prepare = preparer(images, self.network, next(self.network.parameters()).device)
-        names = [] if self.usual is None else self.usual["taps"].tolist()
-        with familiar.recorded(self.network, names) as seen:
-            logits = predict_images(self.network, prepare, rows)
-        unlike = None if self.usual is None else familiar.unfamiliar(self.usual, familiar.joined(seen, len(rows)))
+        logits, unlike = familiar.predicted(self.network, prepare, rows, self.usual)
         return tempered(logits, self.temperature, multi_label=self.multi_label), unlike
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tuning.model.familiar import joined, recorded, unfamiliar
+from tuning.model.familiar import predicted
 from tuning.model.final import train, usual_features
 from tuning.record.targets import PRESENT
 from tuning.record.temperature import Floats, Ints, fit_temperature, tempered
@@ -15,7 +15,6 @@ from tuning.settings.config import InputError, TrialConfig
 from tuning.settings.values import Weights
 from tuning.training.dataset import Data, preparer
 from tuning.training.features import Cache
-from tuning.training.scores import predict_images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +60,8 @@ def folds(
         final = train(config, part, last=None, on_epoch=lambda row: None, **given)  # type: ignore[arg-type]
         ((network, _),) = final.networks.values()
         usual = usual_features(network, config, part, device)
-        with recorded(network, [] if usual is None else usual["taps"].tolist()) as seen:
-            logits = predict_images(network.to(device), preparer(part.images, network, device), part.val)
-        unlike = None if usual is None else unfamiliar(usual, joined(seen, len(part.val)))
+        prepare = preparer(part.images, network.to(device), device)
+        logits, unlike = predicted(network, prepare, part.val, usual)
         temperature = fit_temperature(logits, part.labels[part.val])
         probabilities = tempered(logits, temperature, multi_label=data.multi_label)
         loss = final.metrics["validation"]["val_loss"]
