@@ -37,8 +37,9 @@ def scores(each: Sequence[Floats], targets: Ints, groups: Ints, classes: Sequenc
     cells = by_class(targets, len(classes))
     for place, name in enumerate(classes):
         rows = np.flatnonzero(cells[:, place] == 1)
-        weights = 1 / (np.bincount(groups[rows])[groups[rows]] * len(each))
+        sizes = np.bincount(groups[rows], minlength=1)[groups[rows]]
         for probabilities in each:
+            weights = 1 / (sizes * len(each))
             parts.append(pd.DataFrame({"class": name, "probability": probabilities[rows, place], "weight": weights}))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=SCHEMA.names)
 
