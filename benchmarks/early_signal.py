@@ -33,7 +33,7 @@ import torch
 import tyro
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from benchmarks.record import EPOCHS, FIXED, GRID
+from benchmarks.record import EPOCHS, FIRST_GRID, FIXED
 from tuning.checks.audit import load_checked
 from tuning.data.images import open_images
 from tuning.record.tables import replacing
@@ -70,7 +70,7 @@ def tasks(backbones: tuple[str, ...]) -> list[Task]:
     """Configurations, each with the long schedule and the short ones."""
     chosen = []
     for backbone, depth, policy, rate in itertools.product(
-        backbones, (5, 3, 1), ("light", "none"), GRID["learning_rate"]
+        backbones, (5, 3, 1), ("light", "none"), FIRST_GRID["learning_rate"]
     ):
         base = {"backbone": backbone, "unfreeze_depth": depth, "augmentation": policy, "learning_rate": rate}
         for epochs, schedule in [(EPOCHS, "cosine"), *((epochs, "cosine") for epochs in SHORT)]:

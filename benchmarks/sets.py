@@ -1,5 +1,10 @@
-"""The image sets on which models are compared: chest X-rays, generated radiographs and, as no radiographs, digits."""
+"""The image sets of the benchmarks.
 
+Models are compared on chest X-rays, generated radiographs and, as no radiographs, digits. Curves are recorded of four
+more kinds: few images, a rare class, ten classes, and photographs.
+"""
+
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +17,10 @@ from tuning.data.samples import load_samples
 
 CHOSEN_ON, CONFIRMED_ON = ("xrays", "generated", "digits"), ("xrays-covid", "mnist")  # defaults were chosen, confirmed
 SETS = (*CHOSEN_ON, *CONFIRMED_ON)
+RECORDED = ("few", "rare", "digits", "textures")  # of which `record.py` makes curves, besides X-rays and generated
+FEW = {"train": 65, "val": 35}  # X-rays of each class
+RARE = {"normal": 10, "focal_opacity": 1}  # parts of 20 images for training and 10 for validation
+PATCH = 32  # pixels of a photograph, enlarged to SIDE
 SIDE = 64  # pixels of a digit's picture
 Row = tuple[Path, str, str]  # file, label, split
 
@@ -22,14 +31,14 @@ def manifest(name: str, folder: Path, xrays: str | None) -> Path:
     Args:
         xrays: folder of the chest X-rays, with splits by patient.
     """
-    if name.startswith("xrays"):
+    if name in ("xrays", "xrays-covid", "few"):
         if xrays is None:
             raise SystemExit(f"{name}: give the folder of the X-rays by --xrays")
         rows = _xrays(xrays, covid=name == "xrays-covid")
-    elif name == "generated":
-        rows = _generated(folder / name)
+        rows = _few(rows) if name == "few" else rows
     else:
-        rows = _digits(folder / name)
+        written = {"generated": _generated, "rare": _rare, "textures": _textures}.get(name, _digits)
+        rows = written(folder / name)
     path = folder / f"{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(rows, columns=["path", "label", "split"]).to_csv(path, index=False)
@@ -42,11 +51,45 @@ def _xrays(folder: str, *, covid: bool) -> Iterator[Row]:
             yield Path(sample.file).resolve(), sample.label, sample.split
 
 
+def _few(rows: Iterator[Row]) -> Iterator[Row]:
+    """The first images of each class: 130 for training, 70 for validation."""
+    seen = Counter[tuple[str, str]]()
+    for file, label, split in rows:
+        seen[label, split] += 1
+        if seen[label, split] <= FEW.get(split, 0):
+            yield file, label, split
+
+
 def _generated(folder: Path) -> Iterator[Row]:
     """Radiographs drawn with another seed than the demo's: 240 for training, 120 for validation, 360 for the test."""
     write_phantoms(folder, images_per_class=240, seed=1)
     for file in sorted(folder.resolve().glob("*/*.png")):
         yield file, file.parent.name, _split(int(file.stem), 80, 40)
+
+
+def _rare(folder: Path) -> Iterator[Row]:
+    """Generated radiographs of two classes, one ten times as frequent as the other: 220 and 110."""
+    write_phantoms(folder, images_per_class=300, seed=2)
+    for label, parts in RARE.items():
+        for file in sorted((folder.resolve() / label).glob("*.png"))[: 30 * parts]:
+            yield file, label, "train" if int(file.stem) < 20 * parts else "val"
+
+
+def _textures(folder: Path) -> Iterator[Row]:
+    """Patches of scikit-image's photographs of bricks, grass and gravel: the left trains, the right validates."""
+    from skimage import data
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for label in ("brick", "grass", "gravel"):
+        picture = getattr(data, label)()
+        places = [(top, left) for top in range(0, 512, PATCH) for left in range(0, 512, PATCH)]
+        for number, place in enumerate(np.random.default_rng(0).permutation(len(places))[:120]):
+            top, left = places[place]
+            file = folder.resolve() / f"{label}-{number:03d}.png"
+            if not file.exists():
+                patch = Image.fromarray(picture[top : top + PATCH, left : left + PATCH])
+                patch.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(file)
+            yield file, label, "train" if left < 512 * 2 // 3 else "val"
 
 
 def _digits(folder: Path) -> Iterator[Row]:

@@ -40,7 +40,7 @@ def settings_table(model, names):
     for name in names:
         field = model.model_fields[name]
         default = "" if field.is_required() or field.default is None else f"`{str(field.default).lower()}`"
-        lines.append(f"| `{name}` | {default} | {field.description} |")
+        lines.append(f"| `{name}` | {default} | {' '.join((field.description or '').split())} |")
     return "\n".join(lines) + "\n"
 
 

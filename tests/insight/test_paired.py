@@ -1,3 +1,5 @@
+from typing import get_args
+
 import numpy as np
 import pytest
 from scipy.special import expit, softmax
@@ -8,6 +10,7 @@ from tuning.insight.intervals import measure
 from tuning.insight.paired import compare, shares
 from tuning.record.predictions import Predictions
 from tuning.record.temperature import tempered_loss
+from tuning.settings.config import SearchPlan
 
 CLASSES = ("a", "b", "c")
 SEARCHES = 1000 if SOAK else 24
@@ -36,7 +39,10 @@ def best_of(predictions):
     return predictions.trial_ids[losses.argmin()], losses[0] - losses.min()
 
 
-@pytest.mark.parametrize("metric", ["val_loss", "val_tempered_loss", "val_balanced_accuracy", "val_auroc"])
+METRICS = get_args(SearchPlan.model_fields["metric"].annotation)
+
+
+@pytest.mark.parametrize("metric", METRICS)
 def test_the_difference_is_that_of_scikit_learn(metric):
     rng = np.random.default_rng(0)
     targets = rng.choice(3, 120, p=[0.2, 0.3, 0.5])
@@ -48,12 +54,22 @@ def test_the_difference_is_that_of_scikit_learn(metric):
             return -tempered_loss(np.log(probabilities), targets)
         if metric == "val_loss":
             return -metrics.log_loss(targets, probabilities)
+        called = probabilities.argmax(axis=1)
         if metric == "val_auroc":
             return metrics.roc_auc_score(targets, probabilities, multi_class="ovr")
+        if metric == "val_auprc":
+            return metrics.average_precision_score(np.eye(3)[targets], probabilities)
+        if metric == "val_f1":
+            return metrics.f1_score(targets, called, average="macro")
+        if metric.startswith("val_sensitivity_at_"):
+            curves = [metrics.roc_curve(targets == place, probabilities[:, place]) for place in range(3)]
+            least = 1 - float(metric[-2:]) / 100 + 1e-9
+            return np.mean([rates[falls <= least].max() for falls, rates, _ in curves])
         return metrics.balanced_accuracy_score(targets, probabilities.argmax(axis=1))
 
     found = compare(predictions, "t2", "t0", metric, tried=4)
     wanted = figure(predictions.probabilities[2]) - figure(predictions.probabilities[0])
+    assert figure(predictions.probabilities[2]) != figure(predictions.probabilities[0])
     assert found.difference == pytest.approx(wanted) and (found.images, found.groups) == (120, 120)
     assert found.low < wanted < found.high and 0 < found.p_value <= 1
 
@@ -129,7 +145,7 @@ def test_the_luckiest_of_fifty_trials_seldom_beats_a_default_that_is_as_good(ima
     assert found >= (0.9 if images == 225 else 0.5 if images == 100 else 0.1) * (SEARCHES // 4)
 
 
-@pytest.mark.parametrize("metric", ["val_loss", "val_tempered_loss", "val_balanced_accuracy", "val_auroc"])
+@pytest.mark.parametrize("metric", METRICS)
 def test_what_images_add_to_a_metric_of_labels_makes_it_up(metric):
     rng = np.random.default_rng(0)
     truth = (rng.random((150, 3)) < [0.5, 0.3, 0.2]).astype(np.int64)
@@ -144,8 +160,44 @@ def test_what_images_add_to_a_metric_of_labels_makes_it_up(metric):
             "val_tempered_loss": -tempered_loss(logits[index], targets),
             "val_balanced_accuracy": figures["balanced_accuracy"],
             "val_auroc": figures["auroc"],
-        }[metric]
-        assert values[index] == pytest.approx(expected, abs=1e-4)
+            "val_auprc": figures["auprc"],
+            "val_f1": np.mean([each["f1"] for each in figures["classes"].values()]),
+        } | {f"val_sensitivity_at_{each}": sensitivity(logits[index], targets, each / 100) for each in (90, 95)}
+        assert values[index] == pytest.approx(expected[metric], abs=1e-4)
         assert parts[index].sum() == pytest.approx(values[index] * (2 if metric == "val_auroc" else 1))
     better = compare(predictions, "b", "a", metric, tried=3)
     assert better.difference == pytest.approx(values[1] - values[0]) and better.low < better.difference < better.high
+
+
+def sensitivity(logits, targets, specificity):
+    """Mean over labels of the sensitivity at the lowest logit that calls so few of the absent ones."""
+    found = []
+    for values, truth in zip(logits.T, targets.T, strict=True):
+        least = min(each for each in values if (values[truth == 0] <= each).mean() >= specificity)
+        found.append((values[truth == 1] > least).mean())
+    return np.mean(found)
+
+
+@pytest.mark.parametrize("metric", ["val_f1", "val_auprc"])
+def test_what_an_image_adds_is_what_is_lost_without_it(metric):
+    rng = np.random.default_rng(1)
+    targets = rng.choice(3, 300, p=[0.2, 0.3, 0.5])
+    predictions = predicted(1.5 * np.eye(3)[targets] + rng.normal(size=(1, 300, 3)), targets)
+    (value,), (parts,) = shares(predictions, metric)
+    kept = [np.arange(300) != left_out for left_out in range(300)]
+    without = [
+        shares(predicted(np.log(predictions.probabilities[:, rows]), targets[rows]), metric)[0][0] for rows in kept
+    ]
+    np.testing.assert_allclose(parts - value / 300, value - np.array(without), rtol=0.05, atol=5e-5)
+
+
+@pytest.mark.parametrize("metric", METRICS[3:])
+def test_the_variance_of_a_difference_is_that_of_new_images(metric):
+    rng, differences, variances = np.random.default_rng(2), [], []
+    for _ in range(400 if SOAK else 200):
+        logits, targets = search(rng, trials=2, images=400, better=0.3)
+        values, parts = shares(predicted(logits, targets), metric)
+        differences.append(values[1] - values[0])
+        change = parts[1] - parts[0]
+        variances.append(400 * (change - change.mean()).var())
+    assert np.sqrt(np.mean(variances)) == pytest.approx(np.std(differences), rel=0.2)

@@ -4,10 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from runs import few_trials, make_run
+from scipy.special import expit
 from shared import SOAK
 
 from tuning.insight.analysis import searched, top
-from tuning.insight.remarks import _on_baseline, _on_ensemble, remarks, with_baseline
+from tuning.insight.remarks import _on_baseline, _on_ensemble, _on_subgroups, remarks, with_baseline
 from tuning.record.predictions import Predictions, predictions_file, write_predictions
 from tuning.settings.config import SearchPlan
 from tuning.show import report
@@ -43,6 +44,24 @@ def test_a_trial_that_only_guesses_is_reported_on_the_page_too(tmp_path, sure, b
     verdict = page.partition('<section id="verdict">')[2].partition("</section>")[0]
     assert f'<p class="{"note" if better else "warning"}">{baseline.words}</p>' in verdict
     assert f'<p class="note">{calibration.words}</p>' in verdict
+
+
+@pytest.mark.parametrize("gap", [False, True])
+def test_a_subgroup_that_is_worse_is_said_and_a_column_of_too_many_values_is_left_out(tmp_path, gap):
+    samples = pd.DataFrame({"path": [f"{n}.png" for n in range(400)], "label": ["a", "b"] * 200, "split": "val"})
+    samples = samples.assign(
+        group=None, subgroup_sex=["F", "F", "M", "M"] * 100, subgroup_id=[f"i{n}" for n in range(400)]
+    )
+    targets, rng = np.arange(400) % 2, np.random.default_rng(0)
+    sure = np.where((samples["subgroup_sex"] == "F") & gap, 0.2, 1.5)
+    logits = sure * (2 * targets - 1) + rng.normal(size=400)
+    probabilities = np.stack([expit(-logits), expit(logits)], axis=1)
+    predictions = Predictions(("t00000",), probabilities[None], targets, np.arange(400), ("a", "b"))
+    *found, left_out = _on_subgroups(predictions, "t00000", samples)
+    assert left_out.words.startswith("subgroups: 'id' is left out") and not left_out.alarming
+    assert {remark.alarming for remark in found} == {gap}
+    start = "sex F (200 images): " if gap else "no subgroup is significantly worse than the rest (2 comparisons)"
+    assert all(remark.words.startswith(f"Subgroups of the validation set, t00000: {start}") for remark in found)
 
 
 def test_a_run_without_predictions_has_no_remarks(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import expit
-from sklearn.metrics import balanced_accuracy_score, log_loss, roc_auc_score
+from sklearn.metrics import average_precision_score, balanced_accuracy_score, f1_score, log_loss, roc_auc_score
 from torch.nn import functional
 
 from tuning.training.probe import fit_head
@@ -29,6 +29,9 @@ def test_figures_of_labels_are_means_over_what_is_known_of_each():
     assert found["auroc"] == pytest.approx(np.mean([roc_auc_score(y[rows], z[rows]) for rows, z, y in each]))
     balanced = [balanced_accuracy_score(y[rows], z[rows] > 0) for rows, z, y in each]
     assert found["balanced_accuracy"] == pytest.approx(np.mean(balanced))
+    assert found["auprc"] == pytest.approx(np.mean([average_precision_score(y[rows], z[rows]) for rows, z, y in each]))
+    assert found["f1"] == pytest.approx(np.mean([f1_score(y[rows], z[rows] > 0) for rows, z, y in each]))
+    assert found["sensitivity_at_95"] < found["sensitivity_at_90"] < 1
     cells = targets >= 0
     assert found["loss"] == pytest.approx(log_loss(targets[cells], expit(logits[cells].astype(float))), rel=1e-5)
     assert found["accuracy"] == pytest.approx(((logits > 0) == targets)[cells].mean())

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from scipy.special import expit, logit, ndtri, stdtrit
 
 from tuning.insight.calibration import calibration_error
+from tuning.record.measures import average_precision
 from tuning.record.targets import by_class
 from tuning.record.temperature import Floats, Ints, image_losses
 
@@ -157,10 +158,7 @@ def _auprc(positive: NDArray[np.bool_], values: Floats, groups: Ints) -> dict[st
     """
     if not positive.any():
         return {"auprc": None, "auprc_95": None}
-    order = np.argsort(-values, kind="stable")
-    ends = np.flatnonzero(np.append(np.diff(values[order]) != 0, True))  # of runs of ties
-    found = np.cumsum(positive[order])[ends]
-    area = float((np.diff(found, prepend=0) * found / (ends + 1)).sum() / positive.sum())
+    area = average_precision(positive, values)
     observations = len(np.unique(groups[positive]))
     if observations == 1 or positive.all():
         return {"auprc": area, "auprc_95": None}

@@ -7,12 +7,12 @@ import numpy as np
 from scipy.special import expit, logit
 
 from tuning.insight.intervals import NORMAL, Figure, entries, share
+from tuning.record.measures import SPECIFICITIES, threshold
 from tuning.record.targets import by_class
 from tuning.record.temperature import Floats, Ints
 from tuning.settings.config import InputError
 from tuning.settings.words import examples
 
-SPECIFICITIES = (0.9, 0.95)
 Thresholds = dict[str, dict[str, float]]  # of each class, by the specificity that it has on validation
 
 
@@ -30,10 +30,9 @@ def thresholds(probabilities: Floats, targets: Ints, classes: Sequence[str]) -> 
     found: Thresholds = {}
     cells = by_class(targets, len(classes))
     for index, name in enumerate(classes):
-        negatives = np.sort(probabilities[cells[:, index] == 0, index])
+        negatives = probabilities[cells[:, index] == 0, index]
         if len(negatives) and (cells[:, index] == 1).any():
-            places = {each: int(np.ceil(each * len(negatives))) - 1 for each in SPECIFICITIES}
-            found[name] = {f"{each:g}": float(negatives[place]) for each, place in places.items()}
+            found[name] = {f"{each:g}": threshold(negatives, each) for each in SPECIFICITIES}
     return found
 
 
@@ -90,11 +89,11 @@ def at(
     rows, total, cells = [], int(groups.max()) + 1, by_class(targets, len(classes))
     for index, name in enumerate(classes):
         positive, negative = cells[:, index] == 1, cells[:, index] == 0
-        for specificity, threshold in chosen.get(name, {}).items():
-            called = probabilities[:, index] > threshold
+        for specificity, least in chosen.get(name, {}).items():
+            called = probabilities[:, index] > least
             sensitivity = share(called[positive], groups[positive], total)
             specific = share(~called[negative], groups[negative], total)
-            row = {"class": name, "validation_specificity": float(specificity), "threshold": threshold}
+            row = {"class": name, "validation_specificity": float(specificity), "threshold": least}
             row |= entries("sensitivity", sensitivity) | entries("specificity", specific)
             if name in prevalence:
                 odds = prevalence[name] / (1 - prevalence[name])

@@ -7,6 +7,7 @@ import numpy as np
 
 from tuning.insight.intervals import placements
 from tuning.record.journal import LOSSES
+from tuning.record.measures import Bools, average_precision, f1, precision_steps, sensitivity_at, threshold
 from tuning.record.predictions import Predictions
 from tuning.record.targets import by_class
 from tuning.record.temperature import Floats, Ints
@@ -111,7 +112,9 @@ def _error(total: Floats, squares: Floats, groups: int) -> Floats:
 def shares(predictions: Predictions, metric: str) -> tuple[Floats, Floats]:
     """Return each trial's metric [trials], more being better, and what each image adds to it [trials, images].
 
-    What images add to AUROC are placement values, whose variance is that of the AUROC (DeLong et al. 1988).
+    What images add to AUROC are placement values, whose variance is that of the AUROC (DeLong et al. 1988). To AUPRC,
+    F1 and a sensitivity at a specificity it is an equal part of the value, and how the value would change with the
+    weight of the image (the infinitesimal jackknife; Jaeckel 1972).
     """
     targets, images = predictions.targets, len(predictions.targets)
     if metric in LOSSES:
@@ -122,8 +125,11 @@ def shares(predictions: Predictions, metric: str) -> tuple[Floats, Floats]:
     if metric == "val_balanced_accuracy":
         parts = np.stack([_balanced_parts(each, cells, predictions.multi_label) for each in predictions.probabilities])
         return parts.sum(axis=1), parts
-    parts = np.stack([_auroc_parts(each, cells) for each in predictions.probabilities])
-    return parts.sum(axis=1) / 2, parts
+    if metric == "val_auroc":
+        parts = np.stack([_auroc_parts(each, cells) for each in predictions.probabilities])
+        return parts.sum(axis=1) / 2, parts
+    means = [_mean_parts(metric, each, cells, predictions) for each in predictions.probabilities]
+    return np.array([value for value, _ in means]), np.stack([parts for _, parts in means])
 
 
 def _balanced_parts(probabilities: Floats, cells: Ints, multi_label: bool) -> Floats:
@@ -153,3 +159,55 @@ def _auroc_parts(probabilities: Floats, cells: Ints) -> Floats:
         size = np.where(positive, positive.sum(), (~positive).sum())
         parts[known] += placements(positive, probabilities[known, place]) / size / len(judged)
     return parts
+
+
+def _mean_parts(metric: str, probabilities: Floats, cells: Ints, predictions: Predictions) -> tuple[float, Floats]:
+    """Return the mean over classes of a metric of probabilities [n, classes], and what each image [n] adds to it."""
+    calls = probabilities > 0.5
+    if not predictions.multi_label:
+        calls = probabilities.argmax(axis=1)[:, None] == np.arange(cells.shape[1])
+    value, parts, sizes = 0.0, np.zeros(len(cells)), np.bincount(predictions.groups)
+    rest = metric != "val_f1"  # whether images of other classes are needed
+    judged = [place for place, one in enumerate(cells.T) if (one == 1).any() and ((one == 0).any() or not rest)]
+    for place in judged:
+        known = np.flatnonzero(cells[:, place] >= 0)
+        positive = cells[known, place] == 1
+        if metric == "val_f1":
+            found, changes = _f1_changes(positive, calls[known, place])
+        elif metric == "val_auprc":
+            found, changes = _precision_changes(positive, probabilities[known, place])
+        else:
+            specificity = float(metric.removeprefix("val_sensitivity_at_")) / 100
+            found, changes = _sensitivity_changes(positive, probabilities[known, place], specificity)
+        value += found / len(judged)
+        parts[known] += changes / len(judged)
+    return value, parts + value / len(sizes) / sizes[predictions.groups]
+
+
+def _f1_changes(positive: Bools, called: Bools) -> tuple[float, Floats]:
+    """Return F1, and its derivatives with respect to the weights of images [n]."""
+    value, either = f1(positive, called), positive.astype(np.float64) + called
+    return value, (2 * (positive & called) - value * either) / either.sum()
+
+
+def _precision_changes(positive: Bools, values: Floats) -> tuple[float, Floats]:
+    """Return the average precision of values [n], and its derivatives with respect to the weights of images."""
+    step, gained, reached, up_to = precision_steps(positive, values)
+    value, precision = average_precision(positive, values), reached / up_to
+    later, lost = (np.cumsum((gained * each / up_to)[::-1])[::-1] for each in (1, precision))  # of all to each step
+    changes: Floats = positive * (precision[step] - value + later[step]) - lost[step]
+    return value, changes / positive.sum()
+
+
+def _sensitivity_changes(positive: Bools, values: Floats, specificity: float) -> tuple[float, Floats]:
+    """Return the sensitivity of values [n] at a specificity, and its derivatives with respect to the weights of images.
+
+    A negative counts by the slope of the ROC curve there (Pepe 2003), taken between half as many false positives and
+    half as many again: a wider part is steeper.
+    """
+    value, above = sensitivity_at(positive, values, specificity), values > threshold(values[~positive], specificity)
+    half = (1 - specificity) / 2
+    ends = [sensitivity_at(positive, values, specificity + each) for each in (-half, half)]
+    slope = (ends[0] - ends[1]) / (2 * half)
+    of_negatives = (above[~positive].mean() - above) * slope / (~positive).sum()
+    return value, np.where(positive, (above - value) / positive.sum(), of_negatives)

@@ -1,4 +1,4 @@
-"""What trials' validation probabilities show, in sentences: whether they tell classes apart, calibration, ensemble."""
+"""What trials' validation probabilities show, in sentences: whether they tell classes apart, calibration and so on."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -8,7 +8,9 @@ import pandas as pd
 from tuning.insight.calibration import calibration_error
 from tuning.insight.ensemble import declined, offer
 from tuning.insight.guessing import Comparison, with_baseline
+from tuning.insight.subgroups import compared, in_words, worse
 from tuning.record.predictions import Predictions, read_predictions
+from tuning.record.subgroups import subgroups_of
 from tuning.search.checkpoints import kept
 from tuning.settings.config import SearchPlan
 from tuning.settings.words import count, examples
@@ -24,12 +26,13 @@ class Remark(NamedTuple):
 def remarks(
     folder: Path, trials: pd.DataFrame, samples: pd.DataFrame, plan: SearchPlan, chosen: str | None
 ) -> list[Remark]:
-    """Return the remarks that a run's predictions allow; the calibration reported is that of the `chosen` trial."""
+    """Return the remarks that a run's predictions allow; calibration and subgroups are those of the `chosen` trial."""
     predictions = read_predictions(folder, trials, samples, plan.metric)
     compared = with_baseline(trials, predictions)
     found = [] if compared is None else _on_baseline(compared)
     if chosen is not None and chosen in predictions.trial_ids:
         found.append(_on_calibration(predictions, chosen))
+        found += _on_subgroups(predictions, chosen, samples)
     return found + ([] if chosen is None else _on_ensemble(predictions.of(kept(folder, trials)), chosen, plan))
 
 
@@ -74,6 +77,16 @@ def _on_calibration(predictions: Predictions, trial_id: str) -> Remark:
         f"Calibration of {trial_id} on the validation set: mean confidence {probabilities.max(axis=1).mean():.0%}, "
         f"accuracy {accuracy:.0%}, expected calibration error {error:.3f}."
     )
+
+
+def _on_subgroups(predictions: Predictions, trial_id: str, samples: pd.DataFrame) -> list[Remark]:
+    columns, left_out = subgroups_of(samples[samples["split"] == "val"])
+    if not columns:
+        return [Remark(line) for line in left_out]
+    probabilities = predictions.of({trial_id}).probabilities[0]
+    rows, comparisons = compared(probabilities, predictions.targets, predictions.groups, columns)
+    words = [f"Subgroups of the validation set, {trial_id}: {line}." for line in in_words(rows, comparisons)]
+    return [Remark(line, alarming=bool(worse(rows))) for line in words] + [Remark(line) for line in left_out]
 
 
 def _on_ensemble(saved: Predictions, chosen: str, plan: SearchPlan) -> list[Remark]:

@@ -92,17 +92,21 @@ def _difference(mine: Figure, others: Figure) -> dict[str, Any] | None:
     return {"difference": difference, "difference_95": bounds, "p_value": float(2 * ndtr(-abs(difference) / error))}
 
 
-def in_words(rows: Sequence[Mapping[str, Any]], comparisons: int) -> list[str]:
-    """Return a line for each subgroup that is significantly worse than the rest, the worst first; or that none is."""
-    tests = count(comparisons, "comparison")
-    worse = [
+def worse(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], str, Mapping[str, Any]]]:
+    """Return the subgroups that are significantly worse than the rest, each with the figure and its difference."""
+    return [
         (row, name, change)
         for row in rows
         for name, change in row["differences"].items()
         if change is not None and change["flagged"] and change["difference"] < 0
     ]
+
+
+def in_words(rows: Sequence[Mapping[str, Any]], comparisons: int) -> list[str]:
+    """Return a line for each subgroup that is significantly worse than the rest, the worst first; or that none is."""
+    tests = count(comparisons, "comparison")
     lines = []
-    for row, name, change in sorted(worse, key=lambda each: each[2]["difference"]):
+    for row, name, change in sorted(worse(rows), key=lambda each: each[2]["difference"]):
         low, high = (-bound for bound in reversed(change["difference_95"]))
         shown = f"{WORDS[name]} {row[name]:.3f}, {-change['difference']:.3f} lower than the rest"
         how_sure = f"({low:.3f} to {high:.3f}, p = {change['p_value']:.3g} after correction for {tests})"

@@ -21,8 +21,10 @@ from tuning.settings.config import InputError, TrialConfig
 FINAL = ("completed", "stopped", "converged", "diverged", "out_of_memory", "failed")  # ends that resume never undoes
 EARLY = ("stopped", "converged", "diverged")  # ends that early stopping brought about before the last epoch
 LOSSES = ("val_loss", "val_tempered_loss")  # metrics of which less is better
-METRICS = ("train_loss", "train_eval_loss", *LOSSES, "val_accuracy", "val_balanced_accuracy", "val_auroc")
-LATER = ("val_tempered_loss",)  # fields that older versions did not write
+NEW_SCORES = ("val_f1", "val_auprc", "val_sensitivity_at_90", "val_sensitivity_at_95")
+SCORES = ("val_accuracy", "val_balanced_accuracy", "val_auroc", *NEW_SCORES)
+METRICS = ("train_loss", "train_eval_loss", *LOSSES, *SCORES)
+LATER = ("val_tempered_loss", *NEW_SCORES)  # fields that older versions did not write
 AnyRow = TypeVar("AnyRow", bound=Mapping[str, Any])
 
 # ---- Lines ------------------------------------------------------------------------------------------------------

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tuning.record.journal import LOSSES, METRICS, Record, Trial, best_epoch
+from tuning.record.journal import LOSSES, METRICS, SCORES, Record, Trial, best_epoch
 from tuning.settings.config import PARAMETERS, InputError, TrialConfig
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 BATCH_ROWS = 1000  # made into columns at once
 
 _TEXT, _WHOLE, _REAL, _TIME = pa.string(), pa.int64(), pa.float64(), pa.timestamp("us", tz="UTC")
@@ -41,7 +41,7 @@ TRIALS = versioned(
     | {"seed": _WHOLE, "finalist_of": _TEXT}
     | {f"config_{name}": _config_type(name) for name in PARAMETERS}
     | dict.fromkeys(("epochs", "best_epoch"), _WHOLE)
-    | dict.fromkeys((*LOSSES, "val_accuracy", "val_auroc", "val_balanced_accuracy", "train_loss"), _REAL)
+    | dict.fromkeys((*LOSSES, *SCORES, "train_loss"), _REAL)
     | dict.fromkeys(("train_eval_loss", "gap", "seconds", "gpu_seconds", "images_per_second", "peak_memory_mb"), _REAL)
     | dict.fromkeys(("micro_batch", "trained_parameters", "parameters"), _WHOLE)
     | {"latency_ms": _REAL, "error": _TEXT, "started_at": _TIME, "ended_at": _TIME}

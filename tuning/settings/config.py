@@ -169,8 +169,18 @@ class SearchPlan(BaseModel):
     early_stopping: bool = True
     """ASHA, `patience`, divergence rules, probes and finalists. If false, only a non-finite loss ends a trial early."""
 
-    metric: Literal["val_loss", "val_tempered_loss", "val_balanced_accuracy", "val_auroc"] = "val_tempered_loss"
-    """By what epochs and trials are chosen: `val_loss`, `val_tempered_loss`, `val_balanced_accuracy` or `val_auroc`."""
+    metric: Literal[
+        "val_loss",
+        "val_tempered_loss",
+        "val_balanced_accuracy",
+        "val_f1",
+        "val_auroc",
+        "val_auprc",
+        "val_sensitivity_at_90",
+        "val_sensitivity_at_95",
+    ] = "val_tempered_loss"
+    """By what epochs and trials are chosen: `val_loss`, `val_tempered_loss`, `val_balanced_accuracy`, `val_auroc`,
+    `val_auprc`, `val_f1`, `val_sensitivity_at_90` or `val_sensitivity_at_95` (percent specificity)."""
     probe: bool = True
     """Whether the search starts with a linear probe of each backbone (not if `early_stopping` is false)."""
     sampler: Literal["tpe", "gp", "random"] = "tpe"

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tuning.record.journal import LOSSES, best_epoch
+from tuning.record.journal import LOSSES, SCORES, best_epoch
 from tuning.record.targets import constant_loss
 from tuning.settings.config import TrialConfig
 from tuning.settings.values import DEPTH_ALL, Weights
@@ -191,9 +191,7 @@ def finetune(
 
         # Evaluate, unless the training loss is not finite.
         model.eval()
-        measured: Row = dict.fromkeys(
-            (*LOSSES, "val_accuracy", "val_balanced_accuracy", "val_auroc", "train_eval_loss", "early_loss")
-        )
+        measured: Row = dict.fromkeys((*LOSSES, *SCORES, "train_eval_loss", "early_loss"))
         if math.isfinite(train_loss):
             val_logits = frozen.logits(data.val)
             found = score(val_logits, data.labels[data.val])

@@ -12,9 +12,13 @@ from scipy.special import expit, log_expit, log_softmax
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tuning.record.measures import RANKED, mean_f1, ranked
+from tuning.record.targets import by_class
 from tuning.record.temperature import tempered_loss
 from tuning.training.dataset import Indices, Prepare
 from tuning.training.device import in_float32
+
+SCORES = ("accuracy", "balanced_accuracy", "f1", *RANKED)  # from 0 to 1, more being better
 
 
 def evaluation_batch(device: torch.device) -> int:
@@ -84,55 +88,36 @@ def mean_loss(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> float 
 
 
 def score(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> dict[str, float | None]:
-    """Return the loss (nats), plain and tempered, accuracy, balanced accuracy and AUROC of logits [n, classes].
+    """Return the loss (nats), plain and tempered, and `SCORES` of logits [n, classes].
 
-    All are None if the loss is not finite; AUROC is None unless all classes are there. Of labels they are means over
-    the labels, each predicted from a probability of 0.5.
+    All are None if the loss is not finite, and those that compare ranks unless all classes are there. Of labels they
+    are means over the labels, each predicted from a probability of 0.5.
     """
     loss = mean_loss(logits, targets)
     if loss is None:
-        return dict.fromkeys(("loss", "tempered_loss", "accuracy", "balanced_accuracy", "auroc"))
+        return dict.fromkeys(("loss", "tempered_loss", *SCORES))
+    cells = by_class(targets, logits.shape[1])
     if targets.ndim == 2:
-        return {"loss": loss, "tempered_loss": tempered_loss(logits, targets), **_label_scores(logits, targets)}
-    predicted = logits.argmax(axis=1)
-    probabilities = torch.softmax(torch.from_numpy(logits).double(), dim=1).numpy()
-    classes = np.unique(targets)
-    return {
-        "loss": loss,
-        "tempered_loss": tempered_loss(logits, targets),
-        "accuracy": float((predicted == targets).mean()),
-        "balanced_accuracy": float(np.mean([(predicted[targets == index] == index).mean() for index in classes])),
-        "auroc": float(np.mean([auroc(targets == index, probabilities[:, index]) for index in classes]))
-        if 1 < len(classes) == logits.shape[1]
-        else None,
-    }
+        values, calls, found = logits.astype(np.float64), logits > 0, _label_scores(logits > 0, targets)
+    else:
+        values, predicted = torch.softmax(torch.from_numpy(logits).double(), dim=1).numpy(), logits.argmax(axis=1)
+        calls = predicted[:, None] == np.arange(logits.shape[1])
+        shares = [(predicted[targets == index] == index).mean() for index in np.unique(targets)]
+        found = {"accuracy": float((predicted == targets).mean()), "balanced_accuracy": float(np.mean(shares))}
+    found |= {"f1": mean_f1(calls, cells), **ranked(values, cells)}
+    return {"loss": loss, "tempered_loss": tempered_loss(logits, targets), **found}
 
 
-def _label_scores(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> dict[str, float | None]:
-    called, known = logits > 0, targets >= 0
-    shares, areas = [], []
-    for values, calls, wanted in zip(logits.T, called.T, targets.T, strict=True):
+def _label_scores(called: NDArray[np.bool_], targets: NDArray[np.int64]) -> dict[str, float | None]:
+    shares = []
+    for calls, wanted in zip(called.T, targets.T, strict=True):
         sides = [calls[wanted == side] == side for side in (0, 1)]
         if all(map(len, sides)):
             shares += [float(side.mean()) for side in sides]
-            areas.append(auroc(wanted[wanted >= 0] == 1, values[wanted >= 0].astype(np.float64)))
     return {
-        "accuracy": float((called == targets)[known].mean()),
+        "accuracy": float((called == targets)[targets >= 0].mean()),
         "balanced_accuracy": float(np.mean(shares)) if shares else None,
-        "auroc": float(np.mean(areas)) if len(areas) == targets.shape[1] else None,
     }
-
-
-def auroc(positive: NDArray[np.bool_], values: NDArray[np.float64]) -> float:
-    """Return the probability that a positive has a higher value than a negative, ties counting half (Mann-Whitney).
-
-    scikit-learn's takes half a second to load and milliseconds a call, more than an epoch of a head-only trial.
-    """
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks = np.cumsum(counts) - (counts - 1) / 2
-    n_positive = int(positive.sum())
-    above = float(ranks[inverse][positive].sum()) - n_positive * (n_positive + 1) / 2
-    return above / (n_positive * (len(positive) - n_positive))
 
 
 def calibrated_loss(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> float | None:
