@@ -27,7 +27,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from tuning.data.phantoms import write_phantoms
 from tuning.record.journal import best_epoch
 from tuning.search.checkpoints import save
 from tuning.settings.config import TrialConfig
@@ -74,6 +75,11 @@ class Bench:
     @property
     def backbones(self) -> tuple[str, ...]:
         return ("test_resnet",) if self.rehearse else BACKBONES
+
+    @property
+    def whole(self) -> str:
+        """What `--gpus-per-trial` is for trials that share none."""
+        return "0" if self.rehearse else "1"
 
     @property
     def side(self) -> int:
@@ -337,21 +343,16 @@ def costs_of(bench: Bench, backbone: str) -> Figures:
 
 def packing(bench: Bench) -> Figures:
     """Whole searches with one, two and four trials on a GPU, and what `train_final.py` makes of one."""
-    if importlib.util.find_spec("ray") is None:
-        raise Skip("Ray is not installed")
+    needs_ray()
     found: Figures = {}
     shares = ("0",) if bench.rehearse else ("1", "0.5", "0.25", "auto")
     with tempfile.TemporaryDirectory() as place:
-        space = {"backbone": bench.backbones[0], "unfreeze_depth": 5, "image_size": bench.side}
-        space |= {"batch_size": 8 if bench.rehearse else 32}
-        rates = "learning_rate: {type: float, low: 1.0e-4, high: 1.0e-2, log: true}"
-        (Path(place) / "space.yaml").write_text(f"parameters:\n  {rates}\nfixed: {json.dumps(space)}\n")
+        write_space(bench, Path(place))
         for share in shares:
             began = time.perf_counter()
-            command = ["run_search.py", "--space", "space.yaml", "--trials", "4" if bench.rehearse else "12"]
-            command += ["--epochs", "2", "--gpus-per-trial", share, "--name", f"share-{share}"]
-            settings = ["weights=random", "early_stopping=false", "on_leak=warn"]
-            last = run(place, *command, "--set", *settings)
+            trials = "4" if bench.rehearse else "12"
+            given = ("--trials", trials, "--epochs", "2", "--gpus-per-trial", share)
+            last = run(place, *search(f"share-{share}", *given))
             seconds = time.perf_counter() - began
             bench.check(last is None, f"--gpus-per-trial {share}: {last}")
             if last is None:
@@ -360,10 +361,78 @@ def packing(bench: Bench) -> Figures:
                 found[f"share {share}"] = {"seconds": round(seconds, 1), "ended": dict(ended)}
         one = f"results/share-{shares[0]}"
         for settings in ([], ["--set", "ensemble=true"]):
-            last = run(place, "train_final.py", one, *settings)
+            last = run(place, "tuning/train_final.py", one, *settings)
             bench.check(last is None, f"train_final.py {' '.join(settings)}: {last}")
             shutil.rmtree(Path(place) / one / "model", ignore_errors=True)
     return found
+
+
+def killed(bench: Bench) -> Figures:
+    """Kill the worker of a trial, whose trial another one goes on with."""
+    needs_ray()
+    with tempfile.TemporaryDirectory() as place:
+        write_space(bench, Path(place))
+        given = search("killed", "--trials", "2", "--epochs", "6", "--gpus-per-trial", bench.whole)
+        command = [sys.executable, str(ROOT / given[0]), *given[1:]]
+        output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with subprocess.Popen(command, cwd=place, env=package_environment(), **output) as driver:
+            journal, begun = Path(place) / "results" / "killed" / "journal.jsonl", False
+            while driver.poll() is None and not begun:
+                time.sleep(0.2)
+                begun = journal.exists() and '"event": "epoch"' in journal.read_text()
+            workers = worker_ids(driver.pid)
+            for worker in workers[:1]:
+                os.kill(worker, signal.SIGKILL)
+            last = ((driver.communicate()[0] or "").strip().splitlines() or ["no output"])[-1]
+        bench.check(driver.returncode == 0, last)
+        bench.check(bool(workers), "no worker was found")
+        events = Counter(json.loads(line)["event"] for line in journal.read_text().splitlines())
+        found = {"events": dict(events), "ended": dict(ends(journal.parent))}
+    bench.check(events["lost"] == 1, f"{events['lost']} workers were lost of 1 that was killed")
+    bench.check(found["ended"] == {"completed": 2}, f"ended: {found['ended']}")
+    return found
+
+
+def worker_ids(driver: int) -> list[int]:
+    """Ids of the processes of trials below a driver."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if (folder / "cmdline").read_bytes().startswith(b"ray::FinetuneTrial"):
+                parents = [int(folder.name)]
+                while parents[-1] > 1:
+                    parents.append(int(Path(f"/proc/{parents[-1]}/stat").read_text().rsplit(")")[-1].split()[1]))
+                found += [parents[0]] if driver in parents else []
+    return sorted(found)
+
+
+def recipe(bench: Bench) -> Figures:
+    """The same configurations by Ray Tune's documented recipe (`recipe.py`) and by the product, in seconds."""
+    needs_ray()
+    with tempfile.TemporaryDirectory() as place:
+        films = write_phantoms(Path(place) / "films", images_per_class=16 if bench.rehearse else 200, side=bench.side)
+        chosen = [{"backbone": name, "unfreeze_depth": depth} for name in bench.backbones[:2] for depth in (5, 2)]
+        common = {"augmentation": "light", "epochs": 1 if bench.rehearse else 3}
+        trials = [bench.config(**config, **common).model_dump() for config in chosen]
+        task = {"data": str(films), "slots": 1, "trials": trials, "weights": "random"}
+        (Path(place) / "task.json").write_text(json.dumps(task))
+        began = time.perf_counter()
+        last = run(place, "benchmarks/recipe.py", str(Path(place) / "task.json"))
+        seconds = {"recipe": time.perf_counter() - began}
+        bench.check(last is None, f"recipe.py: {last}")
+
+        choices = {name: sorted({config[name] for config in chosen}) for name in chosen[0]}
+        parameters = {name: {"type": "categorical", "choices": values} for name, values in choices.items()}
+        fixed = {name: trials[0][name] for name in ("augmentation", "image_size", "batch_size", "learning_rate")}
+        space = {"parameters": parameters, "fixed": fixed, "start": chosen}
+        (Path(place) / "space.yaml").write_text(json.dumps(space))
+        given = ("--data", str(films), "--trials", str(len(chosen)), "--epochs", str(common["epochs"]))
+        began = time.perf_counter()
+        last = run(place, *search("product", *given, "--gpus-per-trial", bench.whole))
+        seconds["product"] = time.perf_counter() - began
+        bench.check(last is None, f"run_search.py: {last}")
+    ratio = seconds["recipe"] / seconds["product"]
+    return {name: round(value, 2) for name, value in (seconds | {"ratio": ratio}).items()}
 
 
 def ends(folder: Path) -> Counter[str]:
@@ -373,9 +442,28 @@ def ends(folder: Path) -> Counter[str]:
     return Counter(read_table(folder / "trials.parquet")["status"])
 
 
-def run(place: str, name: str, *arguments: str) -> str | None:
-    """Run one of the product's commands; the last line that it printed if it failed."""
-    command = [sys.executable, str(ROOT / "tuning" / name), *arguments]
+def needs_ray() -> None:
+    if importlib.util.find_spec("ray") is None:
+        raise Skip("Ray is not installed")
+
+
+def write_space(bench: Bench, place: Path) -> None:
+    """Write `space.yaml` of one network and a learning rate to search."""
+    fixed = {"backbone": bench.backbones[0], "unfreeze_depth": 5, "image_size": bench.side}
+    fixed |= {"batch_size": 8 if bench.rehearse else 32}
+    rates = {"type": "float", "low": 1e-4, "high": 1e-2, "log": True}
+    (place / "space.yaml").write_text(json.dumps({"parameters": {"learning_rate": rates}, "fixed": fixed}))
+
+
+def search(name: str, *given: str) -> list[str]:
+    """The command of a search in `space.yaml` that stops nothing."""
+    settings = ["weights=random", "early_stopping=false", "on_leak=warn"]
+    return ["tuning/run_search.py", "--space", "space.yaml", "--name", name, *given, "--set", *settings]
+
+
+def run(place: str, script: str, *arguments: str) -> str | None:
+    """Run one of the project's scripts; the last line that it printed if it failed."""
+    command = [sys.executable, str(ROOT / script), *arguments]
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, env=package_environment())
     lines = (done.stdout + done.stderr).strip().splitlines()
     return None if done.returncode == 0 else (lines or ["no output"])[-1]
@@ -393,6 +481,8 @@ PARTS: dict[str, tuple[Callable[[Bench], Figures], float]] = {  # with their lim
     "speed": (speed, 100.0),
     "costs": (costs, 40.0),
     "packing": (packing, 240.0),
+    "killed": (killed, 90.0),
+    "recipe": (recipe, 240.0),
 }
 
 

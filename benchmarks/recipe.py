@@ -3,7 +3,8 @@
 Every epoch opens, resizes and augments each image and runs the whole network. What decides how well a configuration
 does is the product's: samples and splits, stages, learning rates and their schedule, the new head.
 
-`speed.py` calls it with a task: JSON with `data`, `slots` and `trials`, a list of trial configurations.
+`speed.py` calls it with a task: JSON with `data`, `slots` and `trials`, a list of trial configurations, and `gpu.py`
+with `weights` too, `random`. Where there is a GPU, each trial has one.
 """
 
 if __name__ == "__main__":  # this folder would come first on the path, and its modules would shadow others
@@ -99,7 +100,8 @@ def train(config: dict[str, Any], table: pd.DataFrame, weights: dict[str, Weight
     )
     stages = backbones.stages(model, trial.image_size)
     backbones.unfreeze(model, stages, trial.unfreeze_depth, batch_norm=trial.batch_norm)
-    model.to(memory_format=torch.contiguous_format)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device, memory_format=torch.contiguous_format)
     rates = {name: getattr(trial, name) for name in ("learning_rate", "stage_lr_decay", "weight_decay")}
     optimizer = torch.optim.AdamW(backbones.parameter_groups(model, stages, trial.unfreeze_depth, **rates))
     peak_rates = [group["lr"] for group in optimizer.param_groups]
@@ -125,7 +127,8 @@ def train_epoch(
         factor = learning_rate_factor(trial, epoch - 1 + step / len(loader))
         for group, rate in zip(optimizer.param_groups, peak_rates, strict=True):
             group["lr"] = rate * factor
-        loss = functional.cross_entropy(model(images), targets)
+        device = next(model.parameters()).device
+        loss = functional.cross_entropy(model(images.to(device)), targets.to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -135,18 +138,21 @@ def train_epoch(
 def mean_loss(model: nn.Module, loader: DataLoader) -> float:
     """Cross-entropy per image, in eval mode."""
     model.eval()
-    total = sum(functional.cross_entropy(model(images), targets, reduction="sum").item() for images, targets in loader)
+    device, total = next(model.parameters()).device, 0.0
+    for images, targets in loader:
+        total += functional.cross_entropy(model(images.to(device)), targets.to(device), reduction="sum").item()
     return total / len(loader.dataset)
 
 
 def search(task: Path) -> None:
     """Train all configurations of a task; their epochs go into `rows.json` beside it."""
     given = json.loads(task.read_text())
-    weights = find_weights([trial["backbone"] for trial in given["trials"]], "auto")
+    weights = find_weights([trial["backbone"] for trial in given["trials"]], given.get("weights", "auto"))
+    resources = {"cpu": 1} | ({"gpu": 1} if torch.cuda.is_available() else {})
     ray.init("local", num_cpus=given["slots"], include_dashboard=False, log_to_driver=False)
     trainable = tune.with_parameters(train, table=load_samples(given["data"]), weights=weights)
     tuner = tune.Tuner(
-        tune.with_resources(trainable, {"cpu": 1}),
+        tune.with_resources(trainable, resources),
         param_space={"trial": tune.grid_search(given["trials"])},
         tune_config=tune.TuneConfig(max_concurrent_trials=given["slots"]),
         run_config=tune.RunConfig(name="ray", storage_path=str(task.parent), verbose=0),

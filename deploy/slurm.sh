@@ -3,6 +3,8 @@
 # Follow:  tail -f finetune-search-JOBID.log       Stop: scancel JOBID
 # Resume:  sbatch deploy/slurm.sh --resume --storage /shared/results --name xray
 #
+# Share:   MPS=1 sbatch deploy/slurm.sh --gpus-per-trial 0.5 ...   (trials on one GPU at the same time, by NVIDIA's MPS, instead of in turns)
+#
 # The checkout and PYTHON (default .venv/bin/python in it) must be readable on all nodes. Adapt the next lines to your cluster.
 #SBATCH --job-name=finetune-search
 #SBATCH --output=finetune-search-%j.log
@@ -39,6 +41,16 @@ steps=()
 step=(--overlap --nodes=1 --ntasks=1 "--cpus-per-task=$SLURM_CPUS_PER_TASK")
 trap 'kill "${steps[@]}" 2> /dev/null || true; wait' EXIT
 
+if [[ ${MPS:-} == 1 ]]; then # where its daemon doesn't start, trials take turns
+    export CUDA_MPS_PIPE_DIRECTORY=${TMPDIR:-/tmp}/mps-$SLURM_JOB_ID
+    export CUDA_MPS_LOG_DIRECTORY=$CUDA_MPS_PIPE_DIRECTORY
+    for node in "${nodes[@]}"; do
+        # shellcheck disable=SC2016 # the node expands it
+        srun "${step[@]}" --nodelist="$node" \
+            bash -c 'mkdir -p "$CUDA_MPS_LOG_DIRECTORY" && exec nvidia-cuda-mps-control -f' &
+        steps+=($!)
+    done
+fi
 srun "${step[@]}" --nodelist="$head" "$ray" start --block --head --include-dashboard=false \
     --node-ip-address="$address" --port="$port" "${head_free[@]}" --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="$gpus" &
 steps+=($!)

@@ -119,6 +119,7 @@ while [[ $1 == --* ]]; do
 done
 exec taskset --cpu-list "0-$((cores - 1))" "$@\"""",
     "scontrol": "echo localhost",
+    "nvidia-cuda-mps-control": """echo "$@" > "$CUDA_MPS_PIPE_DIRECTORY/started"; exec sleep 1000""",
     "hostname": "echo 127.0.0.1",
 }
 
@@ -142,15 +143,16 @@ def slurm(tmp_path):
         (tmp_path / "bin" / name).chmod(0o755)
     started = []
 
-    def start(*arguments, restarts=0):
+    def start(*arguments, restarts=0, mps=""):
         environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": sys.executable}
         environment |= {
             "SLURM_JOB_ID": str(job_of_its_own()),
             "SLURM_JOB_NODELIST": "localhost",
             "SLURM_CPUS_PER_TASK": str(min(len(os.sched_getaffinity(0)), 2)),
             "SLURM_RESTART_COUNT": str(restarts),
+            "MPS": mps,
         }
-        environment |= {"RAY_TMPDIR": ray_folder}
+        environment |= {"RAY_TMPDIR": ray_folder, "TMPDIR": str(tmp_path)}
         with open(tmp_path / "log.txt", "w") as log:
             command = ["bash", str(DEPLOY / "slurm.sh"), *map(str, arguments)]
             options = {"cwd": ROOT, "env": environment, "stdout": log, "stderr": log, "start_new_session": True}
@@ -179,9 +181,10 @@ def test_a_slurm_job_that_is_ended_goes_on_in_another(slurm, tmp_path, folder):
     run = tmp_path / "results" / "job"
     name = ["--storage", tmp_path / "results", "--name", "job"]
     arguments = ["--space", tmp_path / "space.yaml", "--data", folder, "--concurrent", 1, *name]
-    process = slurm(*arguments)
+    process = slurm(*arguments, mps="1")
     assert wait_for_events(run / "journal.jsonl", 8, process), (tmp_path / "log.txt").read_text()
     (raylet,) = [int(folder.name) for folder in Path("/proc").glob("[0-9]*") if is_raylet_of(folder, process.pid)]
+    assert [each.read_text() for each in tmp_path.glob("mps-*/started")] == ["-f\n"]
     assert len(os.sched_getaffinity(raylet)) == min(len(os.sched_getaffinity(0)), 2)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=600) == 130, (tmp_path / "log.txt").read_text()

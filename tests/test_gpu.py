@@ -24,6 +24,12 @@ def inside(name, out):
 
 
 @pytest.mark.slow
+def test_a_killed_worker_is_found_and_its_trial_goes_on(tmp_path):
+    found = inside("killed", tmp_path)
+    assert (found["status"], found["faults"]) == ("PASS", []) and found["figures"]["events"]["lost"] == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["facts", "mix", "numbers", "same", "memory", "speed", "costs"])
 def test_a_part_runs_at_toy_size_on_the_cpu(tmp_path, name):
     found = inside(name, tmp_path)
@@ -38,7 +44,8 @@ def test_all_parts_run_at_toy_size_on_the_cpu(tmp_path):
     assert done.returncode == 0, done.stdout
     found = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     assert [(part["part"], part["status"]) for part in found] == [(name, "PASS") for name in gpu.PARTS]
-    assert found[-1]["figures"]["share 0"]["ended"] == {"completed": 4}
+    figures = {part["part"]: part["figures"] for part in found}
+    assert figures["packing"]["share 0"]["ended"] == {"completed": 4} and figures["killed"]["events"]["lost"] == 1
 
 
 @pytest.mark.slow
