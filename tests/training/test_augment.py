@@ -1,8 +1,12 @@
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 
 from tuning.settings.augmentation import POLICIES
-from tuning.training.augment import BLUR, BRIGHTNESS, COLUMNS, CONTRAST, augment, epoch_table, sampled
+from tuning.training.augment import BLUR, BRIGHTNESS, COLUMNS, CONTRAST, OPERATION, SIZE, augment, epoch_table, sampled
+from tuning.training.mixing import mixing
+from tuning.training.trivial import OPERATIONS
 
 
 def batch(count=4, side=32):
@@ -20,9 +24,11 @@ def test_no_policy_changes_nothing():
     assert torch.equal(augment(images, epoch_table(0, 1, 4), "none"), images)
 
 
-@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "none"])
+@pytest.mark.parametrize(
+    "policy", [*(name for name in POLICIES if name != "none"), "crop=0.5", "trivial=1", "light crop=0.3"]
+)
 def test_views_keep_shape_and_range_and_do_not_depend_on_the_batch(policy):
-    images, table = batch(), epoch_table(0, 1, 4)
+    images, table = batch(), epoch_table(0, 4, 4)
     before = images.clone()
     views = augment(images, table, policy)
     assert views.shape == images.shape
@@ -90,3 +96,69 @@ def test_a_policy_of_ones_own_is_its_base_with_other_strengths():
     darker = augment(images, table, "brightness=0.5")
     ratio = darker.mean(dim=(1, 2, 3)) - images.mean(dim=(1, 2, 3))
     assert torch.equal(images, batch(8)) and ratio.abs().max() > 0.05
+
+
+def test_what_came_later_leaves_the_first_columns_as_they_were():
+    first = np.random.default_rng([5, 3]).random((7, COLUMNS), dtype=np.float32)
+    assert np.array_equal(epoch_table(5, 3, 7)[:, :COLUMNS].numpy(), first)
+
+
+def test_a_crop_is_a_rectangle_of_the_image_at_least_as_large_as_is_said():
+    ramp = torch.linspace(0, 1, 64)
+    images = torch.stack([ramp.expand(64, 64), ramp.view(-1, 1).expand(64, 64)]).repeat(200, 1, 1, 1)
+    views = augment(images, epoch_table(0, 1, 200), "crop=0.5")
+    low, high = views.amin(dim=(2, 3)), views.amax(dim=(2, 3))
+    sides = (high - low) / (63 / 64)
+    areas, ratios = sides.prod(dim=1), sides[:, 0] / sides[:, 1]
+    assert 0.45 < areas.min() < 0.55 and 0.93 < areas.max() < 1.04
+    assert ratios.min() > 0.7 and ratios.max() < 1.4 and ratios.std() > 0.1
+    assert low.min() < 0.05 and low.max() > 0.2  # anywhere
+
+
+def changed(place, size, count=1):
+    """Images after one of TrivialAugment's operations, and before."""
+    images, table = 0.2 + 0.5 * batch(count), torch.full((count, COLUMNS + 10), 0.5)
+    table[:, OPERATION], table[:, SIZE] = (place + 0.5) / len(OPERATIONS), (size + 1) / 2
+    return augment(images, table, "trivial=1"), images
+
+
+@pytest.mark.parametrize("place", range(len(OPERATIONS)))
+def test_each_operation_changes_the_image_and_only_those_without_a_strength_do_at_none(place):
+    strong, images = changed(place, 0.9)
+    assert torch.equal(strong, images) == (OPERATIONS[place] is None)
+    assert torch.allclose(changed(place, 0.0)[0], images, atol=0.005) == (place not in (11, 12))
+
+
+def test_tones_are_those_of_pillow():
+    image = Image.fromarray((batch(1, 256)[0, 0] * 100 + 50).byte().numpy())
+    images, size = torch.from_numpy(np.asarray(image)[None, None] / np.float32(255)), torch.full((1, 1, 1, 1), 0.5)
+    wanted = {
+        9: ImageOps.posterize(image, 5),
+        10: ImageOps.solarize(image, 128),
+        11: ImageOps.autocontrast(image),
+        12: ImageOps.equalize(image),
+    }
+    for place, other in wanted.items():
+        found = OPERATIONS[place](images, size)[0, 0] * 255
+        assert np.abs(found.numpy() - np.asarray(other, np.float32)).max() < (3 if place == 12 else 1.01), place
+
+
+@pytest.mark.parametrize("policy", ["mixup=0.4", "cutmix=1", "light mixup=0.2 cutmix=1"])
+def test_an_image_is_mixed_as_its_share_of_the_label_says(policy):
+    table = epoch_table(0, 1, 300)
+    mixed = mixing(table, policy, 32, torch.device("cpu"))
+    values = torch.arange(300.0).view(-1, 1, 1, 1).expand(-1, 1, 32, 32)
+    positions = np.arange(300)[::-1].copy()
+    found = mixed.of(values[positions], values[mixed.partners[positions]], positions).mean(dim=(1, 2, 3))
+    shares = torch.from_numpy(mixed.shares[positions])
+    wanted = shares * torch.from_numpy(positions) + (1 - shares) * torch.from_numpy(mixed.partners[positions])
+    torch.testing.assert_close(found.double(), wanted.double(), rtol=1e-4, atol=1e-3)
+    assert 0.4 < shares.mean() < 0.75 and len(set(mixed.partners)) > 150
+    boxed = (mixed.boxes[:, 1] > mixed.boxes[:, 0]) & (mixed.boxes[:, 3] > mixed.boxes[:, 2])
+    assert boxed.float().mean().item() == pytest.approx({"m": 0.0, "c": 1.0, "l": 0.5}[policy[0]], abs=0.08)
+
+
+def test_other_policies_mix_nothing():
+    assert mixing(epoch_table(0, 1, 8), "strong", 32, torch.device("cpu")) is None
+    images, table = batch(), epoch_table(0, 1, 4)
+    assert torch.equal(augment(images, table, "mixup=0.3"), images)  # here: partners are not known

@@ -117,7 +117,7 @@ def test_a_trial_on_cached_outputs_trains_as_one_without(device, held, tmp_path,
     """On CUDA within what autocast rounds."""
     config = TrialConfig(backbone="test_resnet", unfreeze_depth=2, image_size=32, batch_size=8, epochs=2)
     store = HeldOutputs(device) if held or device.type != "cpu" else FeatureCache(tmp_path, BUDGET)
-    for policy in ("none", "medium"):
+    for policy in ("none", "medium", "light mixup=0.4 cutmix=1"):
         plan = config.model_copy(update={"augmentation": policy})
         plain = losses(finetune(plan, make_data(), device=device, weights=None))
         for _ in range(2):

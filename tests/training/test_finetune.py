@@ -98,20 +98,20 @@ def test_a_batch_that_overflows_in_float16_is_skipped(half, batches, ends, monke
     assert ends == "diverged" or all(row["train_loss"] < 10 for row in rows)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_resuming_from_a_snapshot_equals_never_having_stopped(optimizer):
-    whole = train(config(optimizer=optimizer))
-    begun = finetune(config(optimizer=optimizer), make_data(), device=CPU, weights=None)
+@pytest.mark.parametrize(("optimizer", "policy"), [("adamw", "medium"), ("sgd", "medium"), ("sgd", "mixup=0.4")])
+def test_resuming_from_a_snapshot_equals_never_having_stopped(optimizer, policy):
+    whole = train(config(optimizer=optimizer, augmentation=policy))
+    begun = finetune(config(optimizer=optimizer, augmentation=policy), make_data(), device=CPU, weights=None)
     _, snapshot = next(begun)
     state = snapshot()
-    rest = train(config(optimizer=optimizer), state=State(state.history, state.tensors))
+    rest = train(config(optimizer=optimizer, augmentation=policy), state=State(state.history, state.tensors))
     assert losses(whole)[1:] == losses(rest)
     last, last_again = whole[-1][1](), rest[-1][1]()
     assert last.tensors.keys() == last_again.tensors.keys()
     assert all(torch.equal(last.tensors[name], last_again.tensors[name]) for name in last.tensors)
 
 
-@pytest.mark.parametrize("policy", ["none", "strong"])
+@pytest.mark.parametrize("policy", ["none", "strong", "crop=0.5 mixup=0.2 cutmix=1"])
 def test_no_step_waits_for_the_device(policy):
     """Nothing of a tensor becomes a Python number: on a GPU that waits for all that was asked of it before."""
 
@@ -211,10 +211,17 @@ def _models_with(backbone, seed=0):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("policy", ["medium", "cutmix=1"])
 @pytest.mark.parametrize("weighting", ["none", "balanced"])
-def test_out_of_memory_halves_the_micro_batch_and_trains_the_same(weighting):
+def test_out_of_memory_halves_the_micro_batch_and_trains_the_same(weighting, policy):
     plan = config(
-        backbone="test_vit", head_dropout=0.0, class_weighting=weighting, label_smoothing=0.1, optimizer="sgd", epochs=2
+        backbone="test_vit",
+        head_dropout=0.0,
+        class_weighting=weighting,
+        label_smoothing=0.1,
+        optimizer="sgd",
+        epochs=2,
+        augmentation=policy,
     )
     models, model = _models_with("test_vit")
     _fail_above(model, 4, times=2)

@@ -88,3 +88,27 @@ def test_a_probe_of_labels_is_a_regression_for_each():
         for (weight, bias), (own, own_bias) in zip(both[2:5], alone[2:5], strict=True):
             torch.testing.assert_close(weight[[place]], own, atol=2e-2, rtol=2e-2)
             torch.testing.assert_close(bias[[place]], own_bias, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_loss_of_a_mixed_image_is_that_of_both_labels_by_their_shares(weighted):
+    rng = np.random.default_rng(0)
+    logits, shares = torch.from_numpy(rng.normal(size=(40, 3))), torch.from_numpy(rng.random(40))
+    own, other = (torch.from_numpy(rng.integers(0, 3, 40)) for _ in range(2))
+    weights = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64) if weighted else None
+    parts = ((own, shares), (other, 1 - shares))
+    loss = sum(loss_sum(logits, wanted, weights, 0.1, share) for wanted, share in parts)
+    soft = shares[:, None] * functional.one_hot(own, 3) + (1 - shares)[:, None] * functional.one_hot(other, 3)
+    wanted = functional.cross_entropy(logits, soft, weight=weights, label_smoothing=0.1, reduction="sum")
+    assert float(loss) == pytest.approx(float(wanted))
+    total = sum(target_weight(wanted, weights, share) for wanted, share in parts)
+    assert float(total) == pytest.approx(40 if weights is None else float((soft * weights).sum()))
+
+
+def test_of_mixed_labels_unknown_ones_have_no_part():
+    logits, targets = (torch.from_numpy(each) for each in drawn(images=12, unknown=0.5))
+    shares = torch.linspace(0.1, 0.9, 12)
+    cells = (targets >= 0) * shares[:, None]
+    each = functional.binary_cross_entropy_with_logits(logits, (targets == 1).float(), reduction="none")
+    assert float(loss_sum(logits, targets, shares=shares)) == pytest.approx(float((each * cells).sum()))
+    assert float(target_weight(targets, None, shares)) == pytest.approx(float(cells.sum()))

@@ -16,6 +16,10 @@ STRENGTHS = {
     "contrast": 1.0,  # relative
     "blur": 1.0,  # largest weight of the blurred copy
     "erase": 1.0,  # probability of a square of 0.1 to 0.5 of the side
+    "crop": 0.95,  # largest part of the area that a random resized crop leaves out; sides within 3:4 and 4:3
+    "trivial": 1.0,  # largest strength of TrivialAugment's one operation, relative to its own
+    "mixup": 1.0,  # alpha of the beta distribution of another image's weight, with its label
+    "cutmix": 1.0,  # alpha of that of the area that another image fills; with mixup too, half of the images each
 }
 # No radiograph is flipped upside down, nor by the weakest policy, which start points have, sideways: digits lose by it
 # (benchmarks/README.md, "Horizontal flips").

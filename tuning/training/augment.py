@@ -8,22 +8,29 @@ from torch import Tensor
 from torch.nn import functional
 
 from tuning.settings.augmentation import strengths
+from tuning.training.trivial import trivial
 
-# Columns of an epoch's table: the first shuffles the samples, the others belong to one transform each.
-COLUMNS = 13
+# Columns of an epoch's table: the first shuffles the samples, the others belong to one transform each. Those of later
+# transforms are drawn by a generator of their own, so that the first are what they always were.
+COLUMNS, LATER = 13, 10
 SHUFFLE, FLIP, ROTATE, SHIFT_X, SHIFT_Y, SCALE, BRIGHTNESS = range(7)
 CONTRAST, BLUR, ERASE, ERASE_X, ERASE_Y, ERASE_SIZE = range(7, COLUMNS)
+CROP_AREA, CROP_SHAPE, CROP_X, CROP_Y, OPERATION, SIZE = range(COLUMNS, COLUMNS + 6)
+PARTNER, MIX, MIX_X, MIX_Y = range(COLUMNS + 6, COLUMNS + LATER)
 
-MOVES = ("flip", "rotate", "shift", "scale")
+MOVES = ("flip", "rotate", "shift", "scale", "crop")
+CROP_RATIO = 4 / 3  # largest ratio of a crop's sides
 BLUR_SUM = 256  # of the binomial filter's weights, along both axes
 
 
 def epoch_table(seed: int, epoch: int, samples: int) -> Tensor:
-    """Return all random numbers of an epoch except dropout's: float32 [samples, COLUMNS] in [0, 1), on the CPU.
+    """Return all random numbers of an epoch except dropout's: float32 [samples, columns] in [0, 1), on the CPU.
 
     Trials with the same seed get the same table, so they see the same batches and augmented views.
     """
-    return torch.from_numpy(np.random.default_rng([seed, epoch]).random((samples, COLUMNS), dtype=np.float32))
+    first, later = np.random.default_rng([seed, epoch]), np.random.default_rng([seed, epoch, 1])
+    drawn = [rng.random((samples, width), np.float32) for rng, width in ((first, COLUMNS), (later, LATER))]
+    return torch.from_numpy(np.concatenate(drawn, axis=1))
 
 
 def augment(images: Tensor, table: Tensor, policy: str) -> Tensor:
@@ -31,17 +38,19 @@ def augment(images: Tensor, table: Tensor, policy: str) -> Tensor:
 
     Args:
         images: float [batch, channels, side, side] in [0, 1].
-        table: the images' rows of the epoch's table, [batch, COLUMNS], on the same device.
+        table: the images' rows of the epoch's table, [batch, columns], on the same device.
         policy: its text, see `settings.augmentation`.
 
     Returns:
         Augmented images of the same shape, in [0, 1].
     """
     strength = strengths(policy)
-    if not any(strength.values()):
+    if not any(value for name, value in strength.items() if name not in ("mixup", "cutmix")):  # see `mixing`
         return images
     moves = any(strength.get(name) for name in MOVES)
     images = _move(images, table, strength) if moves else images.clone()
+    if strength.get("trivial"):
+        images = trivial(images, table[:, OPERATION], (2 * table[:, SIZE] - 1) * strength["trivial"])
     signed = 2 * table - 1
 
     def column(index: int, name: str) -> Tensor:
@@ -69,8 +78,21 @@ def _move(images: Tensor, table: Tensor, strength: dict[str, float]) -> Tensor:
     shift = 2 * strength.get("shift", 0.0)
     shift_x, shift_y = shift * signed[:, SHIFT_X], shift * signed[:, SHIFT_Y]
     rows = torch.stack([cos * flip, -sin, shift_x, sin * flip, cos, shift_y], dim=1)
+    if strength.get("crop"):
+        rows = _cropped(rows, table, strength["crop"])
     grid = functional.affine_grid(rows.view(-1, 2, 3), list(images.shape), align_corners=False)
     return sampled(images, grid, border=images.device.type != "mps")
+
+
+def _cropped(rows: Tensor, table: Tensor, left_out: float) -> Tensor:
+    """Return affine rows [batch, 6] that see only a part of the image: a rectangle within it, anywhere."""
+    area = 1 - left_out * table[:, CROP_AREA]
+    shape = torch.exp((2 * table[:, CROP_SHAPE] - 1) * math.log(CROP_RATIO))
+    sides = torch.stack([(area * shape).sqrt(), (area / shape).sqrt()], dim=1).clamp_max(1)
+    centres = (1 - sides) * (2 * table[:, CROP_X : CROP_Y + 1] - 1)
+    cropped = rows.view(-1, 2, 3) * sides.view(-1, 2, 1)
+    cropped[:, :, 2] += centres
+    return cropped.view(-1, 6)
 
 
 def sampled(images: Tensor, grid: Tensor, *, border: bool) -> Tensor:

@@ -3,10 +3,11 @@ stops the trial."""
 
 import itertools
 import math
+import operator
 import re
 import time
 from collections.abc import Collection, Iterator
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -21,10 +22,13 @@ from tuning.training.augment import SHUFFLE, epoch_table
 from tuning.training.dataset import Data, train_eval_set
 from tuning.training.features import Cache
 from tuning.training.frozen import Frozen
+from tuning.training.mixing import mixing
 from tuning.training.models import Models
 from tuning.training.probe import probed_head
 from tuning.training.scores import calibrated_loss, class_weights, loss_sum, mean_loss, score, target_weight
 from tuning.training.state import Averaged, Row, Snapshot, State, restore, snapshot
+
+Targets = tuple[Tensor, Tensor | None]  # labels of a batch, and the images' shares of them: of mixed images a part
 
 MOMENTUM = 0.9
 OVERFLOWS = 16  # batches in a row whose loss is not finite in float16, after which the trial has diverged
@@ -114,14 +118,19 @@ def finetune(
     weighting = class_weights(data.labels[data.train], len(data.classes)).to(device) if balanced else None
     train_eval = train_eval_set(data)
 
-    def backward(batch: Tensor, targets: Tensor, micro_batch: int) -> Tensor:
+    def backward(batch: Tensor, targets: list[Targets], micro_batch: int) -> Tensor:
         """Return the batch's mean loss; gradients are accumulated over parts of `micro_batch` images."""
-        weight = target_weight(targets, weighting)
+        weight = reduce(operator.add, [target_weight(wanted, weighting, shares) for wanted, shares in targets])
         total = torch.zeros((), device=device)
-        for inputs, wanted in zip(torch.split(batch, micro_batch), torch.split(targets, micro_batch), strict=True):
+        for first in range(0, len(batch), micro_batch):
+            part = slice(first, first + micro_batch)
             with precision:
-                loss = loss_sum(frozen.trained(inputs).float(), wanted, weighting, config.label_smoothing)
-            loss = loss / weight
+                logits = frozen.trained(batch[part]).float()
+                of_part = [(wanted[part], shares if shares is None else shares[part]) for wanted, shares in targets]
+                losses = [
+                    loss_sum(logits, wanted, weighting, config.label_smoothing, shares) for wanted, shares in of_part
+                ]
+            loss = reduce(operator.add, losses) / weight
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
@@ -153,7 +162,13 @@ def finetune(
         inputs = frozen.inputs(data.train, table.to(device), config.augmentation, (config.seed, epoch))
         torch.manual_seed(config.seed * 1_000_003 + epoch)
         total, skipped, running = (torch.zeros((), device=device) for _ in range(3))
-        targets = torch.split(labels[torch.from_numpy(data.train[order])].to(device), batch_size)
+        own = labels[torch.from_numpy(data.train[order])].to(device)
+        targets: list[list[Targets]] = [[(wanted, None)] for wanted in torch.split(own, batch_size)]
+        if (mixed := mixing(table, config.augmentation, config.image_size, device)) is not None:
+            others = labels[torch.from_numpy(data.train[mixed.partners[order]])].to(device)
+            shares = torch.from_numpy(mixed.shares[order]).to(device)
+            split = (torch.split(each, batch_size) for each in (own, shares, others, 1 - shares))
+            targets = [[(wanted, share), (other, rest)] for wanted, share, other, rest in zip(*split, strict=True)]
         for step, batch in enumerate(inputs.batches(order, batch_size)):
             factor = learning_rate_factor(config, epoch - 1 + step / steps)
             for group, rate in zip(optimizer.param_groups, peak_rates, strict=True):

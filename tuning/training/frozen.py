@@ -17,6 +17,7 @@ from torch import Tensor
 from tuning.training.dataset import Indices, preparer
 from tuning.training.device import in_float32
 from tuning.training.features import CHUNK, GPU_CHUNK, Array, Cache, Key, loaded, to_device
+from tuning.training.mixing import Mixing, mixing
 from tuning.training.models import Network
 from tuning.training.scores import evaluation_batch, predict
 
@@ -75,7 +76,8 @@ class Frozen:
             policy: of the augmentation.
             moment: seed and epoch of the table.
         """
-        prepare = partial(self._prepared, indices, table, policy)
+        mixed = None if table is None else mixing(table, policy, self._network.image_size, self._network.device)
+        prepare = partial(self._prepared, indices, table, policy, mixed)
         if self._cut is None:
             return Inputs(prepare)
         precision = in_float32 if table is None else self._network.training_precision
@@ -103,10 +105,17 @@ class Frozen:
         batches = self.inputs(indices).batches(np.arange(len(indices)), size)
         return predict(self.trained, batches)
 
-    def _prepared(self, indices: Indices, table: Tensor | None, policy: str, positions: Indices) -> Tensor:
+    def _prepared(
+        self, indices: Indices, table: Tensor | None, policy: str, mixed: Mixing | None, positions: Indices
+    ) -> Tensor:
+        def views(places: Indices) -> Tensor:
+            rows = None if table is None else table[to_device(places, table.device)]
+            return self._prepare(indices[places], rows, policy)
+
         started = time.perf_counter()
-        rows = None if table is None else table[to_device(positions, table.device)]
-        images = self._prepare(indices[positions], rows, policy)
+        images = views(positions)
+        if mixed is not None:
+            images = mixed.of(images, views(mixed.partners[positions]), positions)
         self.data_seconds += time.perf_counter() - started
         return images
 

@@ -51,32 +51,46 @@ def class_weights(targets: NDArray[np.int64], classes: int) -> Tensor:
     return torch.tensor(inverse, dtype=torch.float32)
 
 
-def target_weight(targets: Tensor, weights: Tensor | None) -> Tensor | int:
+def target_weight(targets: Tensor, weights: Tensor | None, shares: Tensor | None = None) -> Tensor | int:
     """Return the sum of the weights of targets; unknown ones have none.
 
     Args:
         targets: class indices [n], or labels [n, classes] of 1, 0 and -1 (unknown).
         weights: of `class_weights`; None: 1.
+        shares: of the images [n], by which their weights are multiplied; None: 1.
     """
     if targets.ndim == 2:
-        return _cell_weights(targets, weights).sum().clamp_min(1e-6)
+        return _cell_weights(targets, weights, shares).sum().clamp_min(1e-6)
+    if shares is not None:
+        return (shares if weights is None else weights[targets] * shares).sum()
     return len(targets) if weights is None else weights[targets].sum()
 
 
-def loss_sum(logits: Tensor, targets: Tensor, weights: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
+def loss_sum(
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor | None = None,
+    smoothing: float = 0.0,
+    shares: Tensor | None = None,
+) -> Tensor:
     """Return the weighted sum of the losses (nats) of logits [n, classes]; `target_weight` makes it a mean.
 
     It is the cross-entropy of classes, or the binary cross-entropy of known labels; other arguments as there.
     """
     if targets.ndim == 1:
-        return functional.cross_entropy(logits, targets, weight=weights, label_smoothing=smoothing, reduction="sum")
+        how = {"weight": weights, "label_smoothing": smoothing}
+        if shares is not None:
+            return (functional.cross_entropy(logits, targets, reduction="none", **how) * shares).sum()  # type: ignore[arg-type]
+        return functional.cross_entropy(logits, targets, reduction="sum", **how)  # type: ignore[arg-type]
     wanted = (targets == 1).to(logits.dtype) * (1 - smoothing) + smoothing / 2
-    cells = _cell_weights(targets, weights)
+    cells = _cell_weights(targets, weights, shares)
     return functional.binary_cross_entropy_with_logits(logits, wanted, weight=cells, reduction="sum")
 
 
-def _cell_weights(targets: Tensor, weights: Tensor | None) -> Tensor:
+def _cell_weights(targets: Tensor, weights: Tensor | None, shares: Tensor | None) -> Tensor:
     known = (targets >= 0).float()
+    if shares is not None:
+        known = known * shares[:, None]
     return known if weights is None else known * torch.where(targets == 1, weights[1], weights[0])
 
 
