@@ -16,7 +16,6 @@ if __name__ == "__main__":  # this folder would come first on the path, and its 
 import dataclasses
 import heapq
 import itertools
-import json
 import logging
 import math
 import multiprocessing
@@ -39,7 +38,9 @@ import tyro
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from benchmarks.record import CURVES, EPOCHS, GRID, space
+from benchmarks.portfolio import as_point, ranks, without
+from benchmarks.record import EPOCHS, Grid, space
+from benchmarks.recorded import Curves, Key, Row, curves_of
 from tuning.record.tables import make_tables
 from tuning.search.cluster import Slots
 from tuning.search.driver import Search
@@ -48,14 +49,12 @@ from tuning.settings.config import SearchPlan
 from tuning.settings.space_file import parse
 from tuning.training.finetune import ending
 
-BEST = (0.05, 0.01)  # shares of the grid's configurations that a method is timed to
 MAX_EPOCHS = 600
+PORTFOLIO_SIZE = 6
 FEWER_EPOCHS = {"syne-cqr": 200}  # its surrogate is fitted anew for each suggestion: 600 take over a minute
 WARM_EPOCHS = 200
 SIGNALS_AT = (1, 2, 3, 4)  # epochs whose signals are compared with how trials end
 SHOWN_AFTER = (60, 200)  # epochs after which the best loss found is printed
-Key = tuple[Any, ...]
-Row = dict[str, Any]
 Task = tuple[str, str, int, int]  # curves, method, slots, seed
 
 
@@ -75,54 +74,6 @@ class Flags:
     """Folder of the traces; those that are there are not run again, so take a new one when the product has changed."""
 
 
-# ---- the curves -------------------------------------------------------------------------------------------------
-
-
-class Curves:
-    """Recorded epochs by configuration."""
-
-    def __init__(self, name: str):
-        table = pq.read_table(CURVES / f"{name}.parquet")
-        self.name = name
-        self.class_entropy: float = json.loads(table.schema.metadata[b"recorded"])["class_entropy"]
-        frame = table.to_pandas()
-        # Recorded when it was measured of averaged weights there too.
-        frame["early_loss"] = frame["early_loss"].where(frame["unfreeze_depth"] > 0, frame["val_loss"])
-        self.rows: dict[Key, list[Row]] = {}
-        self.seconds: dict[Key, float] = {}
-        for key, group in frame.groupby(list(GRID)):
-            rows = group.sort_values("epoch").astype(object).where(group.notna(), None).to_dict("records")
-            self.rows[key], self.seconds[key] = rows, float(group["seconds"].iloc[0])
-        best = np.sort([self.best(key) for key in self.rows])
-        self.least = float(best[0])
-        self.goals = {share: float(best[math.ceil(share * len(best)) - 1]) for share in BEST}
-
-    def best(self, key: Key) -> float:
-        return min((row["val_loss"] for row in self.rows[key] if row["val_loss"] is not None), default=math.inf)
-
-    def probed(self, backbone: str) -> float:
-        """What a linear probe is taken to give: the best of the classifiers trained alone without augmentation."""
-        alone = {"backbone": backbone, "augmentation": "none", "unfreeze_depth": 0}
-        return min(self.best(self.key(alone | {"learning_rate": rate})) for rate in GRID["learning_rate"])
-
-    @staticmethod
-    def key(params: Row) -> Key:
-        """The grid's nearest configuration."""
-        rates = GRID["learning_rate"]
-        rate = min(rates, key=lambda other: abs(math.log(other / params["learning_rate"])))
-        return tuple(rate if name == "learning_rate" else params[name] for name in GRID)
-
-    def row(self, key: Key, epoch: int) -> Row:
-        """An epoch; one after the last recorded, which was not finite, is like that."""
-        rows = self.rows[key]
-        return rows[min(epoch, len(rows)) - 1]
-
-
-@cache
-def curves_of(name: str) -> Curves:
-    return Curves(name)
-
-
 # ---- the methods ------------------------------------------------------------------------------------------------
 
 
@@ -136,7 +87,7 @@ class Method(Protocol):
 
 
 class Product:
-    """The search of this project; `changed` are its settings, `start` its start points.
+    """The search of this project; `changed` are its settings, `enqueue` makes the points that it tries first.
 
     With `warm_start` it knows of a search of WARM_EPOCHS epochs on the other data set.
     """
@@ -147,7 +98,7 @@ class Product:
         seed: int,
         slots: int,
         clock: SimpleNamespace,
-        start: list[Row] | None = None,
+        enqueue: Callable[[Curves], list[Row]] = lambda curves: [],
         warm_start: bool = False,
         **changed: Any,
     ):
@@ -156,7 +107,7 @@ class Product:
         self._plan = SearchPlan(name="replay", trials=100_000, epochs=EPOCHS, seed=seed, metric="val_loss", **settings)
         self.search = Search(
             self._plan,
-            parse(space() | {"start": START if start is None else start}, "grid"),
+            parse(space(curves.grid) | {"start": [], "enqueue": enqueue(curves)}, "grid"),
             Path(self._folder.name),
             images={},
             weights={},
@@ -209,7 +160,7 @@ class StockRay:
 
     def __init__(self, curves: Curves, seed: int, slots: int, clock: SimpleNamespace):
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-        self._searcher = OptunaSearch(distributions(), metric="val_loss", mode="min", seed=seed)
+        self._searcher = OptunaSearch(distributions(curves.grid), metric="val_loss", mode="min", seed=seed)
         self._scheduler = ASHAScheduler(metric="val_loss", mode="min", max_t=EPOCHS)
 
     def suggest(self, ticket: int) -> Row | None:
@@ -242,9 +193,10 @@ class OptunaAlone:
         sampler = optuna.samplers.TPESampler(seed=seed)
         self._study = optuna.create_study(sampler=sampler, pruner=pruners[pruner]())
         self._trials: dict[int, optuna.Trial] = {}
+        self._distributions = distributions(curves.grid)
 
     def suggest(self, ticket: int) -> Row | None:
-        self._trials[ticket] = trial = self._study.ask(distributions())
+        self._trials[ticket] = trial = self._study.ask(self._distributions)
         return dict(trial.params)
 
     def report(self, ticket: int, epoch: int, row: Row) -> bool:
@@ -269,8 +221,8 @@ class SyneTune:
         from syne_tune.config_space import choice, loguniform
         from syne_tune.optimizer import baselines
 
-        low, high = rate_range()
-        config_space = {name: choice(list(choices)) for name, choices in GRID.items()}
+        low, high = rate_range(curves.grid)
+        config_space = {name: choice(list(choices)) for name, choices in curves.grid.items()}
         config_space["learning_rate"] = loguniform(low, high)
         named = {"time_attr": "epoch", "max_t": EPOCHS, "random_seed": seed}
         self._scheduler = getattr(baselines, baseline)(config_space, metric="val_loss", **named)
@@ -295,28 +247,46 @@ class SyneTune:
         return str(self._scheduler.on_trial_result(self._trials[ticket], result)) == "CONTINUE"
 
 
-def rate_range() -> tuple[float, float]:
-    rates = GRID["learning_rate"]
+def rate_range(grid: Grid) -> tuple[float, float]:
+    rates = grid["learning_rate"]
     return rates[0] / 2, rates[-1] * 2
 
 
-def distributions() -> dict[str, optuna.distributions.BaseDistribution]:
+def distributions(grid: Grid) -> dict[str, optuna.distributions.BaseDistribution]:
     named: dict[str, optuna.distributions.BaseDistribution] = {
-        name: optuna.distributions.CategoricalDistribution(choices) for name, choices in GRID.items()
+        name: optuna.distributions.CategoricalDistribution(choices) for name, choices in grid.items()
     }
-    return named | {"learning_rate": optuna.distributions.FloatDistribution(*rate_range(), log=True)}
+    return named | {"learning_rate": optuna.distributions.FloatDistribution(*rate_range(grid), log=True)}
 
 
-START: list[Row] = []
+def learnt(curves: Curves) -> list[Row]:
+    """The portfolio that is learnt from the other sets."""
+    return points(curves, without(curves.name, PORTFOLIO_SIZE))
+
+
+def reversed_ranks(curves: Curves) -> list[Row]:
+    """As bad a portfolio as there can be: the configurations that do worst on this set."""
+    there = ranks(curves)
+    return points(curves, sorted(there, key=lambda each: -there[each])[:PORTFOLIO_SIZE])
+
+
+def points(curves: Curves, configurations: list[Key]) -> list[Row]:
+    """Points of the set's space, in which batch norm may not be chosen."""
+    found = [as_point(configuration) for configuration in configurations]
+    return [{name: value for name, value in point.items() if name in curves.grid} for point in found]
+
+
 METHODS: dict[str, Callable[..., Method]] = {
-    "product": Product,
+    "product": partial(Product, enqueue=learnt),
     "ray-optuna-asha": StockRay,
     "optuna-hyperband": partial(OptunaAlone, pruner="hyperband"),
     "optuna-halving": partial(OptunaAlone, pruner="halving"),
     "syne-asha": partial(SyneTune, baseline="ASHA"),
     "syne-bohb": partial(SyneTune, baseline="BOHB"),
     "syne-cqr": partial(SyneTune, baseline="ASHACQR"),
-    # The product with one thing changed.
+    # The product with one thing changed; from the third on without a portfolio.
+    "no portfolio": Product,
+    "worst portfolio": partial(Product, enqueue=reversed_ranks),
     "no probe": partial(Product, probe=False),
     "compare best": partial(Product, compared="best"),
     "compare last": partial(Product, compared="last"),
@@ -371,7 +341,7 @@ def searched(
             params = method.suggest(ticket)
             if params is None:
                 break
-            keys[ticket] = Curves.key(params)
+            keys[ticket] = curves.key(params)
             heapq.heappush(running, (clock.now + curves.seconds[keys[ticket]], ticket, 1))
         if not running:
             break

@@ -12,7 +12,7 @@ from spaces import SMALL, ask, changed, document, documents, faults_of
 
 from tuning.settings.config import PARAMETERS, InputError, SearchPlan, TrialConfig, build
 from tuning.settings.space import image_sizes, suggest, trial_values
-from tuning.settings.space_file import SHIPPED, fix, load, parse
+from tuning.settings.space_file import PORTFOLIO, SHIPPED, fix, load, parse, with_portfolio
 
 # ---- start points
 
@@ -100,7 +100,7 @@ DROPOUT = {"type": "float", "low": 0.0, "high": 0.5}
 @pytest.mark.parametrize(
     ("plain", "parts"),
     [
-        (None, ["my.yaml: is empty", "parameters, fixed, start, search"]),
+        (None, ["my.yaml: is empty", "parameters, fixed, start, enqueue, search"]),
         ({}, ["my.yaml: is empty"]),
         ([1], ["my.yaml: must be a mapping, got a list"]),
         ({**document(), "paramters": {}}, ["'paramters': no such section", "did you mean parameters?"]),
@@ -441,3 +441,54 @@ def test_garbage_files_raise_input_errors_only(garbage_path, content):
     garbage_path.write_bytes(content)
     with pytest.raises(InputError):
         load(str(garbage_path))
+
+
+# ---- points tried after the start points
+
+
+def test_points_to_enqueue_are_completed_and_go_with_what_is_fixed():
+    plain = document()
+    plain["start"] = [{"backbone": "vgg16"}]
+    plain["enqueue"] = [{"backbone": "resnet18", "unfreeze_depth": 2}, {"backbone": "resnet18", "unfreeze_depth": 3}]
+    space = parse(plain, "x")
+    assert [point["unfreeze_depth"] for point in space.enqueue] == [2, 3] and "learning_rate" in space.enqueue[0]
+    held = fix(space, {"unfreeze_depth": 1})
+    assert len(held.enqueue) == 1 and "unfreeze_depth" not in held.enqueue[0]
+    assert parse(held.document, "plan.yaml").enqueue == held.enqueue
+
+
+def test_a_point_to_enqueue_that_is_a_start_point_is_told():
+    plain = document()
+    plain["start"], plain["enqueue"] = [{"backbone": "vgg16"}], [{"backbone": "vgg16"}]
+    assert faults_of(plain) == ["my.yaml: enqueue[0]: equals start[0] once completed; delete one of them"]
+
+
+LITE = ["tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2"]
+
+
+def lite(**sections):
+    parameters = {
+        "backbone": {"type": "categorical", "choices": LITE},
+        "unfreeze_depth": {"type": "int", "low": 0, "high": 5},
+        "learning_rate": {"type": "float", "low": 1e-5, "high": 0.1, "log": True},
+        "augmentation": {"type": "categorical", "choices": ["none", "light", "strong"]},
+        "batch_norm": {"type": "categorical", "choices": ["train", "frozen"], "when": "unfreeze_depth > 0"},
+    }
+    return parse({"parameters": parameters} | sections, "x")
+
+
+def test_a_space_takes_from_the_portfolio_what_lies_inside_it():
+    whole = with_portfolio(lite())
+    assert len(whole.enqueue) == len(yaml.safe_load(PORTFOLIO.read_text())["enqueue"]) >= 5
+    assert parse(whole.document, "plan.yaml").enqueue == whole.enqueue
+    first = dict(whole.enqueue[0])
+    assert (
+        with_portfolio(lite(start=[first | {"learning_rate": 0.8 * first["learning_rate"]}])).enqueue
+        == whole.enqueue[1:]
+    )
+    for name, value in first.items():
+        kept = with_portfolio(fix(lite(), {name: value})).enqueue
+        assert {name: value, **kept[0]} == first and len(kept) <= len(whole.enqueue)
+    others = {"learning_rate": 0.09} | ({"backbone": "test_resnet"})
+    assert with_portfolio(fix(lite(), {"backbone": others["backbone"]})).enqueue == ()
+    assert with_portfolio(lite(enqueue=[])).enqueue == ()

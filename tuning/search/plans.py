@@ -27,7 +27,7 @@ from tuning.record.storage import absolute, is_uri, joined, stored
 from tuning.settings.config import ADDED, RESUME_MAY_CHANGE, InputError, SearchPlan, build, check_value
 from tuning.settings.documents import read_plan
 from tuning.settings.space import Space, configurations, largest
-from tuning.settings.space_file import fix, load, parse
+from tuning.settings.space_file import fix, load, parse, with_portfolio
 from tuning.settings.words import count
 from tuning.training.digests import plain
 
@@ -51,7 +51,8 @@ def new_plan(given: dict[str, Any], overrides: Mapping[str, Any]) -> tuple[Searc
             break
         time.sleep(0.1)  # another search without a name began in this second
     check_new(folder, plan)
-    return plan, fix(space, overrides), folder
+    space = fix(space, overrides)
+    return plan, with_portfolio(space) if plan.portfolio else space, folder
 
 
 @contextmanager

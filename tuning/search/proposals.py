@@ -12,11 +12,11 @@ from tuning.settings.space import Key, Space, backbones, middle, trial_values
 def searched_trial(
     number: int, space: Space, plan: SearchPlan, optimizer: Optimizer, untried: Mapping[Key, dict[str, Any]]
 ) -> dict[str, Any]:
-    """Propose the start point with this number, or a trial suggested by the optimizer; arguments as its `ask`."""
-    start = space.start[number] if number < len(space.start) else None
-    params = optimizer.ask(number, start, untried)
+    """Propose the point with this number, or a trial suggested by the optimizer; arguments as its `ask`."""
+    points = (*space.start, *space.enqueue)
+    params = optimizer.ask(number, points[number] if number < len(points) else None, untried)
     config = TrialConfig(**trial_values(space, params), epochs=plan.epochs, seed=plan.seed).model_dump()
-    origin = "suggested" if start is None else "start"
+    origin = "start" if number < len(space.start) else "suggested"
     return {"trial_id": f"t{number:05d}", "number": number, "origin": origin, "params": params, "config": config}
 
 

@@ -181,6 +181,8 @@ class SearchPlan(BaseModel):
     ] = "val_tempered_loss"
     """By what epochs and trials are chosen: `val_loss`, `val_tempered_loss`, `val_balanced_accuracy`, `val_auroc`,
     `val_auprc`, `val_f1`, `val_sensitivity_at_90` or `val_sensitivity_at_95` (percent specificity)."""
+    portfolio: bool = True
+    """Whether configurations that did well on other data are tried after the start points, where the space has them."""
     probe: bool = True
     """Whether the search starts with a linear probe of each backbone (not if `early_stopping` is false)."""
     sampler: Literal["tpe", "gp", "random"] = "tpe"
@@ -311,7 +313,7 @@ RESUME_MAY_CHANGE = (
 # Settings whose defaults do what versions without them did.
 ADDED = (
     *("columns", "label_columns", "finding", "multi_label", "uncertain", "blank", "label_pattern", "group_pattern"),
-    *("subgroups", "deterministic"),
+    *("subgroups", "deterministic", "portfolio"),
 )
 
 

@@ -35,6 +35,7 @@ class Space:
     fixed: dict[str, Value]
     start: tuple[dict[str, Value], ...]
     search: dict[str, Any]
+    enqueue: tuple[dict[str, Value], ...] = ()  # tried after the start points, as if the sampler had suggested them
 
 
 def suggest(space: Space, trial: Any) -> dict[str, Value]:

@@ -14,10 +14,12 @@ from tuning.settings.space import DEFAULTS, Parameter, Space, active
 from tuning.settings.words import as_number, nearest, show
 
 SHIPPED = Path(__file__).resolve().parents[2] / "search_spaces"
-SECTIONS = {"parameters": dict, "fixed": dict, "start": list, "search": dict}
+PORTFOLIO = Path(__file__).with_name("portfolio.yaml")
+SECTIONS = {"parameters": dict, "fixed": dict, "start": list, "enqueue": list, "search": dict}
 RANGE_KEYS = ("low", "high", "log", "step")
 TYPES = {"categorical": ("choices",), "int": RANGE_KEYS, "float": RANGE_KEYS}
 MOST_STEPS = 10**6
+NEAR = 2.0  # half the step of the learning rates that the portfolio was learnt from
 
 
 def load(name_or_path: str) -> Space:
@@ -52,7 +54,7 @@ def parse(document: object, where: str, faults: Sequence[str] = ()) -> Space:
     for key in document:
         if key not in SECTIONS:
             faults.append(f"{where}: {show(key)}: no such section{nearest(key, SECTIONS)}; use {', '.join(SECTIONS)}")
-    declared, held, points, settings = (_section(document, key, where, faults) for key in SECTIONS)
+    declared, held, points, queue, settings = (_section(document, key, where, faults) for key in SECTIONS)
     _check_names(declared, f"{where}: parameters", faults)
     _check_names(held, f"{where}: fixed", faults)
     if "backbone" not in declared and "backbone" not in held:
@@ -69,18 +71,25 @@ def parse(document: object, where: str, faults: Sequence[str] = ()) -> Space:
 
     known = {name for name in PARAMETERS if name in declared or name in held}
     space = Space(_plain(document), _parameters(declared, known, f"{where}: parameters", faults), fixed, (), {})
-    start = _start(space, points, known - space.parameters.keys() - fixed.keys(), where, faults)
+    unsure = known - space.parameters.keys() - fixed.keys()
+    start = _points(space, points, unsure, f"{where}: start", faults)
+    enqueue = _points(space, queue, unsure, f"{where}: enqueue", faults)
+    for index, point in enumerate(enqueue):
+        if point in start and not unsure:
+            same = f"equals start[{start.index(point)}] once completed; delete one of them"
+            faults.append(f"{where}: enqueue[{index}]: {same}")
     search = _search(settings, where, faults)
     if faults:
         raise InputError(faults)
-    return replace(space, start=start, search=search)
+    return replace(space, start=start, search=search, enqueue=enqueue)
 
 
 def fix(space: Space, values: Mapping[str, Any]) -> Space:
     """Return the space with some parameters held at one value, as by `--set batch_size=16`.
 
     They move from `parameters` and the start points to `fixed`. Parameters that become inactive are removed from the
-    start points, those that become active are added with their default, and equal start points are merged.
+    start points, those that become active are added with their default, and equal start points are merged; so are
+    those of `enqueue`.
 
     Raises:
         InputError: an unknown name, a value that `TrialConfig` refuses, a start point that can't be completed.
@@ -92,16 +101,51 @@ def fix(space: Space, values: Mapping[str, Any]) -> Space:
         "fixed": {**(space.document.get("fixed") or {}), **values},
         "start": [],
     }
+    document.pop("enqueue", None)
     fixed = parse(document, "--set")
     faults: list[str] = []
-    completed = [
-        _complete(fixed, set(), active(fixed, point), f"--set: start[{index}]", faults)
-        for index, point in enumerate(space.start)
-    ]
+    lists: dict[str, list[dict[str, Value]]] = {}
+    for name, points in (("start", space.start), ("enqueue", space.enqueue)):
+        completed = [
+            _complete(fixed, set(), active(fixed, point), f"--set: {name}[{index}]", faults)
+            for index, point in enumerate(points)
+        ]
+        lists[name] = [point for index, point in enumerate(completed) if point not in completed[:index]]
     if faults:
         raise InputError(faults)
-    start = [point for index, point in enumerate(completed) if point not in completed[:index]]
-    return replace(fixed, document=_plain({**document, "start": start}), start=tuple(start))
+    start, enqueue = lists["start"], lists["enqueue"]
+    document |= {"start": start} | ({"enqueue": enqueue} if "enqueue" in space.document else {})
+    return replace(fixed, document=_plain(document), start=tuple(start), enqueue=tuple(enqueue))
+
+
+def with_portfolio(space: Space) -> Space:
+    """Return the space with the points of the shipped portfolio that lie inside it to be tried after the start points.
+
+    A space that has a section `enqueue` keeps its own.
+    """
+    if "enqueue" in space.document:
+        return space
+    portfolio, _ = read_yaml(PORTFOLIO, "")
+    assert isinstance(portfolio, dict)
+    inside: list[dict[str, Value]] = []
+    for point in portfolio["enqueue"]:
+        held = {name: space.fixed.get(name, DEFAULTS.get(name)) for name in point if name not in space.parameters}
+        outside: list[str] = []
+        given = active(space, {name: value for name, value in point.items() if name not in held})
+        completed = _complete(space, set(), given, "", outside)
+        if outside or not held.items() <= point.items() or any(_near(completed, other) for other in space.start):
+            continue
+        inside.append(completed)
+    if not inside:
+        return space
+    return replace(space, document={**space.document, "enqueue": _plain(inside)}, enqueue=tuple(inside))
+
+
+def _near(point: Mapping[str, Value], other: Mapping[str, Value]) -> bool:
+    """Whether two points differ in nothing but the learning rate, and in that by a factor of less than `NEAR`."""
+    rates = [float(each.get("learning_rate", 1.0)) for each in (point, other)]
+    same = {**point, "learning_rate": 0} == {**other, "learning_rate": 0}
+    return same and max(rates) < NEAR * min(rates)
 
 
 def _section(document: dict[Any, Any], key: str, where: str, faults: list[str]) -> Any:
@@ -262,21 +306,23 @@ def _outside(parameter: Parameter, value: Any) -> str | None:
 # ---- start points
 
 
-def _start(
-    space: Space, points: list[Any], unsure: set[str], where: str, faults: list[str]
+def _points(
+    space: Space, points: list[Any], unsure: set[str], place: str, faults: list[str]
 ) -> tuple[dict[str, Value], ...]:
-    start: list[dict[str, Value]] = []
+    """Return completed points; `place` is their section, for the messages."""
+    found: list[dict[str, Value]] = []
     for index, point in enumerate(points):
-        here = f"{where}: start[{index}]"
+        here = f"{place}[{index}]"
         if not isinstance(point, dict):
             faults.append(f"{here}: must be a mapping such as {{learning_rate: 0.001}}, got {show(point)}")
             continue
         before = len(faults)
         completed = _complete(space, unsure, point, here, faults)
-        if len(faults) == before and not unsure and completed in start:
-            faults.append(f"{here}: equals start[{start.index(completed)}] once completed; delete one of them")
-        start.append(completed)
-    return tuple(start)
+        if len(faults) == before and not unsure and completed in found:
+            other = f"{place.rpartition(' ')[2]}[{found.index(completed)}]"
+            faults.append(f"{here}: equals {other} once completed; delete one of them")
+        found.append(completed)
+    return tuple(found)
 
 
 def _complete(
