@@ -107,7 +107,7 @@ class Product:
         self._plan = SearchPlan(name="replay", trials=100_000, epochs=EPOCHS, seed=seed, metric="val_loss", **settings)
         self.search = Search(
             self._plan,
-            parse(space(curves.grid) | {"start": [], "enqueue": enqueue(curves)}, "grid"),
+            parse(space(curves.grid) | {"start": enqueue(curves)[:1], "enqueue": enqueue(curves)[1:]}, "grid"),
             Path(self._folder.name),
             images={},
             weights={},

@@ -7,8 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 from shared import ONE_CORE
+
+from benchmarks.portfolio import SETS, Flags, as_point, learn, ranks
+from benchmarks.recorded import curves_of
+from tuning.settings.space_file import PORTFOLIO
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -47,3 +52,22 @@ def test_planted_copies_are_found():
     said = run("audit.py", "--images", "24", "--slices", "12", "--image-size", "64")
     called = int(re.search(r"neighbours called copies +(\d+) of 22", said).group(1))
     assert called <= 1 and "2, 24 of 24 images in them" in said
+
+
+def test_the_portfolio_is_the_one_that_is_learnt_from_the_curves():
+    points = [as_point(each) for each in learn([ranks(curves_of(name)) for name in SETS], Flags().size)]
+    assert yaml.safe_load(PORTFOLIO.read_text())["enqueue"] == points
+
+
+def test_a_portfolio_has_something_for_each_set():
+    configuration = ("tf_efficientnet_lite0", "none", 3, 0.00048, "train")
+    far = ("tf_efficientnet_lite2", "light", 0, 0.03072, "train")
+    tables = [{configuration: 0.0, far: 1.0}, {configuration: 1.0, far: 0.1}]
+    assert learn(tables, 2) == [configuration, far]
+
+
+@pytest.mark.slow
+def test_a_search_is_replayed_with_a_portfolio_of_the_other_sets(tmp_path):
+    given = ["--curves", "few", "--methods", "product", "ray-optuna-asha", "--slots", "4", "--seeds", "2"]
+    said = run("replay.py", *given, "--out", str(tmp_path))
+    assert re.search(r"^product +\d+ \[\d+, \d+\] epochs", said, re.MULTILINE), said

@@ -478,17 +478,19 @@ def lite(**sections):
 
 
 def test_a_space_takes_from_the_portfolio_what_lies_inside_it():
-    whole = with_portfolio(lite())
+    none = with_portfolio(lite())  # no start point
+    assert len(none.start) == 1 and none.start[0] not in none.enqueue
+    head = {"backbone": LITE[0], "unfreeze_depth": 0, "learning_rate": 0.01, "augmentation": "none"}
+    whole = with_portfolio(lite(start=[head]))
+    assert whole.start == (head,) and whole.enqueue == none.start + none.enqueue
     assert len(whole.enqueue) == len(yaml.safe_load(PORTFOLIO.read_text())["enqueue"]) >= 5
-    assert parse(whole.document, "plan.yaml").enqueue == whole.enqueue
+    again = parse(whole.document, "plan.yaml")
+    assert (again.start, again.enqueue) == (whole.start, whole.enqueue)
     first = dict(whole.enqueue[0])
-    assert (
-        with_portfolio(lite(start=[first | {"learning_rate": 0.8 * first["learning_rate"]}])).enqueue
-        == whole.enqueue[1:]
-    )
+    near = first | {"learning_rate": 0.8 * first["learning_rate"]}
+    assert with_portfolio(lite(start=[near])).enqueue == whole.enqueue[1:]
     for name, value in first.items():
-        kept = with_portfolio(fix(lite(), {name: value})).enqueue
-        assert {name: value, **kept[0]} == first and len(kept) <= len(whole.enqueue)
-    others = {"learning_rate": 0.09} | ({"backbone": "test_resnet"})
-    assert with_portfolio(fix(lite(), {"backbone": others["backbone"]})).enqueue == ()
-    assert with_portfolio(lite(enqueue=[])).enqueue == ()
+        held = with_portfolio(fix(lite(), {name: value}))
+        assert {name: value, **held.start[0]} == first and len(held.enqueue) < len(whole.enqueue)
+    for other in (fix(lite(), {"backbone": "test_resnet"}), lite(enqueue=[])):
+        assert with_portfolio(other) == other

@@ -121,7 +121,7 @@ def fix(space: Space, values: Mapping[str, Any]) -> Space:
 def with_portfolio(space: Space) -> Space:
     """Return the space with the points of the shipped portfolio that lie inside it to be tried after the start points.
 
-    A space that has a section `enqueue` keeps its own.
+    The first is the start point of a space that has none. A space that has a section `enqueue` keeps its own.
     """
     if "enqueue" in space.document:
         return space
@@ -138,7 +138,9 @@ def with_portfolio(space: Space) -> Space:
         inside.append(completed)
     if not inside:
         return space
-    return replace(space, document={**space.document, "enqueue": _plain(inside)}, enqueue=tuple(inside))
+    start, enqueue = (space.start, inside) if space.start else (inside[:1], inside[1:])
+    document = {**space.document, "start": _plain(list(start)), "enqueue": _plain(enqueue)}
+    return replace(space, document=document, start=tuple(start), enqueue=tuple(enqueue))
 
 
 def _near(point: Mapping[str, Value], other: Mapping[str, Value]) -> bool:
