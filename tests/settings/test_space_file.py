@@ -12,7 +12,7 @@ from spaces import SMALL, ask, changed, document, documents, faults_of
 
 from tuning.settings.config import PARAMETERS, InputError, SearchPlan, TrialConfig, build
 from tuning.settings.space import image_sizes, suggest, trial_values
-from tuning.settings.space_file import PORTFOLIO, SHIPPED, fix, load, parse, with_portfolio
+from tuning.settings.space_file import PORTFOLIO, SHIPPED, fix, is_same, load, parse, with_portfolio
 
 # ---- start points
 
@@ -494,3 +494,11 @@ def test_a_space_takes_from_the_portfolio_what_lies_inside_it():
         assert {name: value, **held.start[0]} == first and len(held.enqueue) < len(whole.enqueue)
     for other in (fix(lite(), {"backbone": "test_resnet"}), lite(enqueue=[])):
         assert with_portfolio(other) == other
+
+
+def test_a_space_is_the_recorded_one_whatever_the_portfolio_was():
+    head = {"backbone": LITE[0], "unfreeze_depth": 0, "learning_rate": 0.01}
+    for space in (lite(), lite(start=[head]), lite(start=[head], enqueue=[head | {"learning_rate": 0.02}])):
+        recorded = with_portfolio(space).document
+        assert is_same(space, recorded) and not is_same(fix(space, {"batch_norm": "frozen"}), recorded)
+    assert not is_same(lite(start=[head]), with_portfolio(lite()).document)

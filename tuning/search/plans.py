@@ -27,7 +27,7 @@ from tuning.record.storage import absolute, is_uri, joined, stored
 from tuning.settings.config import ADDED, RESUME_MAY_CHANGE, InputError, SearchPlan, build, check_value
 from tuning.settings.documents import read_plan
 from tuning.settings.space import Space, configurations, largest
-from tuning.settings.space_file import fix, load, parse, with_portfolio
+from tuning.settings.space_file import fix, is_same, load, parse, with_portfolio
 from tuning.settings.words import count
 from tuning.training.digests import plain
 
@@ -170,7 +170,7 @@ def resumed_plan(given: dict[str, Any], overrides: Mapping[str, Any]) -> tuple[S
         if key not in (*RESUME_MAY_CHANGE, "storage", "space") and value != settings[key]
     ]
     differing += [key for key, value in overrides.items() if space.fixed.get(key) != value]
-    if "space" in given and fix(load(given["space"]), overrides).document != document["space"]:
+    if "space" in given and not is_same(fix(load(given["space"]), overrides), document["space"]):
         differing.append(f"the space ({settings['space']!r} in this run, as it was then)")
     if differing:
         raise InputError(f"--resume: can't change {', '.join(differing)}; leave these out, or {anew}")

@@ -138,9 +138,20 @@ def with_portfolio(space: Space) -> Space:
         inside.append(completed)
     if not inside:
         return space
-    start, enqueue = (space.start, inside) if space.start else (inside[:1], inside[1:])
-    document = {**space.document, "start": _plain(list(start)), "enqueue": _plain(enqueue)}
-    return replace(space, document=document, start=tuple(start), enqueue=tuple(enqueue))
+    if space.start:
+        return replace(space, document={**space.document, "enqueue": _plain(inside)}, enqueue=tuple(inside))
+    document = {**space.document, "start": _plain(inside[:1]), "enqueue": _plain(inside[1:])}
+    return replace(space, document=document, start=tuple(inside[:1]), enqueue=tuple(inside[1:]))
+
+
+def is_same(space: Space, recorded: Mapping[str, Any]) -> bool:
+    """Whether a run's space, as its plan.yaml has it, is this one, whichever portfolio was then added to it."""
+    added = [] if "enqueue" in space.document else ["enqueue"] if space.start else ["enqueue", "start"]
+    documents = [
+        {name: part for name, part in document.items() if part and name not in added}
+        for document in (space.document, recorded)
+    ]
+    return documents[0] == documents[1]
 
 
 def _near(point: Mapping[str, Value], other: Mapping[str, Value]) -> bool:
