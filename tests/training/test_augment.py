@@ -143,6 +143,14 @@ def test_tones_are_those_of_pillow():
         assert np.abs(found.numpy() - np.asarray(other, np.float32)).max() < (3 if place == 12 else 1.01), place
 
 
+@pytest.mark.parametrize("side", [24, 32, 64])
+def test_small_images_are_equalized_evenly(side):
+    """Pillow makes up to a quarter of them white."""
+    levels = torch.randint(50, 150, (1, 1, side, side), generator=torch.Generator().manual_seed(0)) / 255
+    found = OPERATIONS[12](levels, torch.zeros(1, 1, 1, 1))
+    assert (found > 0.99).float().mean() < 0.03 and found.mean() == pytest.approx(0.5, abs=0.02)
+
+
 @pytest.mark.parametrize("policy", ["mixup=0.4", "cutmix=1", "light mixup=0.2 cutmix=1"])
 def test_an_image_is_mixed_as_its_share_of_the_label_says(policy):
     table = epoch_table(0, 1, 300)
