@@ -1,7 +1,7 @@
 """The image sets of the benchmarks.
 
-Models are compared on chest X-rays, generated radiographs and, as no radiographs, digits. Curves are recorded of four
-more kinds: few images, a rare class, ten classes, and photographs.
+Models are compared on chest X-rays, generated radiographs and, as no radiographs, digits. Curves are recorded of three
+more kinds: few images, a rare class, and ten classes.
 """
 
 from collections import Counter
@@ -17,10 +17,9 @@ from tuning.data.samples import load_samples
 
 CHOSEN_ON, CONFIRMED_ON = ("xrays", "generated", "digits"), ("xrays-covid", "mnist")  # defaults were chosen, confirmed
 SETS = (*CHOSEN_ON, *CONFIRMED_ON)
-RECORDED = ("few", "rare", "digits", "textures")  # of which `record.py` makes curves, besides X-rays and generated
+RECORDED = ("few", "rare", "digits")  # of which `record.py` makes curves, besides X-rays and generated
 FEW = {"train": 65, "val": 35}  # X-rays of each class
 RARE = {"normal": 10, "focal_opacity": 1}  # parts of 20 images for training and 10 for validation
-PATCH = 32  # pixels of a photograph, enlarged to SIDE
 SIDE = 64  # pixels of a digit's picture
 Row = tuple[Path, str, str]  # file, label, split
 
@@ -37,7 +36,7 @@ def manifest(name: str, folder: Path, xrays: str | None) -> Path:
         rows = _xrays(xrays, covid=name == "xrays-covid")
         rows = _few(rows) if name == "few" else rows
     else:
-        written = {"generated": _generated, "rare": _rare, "textures": _textures}.get(name, _digits)
+        written = {"generated": _generated, "rare": _rare}.get(name, _digits)
         rows = written(folder / name)
     path = folder / f"{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,23 +72,6 @@ def _rare(folder: Path) -> Iterator[Row]:
     for label, parts in RARE.items():
         for file in sorted((folder.resolve() / label).glob("*.png"))[: 30 * parts]:
             yield file, label, "train" if int(file.stem) < 20 * parts else "val"
-
-
-def _textures(folder: Path) -> Iterator[Row]:
-    """Patches of scikit-image's photographs of bricks, grass and gravel: the left trains, the right validates."""
-    from skimage import data
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for label in ("brick", "grass", "gravel"):
-        picture = getattr(data, label)()
-        places = [(top, left) for top in range(0, 512, PATCH) for left in range(0, 512, PATCH)]
-        for number, place in enumerate(np.random.default_rng(0).permutation(len(places))[:120]):
-            top, left = places[place]
-            file = folder.resolve() / f"{label}-{number:03d}.png"
-            if not file.exists():
-                patch = Image.fromarray(picture[top : top + PATCH, left : left + PATCH])
-                patch.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(file)
-            yield file, label, "train" if left < 512 * 2 // 3 else "val"
 
 
 def _digits(folder: Path) -> Iterator[Row]:

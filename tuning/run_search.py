@@ -126,6 +126,8 @@ def _started(plan: SearchPlan, space: Space, folder: Path, resumed: bool) -> int
         all_of_it = count(bounded.trials, "configuration")
         console.print(f"  the space has {all_of_it} in all: the search ends when each has been tried once")
         plan = bounded
+    if (tried := min(len(space.enqueue), plan.trials - len(space.start))) > 0:
+        console.print(f"  then {count(tried, 'configuration')} of enqueue, the portfolio unless the space has its own")
     for words in without_effect(space, plan):
         console.print(f"  {words}")
 

@@ -195,6 +195,7 @@ def test_subgroups_are_kept_and_are_no_labels(place):
     samples = load_samples(file, multi_label=True, subgroups=["female", "site", "age"])
     assert class_names(samples["label"]) == ("Edema", "Mass") and samples.attrs["labels"] == ["Edema", "Mass"]
     assert set(samples["subgroup_female"]) == {"0", "1"} and samples["subgroup_age"].isna().all()
+    assert "subgroup_site" not in samples
     said = [line for line in samples.attrs["remarks"] if line.startswith("subgroups: ")]
     assert said == ["subgroups: 'site' is left out: it has 60 different values; give at most 20 words, or numbers"]
     assert "subgroups: has no column 'hospital'" in faults(file, multi_label=True, subgroups=["hospital"])[0]

@@ -80,6 +80,14 @@ def test_small_subgroups_and_those_of_all_images_are_shown_but_not_compared():
     rows, comparisons = compared(probabilities, targets, np.arange(60), columns)
     assert [row["images"] for row in rows] == [55, 5, 60] and comparisons == 0
     assert all(change is None for row in rows for change in row["differences"].values())
+    (line,) = in_words(rows, comparisons)
+    assert line.startswith("not compared: ") and "fewer than 10 patients or images" in line
+
+
+def test_ages_are_divided_into_whole_years_that_do_not_overlap():
+    ages = pd.Series(np.arange(400) % 80)
+    names = sorted(set(subgroups_of(pd.DataFrame({"subgroup_age": ages.astype(str)}))[0]["age"]))
+    assert names == ["0 to 19", "20 to 39", "40 to 59", "60 to 79"]
 
 
 def test_columns_of_many_values():

@@ -412,6 +412,20 @@ def test_start_points_are_not_stopped_by_asha(tmp_path, folder):
     assert made == ["continue", "kept", "stop"]
 
 
+def test_without_start_points_the_first_trial_is_the_default_and_is_not_stopped(tmp_path, folder):
+    search = make_run(tmp_path / "run", folder, start=[], trials=3)()
+    for number in range(3):
+        search.next_trial(f"ray{number}")
+        search.started(f"ray{number}")
+    goes_on = []
+    for number, loss in ((1, 0.5), (0, 0.9), (2, 0.8)):
+        row = ROW | {"epoch": 1, "val_loss": loss, "val_tempered_loss": loss, "early_loss": loss}
+        goes_on.append(search.result(f"ray{number}", row | {"ends": None, "reason": None}))
+    search.journal.close()
+    assert goes_on == [True, True, False]
+    assert [trial.origin for trial in search.record.trials.values()] == ["suggested"] * 3
+
+
 def test_trials_are_packed_once_some_have_been_measured(tmp_path, folder, monkeypatch):
     """As Ray asks and tells, without it: two trials fill two GPUs, the third waits until the first has ended."""
     monkeypatch.setattr(gpus, "MEASURED_FIRST", 1)

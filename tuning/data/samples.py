@@ -97,7 +97,10 @@ def load_samples(
     splits = [] if "val" in given else ["train", "val"] if "train" in given else ["train", "val", "test"]
     table.attrs |= {"random_splits": splits, "remarks": remarks}
     table.attrs["labels"] = sorted(how.labels)
-    remarks += subgroups_of(table)[1]
+    parts, left_out = subgroups_of(table)  # of all images, so that they are the same in each split
+    remarks += left_out
+    table = table.drop(columns=[f"{SUBGROUP}{name}" for name in how.subgroups if name not in parts])
+    table = table.assign(**{f"{SUBGROUP}{name}": pd.Series(cells, dtype=object) for name, cells in parts.items()})
     if evaluated:
         return table.assign(split="test")
     units = [sample.group or sample.path for sample in samples]

@@ -325,10 +325,18 @@ def _space(space: Mapping[str, Any]) -> dict[str, str]:
     return parameters | fixed | {"start points": str(len(space.get("start", [])))}
 
 
+def _choice(value: Any) -> str:
+    """Describe a choice; a mapping, such as a policy of one's own, as `mine: rotate=7`."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    pairs = " ".join(f"{key}={part}" for key, part in value.items() if key != "name")
+    return f"{value['name']}: {pairs}" if "name" in value else pairs
+
+
 def described(spec: Mapping[str, Any]) -> str:
     """Describe the values of a parameter in words."""
     if spec["type"] == "categorical":
-        words = ", ".join(map(str, spec["choices"]))
+        words = ", ".join(map(_choice, spec["choices"]))
     else:
         low, high = (bound if isinstance(bound, str) else f"{bound:g}" for bound in (spec["low"], spec["high"]))
         words = f"{low} to {high}" + (", log" if spec.get("log") else "")

@@ -56,7 +56,8 @@ def _on_baseline(found: Comparison) -> list[Remark]:
         remark,
         Remark(
             f"The probabilities of {found.trial_id} are {wrong}: always predicting the class frequencies has a lower "
-            f"loss. At {fits} val_loss would be {found.tempered_loss:.4f}.",
+            f"loss. At {fits} val_loss would be {found.tempered_loss:.4f}"
+            + (", which is no better either: use the thresholds." if found.tempered_loss >= found.baseline else "."),
             alarming=True,
         ),
     ]

@@ -105,12 +105,19 @@ def worse(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], st
 def in_words(rows: Sequence[Mapping[str, Any]], comparisons: int) -> list[str]:
     """Return a line for each subgroup that is significantly worse than the rest, the worst first; or that none is."""
     tests = count(comparisons, "comparison")
+    alone = [
+        column
+        for column in dict.fromkeys(row["column"] for row in rows)
+        if not any(change for row in rows if row["column"] == column for change in row["differences"].values())
+    ]
+    too_few = f"fewer than {LEAST_GROUPS} patients or images, or not all classes, on one side"
+    not_compared = [f"not compared: {', '.join(alone)} ({too_few})"] if alone else []
     lines = []
     for row, name, change in sorted(worse(rows), key=lambda each: each[2]["difference"]):
         low, high = (-bound for bound in reversed(change["difference_95"]))
         shown = f"{WORDS[name]} {row[name]:.3f}, {-change['difference']:.3f} lower than the rest"
         how_sure = f"({low:.3f} to {high:.3f}, p = {change['p_value']:.3g} after correction for {tests})"
         lines.append(f"{row['column']} {row['value']} ({count(row['images'], 'image')}): {shown} {how_sure}")
-    if rows and not lines:
+    if comparisons and not lines:
         lines.append(f"no subgroup is significantly worse than the rest ({tests})")
-    return lines
+    return lines + not_compared

@@ -1,7 +1,5 @@
 """Columns of a table of samples by which figures are given: the subgroup of each image, such as sex or hospital."""
 
-from itertools import pairwise
-
 import numpy as np
 import pandas as pd
 
@@ -38,7 +36,10 @@ def subgroups_of(samples: pd.DataFrame) -> tuple[dict[str, list[str | None]], li
 def _parts(numbers: pd.Series) -> pd.Series:
     """Return which part of equal size each number is in, in words; missing where it is."""
     ends = np.unique(np.quantile(numbers.dropna(), np.linspace(0, 1, PARTS + 1)))
+    whole = bool((numbers.dropna() % 1 == 0).all())
+    lows = np.ceil(ends) if whole else ends
+    highs = np.append(lows[1:-1] - 1, ends[-1:]) if whole else ends[1:]
     part = np.clip(np.searchsorted(ends, numbers, side="right") - 1, 0, max(len(ends) - 2, 0))
-    names = [f"{low:g} to {high:g}" for low, high in pairwise(ends)] or [f"{ends[0]:g}"]
+    names = [f"{low:g} to {high:g}" for low, high in zip(lows[:-1], highs, strict=True)] or [f"{ends[0]:g}"]
     named = pd.Series([names[index] for index in part], index=numbers.index, dtype=object)
     return named.where(numbers.notna(), None)

@@ -328,7 +328,7 @@ class Search:
         decision = self.rungs.decide(trial.trial_id, epoch, value, kind)
         if decision is None:
             return None
-        if decision.verdict == "stop" and trial.origin == "start":
+        if decision.verdict == "stop" and (trial.origin == "start" or trial.number == 0):  # which is the default
             decision = decision._replace(verdict="kept")
         in_own_units = {"value": as_loss(self.plan, value), "cutoff": as_loss(self.plan, decision.cutoff)}
         return self._write("decision", trial_id=trial.trial_id, epoch=epoch, **decision._asdict() | in_own_units)

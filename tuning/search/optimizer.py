@@ -219,11 +219,11 @@ class Read(NamedTuple):
 def read_priors(trials: pd.DataFrame, space: Space, metric: str, weight: float) -> Read:
     """Read from another run's table of trials what the sampler can learn about this space.
 
-    Start points and suggested trials are ranked by their best value; those without one rank last. A share `weight` of
-    them is taken, evenly over the ranks: the weight of another run's trial relative to one of this run.
+    Start points, enqueued and suggested trials are ranked by their best value; those without one rank last. A share
+    `weight` of them is taken, evenly over the ranks: the weight of another run's trial relative to one of this run.
     """
     unusable = trials["status"].isin(["failed", "interrupted", "running"])
-    ended = trials[trials["origin"].isin(["start", "suggested"]) & ~unusable]
+    ended = trials[trials["origin"].isin(["start", "enqueued", "suggested"]) & ~unusable]
     losses = ended[metric].map(lambda value: loss_like(metric, value)).fillna(math.inf)
     ended = ended.loc[losses.sort_values(kind="stable").index]
     inside: list[tuple[Prior, list[str]]] = []

@@ -16,7 +16,7 @@ def searched_trial(
     points = (*space.start, *space.enqueue)
     params = optimizer.ask(number, points[number] if number < len(points) else None, untried)
     config = TrialConfig(**trial_values(space, params), epochs=plan.epochs, seed=plan.seed).model_dump()
-    origin = "start" if number < len(space.start) else "suggested"
+    origin = "start" if number < len(space.start) else "enqueued" if number < len(points) else "suggested"
     return {"trial_id": f"t{number:05d}", "number": number, "origin": origin, "params": params, "config": config}
 
 
