@@ -372,24 +372,29 @@ def killed(bench: Bench) -> Figures:
     needs_ray()
     with tempfile.TemporaryDirectory() as place:
         write_space(bench, Path(place))
-        given = search("killed", "--trials", "2", "--epochs", "6", "--gpus-per-trial", bench.whole)
+        given = search("killed", "--trials", "1", "--epochs", "30", "--gpus-per-trial", bench.whole)
         command = [sys.executable, str(ROOT / given[0]), *given[1:]]
-        output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        with subprocess.Popen(command, cwd=place, env=package_environment(), **output) as driver:
+        with (
+            open(Path(place) / "said", "w+") as said,
+            subprocess.Popen(command, cwd=place, env=package_environment(), stdout=said, stderr=said) as driver,
+        ):
             journal, begun = Path(place) / "results" / "killed" / "journal.jsonl", False
             while driver.poll() is None and not begun:
                 time.sleep(0.2)
                 begun = journal.exists() and '"event": "epoch"' in journal.read_text()
             workers = worker_ids(driver.pid)
-            for worker in workers[:1]:
-                os.kill(worker, signal.SIGKILL)
-            last = ((driver.communicate()[0] or "").strip().splitlines() or ["no output"])[-1]
+            for worker in workers:  # of which one has the only trial
+                with suppress(ProcessLookupError):
+                    os.kill(worker, signal.SIGKILL)
+            driver.wait()
+            said.seek(0)
+            last = (said.read().strip().splitlines() or ["no output"])[-1]
         bench.check(driver.returncode == 0, last)
         bench.check(bool(workers), "no worker was found")
         events = Counter(json.loads(line)["event"] for line in journal.read_text().splitlines())
         found = {"events": dict(events), "ended": dict(ends(journal.parent))}
-    bench.check(events["lost"] == 1, f"{events['lost']} workers were lost of 1 that was killed")
-    bench.check(found["ended"] == {"completed": 2}, f"ended: {found['ended']}")
+    bench.check(events["lost"] >= 1, "no trial has lost its worker")
+    bench.check(found["ended"] == {"completed": 1}, f"ended: {found['ended']}")
     return found
 
 
@@ -481,8 +486,8 @@ PARTS: dict[str, tuple[Callable[[Bench], Figures], float]] = {  # with their lim
     "speed": (speed, 100.0),
     "costs": (costs, 40.0),
     "packing": (packing, 240.0),
-    "killed": (killed, 90.0),
-    "recipe": (recipe, 240.0),
+    "killed": (killed, 60.0),
+    "recipe": (recipe, 90.0),
 }
 
 
@@ -515,8 +520,8 @@ def apart(name: str, rehearse: bool, left: float) -> dict[str, Any]:
     """Run a part in a process of its own; its status, faults, figures and seconds."""
     began, limit = time.monotonic(), min(PARTS[name][1], left)
     found: dict[str, Any] = {"status": "SKIP", "faults": ["no time is left"], "figures": {}, "seconds": 0.0}
-    if limit < min(PARTS[name][1], 20.0):
-        return found
+    if left < PARTS[name][1]:
+        return found | {"faults": [f"less than {PARTS[name][1]:.0f} s are left"]}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--inside", "--parts", name, "--out", folder]
         command += ["--rehearse"] if rehearse else []

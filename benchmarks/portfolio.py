@@ -4,7 +4,7 @@ Configurations are added greedily, each the one that most lowers the mean, over 
 rank so far (0 the best of a table, 1 the worst). A rank is averaged with those of its neighbours: the next learning
 rates, the other backbones and the other policies. A table that lacks a configuration counts it as the worst.
 
-Printed are, for each set, the true ranks there of a list that was learnt from the other sets: of the first
+Printed are, for each set, the true ranks there of a list that was learnt from sets of other sources: of the first
 configuration, and the best of the first three. `--write` writes the list that is learnt from all.
 """
 
@@ -23,11 +23,12 @@ import numpy as np
 import tyro
 import yaml
 
-from benchmarks.record import GRID
+from benchmarks.record import FIXED, GRID
 from benchmarks.recorded import Curves, curves_of
 from tuning.settings.space_file import PORTFOLIO
 
 SETS = ("generated", "xrays", "few", "rare", "digits")
+SOURCES = {"few": "xrays", "rare": "generated"}  # sets that are parts of others, or drawn like them
 NAMES = tuple(GRID)
 RATES = GRID["learning_rate"]
 RATE_WEIGHT, OTHER_WEIGHT = 0.5, 0.3  # of neighbours
@@ -37,7 +38,7 @@ Ranks = dict[Configuration, float]
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """Learn start points from recorded curves."""
+    """Learn a portfolio from recorded curves."""
 
     size: int = 6
     """Configurations."""
@@ -95,8 +96,9 @@ def learn(tables: Sequence[Ranks], size: int) -> list[Configuration]:
 
 
 def without(name: str, size: int) -> list[Configuration]:
-    """The list that is learnt from all sets but one, of what its table has."""
-    tables = [ranks(curves_of(other)) for other in SETS if other != name]
+    """The list that is learnt from the sets of other sources than this one, of what its table has."""
+    source = SOURCES.get(name, name)
+    tables = [ranks(curves_of(other)) for other in SETS if SOURCES.get(other, other) != source]
     there = ranks(curves_of(name))
     return [configuration for configuration in learn(tables, 4 * size) if configuration in there][:size]
 
@@ -104,7 +106,8 @@ def without(name: str, size: int) -> list[Configuration]:
 def as_point(configuration: Configuration) -> dict[str, Any]:
     """A configuration as a point of a search space."""
     point = dict(zip(NAMES, configuration, strict=True))
-    return {name: value for name, value in point.items() if name != "batch_norm" or point["unfreeze_depth"] > 0}
+    point = {name: value for name, value in point.items() if name != "batch_norm" or point["unfreeze_depth"] > 0}
+    return point | {"optimizer": FIXED["optimizer"]}  # for which its learning rate is
 
 
 def main() -> None:

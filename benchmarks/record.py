@@ -111,6 +111,8 @@ def main() -> int:
     """Record what isn't there yet, and write the curves."""
     flags = tyro.cli(Flags)
     run, named = Path(flags.out) / flags.name, flags.name in RECORDED
+    if named and flags.data is not None:
+        raise SystemExit(f"--data: {flags.name} is one of {', '.join(RECORDED)}, which have their own images")
     grid = GRID if named else FIRST_GRID
     command = [sys.executable, str(ROOT / "tuning" / "run_search.py"), "--name", flags.name, "--storage", flags.out]
     if (run / "plan.yaml").exists():

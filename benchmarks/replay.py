@@ -24,7 +24,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -46,6 +46,7 @@ from tuning.search.cluster import Slots
 from tuning.search.driver import Search
 from tuning.search.optimizer import Prior, read_priors
 from tuning.settings.config import SearchPlan
+from tuning.settings.space import Space
 from tuning.settings.space_file import parse
 from tuning.training.finetune import ending
 
@@ -105,15 +106,19 @@ class Product:
         self._folder = tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
         settings = {name: value for name, value in changed.items() if name in SearchPlan.model_fields}
         self._plan = SearchPlan(name="replay", trials=100_000, epochs=EPOCHS, seed=seed, metric="val_loss", **settings)
+        tried = enqueue(curves)
+        searched_space = parse(space(curves.grid) | {"start": tried[:1], "enqueue": tried[1:]}, "grid")
         self.search = Search(
             self._plan,
-            parse(space(curves.grid) | {"start": enqueue(curves)[:1], "enqueue": enqueue(curves)[1:]}, "grid"),
+            searched_space,
             Path(self._folder.name),
             images={},
             weights={},
             resources=Slots(1, 0.0, slots),
             show=lambda search, trial: None,
-            priors=priors("xrays" if curves.name == "generated" else "generated", seed) if warm_start else (),
+            priors=priors("xrays" if curves.name == "generated" else "generated", seed, searched_space)
+            if warm_start
+            else (),
             clock=lambda: float(clock.now),
         )
         for name in changed.keys() - settings.keys():  # what the bridge can do and no setting says
@@ -354,14 +359,13 @@ def searched(
     return trace
 
 
-@cache
-def priors(curves_name: str, seed: int) -> list[Prior]:
-    """What the product's trials on a data set, on one slot, tell a search on another."""
+def priors(curves_name: str, seed: int, searched: Space) -> list[Prior]:
+    """What the product's trials on a data set, on one slot, tell a search in another's space."""
     curves, clock = curves_of(curves_name), SimpleNamespace(now=0.0)
     method = Product(curves, seed, 1, clock)
     searched(method, curves, 1, clock, WARM_EPOCHS)
     trials = make_tables(method.search.record, "val_loss")["trials"].to_pandas()
-    return read_priors(trials, method.search.space, "val_loss", SearchPlan(name="replay").warm_start_weight)[0]
+    return read_priors(trials, searched, "val_loss", SearchPlan(name="replay").warm_start_weight)[0]
 
 
 def replayed(task: Task, out: Path) -> pd.DataFrame:

@@ -39,7 +39,7 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 steps=()
 # Since Slurm 22.05 a step has one core of its job's unless it asks for them.
 step=(--overlap --nodes=1 --ntasks=1 "--cpus-per-task=$SLURM_CPUS_PER_TASK")
-trap 'kill "${steps[@]}" 2> /dev/null || true; wait' EXIT
+trap 'kill "${steps[@]}" 2> /dev/null || true; wait; rm -rf "${CUDA_MPS_PIPE_DIRECTORY:-}"' EXIT
 
 if [[ ${MPS:-} == 1 ]]; then # where its daemon doesn't start, trials take turns
     export CUDA_MPS_PIPE_DIRECTORY=${TMPDIR:-/tmp}/mps-$SLURM_JOB_ID

@@ -286,9 +286,21 @@ def test_a_run_of_a_version_without_a_setting_goes_on_where_the_default_is_what_
     assert again == plan
     again, *_ = planned(Flags(name="older", resume=True, set=(("trial_timeout=60",),)))
     assert again == plan.model_copy(update={"trial_timeout": 60.0})
+    assert (
+        "can't change portfolio (True in this run, not False)"
+        in faults(resume=True, name="older", set=["portfolio=false"])[0]
+    )
     del recorded["settings"]["early_loss"]
     (run_folder / "plan.yaml").write_text(yaml.safe_dump(recorded))
     assert "of an older version (without early_loss); resume" in faults(resume=True, name="older")[0]
+
+
+def test_a_run_has_the_portfolio_in_its_plan_unless_it_is_told_not_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, space, _ = planned(Flags(space="quick", name="with"))
+    assert len(space.enqueue) >= 4 and len(space.document["enqueue"]) == len(space.enqueue)
+    _, space, _ = planned(Flags(space="quick", name="without", set=(("portfolio=false",),)))
+    assert space.enqueue == () and "enqueue" not in space.document
 
 
 def test_a_password_is_used_but_not_kept(space, folder, tmp_path):

@@ -1,8 +1,11 @@
+from typing import get_args
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from tuning.record.journal import LOSSES, SCORES
 from tuning.settings.command_line import command_line
 from tuning.settings.config import (
     PARAMETERS,
@@ -15,6 +18,7 @@ from tuning.settings.config import (
     without_secrets,
 )
 from tuning.settings.values import parse_duration
+from tuning.training import scores
 
 
 @given(st.text())
@@ -152,3 +156,10 @@ def test_a_seed_leaves_room_for_those_of_finalists():
     assert TrialConfig(backbone="a", seed=plan.seed + plan.finalist_seeds).seed < 2**31
     with pytest.raises(ValidationError, match="less than"):
         SearchPlan(name="x", seed=largest + 1)
+
+
+def test_what_trials_are_chosen_by_is_what_epochs_have():
+    metrics = get_args(SearchPlan.model_fields["metric"].annotation)
+    assert set(metrics) == {*LOSSES, *SCORES} - {"val_accuracy"}
+    assert {f"val_{name}" for name in scores.SCORES} == set(SCORES)
+    assert all(f"`{name}`" in SearchPlan.model_fields["metric"].description for name in metrics)

@@ -11,7 +11,7 @@ from shared import examples
 from spaces import SMALL, ask, changed, document, documents, faults_of
 
 from tuning.settings.config import PARAMETERS, InputError, SearchPlan, TrialConfig, build
-from tuning.settings.space import image_sizes, suggest, trial_values
+from tuning.settings.space import DEFAULTS, image_sizes, suggest, trial_values
 from tuning.settings.space_file import PORTFOLIO, SHIPPED, fix, is_same, load, parse, with_portfolio
 
 # ---- start points
@@ -502,3 +502,27 @@ def test_a_space_is_the_recorded_one_whatever_the_portfolio_was():
         recorded = with_portfolio(space).document
         assert is_same(space, recorded) and not is_same(fix(space, {"batch_norm": "frozen"}), recorded)
     assert not is_same(lite(start=[head]), with_portfolio(lite()).document)
+
+
+def test_a_point_that_becomes_a_start_point_when_something_is_fixed_is_left_out():
+    plain = document()
+    plain["start"] = [{"backbone": "vgg16"}]
+    plain["enqueue"] = [{"backbone": "resnet18"}, {"backbone": "resnet18", "unfreeze_depth": 3}]
+    held = fix(parse(plain, "x"), {"backbone": "resnet18"})
+    again = parse(held.document, "plan.yaml")  # which a resumed run reads
+    assert (again.start, again.enqueue) == (held.start, held.enqueue) and held.start[0] not in held.enqueue
+
+
+def test_the_portfolio_is_taken_as_it_was_recorded_or_not_at_all():
+    points = yaml.safe_load(PORTFOLIO.read_text())["enqueue"]
+    assert with_portfolio(lite(fixed={"optimizer": "sgd"})).enqueue == ()
+    conditional = lite().document["parameters"]
+    for name, when in (("augmentation", "batch_norm == frozen"), ("unfreeze_depth", f"backbone == {LITE[0]}")):
+        changed = {**conditional, name: {**conditional[name], "when": when}}
+        if name == "augmentation":
+            changed["batch_norm"] = {key: value for key, value in changed["batch_norm"].items() if key != "when"}
+        space = with_portfolio(parse({"parameters": changed}, "x"))
+        parse(space.document, "plan.yaml")
+        for taken in (*space.start, *space.enqueue):
+            whole = {**DEFAULTS, **trial_values(space, taken)}
+            assert any(point.items() <= whole.items() for point in points)

@@ -129,6 +129,19 @@ def test_each_operation_changes_the_image_and_only_those_without_a_strength_do_a
     assert torch.allclose(changed(place, 0.0)[0], images, atol=0.005) == (place not in (11, 12))
 
 
+def test_views_of_colour_images_do_not_depend_on_the_batch_though_threads_share_the_work():
+    images = torch.rand((24, 3, 96, 96), generator=torch.Generator().manual_seed(0))
+    images, table = images.contiguous(memory_format=torch.channels_last), epoch_table(0, 1, 24)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        views = augment(images, table, "trivial=1")
+        alone = torch.cat([augment(images[i : i + 1], table[i : i + 1], "trivial=1") for i in range(24)])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(views, alone)
+
+
 def test_tones_are_those_of_pillow():
     image = Image.fromarray((batch(1, 256)[0, 0] * 100 + 50).byte().numpy())
     images, size = torch.from_numpy(np.asarray(image)[None, None] / np.float32(255)), torch.full((1, 1, 1, 1), 0.5)

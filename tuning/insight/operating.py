@@ -89,11 +89,11 @@ def at(
     rows, total, cells = [], int(groups.max()) + 1, by_class(targets, len(classes))
     for index, name in enumerate(classes):
         positive, negative = cells[:, index] == 1, cells[:, index] == 0
-        for specificity, least in chosen.get(name, {}).items():
-            called = probabilities[:, index] > least
+        for specificity, limit in chosen.get(name, {}).items():
+            called = probabilities[:, index] > limit
             sensitivity = share(called[positive], groups[positive], total)
             specific = share(~called[negative], groups[negative], total)
-            row = {"class": name, "validation_specificity": float(specificity), "threshold": least}
+            row = {"class": name, "validation_specificity": float(specificity), "threshold": limit}
             row |= entries("sensitivity", sensitivity) | entries("specificity", specific)
             if name in prevalence:
                 odds = prevalence[name] / (1 - prevalence[name])

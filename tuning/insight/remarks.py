@@ -28,8 +28,8 @@ def remarks(
 ) -> list[Remark]:
     """Return the remarks that a run's predictions allow; calibration and subgroups are those of the `chosen` trial."""
     predictions = read_predictions(folder, trials, samples, plan.metric)
-    compared = with_baseline(trials, predictions)
-    found = [] if compared is None else _on_baseline(compared)
+    guesses = with_baseline(trials, predictions)
+    found = [] if guesses is None else _on_baseline(guesses)
     if chosen is not None and chosen in predictions.trial_ids:
         found.append(_on_calibration(predictions, chosen))
         found += _on_subgroups(predictions, chosen, samples)

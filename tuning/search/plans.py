@@ -160,6 +160,7 @@ def resumed_plan(given: dict[str, Any], overrides: Mapping[str, Any]) -> tuple[S
     if missing:
         lacks = f"is of an older version (without {', '.join(missing)})"
         raise InputError(f"--resume: {path} {lacks}; resume it with the version that started it, or {anew}")
+    settings = {name: SearchPlan.model_fields[name].default for name in ADDED} | settings
     space = parse(document["space"], str(path))
     if settings["name"] != name:
         cure = f"rename the folder to {settings['name']}, and give that --name"

@@ -10,7 +10,7 @@ from typing import Any
 from tuning.settings.conditions import NUMBERS, Value, checked, fits, holds, parents, parents_first, parse_condition
 from tuning.settings.config import PARAMETERS, SETTINGS, InputError, SearchPlan, TrialConfig, without_secrets
 from tuning.settings.documents import read_yaml
-from tuning.settings.space import DEFAULTS, Parameter, Space, active
+from tuning.settings.space import DEFAULTS, Parameter, Space, active, trial_values
 from tuning.settings.words import as_number, nearest, show
 
 SHIPPED = Path(__file__).resolve().parents[2] / "search_spaces"
@@ -113,7 +113,7 @@ def fix(space: Space, values: Mapping[str, Any]) -> Space:
         lists[name] = [point for index, point in enumerate(completed) if point not in completed[:index]]
     if faults:
         raise InputError(faults)
-    start, enqueue = lists["start"], lists["enqueue"]
+    start, enqueue = lists["start"], [point for point in lists["enqueue"] if point not in lists["start"]]
     document |= {"start": start} | ({"enqueue": enqueue} if "enqueue" in space.document else {})
     return replace(fixed, document=_plain(document), start=tuple(start), enqueue=tuple(enqueue))
 
@@ -129,13 +129,12 @@ def with_portfolio(space: Space) -> Space:
     assert isinstance(portfolio, dict)
     inside: list[dict[str, Value]] = []
     for point in portfolio["enqueue"]:
-        held = {name: space.fixed.get(name, DEFAULTS.get(name)) for name in point if name not in space.parameters}
         outside: list[str] = []
-        given = active(space, {name: value for name, value in point.items() if name not in held})
-        completed = _complete(space, set(), given, "", outside)
-        if outside or not held.items() <= point.items() or any(_near(completed, other) for other in space.start):
-            continue
-        inside.append(completed)
+        completed = _complete(space, set(), active(space, {**DEFAULTS, **point}), "", outside)
+        whole = {**DEFAULTS, **trial_values(space, completed)}
+        same = not outside and all(whole.get(name) == value for name, value in point.items())
+        if same and completed not in inside and not any(_near(completed, other) for other in space.start):
+            inside.append(completed)
     if not inside:
         return space
     if space.start:

@@ -159,12 +159,13 @@ def finetune(
         backbones.train_mode(model)
         table = epoch_table(config.seed, epoch, len(data.train))
         order = torch.argsort(table[:, SHUFFLE], stable=True).numpy()[: steps * batch_size]
-        inputs = frozen.inputs(data.train, table.to(device), config.augmentation, (config.seed, epoch))
+        mixed = mixing(table, config.augmentation, config.image_size, device)
+        inputs = frozen.inputs(data.train, table.to(device), config.augmentation, (config.seed, epoch), mixed)
         torch.manual_seed(config.seed * 1_000_003 + epoch)
         total, skipped, running = (torch.zeros((), device=device) for _ in range(3))
         own = labels[torch.from_numpy(data.train[order])].to(device)
         targets: list[list[Targets]] = [[(wanted, None)] for wanted in torch.split(own, batch_size)]
-        if (mixed := mixing(table, config.augmentation, config.image_size, device)) is not None:
+        if mixed is not None:
             others = labels[torch.from_numpy(data.train[mixed.partners[order]])].to(device)
             shares = torch.from_numpy(mixed.shares[order]).to(device)
             split = (torch.split(each, batch_size) for each in (own, shares, others, 1 - shares))

@@ -17,7 +17,7 @@ from torch import Tensor
 from tuning.training.dataset import Indices, preparer
 from tuning.training.device import in_float32
 from tuning.training.features import CHUNK, GPU_CHUNK, Array, Cache, Key, loaded, to_device
-from tuning.training.mixing import Mixing, mixing
+from tuning.training.mixing import Mixing
 from tuning.training.models import Network
 from tuning.training.scores import evaluation_batch, predict
 
@@ -66,7 +66,12 @@ class Frozen:
         self.data_seconds = 0.0  # spent so far on reading and augmenting
 
     def inputs(
-        self, indices: Indices, table: Tensor | None = None, policy: str = "none", moment: tuple[int, int] | None = None
+        self,
+        indices: Indices,
+        table: Tensor | None = None,
+        policy: str = "none",
+        moment: tuple[int, int] | None = None,
+        mixed: Mixing | None = None,
     ) -> Inputs:
         """Return the trained part's inputs for a set of images; outputs to be cached are computed here.
 
@@ -75,8 +80,8 @@ class Frozen:
             table: their rows of the epoch's table, for training; None: no augmentation, for evaluation in float32.
             policy: of the augmentation.
             moment: seed and epoch of the table.
+            mixed: how the policy mixes these images with others, if it does.
         """
-        mixed = None if table is None else mixing(table, policy, self._network.image_size, self._network.device)
         prepare = partial(self._prepared, indices, table, policy, mixed)
         if self._cut is None:
             return Inputs(prepare)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tuning.settings.augmentation import strengths
 from tuning.training.augment import MIX, MIX_X, MIX_Y, PARTNER
+from tuning.training.features import to_device
 
 
 class Mixing(NamedTuple):
@@ -26,7 +27,7 @@ class Mixing(NamedTuple):
 
     def of(self, images: Tensor, others: Tensor, positions: NDArray[np.int64]) -> Tensor:
         """Return images [batch, channels, side, side] at these positions, mixed with their partners."""
-        rows = torch.from_numpy(positions).to(self.boxes.device)
+        rows = to_device(positions, self.boxes.device)
         places = torch.arange(images.shape[-1], device=images.device)
         top, bottom, left, right = (self.boxes[rows, edge].view(-1, 1) for edge in range(4))
         down, across = (places >= top) & (places < bottom), (places >= left) & (places < right)
@@ -38,7 +39,7 @@ def mixing(table: Tensor, policy: str, side: int, device: torch.device) -> Mixin
     """Return how images are mixed; None if the policy mixes none.
 
     Args:
-        table: of the epoch, [n, columns].
+        table: of the epoch, [n, columns], on the CPU.
         policy: its text, see `settings.augmentation`.
         side: of the images, in pixels.
         device: of the images.
@@ -47,7 +48,7 @@ def mixing(table: Tensor, policy: str, side: int, device: torch.device) -> Mixin
     mixup, cutmix = (strength.get(name, 0.0) for name in ("mixup", "cutmix"))
     if not mixup and not cutmix:
         return None
-    numbers = table.cpu().numpy().astype(np.float64)
+    numbers = table.numpy().astype(np.float64)
     drawn = numbers[:, MIX]
     cut = drawn < 0.5 if mixup and cutmix else np.full(len(drawn), bool(cutmix))
     drawn = drawn * 2 % 1 if mixup and cutmix else drawn

@@ -61,7 +61,8 @@ def _blended(images: Tensor, others: Tensor, size: Tensor) -> Tensor:
 
 
 def _contrasted(images: Tensor, size: Tensor) -> Tensor:
-    return _blended(images, images.mean(dim=(1, 2, 3), keepdim=True), size)
+    rows = images.mean(dim=3, keepdim=True)  # threads share one mean over all, whose last bit then depends on the batch
+    return _blended(images, rows.mean(dim=(1, 2), keepdim=True), size)
 
 
 def _sharpened(images: Tensor, size: Tensor) -> Tensor:
@@ -88,8 +89,8 @@ def _stretched(images: Tensor, size: Tensor) -> Tensor:
 
 
 def _equalized(images: Tensor, size: Tensor) -> Tensor:
-    values = images.flatten(2)
-    ranks = torch.searchsorted(values.sort(dim=2).values, values, right=True).float()
+    values = images.flatten(2).contiguous()
+    ranks = torch.searchsorted(values.sort(dim=2).values.contiguous(), values, right=True).float()
     least, count = ranks.amin(dim=2, keepdim=True), values.shape[2]
     spread = (ranks - least) / (count - least).clamp_min(1)
     return torch.where(least < count, spread, values).view_as(images)
