@@ -269,7 +269,7 @@ def learnt(curves: Curves) -> list[Row]:
     return points(curves, without(curves.name, PORTFOLIO_SIZE))
 
 
-def reversed_ranks(curves: Curves) -> list[Row]:
+def worst(curves: Curves) -> list[Row]:
     """As bad a portfolio as there can be: the configurations that do worst on this set."""
     there = ranks(curves)
     return points(curves, sorted(there, key=lambda each: -there[each])[:PORTFOLIO_SIZE])
@@ -289,9 +289,10 @@ METHODS: dict[str, Callable[..., Method]] = {
     "syne-asha": partial(SyneTune, baseline="ASHA"),
     "syne-bohb": partial(SyneTune, baseline="BOHB"),
     "syne-cqr": partial(SyneTune, baseline="ASHACQR"),
-    # The product with one thing changed; from the third on without a portfolio.
+    # The product with one thing changed; from the fourth on without a portfolio.
     "no portfolio": Product,
-    "worst portfolio": partial(Product, enqueue=reversed_ranks),
+    "portfolio reversed": partial(Product, enqueue=lambda curves: learnt(curves)[::-1]),
+    "worst portfolio": partial(Product, enqueue=worst),
     "no probe": partial(Product, probe=False),
     "compare best": partial(Product, compared="best"),
     "compare last": partial(Product, compared="last"),

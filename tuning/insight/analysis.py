@@ -322,7 +322,8 @@ def differences(plans: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
 def _space(space: Mapping[str, Any]) -> dict[str, str]:
     parameters = {key: described(value) for key, value in space.get("parameters", {}).items()}
     fixed = {key: f"fixed at {value}" for key, value in space.get("fixed", {}).items()}
-    return parameters | fixed | {"start points": str(len(space.get("start", [])))}
+    points = {"start points": space.get("start", []), "enqueued points": space.get("enqueue", [])}
+    return parameters | fixed | {words: str(len(listed)) for words, listed in points.items()}
 
 
 def _choice(value: Any) -> str:

@@ -145,7 +145,7 @@ class SearchPlan(BaseModel):
     space: str = "quick"
     """Search space: the name of a shipped one (quick, chest_xray), or a YAML file."""
     trials: int = Field(20, ge=1, le=100_000)
-    """Number of trials: the start points, then suggestions. Probes and finalists are not counted."""
+    """Number of trials: the start points, the portfolio, then suggestions. Probes and finalists are not counted."""
     epochs: int = Field(10, ge=1, le=10_000)
     """Number of epochs of a trial that is not ended early."""
     seed: int = Field(0, ge=0, lt=2**31 - 1000)  # finalists' runs have the next ones
