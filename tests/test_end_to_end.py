@@ -157,7 +157,9 @@ def test_with_two_slots_a_killed_driver_loses_and_repeats_nothing(workplace):
     for event in events:
         if event["event"] == "decision":
             decided = rungs.decide(event["trial_id"], event["epoch"], event["value"], event["stratum"])
-            assert (decided.verdict, decided.cutoff) == (event["verdict"], event["cutoff"])
+            is_default = event["trial_id"] == "t00000"  # which is never stopped
+            verdict = "kept" if is_default and decided.verdict == "stop" else decided.verdict
+            assert (verdict, decided.cutoff) == (event["verdict"], event["cutoff"])
 
 
 def test_a_search_that_is_stopped_in_every_way_goes_on(workplace):

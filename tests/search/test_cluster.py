@@ -18,6 +18,7 @@ from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from searches import make_run, workers
+from threadpoolctl import threadpool_info
 
 from tuning.data.images import content_hashes, decode_all, open_images
 from tuning.search.cluster import (
@@ -47,6 +48,8 @@ def test_workers_have_loaded_what_trials_need_before_the_first(no_ray):
 
     environment = dict(os.environ)
     with ray_running(SearchPlan(name="test")) as resources:
+        # While Ray's processes are forked no other thread computes with those of OpenBLAS, which forks end.
+        assert {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"} == {1}
         ((cpus, _),) = resources()
         assert cpus >= 1
         assert ray.get_runtime_context().gcs_address.startswith("127.0.0.1:")

@@ -30,6 +30,7 @@ import ray
 from ray._private.accelerators import get_accelerator_manager_for_resource
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from threadpoolctl import threadpool_limits
 
 from tuning.data.decoding import Pixels
 from tuning.data.images import DECODING, Item, Result, open_images, parallel_map
@@ -73,8 +74,9 @@ def ray_running(plan: SearchPlan) -> Iterator[Callable[[], list[Node]]]:
     Yields:
         A function that waits for Ray and returns its nodes.
     """
-    # The thread must outlive the search: Ray's processes end with it.
-    with restored_environment(), ThreadPoolExecutor(1) as pool:
+    # The thread must outlive the search: Ray's processes end with it. OpenBLAS ends its own threads whenever this
+    # process forks, as to start Ray: a product of matrices that they compute meanwhile would never end.
+    with restored_environment(), threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(1) as pool:
         starting = pool.submit(start_ray, plan)
         try:
             yield starting.result
