@@ -5,10 +5,11 @@
 - random: the same without ASHA, suggestions at random, for as long as the recipe took.
 - product: `run_search.py`, then `train_final.py`, within a share of the recipe's seconds of the same set and seed.
   `--checkout` names another checkout of this project, such as the version before, whose results are kept beside.
+- further: the same, with FURTHER among the choices of augmentation.
 
 All methods search the same space (`quick`), at 64 px, in two slots of one thread. Each model gets the temperature that
-fits the validation set. Results are kept in --out, a JSON file for each run, and not made again;
-`--report` prints the table of what is there and writes `benchmarks/delivered/results.parquet`.
+fits the validation set. Results are kept in --out, a JSON file for each run, and not made again; `--report` prints the
+table of what is there. All go to `benchmarks/delivered/results.parquet`, beside what that has of other runs.
 """
 
 if __name__ == "__main__":  # this folder would come first on the path, and its modules would shadow others
@@ -33,6 +34,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import tyro
+import yaml
 from numpy.typing import NDArray
 
 from benchmarks.sets import SETS, manifest
@@ -43,6 +45,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "benchmarks" / "delivered" / "results.parquet"
 EPOCHS, SLOTS = 8, 2
 SHARE = 0.2  # of the recipe's seconds that the product has
+FURTHER = ("light crop=0.3", "trivial=1", "light mixup=0.2", "light cutmix=0.5")
 FIGURES = ("loss", "auroc", "balanced_accuracy", "seconds")
 
 
@@ -57,7 +60,7 @@ class Flags:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds of sampler and training."""
     methods: tuple[str, ...] = ("recipe", "product")
-    """Methods: recipe, random, product."""
+    """Methods: recipe, random, product, further."""
     share: float = SHARE
     """Share of the recipe's seconds that the product has."""
     checkout: str = str(ROOT)
@@ -98,7 +101,7 @@ def of_recipe(data: Path, seed: int, seconds: float | None) -> dict[str, dict[st
     return found
 
 
-def of_product(flags: Flags, data: Path, seed: int, seconds: float) -> dict[str, Any]:
+def of_product(flags: Flags, data: Path, seed: int, seconds: float, further: bool) -> dict[str, Any]:
     """Run a search and the final training of a checkout."""
     with tempfile.TemporaryDirectory() as place:
         environment = os.environ | {
@@ -117,7 +120,11 @@ def of_product(flags: Flags, data: Path, seed: int, seconds: float) -> dict[str,
 
         budget = f"{max(seconds - FINAL_SECONDS, 10):.0f}s"
         given = ["trials=1000", f"epochs={EPOCHS}", f"concurrent={SLOTS}", "image_size=64", "on_leak=warn"]
-        search = ["--data", str(data), "--name", "run", "--seed", str(seed), "--time-budget", budget, "--set", *given]
+        space = yaml.safe_load((Path(flags.checkout) / "search_spaces" / "quick.yaml").read_text())
+        space["parameters"]["augmentation"]["choices"] += FURTHER if further else ()
+        Path(f"{place}/space.yaml").write_text(yaml.safe_dump(space))
+        search = ["--data", str(data), "--space", f"{place}/space.yaml", "--name", "run", "--seed", str(seed)]
+        search += ["--time-budget", budget, "--set", *given]
         command("run_search.py", *search)
         command("train_final.py", "results/run", *(["--set", *flags.final] if flags.final else []))
         taken = time.perf_counter() - began
@@ -145,18 +152,28 @@ def make(flags: Flags, name: str, seed: int, method: str) -> None:
     if path.exists():
         return
     data = manifest(name, out.resolve() / "images", flags.xrays)
-    recipe = kept(out, name, seed, "recipe")
-    if method != "recipe" and not recipe.exists():
-        raise SystemExit(f"{name}, seed {seed}: the recipe comes first, since {method} has its seconds")
-    taken = None if method == "recipe" else json.loads(recipe.read_text())[""]["seconds"]
-    if method == "product":
+    taken = None if method == "recipe" else recipe_seconds(everything(out), name, seed)
+    if method in ("product", "further"):
         assert taken is not None
-        found = {"": of_product(flags, data, seed, flags.share * taken)}
+        found = {"": of_product(flags, data, seed, flags.share * taken, method == "further")}
     else:
         found = of_recipe(data, seed, taken)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(found))
     print(name, seed, label, found, flush=True)
+
+
+def recipe_seconds(rows: pd.DataFrame, name: str, seed: int) -> float:
+    found = rows[(rows["set"] == name) & (rows["seed"] == seed) & (rows["method"] == "recipe")]
+    if found.empty:
+        raise SystemExit(f"{name}, seed {seed}: the recipe comes first, since the others have its seconds")
+    return float(found["seconds"].iloc[0])
+
+
+def everything(out: Path) -> pd.DataFrame:
+    """What is in the folder, and what KEPT has of other runs."""
+    rows = [results(out), pd.read_parquet(KEPT)] if KEPT.exists() else [results(out)]
+    return pd.concat(rows).drop_duplicates(["set", "seed", "method"]).reset_index(drop=True)
 
 
 def results(out: Path) -> pd.DataFrame:
@@ -166,7 +183,7 @@ def results(out: Path) -> pd.DataFrame:
         name, seed, method = path.stem.rsplit("-", 2)
         for kind, found in json.loads(path.read_text()).items():
             rows.append({"set": name, "seed": int(seed), "method": method + kind, **found})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["set", "seed", "method", *FIGURES, "members"])
 
 
 def report(rows: pd.DataFrame) -> None:
@@ -205,7 +222,7 @@ def main() -> None:
     if not flags.report:
         for seed, name, method in itertools.product(flags.seeds, flags.sets, flags.methods):
             make(flags, name, seed, method)
-    rows = results(out)
+    rows = everything(out)
     if len(rows):
         KEPT.parent.mkdir(exist_ok=True)
         rows.to_parquet(KEPT, index=False)

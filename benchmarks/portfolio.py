@@ -27,7 +27,7 @@ from benchmarks.record import FIXED, GRID
 from benchmarks.recorded import Curves, curves_of
 from tuning.settings.space_file import PORTFOLIO
 
-SETS = ("generated", "xrays", "few", "rare", "digits")
+SETS = ("generated", "xrays", "few", "rare", "digits", "patches")
 SOURCES = {"few": "xrays", "rare": "generated"}  # sets that are parts of others, or drawn like them
 NAMES = tuple(GRID)
 RATES = GRID["learning_rate"]

@@ -81,7 +81,8 @@ class Flags:
 class Method(Protocol):
     """A way to search; trials are named by tickets, which count from 0."""
 
-    def suggest(self, ticket: int) -> Row | None: ...
+    def suggest(self, ticket: int) -> tuple[Row, int] | None:
+        """A configuration, and the epochs of it that were trained already, from whose end it goes on."""
 
     def report(self, ticket: int, epoch: int, row: Row) -> bool:
         """Take in an epoch; true if the trial goes on."""
@@ -125,22 +126,24 @@ class Product:
             assert hasattr(self.search.optimizer, name)
             setattr(self.search.optimizer, name, changed[name])
         self._curves = curves
-        self._histories: dict[int, list[Row]] = {}
+        self._histories: dict[str, list[Row]] = {}  # by trial
+        self._trials: dict[int, str] = {}
         self._probes: dict[int, float] = {}
 
-    def suggest(self, ticket: int) -> Row | None:
+    def suggest(self, ticket: int) -> tuple[Row, int] | None:
         named = self.search.next_trial(str(ticket))
         if not isinstance(named, dict):
             return None
         self.search.started(str(ticket))
-        self._histories[ticket] = []
+        self._trials[ticket] = named["trial_id"]
+        history = self._histories.setdefault(named["trial_id"], [])
         config: Row = named["config"]
         if named["origin"] == "probe":
             self._probes[ticket] = self._curves.probed(config["backbone"])
-        return config
+        return config, len(history)
 
     def report(self, ticket: int, epoch: int, row: Row) -> bool:
-        history = self._histories[ticket]
+        history = self._histories[self._trials[ticket]]
         compared = self._plan.compared == "early_loss" and epoch in self.search.rungs.rungs
         early_loss = row["early_loss"] if compared else None  # as the product measures it
         history.append(row | {"val_loss": self._probes.get(ticket, row["val_loss"]), "early_loss": early_loss})
@@ -168,10 +171,9 @@ class StockRay:
         self._searcher = OptunaSearch(distributions(curves.grid), metric="val_loss", mode="min", seed=seed)
         self._scheduler = ASHAScheduler(metric="val_loss", mode="min", max_t=EPOCHS)
 
-    def suggest(self, ticket: int) -> Row | None:
+    def suggest(self, ticket: int) -> tuple[Row, int] | None:
         self._scheduler.on_trial_add(None, SimpleNamespace(trial_id=str(ticket)))
-        params: Row = self._searcher.suggest(str(ticket))
-        return params
+        return self._searcher.suggest(str(ticket)), 0
 
     def report(self, ticket: int, epoch: int, row: Row) -> bool:
         loss = math.nan if row["val_loss"] is None else row["val_loss"]
@@ -200,9 +202,9 @@ class OptunaAlone:
         self._trials: dict[int, optuna.Trial] = {}
         self._distributions = distributions(curves.grid)
 
-    def suggest(self, ticket: int) -> Row | None:
+    def suggest(self, ticket: int) -> tuple[Row, int] | None:
         self._trials[ticket] = trial = self._study.ask(self._distributions)
-        return dict(trial.params)
+        return dict(trial.params), 0
 
     def report(self, ticket: int, epoch: int, row: Row) -> bool:
         trial = self._trials[ticket]
@@ -233,7 +235,7 @@ class SyneTune:
         self._scheduler = getattr(baselines, baseline)(config_space, metric="val_loss", **named)
         self._trials: dict[int, Any] = {}
 
-    def suggest(self, ticket: int) -> Row | None:
+    def suggest(self, ticket: int) -> tuple[Row, int] | None:
         from datetime import datetime
 
         from syne_tune.backend.trial_status import Trial
@@ -241,8 +243,7 @@ class SyneTune:
         suggestion = self._scheduler.suggest()
         self._trials[ticket] = Trial(ticket, suggestion.config, datetime.now())
         self._scheduler.on_trial_add(self._trials[ticket])
-        params: Row = suggestion.config
-        return params
+        return suggestion.config, 0
 
     def report(self, ticket: int, epoch: int, row: Row) -> bool:
         result = {"epoch": epoch, "val_loss": 10.0 if row["val_loss"] is None else row["val_loss"]}
@@ -281,6 +282,18 @@ def points(curves: Curves, configurations: list[Key]) -> list[Row]:
     return [{name: value for name, value in point.items() if name in curves.grid} for point in found]
 
 
+def neps(curves: Curves, seed: int, slots: int, clock: SimpleNamespace, model: bool) -> Method:
+    from benchmarks.peers import NePS
+
+    return NePS(curves, seed, slots, clock, learnt(curves)[0], model)
+
+
+def smac(curves: Curves, seed: int, slots: int, clock: SimpleNamespace) -> Method:
+    from benchmarks.peers import Smac
+
+    return Smac(curves, seed, slots, clock)
+
+
 METHODS: dict[str, Callable[..., Method]] = {
     "product": partial(Product, enqueue=learnt),
     "ray-optuna-asha": StockRay,
@@ -289,10 +302,16 @@ METHODS: dict[str, Callable[..., Method]] = {
     "syne-asha": partial(SyneTune, baseline="ASHA"),
     "syne-bohb": partial(SyneTune, baseline="BOHB"),
     "syne-cqr": partial(SyneTune, baseline="ASHACQR"),
+    "neps-priorband": partial(neps, model=False),
+    "neps-priorband-bo": partial(neps, model=True),
+    "smac": smac,
     # The product with one thing changed; from the fourth on without a portfolio.
     "no portfolio": Product,
     "portfolio reversed": partial(Product, enqueue=lambda curves: learnt(curves)[::-1]),
     "worst portfolio": partial(Product, enqueue=worst),
+    "no promotion": partial(Product, enqueue=learnt, promote=False),
+    "promotion, no portfolio": partial(Product, promote=True),
+    "no promotion, no portfolio": partial(Product, promote=False),
     "no probe": partial(Product, probe=False),
     "compare best": partial(Product, compared="best"),
     "compare last": partial(Product, compared="last"),
@@ -344,11 +363,11 @@ def searched(
     while len(trace) < epochs:
         while len(running) < slots:
             ticket = next(tickets)
-            params = method.suggest(ticket)
-            if params is None:
+            suggested = method.suggest(ticket)
+            if suggested is None:
                 break
-            keys[ticket] = curves.key(params)
-            heapq.heappush(running, (clock.now + curves.seconds[keys[ticket]], ticket, 1))
+            keys[ticket] = curves.key(suggested[0])
+            heapq.heappush(running, (clock.now + curves.seconds[keys[ticket]], ticket, suggested[1] + 1))
         if not running:
             break
         clock.now, ticket, epoch = heapq.heappop(running)

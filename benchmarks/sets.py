@@ -1,9 +1,10 @@
 """The image sets of the benchmarks.
 
-Models are compared on chest X-rays, generated radiographs and, as no radiographs, digits. Curves are recorded of three
-more kinds: few images, a rare class, and ten classes.
+Models are compared on chest X-rays, generated radiographs and, as no radiographs, digits. Curves are recorded of four
+more kinds: few images, a rare class, ten classes, and patches of photographs.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +18,11 @@ from tuning.data.samples import load_samples
 
 CHOSEN_ON, CONFIRMED_ON = ("xrays", "generated", "digits"), ("xrays-covid", "mnist")  # defaults were chosen, confirmed
 SETS = (*CHOSEN_ON, *CONFIRMED_ON)
-RECORDED = ("few", "rare", "digits")  # of which `record.py` makes curves, besides X-rays and generated
+RECORDED = ("few", "rare", "digits", "patches")  # of which `record.py` makes curves, besides X-rays and generated
 FEW = {"train": 65, "val": 35}  # X-rays of each class
 RARE = {"normal": 10, "focal_opacity": 1}  # parts of 20 images for training and 10 for validation
+PATCH = 24  # side in pixels
+STRIPS, BANDS = 4, 10  # of rows of a photograph, each a class, and of columns
 SIDE = 64  # pixels of a digit's picture
 Row = tuple[Path, str, str]  # file, label, split
 
@@ -36,7 +39,7 @@ def manifest(name: str, folder: Path, xrays: str | None) -> Path:
         rows = _xrays(xrays, covid=name == "xrays-covid")
         rows = _few(rows) if name == "few" else rows
     else:
-        written = {"generated": _generated, "rare": _rare}.get(name, _digits)
+        written = {"generated": _generated, "rare": _rare, "patches": _patches}.get(name, _digits)
         rows = written(folder / name)
     path = folder / f"{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,6 +75,29 @@ def _rare(folder: Path) -> Iterator[Row]:
     for label, parts in RARE.items():
         for file in sorted((folder.resolve() / label).glob("*.png"))[: 30 * parts]:
             yield file, label, "train" if int(file.stem) < 20 * parts else "val"
+
+
+def _patches(folder: Path) -> Iterator[Row]:
+    """Patches of scikit-learn's two photographs, by the strip that they are from: 320 for training, 160 for validation.
+
+    Training and validation have bands of columns of their own, so that no pixel is in both.
+    """
+    from sklearn.datasets import load_sample_image
+
+    rng = np.random.default_rng(0)
+    for photograph in ("china", "flower"):
+        pixels = load_sample_image(f"{photograph}.jpg")
+        height, width = pixels.shape[0] // STRIPS, pixels.shape[1] // BANDS
+        for strip, number in itertools.product(range(STRIPS), range(60)):
+            split, band = ("train", 2 * (number % 5)) if number < 40 else ("val", 2 * (number % 5) + 1)
+            top = strip * height + int(rng.integers(height - PATCH))
+            left = band * width + int(rng.integers(width - PATCH))
+            label = f"{photograph} {strip}"
+            file = folder.resolve() / label / f"{number:02d}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            patch = Image.fromarray(pixels[top : top + PATCH, left : left + PATCH])
+            patch.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(file)
+            yield file, label, split
 
 
 def _digits(folder: Path) -> Iterator[Row]:

@@ -43,6 +43,7 @@ def given_by_ray(run, images, *, early_loss_epochs):
         "deterministic": False,
         "halve": True,
         "redraw": False,
+        "promotable": False,
         "storage": None,
         "driver": None,
         "home": None,

@@ -70,6 +70,7 @@ def run_here(search):
             number += 1
         if worker is not None:
             worker.cleanup()
+    search.finished = True
     search._write_tables(now=True)
     search.journal.close()
 
@@ -99,6 +100,15 @@ class FreeTrial(tune.Trainable):
         ends = "completed" if self._epoch == self._epochs else None
         row |= {"peak_memory_mb": None, "gpu_memory_mb": None, "parameters": 8, "latency_ms": 1.0, "unfreeze_depth": 0}
         return {"row": json.dumps(row | {"epoch": self._epoch, "ends": ends, "reason": ends})}
+
+
+class WorseTrial(FreeTrial):
+    """One that is worse than those before it, so that the second is promoted once the fourth has reached its rung."""
+
+    def step(self):
+        row = json.loads(super().step()["row"])
+        worse = dict.fromkeys(("val_loss", "early_loss"), row["val_loss"] + self.config["number"])
+        return {"row": json.dumps(row | worse)}
 
 
 class SlowTrial(FreeTrial):
@@ -132,7 +142,14 @@ class OnAGpu(FreeTrial):
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers don't find the tests' modules
 
 
-ACTORS = (b"ray::FinetuneTrial", b"ray::FreeTrial", b"ray::SlowTrial", b"ray::OnAGpu", b"ray::ResourceTrainable")
+ACTORS = (
+    b"ray::FinetuneTrial",
+    b"ray::FreeTrial",
+    b"ray::WorseTrial",
+    b"ray::SlowTrial",
+    b"ray::OnAGpu",
+    b"ray::ResourceTrainable",
+)
 
 
 def workers(titles=ACTORS):

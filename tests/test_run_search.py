@@ -284,6 +284,9 @@ def test_a_run_of_a_version_without_a_setting_goes_on_where_the_default_is_what_
     (run_folder / "plan.yaml").write_text(yaml.safe_dump(recorded))
     again, *_ = planned(Flags(name="older", resume=True))
     assert again == plan
+    del recorded["settings"]["promote"]
+    (run_folder / "plan.yaml").write_text(yaml.safe_dump(recorded))
+    plan = plan.model_copy(update={"promote": False})  # as it did then
     again, *_ = planned(Flags(name="older", resume=True, set=(("trial_timeout=60",),)))
     assert again == plan.model_copy(update={"trial_timeout": 60.0})
     assert (

@@ -10,7 +10,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 from ray.tune.error import TuneError
-from searches import FIXED, PARAMETERS, FreeTrial, make_run, run_here, workers
+from searches import FIXED, PARAMETERS, FreeTrial, WorseTrial, make_run, run_here, workers
 from shared import shared_ray
 
 from tuning.record.journal import FINAL, read_journal
@@ -271,6 +271,30 @@ def test_a_lost_worker_is_replaced_three_times(tmp_path, folder, kills, status, 
     (trial,) = read_table(run / "trials.parquet").to_dict("records")
     assert (trial["status"], len(killed)) == (status, kills)
     assert trial["epochs"] == (4 if status == "completed" else 1)
+
+
+@pytest.mark.slow
+def test_a_promoted_trial_whose_worker_dies_goes_on(tmp_path, folder, ray_started):
+    run, killed = tmp_path / "run", []
+
+    def kill(search, trial):
+        if not killed and trial.status == "running" and trial.decisions[-1]["verdict"] == "promoted":
+            (worker,) = workers()
+            killed.append(trial.trial_id)
+            os.kill(worker, signal.SIGKILL)
+
+    while workers():  # an earlier search's, on its way out
+        time.sleep(0.1)
+    search = make_run(run, folder, trials=6)(trainable=WorseTrial)
+    search.show = kill
+    assert search.run()
+    assert killed == ["t00001"]
+    trials = read_table(run / "trials.parquet")
+    assert list(trials["trial_id"]) == [f"t{number:05d}" for number in range(6)]
+    assert set(trials["status"]) <= {"completed", "stopped"}
+    epochs, table = read_table(run / "epochs.parquet"), read_table(run / "decisions.parquet")
+    assert not epochs.duplicated(["trial_id", "epoch"]).any()
+    assert list(table.loc[table["trial_id"] == "t00001", "verdict"])[:2] == ["stop", "promoted"]
 
 
 @pytest.mark.slow

@@ -296,6 +296,13 @@ def test_a_live_study_shows_every_trial(tmp_path, url):
     assert [trial.user_attrs["best val_loss"] for trial in shown[:2]] == [0.4, 0.4]
     assert shown[0].intermediate_values == {1: 0.5, 2: 0.4} and shown[0].params["learning_rate"] == 1e-3
     assert shown[3].user_attrs["trial_id"] == "t00003"
+    stopped = ended(1, {"unfreeze_depth": 0, "learning_rate": 1e-3}, "stopped", [0.4, 0.5])
+    stopped.rows = [{"event": "epoch"} | row for row in stopped.rows]
+    live.show({"event": "decision", "verdict": "promoted"}, stopped, "val_loss")
+    live.show({"event": "epoch", "epoch": 3, "val_loss": 0.3}, stopped, "val_loss")
+    again = optuna.load_study(study_name="run", storage=storage).trials[-1]
+    assert again.user_attrs["trial_id"] == "t00001" and again.state.name == "RUNNING"
+    assert again.intermediate_values == {1: 0.4, 2: 0.5, 3: 0.3}
     for run_id in (None, "another run"):
         with pytest.raises(InputError, match="a study named run that this run didn't make"):
             check_study(url, "run", run_id)

@@ -83,6 +83,22 @@ def test_probes_and_finalists_are_no_trials_of_the_search():
     assert not any("f0" in line for line in lines if "val_loss" in line)
 
 
+def test_a_promoted_trial_counts_once():
+    record = make_record(trials=9, epochs=4)
+    tally = Tally(SearchPlan(name="x", trials=9, epochs=4), 2)
+    trial = next(trial for trial in record.trials.values() if trial.status == "stopped")
+    rows, trial.rows = trial.rows, trial.rows[:1]
+    for other in record.trials.values():
+        tally.take(other)
+    stopped, epochs = tally.ended["stopped"], tally.epochs
+    trial.status = "running"
+    tally.take(trial)
+    assert tally.ended["stopped"] == stopped - 1 and tally.ended.total() == 8 and tally.epochs == epochs
+    trial.status, trial.rows = "completed", [*rows[:1], *(rows[0] for _ in range(3))]
+    tally.take(trial)
+    assert tally.ended.total() == 9 and tally.epochs == epochs + 3 and tally.lengths.total() == 9
+
+
 def test_a_diverged_epoch_is_a_cross_and_one_scale_is_for_all():
     assert spark_lines([[1.0, None], [math.e**7]], 10, BLOCKS) == ["▁x", "█"]
     assert spark_lines([[math.e**k for k in range(8)]], 10, BLOCKS) == [BLOCKS]

@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from tuning.settings.config import InputError, TrialConfig
 
 FINAL = ("completed", "stopped", "converged", "diverged", "out_of_memory", "failed")  # ends that resume never undoes
+PROMOTED = "promoted"  # the decision that a stopped trial continues after all
 EARLY = ("stopped", "converged", "diverged")  # ends that early stopping brought about before the last epoch
 LOSSES = ("val_loss", "val_tempered_loss")  # metrics of which less is better
 NEW_SCORES = ("val_f1", "val_auprc", "val_sensitivity_at_90", "val_sensitivity_at_95")
@@ -233,6 +234,7 @@ class Trial:
     error: str | None = None
     started_at: float | None = None
     ended_at: float | None = None
+    ended_seq: int | None = None  # of the event that ended it
     gpus: float = 0.0
     losses: int = 0  # times that its worker process died while it ran
     lost_starts: int = 0  # times that its worker process died before it began there
@@ -285,14 +287,19 @@ class Record:
             trial.lost_starts += not event["started"]
         elif kind == "resumed":  # later rows and decisions are void: they will be made again
             trial.rows = [row for row in trial.rows if row["epoch"] <= event["from_epoch"]]
-            trial.decisions = [row for row in trial.decisions if row["epoch"] <= event["from_epoch"]]
+            promoted = (row["epoch"] for row in trial.decisions if row["verdict"] == PROMOTED)
+            until = max(promoted, default=event["from_epoch"])  # a promotion holds if the epochs before are made again
+            trial.decisions = [row for row in trial.decisions if row["epoch"] <= max(until, event["from_epoch"])]
         elif kind == "epoch":
             trial.rows.append(Row(event))
         elif kind == "decision":
             trial.decisions.append(Row(event))
+            if event["verdict"] == PROMOTED:
+                trial.status, trial.reason = "interrupted", "it was promoted, and has not begun again"
+                trial.ended_at = trial.ended_seq = None
         elif kind == "ended":
             trial.status, trial.reason, trial.error = event["status"], event["reason"], event["error"]
-            trial.ended_at = event["time"]
+            trial.ended_at, trial.ended_seq = event["time"], event["seq"]
 
 
 def read_record(path: Path) -> Record:

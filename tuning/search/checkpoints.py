@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # torch takes seconds to load, and the report only asks what 
     from tuning.training.state import State
 
 KEPT_TRIALS = 5  # ended trials whose best weights are kept
+KEPT_STATES = 10  # stopped trials whose states are kept, so that they can go on if they are promoted
 
 
 class StorageLost(OSError):
@@ -115,24 +116,36 @@ def best_weights(run: str | Path, trial_id: str) -> "dict[str, Tensor]":
 
 
 def delete_unneeded(
-    run: Path, trials: Mapping[str, Trial], metric: str, checkpoint_bytes: int, mirror: "Mirror | None"
+    run: Path,
+    trials: Mapping[str, Trial],
+    metric: str,
+    checkpoint_bytes: int,
+    mirror: "Mirror | None",
+    *,
+    promoting: bool = False,
 ) -> None:
     """Delete the checkpoints of ended trials, except the best weights of the best `KEPT_TRIALS` searched ones.
 
-    Of these too the worst are deleted until all checkpoints, with unfinished trials' states, fit `checkpoint_bytes`.
+    While trials may be promoted, all of the best `KEPT_STATES` stopped ones is kept too. Of all these the worst are
+    deleted until all checkpoints, with unfinished trials' states, fit `checkpoint_bytes`.
     """
     sizes = {path.name: path.stat().st_size for path in (run / "checkpoints").glob("[!.]*")}
     if mirror is not None:  # checkpoints of other nodes
         sizes = {Path(name).name: size for name, size in mirror.elsewhere.items()} | sizes
     with_files = sorted({name.partition(".")[0] for name in sizes} & trials.keys())
     total = sum(sizes.get(state_file(run, name).name, 0) for name in with_files if not trials[name].ended)
-    ended = [trials[name] for name in with_files if trials[name].ended]
-    for place, trial in enumerate(sorted(ended, key=lambda trial: _rank(trial, metric))):
-        state, best = state_file(run, trial.trial_id), best_file(run, trial.trial_id)
-        size = sizes.get(best.name, 0)
-        keep = place < KEPT_TRIALS and trial.number is not None and total + size <= checkpoint_bytes
-        total += size if keep else 0
-        for path in [state] if keep else [state, best]:
+    ended = sorted((trials[name] for name in with_files if trials[name].ended), key=lambda trial: _rank(trial, metric))
+    stopped = [trial for trial in ended if trial.status == "stopped"][:KEPT_STATES] if promoting else []
+    wanted = [best_file(run, trial.trial_id) for trial in ended[:KEPT_TRIALS] if trial.number is not None]
+    for trial in stopped:
+        wanted += [state_file(run, trial.trial_id), best_file(run, trial.trial_id)]
+    keeping = set[Path]()
+    for path in dict.fromkeys(wanted):
+        if total + sizes.get(path.name, 0) <= checkpoint_bytes:
+            keeping.add(path)
+            total += sizes.get(path.name, 0)
+    for trial in ended:
+        for path in {state_file(run, trial.trial_id), best_file(run, trial.trial_id)} - keeping:
             path.unlink(missing_ok=True)
             if mirror is not None and f"checkpoints/{path.name}" in mirror.elsewhere:
                 mirror.forget(f"checkpoints/{path.name}")

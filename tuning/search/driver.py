@@ -12,14 +12,15 @@ from typing import Any
 import ray
 from ray import tune
 
-from tuning.record.journal import Journal, Trial, read_record
+from tuning.record.journal import PROMOTED, Journal, Trial, read_record
 from tuning.record.mirror import Mirror
 from tuning.record.tables import make_tables, write_tables
-from tuning.search.checkpoints import delete_temporary_files, delete_unneeded
+from tuning.search.checkpoints import delete_temporary_files, delete_unneeded, state_file
 from tuning.search.cluster import Slots
 from tuning.search.finalists import finalist_runs_left
 from tuning.search.gpus import Packing
 from tuning.search.optimizer import LiveStudy, Optimizer, Prior
+from tuning.search.promotion import best_stopped, promotable, spare_seconds
 from tuning.search.proposals import finalist, probe, searched_trial
 from tuning.search.stopping import Rungs, as_loss, stop_reason, stratum, value_at_rung
 from tuning.search.trainable import FinetuneTrial
@@ -144,7 +145,8 @@ class Search:
                     self._write_end(trial, "stopped", stop_reason(self.plan, trial.decisions[-1]))
                 else:
                     unfinished.append(trial)
-            if trial.origin != "finalist":
+        for trial in sorted(self.record.trials.values(), key=lambda trial: trial.ended_seq or math.inf):
+            if trial.origin != "finalist":  # in the order in which they ended, as they were told
                 self.optimizer.restore(trial)
         return unfinished
 
@@ -180,6 +182,7 @@ class Search:
             "early_loss_epochs": [] if is_finalist else self._early_loss_epochs(),
         }
         given = {"gpus": gpus, "halve": gpus == 1 or not self.resources.packed, "redraw": is_finalist and self._redraw}
+        given["promotable"] = self.plan.promote and trial.number is not None
         return fields | self._context | given | {"ending": ending}
 
     def _ask(self) -> Trial | str | None:
@@ -188,6 +191,8 @@ class Search:
         started = self.searched >= min(len(self.space.start), plan.trials)
         if started and plan.probe and plan.early_stopping:
             asked = probe(self.space, plan, self.record)
+        if asked is None and (stopped := self._promotable()) is not None:
+            return self._promote(stopped)
         if asked is None and self.searched < plan.trials:
             asked = searched_trial(self.searched, self.space, plan, self.optimizer, self._untried())
         elif asked is None:
@@ -200,6 +205,30 @@ class Search:
             asked = finalist(*self._finalist_runs.pop(0), self.record)
         self._write("asked", **asked)
         return trials[asked["trial_id"]]
+
+    def _promotable(self) -> Trial | None:
+        """Return the stopped trial that goes on before another is asked for."""
+        plan, trials = self.plan, self.record.trials.values()
+        left = self.searched < plan.trials
+        if not plan.promote or (not left and any(trial.origin == "finalist" for trial in trials)):
+            return None
+        if (stopped := promotable(self.rungs, self.record)) is not None or left:
+            return stopped
+        running = [trial for trial in trials if trial.number is not None and not trial.ended]
+        seconds = spare_seconds(self.record, plan, running, self._budget_left(), self.resources.count)
+        return best_stopped(self.record, plan, seconds, self._has_state)
+
+    def _has_state(self, trial: Trial) -> bool:
+        state = state_file(self.run_folder, trial.trial_id)
+        return state.exists() or (self.mirror is not None and f"checkpoints/{state.name}" in self.mirror.elsewhere)
+
+    def _promote(self, trial: Trial) -> Trial:
+        """Journal that a stopped trial continues."""
+        last = trial.decisions[-1]
+        fields = {name: last[name] for name in ("epoch", "rung", "stratum", "value", "cutoff")}
+        self.optimizer.reopen(trial)
+        self._write("decision", trial_id=trial.trial_id, verdict=PROMOTED, **fields)
+        return trial
 
     def _untried(self) -> dict[Key, dict[str, Any]]:
         """Return the configurations of a finite space that no trial has, by their keys."""
@@ -321,7 +350,7 @@ class Search:
         """Journal and return ASHA's decision on a searched trial at this epoch, unless an earlier start made one."""
         if not self.plan.early_stopping or trial.number is None:
             return None
-        for made in trial.decisions:
+        for made in reversed(trial.decisions):
             if made["epoch"] == epoch:
                 return made
         kind, value = stratum(self.plan.strata, trial.config), value_at_rung(self.plan, trial.rows[:epoch])
@@ -361,10 +390,14 @@ class Search:
         """Return whether no more trials are to run; `halted` then says why."""
         if self.halted is None and self.mirror is not None:
             self.halted = self.mirror.taken
-        budget = self.plan.time_budget
-        if self.halted is None and budget is not None and self.journal.wall_s - self.started_wall_s >= budget:
+        if self.halted is None and self._budget_left() <= 0:
             self.halted = "the time budget is used up"
         return self.halted is not None
+
+    def _budget_left(self) -> float:
+        """Return the seconds left of the time budget."""
+        budget = self.plan.time_budget
+        return math.inf if budget is None else budget - (self.journal.wall_s - self.started_wall_s)
 
     def _write_tables(self, *, now: bool = False) -> None:
         started = time.monotonic()
@@ -378,7 +411,15 @@ class Search:
     def delete_checkpoints(self) -> None:
         """Delete the checkpoints that are no longer needed."""
         plan = self.plan
-        delete_unneeded(self.run_folder, self.record.trials, plan.metric, plan.checkpoint_bytes, self.mirror)
+        promoting = plan.promote and not (self.finished and self.halted is None)
+        delete_unneeded(
+            self.run_folder,
+            self.record.trials,
+            plan.metric,
+            plan.checkpoint_bytes,
+            self.mirror,
+            promoting=promoting,
+        )
 
     def run(self) -> bool:
         """Search until the trials, the time budget or the user end it; return False if it was interrupted.

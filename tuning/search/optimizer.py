@@ -15,7 +15,7 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from tuning.record.journal import FINAL, LOSSES, Trial, best_epoch, loss_like
+from tuning.record.journal import FINAL, LOSSES, PROMOTED, Trial, best_epoch, loss_like
 from tuning.settings.config import InputError
 from tuning.settings.space import Key, Space, active, same, suggest
 
@@ -110,6 +110,19 @@ class Optimizer:
         told = trial.number not in self._running  # a study's told trials can't be changed
         self._stale += told and value != self._interim[trial.number]
         self._interim[trial.number] = value
+
+    def reopen(self, trial: Trial) -> None:
+        """Take back the end of a stopped trial that is to continue."""
+        assert trial.number is not None
+        _, value, _ = self._outcome(trial)
+        told = next((ended for ended in self._ended if (ended.params, ended.value) == (trial.params, value)), None)
+        self._ended = [ended for ended in self._ended if ended is not told]  # not there in a thinned study
+        if value is not None:
+            self._values.remove(value)
+        self._open[trial.number] = dict(trial.params)
+        if (reached := self._lowest_early_loss(trial)) is not None:
+            self._interim[trial.number] = reached
+        self._renew()
 
     def restore(self, trial: Trial) -> None:
         """Add a trial of an earlier start; one that has not ended stays open."""
@@ -307,6 +320,9 @@ class LiveStudy:
                 suggest(self._space, self._trials[trial_id])
             elif kind == "epoch" and event[metric] is not None:
                 self._trials[trial_id].report(loss_like(metric, event[metric]), event["epoch"])
+            elif kind == "decision" and event["verdict"] == PROMOTED:  # a told trial can't be changed: once more
+                for again in ({"event": "asked"}, *trial.rows):
+                    self.show(again, trial, metric)
             elif kind == "ended" and event["status"] in FINAL:
                 status, running, best = event["status"], self._trials.pop(trial_id), best_epoch(trial.rows, metric)
                 running.set_user_attr("status", status)

@@ -24,7 +24,7 @@ from tuning.record import tables
 from tuning.record.journal import Journal
 from tuning.record.mirror import fetch, run_folder
 from tuning.record.storage import absolute, is_uri, joined, stored
-from tuning.settings.config import ADDED, RESUME_MAY_CHANGE, InputError, SearchPlan, build, check_value
+from tuning.settings.config import ADDED, FORMERLY, RESUME_MAY_CHANGE, InputError, SearchPlan, build, check_value
 from tuning.settings.documents import read_plan
 from tuning.settings.space import Space, configurations, largest
 from tuning.settings.space_file import fix, is_same, load, parse, with_portfolio
@@ -155,12 +155,12 @@ def resumed_plan(given: dict[str, Any], overrides: Mapping[str, Any]) -> tuple[S
     document = read_plan(folder)
     settings = document["settings"]
     anew = "start a new run under another --name"
-    # Without one of those that can change or were added, an older version did what its default does.
-    missing = sorted(SearchPlan.model_fields.keys() - settings.keys() - {*RESUME_MAY_CHANGE, *ADDED})
+    # Without one of those that can change or were added, an older version did what its default does, or FORMERLY says.
+    missing = sorted(SearchPlan.model_fields.keys() - settings.keys() - {*RESUME_MAY_CHANGE, *ADDED, *FORMERLY})
     if missing:
         lacks = f"is of an older version (without {', '.join(missing)})"
         raise InputError(f"--resume: {path} {lacks}; resume it with the version that started it, or {anew}")
-    settings = {name: SearchPlan.model_fields[name].default for name in ADDED} | settings
+    settings = {name: SearchPlan.model_fields[name].default for name in ADDED} | FORMERLY | settings
     space = parse(document["space"], str(path))
     if settings["name"] != name:
         cure = f"rename the folder to {settings['name']}, and give that --name"

@@ -1,6 +1,7 @@
-"""ASHA: asynchronous successive halving, in its stopping variant (Li et al. 2020, https://arxiv.org/abs/1810.05934).
+"""ASHA: asynchronous successive halving (Li et al. 2020, https://arxiv.org/abs/1810.05934).
 
-It has no random part, so replaying a journal gives the same rungs.
+Trials are stopped at the rungs, as in its stopping variant, and promoted later if they are among the best after all. It
+has no random part, so replaying a journal gives the same rungs.
 """
 
 import math
@@ -20,7 +21,9 @@ class Decision(NamedTuple):
     stratum: str
     value: float | None
     cutoff: float | None
-    verdict: str  # continue | stop | kept: worse than the cut-off, but among the best of all trials, or a start point
+    # continue | stop | kept: worse than the cut-off, but among the best of all trials, or a start point |
+    # promoted: it had been stopped, and continues
+    verdict: str
 
 
 class Rungs:
@@ -57,6 +60,20 @@ class Rungs:
             cutoff = self._cutoff(value for other, value in entered.values() if other == stratum)
         verdict = "continue" if own <= cutoff else "kept" if own <= overall else "stop"
         return Decision(epoch, stratum, value, cutoff if math.isfinite(cutoff) else None, verdict)
+
+    def passing(self, rung: int) -> list[str]:
+        """Return the trials that would continue at a rung if they were judged now, the best first."""
+        entered = self._values[rung]
+        if not entered:
+            return []
+        kinds = {kind for kind, _ in entered.values()}
+        overall = self._cutoff(value for _, value in entered.values())
+        cutoffs = {kind: self._cutoff(value for other, value in entered.values() if other == kind) for kind in kinds}
+        return [
+            trial_id
+            for trial_id, (kind, value) in sorted(entered.items(), key=lambda item: item[1][1])
+            if value <= overall or (kind != ANY and value <= cutoffs[kind])
+        ]
 
     def _cutoff(self, values: Iterable[float]) -> float:
         ordered = sorted(values)

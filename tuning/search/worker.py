@@ -62,6 +62,7 @@ class Worker:
     _saved_at: float  # monotonic seconds, when the last checkpoint was written
     _freed: bool  # whether the trial has begun again after it was out of memory
     _saving_seconds: float | None  # that the trial's last checkpoint took
+    _trained_seconds: float  # for which this process has trained the trial
     _bytes_per_second = 1e8  # of the last large checkpoint; at first as to a file system in a network
 
     def __init__(self, config: dict[str, Any]):
@@ -85,9 +86,10 @@ class Worker:
         self._begin(config)
 
     def next_trial(self, config: dict[str, Any]) -> None:
-        """Begin the next trial. The one before has ended, so only its best weights are saved."""
-        if self._snapshot is not None:
-            self._save(ended=True)
+        """Begin the next trial. Of the one before only the best weights are saved, unless it may be promoted."""
+        goes_on = not self._ended and self._config["promotable"]
+        if self._snapshot is not None and not (goes_on and self._saved):
+            self._save(ended=not (goes_on and self._is_cheap()))
         self._begin(config)
 
     def end(self, patience: float) -> None:
@@ -110,6 +112,7 @@ class Worker:
                 return self._replay.pop(0) | {"replayed": True}
             row, self._snapshot = next(self._rows)
             self._ended = row["ends"] is not None
+            self._parameters, self._trained_seconds = row["trained_parameters"], self._trained_seconds + row["seconds"]
             self._saved = self._is_due(row) and self._save(ended=self._ended)
             return row | {"checkpoint": self._saved}
         except StorageLost:
@@ -176,6 +179,7 @@ class Worker:
             self._run = copy_folder(f"{config['storage']} {config['run_id']}") / self._run.name
         self._saved, self._saved_at = False, time.monotonic()  # whether the last epoch's checkpoint is on disk
         self._ended, self._saving_seconds = False, None  # whether the trial ended with the last epoch
+        self._parameters, self._trained_seconds = 0, 0.0  # that the trial trains, and for how long it has
         self._predicted: int | None = None  # the epoch whose validation probabilities are on disk
         self._freed = False
 
@@ -234,10 +238,17 @@ class Worker:
 
     def _is_due(self, row: Row) -> bool:
         """Return whether to write a checkpoint, which takes at most `CHECKPOINT_SHARE` of a trial's time."""
-        seconds = self._saving_seconds
-        if seconds is None:
-            seconds = STATE_BYTES * (row["trained_parameters"] or 0) / self._bytes_per_second
-        return time.monotonic() - self._saved_at > max(CHECKPOINT_SECONDS, seconds * (1 / CHECKPOINT_SHARE - 1))
+        least = self._seconds_to_save(row["trained_parameters"]) * (1 / CHECKPOINT_SHARE - 1)
+        return time.monotonic() - self._saved_at > max(CHECKPOINT_SECONDS, least)
+
+    def _is_cheap(self) -> bool:
+        """Return whether a stopped trial's state takes at most `CHECKPOINT_SHARE` of the time to train it again."""
+        return bool(self._seconds_to_save(self._parameters) <= CHECKPOINT_SHARE * self._trained_seconds)
+
+    def _seconds_to_save(self, parameters: int | None) -> float:
+        if self._saving_seconds is not None:
+            return self._saving_seconds
+        return STATE_BYTES * (parameters or 0) / self._bytes_per_second
 
     def _save(self, *, ended: bool) -> bool:
         """Write a checkpoint; return whether it is on disk. A full disk costs the checkpoint, not the trial."""

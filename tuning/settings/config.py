@@ -205,6 +205,8 @@ class SearchPlan(BaseModel):
     """Epochs in which `early_loss` is measured: those of ASHA's `rungs`, or `always`."""
     reduction_factor: int = Field(2, ge=2)
     """ASHA keeps the best 1/`reduction_factor` of the trials at each rung."""
+    promote: bool = True
+    """Whether a stopped trial continues if by now it is among those that ASHA keeps, or if a slot would be idle."""
     patience: int = Field(5, ge=1)
     """Number of epochs without improvement after which a trial ends as `converged`."""
     divergence_factor: float = Field(10.0, gt=1)
@@ -315,6 +317,7 @@ ADDED = (
     *("columns", "label_columns", "finding", "multi_label", "uncertain", "blank", "label_pattern", "group_pattern"),
     *("subgroups", "deterministic", "portfolio"),
 )
+FORMERLY = {"promote": False}  # what versions without a setting did, where its default does something else
 
 
 def cache_folder() -> Path:

@@ -41,9 +41,15 @@ class Tally:
     began: float = math.inf  # when the first epoch started
     reported: float = 0.0  # when the last epoch ended
     _epochs: dict[str, int] = field(default_factory=dict)  # of trials that have not ended
+    _ends: dict[str, tuple[str, int]] = field(default_factory=dict)  # status and epochs of ended trials of the search
 
     def take(self, trial: Trial) -> None:
         """Add what a trial has reported since the last call."""
+        if trial.trial_id in self._ends:  # it was stopped, and has been promoted
+            status, length = self._ends.pop(trial.trial_id)
+            self._epochs[trial.trial_id] = length
+            self.ended -= Counter([status])
+            self.lengths -= Counter([length])
         for row in trial.rows[self._epochs.get(trial.trial_id, 0) :]:  # voided epochs count once
             if row["wall_s"] < self.started:  # maybe with another number of slots, or on another machine
                 continue
@@ -60,6 +66,7 @@ class Tally:
         if trial.ended:
             del self._epochs[trial.trial_id]
             if trial.number is not None:
+                self._ends[trial.trial_id] = trial.status or "", len(trial.rows)
                 self.ended[trial.status or ""] += 1
                 self.lengths[len(trial.rows)] += 1
             self.finalists += trial.origin == "finalist"
