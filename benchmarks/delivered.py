@@ -147,7 +147,7 @@ def kept(out: Path, name: str, seed: int, method: str) -> Path:
 def make(flags: Flags, name: str, seed: int, method: str) -> None:
     """Make a result that isn't there."""
     out = Path(flags.out)
-    label = flags.label if method == "product" else method
+    label = {"product": flags.label, "further": f"{flags.label}, further"}.get(method, method)
     path = kept(out, name, seed, label)
     if path.exists():
         return

@@ -50,7 +50,12 @@ class NePS:
         self._best: dict[int, float] = {}
 
     def suggest(self, ticket: int) -> tuple[Row, int] | None:
-        self._trials[ticket] = trial = self._told.ask()
+        try:
+            self._trials[ticket] = trial = self._told.ask()
+        except (
+            AssertionError
+        ):  # PriorBand's weights are no numbers where its densities are all 0, for all later asks too
+            return None
         before = trial.metadata.previous_trial_id
         self._best[ticket] = math.inf
         return dict(trial.config), 0 if before is None else int(self._told.trials[before].config["epochs"])

@@ -52,7 +52,7 @@ from tuning.training.finetune import ending
 
 MAX_EPOCHS = 600
 PORTFOLIO_SIZE = 6
-FEWER_EPOCHS = {"syne-cqr": 200}  # its surrogate is fitted anew for each suggestion: 600 take over a minute
+FEWER_EPOCHS = {"syne-cqr": 200, "smac": 200}  # surrogates are fitted anew for each suggestion: 600 take over a minute
 WARM_EPOCHS = 200
 SIGNALS_AT = (1, 2, 3, 4)  # epochs whose signals are compared with how trials end
 SHOWN_AFTER = (60, 200)  # epochs after which the best loss found is printed
@@ -66,7 +66,7 @@ class Flags:
     curves: tuple[str, ...] = ("generated", "xrays")
     """Files in benchmarks/curves."""
     methods: tuple[str, ...] = ()
-    """Names of methods. Default: all."""
+    """Names of methods. Default: all but those of `peers.py`."""
     slots: tuple[int, ...] = (1, 4, 16)
     """Simulated trials at once."""
     seeds: int = 30
@@ -305,13 +305,12 @@ METHODS: dict[str, Callable[..., Method]] = {
     "neps-priorband": partial(neps, model=False),
     "neps-priorband-bo": partial(neps, model=True),
     "smac": smac,
-    # The product with one thing changed; from the fourth on without a portfolio.
+    # The product with one thing changed; from "no probe" on without a portfolio.
+    "no promotion": partial(Product, enqueue=learnt, promote=False),
     "no portfolio": Product,
+    "no promotion, no portfolio": partial(Product, promote=False),
     "portfolio reversed": partial(Product, enqueue=lambda curves: learnt(curves)[::-1]),
     "worst portfolio": partial(Product, enqueue=worst),
-    "no promotion": partial(Product, enqueue=learnt, promote=False),
-    "promotion, no portfolio": partial(Product, promote=True),
-    "no promotion, no portfolio": partial(Product, promote=False),
     "no probe": partial(Product, probe=False),
     "compare best": partial(Product, compared="best"),
     "compare last": partial(Product, compared="last"),
@@ -331,6 +330,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "random": partial(Product, sampler="random"),
     "random, no stopping": partial(Product, sampler="random", early_stopping=False),
 }
+ELSEWHERE = ("neps-priorband", "neps-priorband-bo", "smac")  # need an environment of their own
 PLOTTED = tuple(METHODS)[:7]  # the product's default and the peers
 
 
@@ -460,7 +460,7 @@ def main() -> None:
     flags = tyro.cli(Flags)
     out = Path(flags.out)
     out.mkdir(parents=True, exist_ok=True)
-    methods = flags.methods or tuple(METHODS)
+    methods = flags.methods or tuple(name for name in METHODS if name not in ELSEWHERE)
     tasks = list(itertools.product(flags.curves, methods, flags.slots, range(flags.seeds)))
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         traces = dict(zip(tasks, pool.imap(partial(replayed, out=out), tasks), strict=True))

@@ -1,5 +1,6 @@
 """A final model on labelled images from elsewhere: figures, what differs, copies, and classes by other names."""
 
+import io
 import json
 import re
 import shutil
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from hypothesis import given
@@ -19,7 +21,7 @@ from test_train_final import run as train_final
 from tuning import train_final as final
 from tuning.evaluate import Flags, run
 from tuning.insight.shift import NUMBERS, described, shifts
-from tuning.model.evaluation import differences
+from tuning.model.evaluation import differences, near_copies, outlines
 from tuning.record.tables import read_table
 from tuning.settings.config import InputError
 
@@ -157,6 +159,45 @@ def test_images_that_cannot_be_read(model, hospital):
         run(Flags(str(model), data))
     metrics, _ = evaluated(model, data, name="damaged", set=(("skip_unreadable=true",),))
     assert metrics["evaluation"]["images"] == 40 and any("that can't be read" in line for line in metrics["remarks"])
+
+
+def test_copies_that_were_resized_or_compressed_again_are_left_out(model, hospital, folder):
+    place, samples = hospital(), read_table(model.parent / "samples.parquet")
+    for number, file in enumerate(sorted((folder / "light").iterdir())):
+        image = Image.open(file)
+        if number % 2:
+            image = image.resize((160, 160), Image.Resampling.BICUBIC).point(lambda value: value * 0.9)
+        image.save(f"{place}/light/again{number}.jpg", quality=85)
+    Image.new("L", (40, 40), 128).save(f"{place}/dark/nothing.png")  # has no outline, and so no copy
+    metrics, _ = evaluated(model, place)
+    assert metrics["copies"] == 30 and metrics["evaluation"]["images"] == 41
+    tested = ((samples["split"] == "test") & (samples["label"] == "light")).sum()
+    said = "\n".join(metrics["remarks"])
+    assert f"left out: {30 - tested} near copies of images that the model was trained on" in said
+    old = model.with_name("old-model")
+    shutil.copytree(model, old)
+    table = pq.read_table(old / "known_images.parquet")
+    pq.write_table(table.drop_columns("outline"), old / "known_images.parquet")
+    metrics, _ = evaluated(old, place)
+    assert metrics["copies"] == 0 and any("near copies are unknown" in line for line in metrics["remarks"])
+    shutil.rmtree(old)
+
+
+@examples(40)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([24, 64, 128]))
+def test_an_outline_outlives_compression_and_differs_between_images(seed, side):
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 255, (6, 16, 16), dtype=np.uint8)
+    pictures = [Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC) for pixels in coarse]
+    again = []
+    for picture in pictures:
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=70)
+        again.append(np.asarray(Image.open(file)))
+    images = np.stack([*map(np.asarray, pictures), *again])[..., None]
+    own, copied = outlines(images, np.arange(6)), outlines(images, np.arange(6, 12))
+    known = pd.DataFrame({"outline": own})
+    assert near_copies(known, copied).all() and not near_copies(known.iloc[1:], copied[:1]).any()
 
 
 def test_a_model_of_an_older_version_is_evaluated_without_copies_and_shift(model, hospital, tmp_path):

@@ -108,7 +108,8 @@ def run(flags: Flags) -> Path:
         lines.append(f"left out: {count(len(found.lost), 'image')} that can't be read")
     images = {size: open_images(place) for size, place in found.folders.items()}
     facts = read_facts(found.folders[sizes[0]])
-    rows, copies = _new(samples, found.hashes, facts, known, lines)
+    shapes = evaluation.outlines(images[sizes[0]], np.arange(len(samples)))
+    rows, copies = _new(samples, found.hashes, facts, shapes, known, lines)
     if not as_before:
         lines.append("copies in another file aren't known: this version decodes images in another way than the model's")
     tested = samples.iloc[rows].reset_index(drop=True)
@@ -231,7 +232,12 @@ def _of_classes(samples: pd.DataFrame, flags: Flags, classes: tuple[str, ...]) -
 
 
 def _new(
-    samples: pd.DataFrame, hashes: list[str], facts: pd.DataFrame, known: pd.DataFrame | None, lines: list[str]
+    samples: pd.DataFrame,
+    hashes: list[str],
+    facts: pd.DataFrame,
+    shapes: list[str | None],
+    known: pd.DataFrame | None,
+    lines: list[str],
 ) -> tuple[Any, int]:
     """Return the rows that are new to the model, each image once, and how many are not; `lines` say so."""
     left = np.zeros(len(samples), dtype=bool)
@@ -241,10 +247,14 @@ def _new(
         tested = known["split"] == "test"
         for part, what in ((known[~tested], "that the model was trained on"), (known[tested], "of its own test set")):
             same = evaluation.copies(part, hashes, facts) & ~left
-            left |= same
-            if same.any():
-                number = count(int(same.sum()), "copy", "copies")
-                lines.append(f"left out: {number} of images {what} ({examples(samples['path'][same])})")
+            near = evaluation.near_copies(part, shapes) & ~same & ~left
+            left |= same | near
+            for some, kinds in ((same, ("copy", "copies")), (near, ("near copy", "near copies"))):
+                if some.any():
+                    number = count(int(some.sum()), *kinds)
+                    lines.append(f"left out: {number} of images {what} ({examples(samples['path'][some])})")
+        if "outline" not in known:
+            lines.append("near copies are unknown: this model, of an older version, has no outlines of its images")
     copies = int(left.sum())
     again = facts["pixels_sha256"].duplicated().to_numpy() & ~left
     if again.any():

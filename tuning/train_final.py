@@ -164,7 +164,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     from tuning.model import familiar
     from tuning.model.activation import class_maps
     from tuning.model.card import card
-    from tuning.model.evaluation import known_images, write_known_images
+    from tuning.model.evaluation import known_images, outlines, write_known_images
     from tuning.model.export import MODEL, export, interface
     from tuning.model.final import assemble, train, usual_features
     from tuning.model.folder import preprocessing, save_ensemble, save_model
@@ -243,7 +243,11 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     facts, everyone = read_facts(folders[sizes[0]]), np.arange(len(table))
     contents = content_hashes(list(table["file"]), cache_folder())
     known = known_images(
-        table["split"].tolist(), contents, facts, shift.described(np.asarray(some.images), everyone, facts)
+        table["split"].tolist(),
+        contents,
+        facts,
+        shift.described(np.asarray(some.images), everyone, facts),
+        outlines(np.asarray(some.images), everyone),
     )
 
     # Test, once.

@@ -92,7 +92,7 @@ def test_it_goes_on_from_its_checkpoint_where_that_is_cheap(
 ):
     """Else it is trained again. Either way its epochs are the same, and so are the decisions."""
     run, _ = promoted
-    monkeypatch.setattr(worker, "CHECKPOINT_SHARE", share)
+    monkeypatch.setattr(worker, "STOPPED_SHARE", share)
     other = tmp_path / "run"
     run_here(make_run(other, folder, seed=SEED, trials=12)())
     resumed = [event for event in read_journal(other / "journal.jsonl") if event["event"] == "resumed"]

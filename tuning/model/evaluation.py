@@ -10,6 +10,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from PIL import Image
+from scipy import fft
 
 from tuning.data.decoding import DECODER_VERSION
 from tuning.insight.shift import NUMBERS, WORDS
@@ -19,12 +21,18 @@ from tuning.record.temperature import Floats, Ints, fit_temperature, image_losse
 
 KNOWN_IMAGES = "known_images.parquet"  # in a model folder
 HASHES = ("sha256", "pixels_sha256")  # of file and decoded pixels
+OUTLINE_SIDE, FREQUENCIES = 64, 16  # pixels of an image whose cosine transform is its outline, and how many of it
+NEAR_BITS = 20  # of an outline's 256 that may differ in a near copy (measured: benchmarks/README.md, "Near copies")
 COMPARED = ("accuracy", "balanced_accuracy", "auroc")
 BY_CLASS = ("sensitivity", "specificity", "auroc", "auprc", "f1")
 
 
 def known_images(
-    splits: Sequence[str], hashes: Sequence[str], facts: pd.DataFrame, described: pd.DataFrame
+    splits: Sequence[str],
+    hashes: Sequence[str],
+    facts: pd.DataFrame,
+    described: pd.DataFrame,
+    shapes: Sequence[str | None],
 ) -> pa.Table:
     """Return what a model folder keeps of its images: hashes and facts, in the hashes' order; no names and no pixels.
 
@@ -33,10 +41,12 @@ def known_images(
         hashes: sha256 of each file, in hex.
         facts: of `images.read_facts`.
         described: of `shift.described`.
+        shapes: of `outlines`.
     """
-    types = {**dict.fromkeys(("split", *HASHES), pa.string()), **dict.fromkeys(NUMBERS, pa.float64())}
+    types = {**dict.fromkeys(("split", *HASHES, "outline"), pa.string()), **dict.fromkeys(NUMBERS, pa.float64())}
     types |= dict.fromkeys(WORDS, pa.string())
     columns = {"split": splits, "sha256": hashes, "pixels_sha256": facts["pixels_sha256"], **described}
+    columns["outline"] = shapes
     arrays = [pa.array(columns[name], kind) for name, kind in types.items()]
     schema = versioned(types, decoder=str(DECODER_VERSION))
     return pa.Table.from_arrays(arrays, schema=schema).sort_by("sha256")
@@ -67,6 +77,43 @@ def copies(known: pd.DataFrame, hashes: Sequence[str], facts: pd.DataFrame) -> N
     same = pd.Series(hashes).isin(set(known["sha256"])) | facts["pixels_sha256"].isin(set(known["pixels_sha256"]))
     found: NDArray[np.bool_] = same.to_numpy(np.bool_)
     return found
+
+
+def outlines(images: NDArray[np.uint8], rows: NDArray[np.int64]) -> list[str | None]:
+    """Return a perceptual hash of each image, which a copy nearly shares that was resized or compressed again.
+
+    It says, in hex, which of the lowest frequencies of the image's cosine transform are above their median (as pHash,
+    with 256 bits). None of an image without detail.
+
+    Args:
+        images: decoded [images, height, width, channels].
+        rows: of the images.
+    """
+    found: list[str | None] = []
+    for row in rows:
+        grey = Image.fromarray(images[row].mean(axis=-1).astype(np.uint8))
+        pixels = np.asarray(grey.resize((OUTLINE_SIDE, OUTLINE_SIDE), Image.Resampling.LANCZOS), dtype=np.float32)
+        low = fft.dctn(pixels, norm="ortho")[:FREQUENCIES, :FREQUENCIES].ravel()
+        low[0] = 0.0  # brightness
+        bits = np.packbits(low > np.median(low))
+        found.append(bits.tobytes().hex() if pixels.std() >= 1 else None)
+    return found
+
+
+def near_copies(known: pd.DataFrame, found: Sequence[str | None]) -> NDArray[np.bool_]:
+    """Return which images nearly have the outline of a known one; none if the model is of an older version."""
+    near = np.zeros(len(found), dtype=bool)
+    if "outline" not in known or not (there := known["outline"].dropna().tolist()):
+        return near
+    of_known = _words(there)
+    for place, outline in enumerate(found):
+        if outline is not None:
+            near[place] = np.bitwise_count(of_known ^ _words([outline])).sum(axis=1).min() <= NEAR_BITS
+    return near
+
+
+def _words(found: Sequence[str]) -> NDArray[np.uint64]:
+    return np.frombuffer(bytes.fromhex("".join(found)), dtype=np.uint64).reshape(len(found), -1)
 
 
 def image_sizes(model: Model | Ensemble) -> list[int]:

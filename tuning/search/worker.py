@@ -39,7 +39,8 @@ from tuning.training.probe import probe
 from tuning.training.state import Row, Snapshot, State
 
 CHECKPOINT_SECONDS, CHECKPOINT_SHARE = 30.0, 0.05  # least time between two; largest share of a trial's time
-LARGE_BYTES = 2**24  # of a checkpoint, from which its bytes take longer than all else about it
+STOPPED_SHARE = 0.1  # the same of a stopped trial's last one: of ten such trials about one is promoted
+LARGE_BYTES = 2**22  # of a checkpoint, from which its bytes take longer than all else about it
 STATE_BYTES = 20  # of a trained parameter in a checkpoint: it, its best and average, and two of the optimizer
 Rows = Iterator[tuple[Row, Snapshot]]
 
@@ -242,8 +243,8 @@ class Worker:
         return time.monotonic() - self._saved_at > max(CHECKPOINT_SECONDS, least)
 
     def _is_cheap(self) -> bool:
-        """Return whether a stopped trial's state takes at most `CHECKPOINT_SHARE` of the time to train it again."""
-        return bool(self._seconds_to_save(self._parameters) <= CHECKPOINT_SHARE * self._trained_seconds)
+        """Return whether a stopped trial's state takes at most `STOPPED_SHARE` of the time to train it again."""
+        return bool(self._seconds_to_save(self._parameters) <= STOPPED_SHARE * self._trained_seconds)
 
     def _seconds_to_save(self, parameters: int | None) -> float:
         if self._saving_seconds is not None:

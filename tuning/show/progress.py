@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from tuning.insight.guessing import GUESS
-from tuning.record.journal import Trial, best_epoch
+from tuning.record.journal import PROMOTED, Trial, best_epoch
 from tuning.settings.config import SearchPlan, visible
 from tuning.settings.words import count
 from tuning.show.live import Tally, block, clock, depth, status_line
@@ -84,11 +84,12 @@ class Progress:
     def _searched(self, search: Any, trial: Trial) -> str:
         planned = self._plan.trials
         number = f"{clock(search.journal.wall_s)}  {self._tally.ended.total():>{len(str(planned))}}/{planned}"
+        promoted = "  promoted" if any(made["verdict"] == PROMOTED for made in trial.decisions) else ""
         best = "  [bold]best so far[/bold]" if self._tally.best and self._tally.best[0][1] is trial else ""
         ending = f"{trial.trial_id} {trial.status:<10} {self._plan.metric} {self._value(trial):<20}"
         config = trial.config
         described = f"{config['backbone']} {depth(config['unfreeze_depth'])} lr {config['learning_rate']:.1e}"
-        return f"{number}  {ending}  {described} aug {config['augmentation']}{best}"
+        return f"{number}  {ending}  {described} aug {config['augmentation']}{promoted}{best}"
 
     def _heartbeat(self, search: Any) -> str:
         running = list(search.running.values())
