@@ -339,6 +339,34 @@ def test_what_a_storage_did_not_take_is_sent_later(given, tmp_path, monkeypatch,
     assert not list(Path(given("t0")["run"]).glob("checkpoints/*"))  # nothing of use stays on the node
 
 
+@pytest.mark.slow
+def test_a_stopped_trial_resumes_from_the_storage_and_stays_on_no_other_node(given, tmp_path, monkeypatch):
+    monkeypatch.setattr(worker_module, "STOPPED_SHARE", 1e9)
+    monkeypatch.setattr(Worker, "_begin", away(Worker._begin))
+    there = {"storage": f"file://{tmp_path}/storage", "promotable": True}
+    trial = FinetuneTrial(given("t0") | there)
+    first = step(trial, 2)
+    trial.reset_config(given("t1") | there)  # the driver has stopped it
+    names = {"checkpoints/t0.best.safetensors", "checkpoints/t0.state.safetensors", "predictions/t0.parquet"}
+    assert files_below(there["storage"]).keys() == names
+    run = Path(given("t0")["run"])
+    assert not [*run.glob("checkpoints/*"), *run.glob("predictions/*")]
+    trial.reset_config(given("t0") | there)  # it is promoted
+    again = step(trial, 3)
+    assert [row.get("replayed", False) for row in again] == [True, True, False]
+    assert [row["val_loss"] for row in again[:2]] == [row["val_loss"] for row in first] and again[2]["epoch"] == 3
+
+
+def away(begin):
+    """Begins trials as on a node beside which no driver is."""
+
+    def begun(self, config):
+        begin(self, config | {"storage": None})
+        self._config, self._away = config, True
+
+    return begun
+
+
 def test_a_storage_that_is_lost_before_a_trial_begins_is_no_failure_of_the_trial(given, tmp_path, monkeypatch):
     """It is raised, so that Ray tells the search, which hands the trial out again."""
     monkeypatch.setattr(transfer, "PATIENCE_SECONDS", 0.0)

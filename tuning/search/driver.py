@@ -411,7 +411,7 @@ class Search:
     def delete_checkpoints(self) -> None:
         """Delete the checkpoints that are no longer needed."""
         plan = self.plan
-        promoting = plan.promote and not (self.finished and self.halted is None)
+        promoting = plan.promote and not self.finished
         delete_unneeded(
             self.run_folder,
             self.record.trials,

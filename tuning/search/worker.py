@@ -88,9 +88,9 @@ class Worker:
 
     def next_trial(self, config: dict[str, Any]) -> None:
         """Begin the next trial. Of the one before only the best weights are saved, unless it may be promoted."""
-        goes_on = not self._ended and self._config["promotable"]
-        if self._snapshot is not None and not (goes_on and self._saved):
-            self._save(ended=not (goes_on and self._is_cheap()))
+        if self._snapshot is not None:
+            may_go_on = self._config["promotable"] and not self._ended
+            self._save(ended=not (may_go_on and self._is_cheap()), left=True)
         self._begin(config)
 
     def end(self, patience: float) -> None:
@@ -251,8 +251,11 @@ class Worker:
             return self._saving_seconds
         return STATE_BYTES * (parameters or 0) / self._bytes_per_second
 
-    def _save(self, *, ended: bool) -> bool:
-        """Write a checkpoint; return whether it is on disk. A full disk costs the checkpoint, not the trial."""
+    def _save(self, *, ended: bool, left: bool = False) -> bool:
+        """Write a checkpoint; return whether it is on disk. A full disk costs the checkpoint, not the trial.
+
+        Of a trial that is `left`, or has ended, nothing stays on a node that is not the driver's.
+        """
         assert self._snapshot is not None
         trial_id, config, began = self._config["trial_id"], self._config["config"], time.monotonic()
         state = self._snapshot(only_best=ended)
@@ -261,7 +264,7 @@ class Worker:
         try:
             save(self._run, trial_id, state, best, config, ended=ended)
             if self._away:
-                self._will_send(ended)
+                self._will_send(ended, left or ended)
                 self._send()
         except (OSError, SafetensorError, InputError) as error:
             print(f"{trial_id}: no checkpoint was written: {error}", file=sys.stderr)
@@ -291,15 +294,15 @@ class Worker:
     def _checkpoint_names(self) -> list[str]:
         return [str(file("", self._config["trial_id"])) for file in (best_file, state_file)]
 
-    def _will_send(self, ended: bool) -> None:
+    def _will_send(self, ended: bool, delete: bool) -> None:
         """Note the trial's files for the next sending. Nobody resumes an ended trial from its state."""
         best, state = self._checkpoint_names()
-        self._unsent |= dict.fromkeys((str(predictions_file("", self._config["trial_id"])), best), ended)
+        self._unsent |= dict.fromkeys((str(predictions_file("", self._config["trial_id"])), best), delete)
         if ended:
             self._unsent.pop(state, None)
             (self._run / state).unlink(missing_ok=True)
         else:
-            self._unsent[state] = False
+            self._unsent[state] = delete
 
     def _send(self) -> None:
         """Send the noted files to the storage; those that fail are sent the next time.
