@@ -51,7 +51,7 @@ def whole(tmp_path_factory, folder):
     """An uninterrupted search with one slot, and what it left."""
     shared_ray()
     run = tmp_path_factory.mktemp("whole") / "run"
-    make = make_run(run, folder)
+    make = make_run(run, folder, promote=False)  # test_promotion.py has the same with promoted trials
     search = make()
     assert search.run()
     return run, make, search
@@ -121,7 +121,7 @@ def test_a_search_cut_anywhere_goes_on_to_the_same_end(whole, tmp_path, folder, 
     """What a crash leaves is a journal cut at some event, possibly inside a line; no checkpoint is left here."""
     run, _, _ = whole
     cut = tmp_path / "run"
-    again = make_run(cut, folder)
+    again = make_run(cut, folder, promote=False)
     journal = (run / "journal.jsonl").read_bytes()
     (cut / "journal.jsonl").write_bytes(journal[: int(len(journal) * share)])
     before = [event for event in read_journal(cut / "journal.jsonl") if event["event"] == "ended"]
@@ -139,7 +139,7 @@ def test_going_on_from_a_checkpoint_sends_its_history_first(whole, tmp_path, fol
     """The driver dies before it has heard of an epoch whose checkpoint is on disk."""
     run, _, _ = whole
     cut = tmp_path / "run"
-    make = make_run(cut, folder)
+    make = make_run(cut, folder, promote=False)
     search = make()
     seen = []
 
