@@ -197,12 +197,15 @@ class Mirror:
     def push(self) -> None:
         """Send what has changed here.
 
-        The plan goes last of the files, and the journal after it: if they are there, so is all that they need.
+        The plan goes last of the files, and the journal after it, as far as it went before: if they are there, so is
+        all that they need, but what a worker was still writing.
 
         Raises:
             InputError: another driver writes the run.
             OSError: the storage fails.
         """
+        journal = self.folder / JOURNAL
+        until = journal.stat().st_size if journal.exists() else 0
         here = sorted(_files(self.folder), key=lambda name: (name == "plan.yaml", name))
         for name in here:
             stamp = _stamp(self.folder / name)
@@ -216,16 +219,15 @@ class Mirror:
             self._sent.pop(name, None)
             self._there.pop(name, None)
             self._doomed.discard(name)
-        self._push_journal()
+        self._push_journal(until)
         self._see()
 
-    def _push_journal(self) -> None:
-        path = self.folder / JOURNAL
-        if not path.exists() or path.stat().st_size <= self._journal_bytes:
+    def _push_journal(self, until: int) -> None:
+        if until <= self._journal_bytes:
             return
-        with open(path, "rb") as file:
+        with open(self.folder / JOURNAL, "rb") as file:
             file.seek(self._journal_bytes)
-            lines = file.read()
+            lines = file.read(until - self._journal_bytes)
         whole = lines[: lines.rfind(b"\n") + 1]
         if whole:
             assert self.claim is not None  # a run that is only borrowed keeps its journal
