@@ -42,6 +42,7 @@ from tuning.settings.config import TrialConfig
 from tuning.training import backbones, device
 from tuning.training.checking import package_environment
 from tuning.training.dataset import Data, placed, preparer
+from tuning.training.distributed import finetune_on_all
 from tuning.training.features import HeldOutputs
 from tuning.training.finetune import finetune, out_of_memory
 from tuning.training.models import Models
@@ -304,6 +305,27 @@ def bare_speed(bench: Bench, plan: TrialConfig, steps: int) -> float:
     return steps * plan.batch_size / bench.seconds(some_steps)
 
 
+def several(bench: Bench) -> Figures:
+    """The final training on all GPUs of the machine: its losses, and an epoch's seconds beside one GPU's."""
+    devices = [bench.place] * 2 if bench.rehearse else device.all_gpus(bench.place)
+    if len(devices) == 1:
+        raise Skip("there is one GPU")
+    found: Figures = {"devices": len(devices)}
+    for backbone in bench.backbones[:2]:
+        plan = bench.config(backbone, epochs=5, batch_size=16 * len(devices), augmentation="light", batch_norm="frozen")
+        how: Figures = {"weights": None, "metric": "val_loss", "features": HeldOutputs(bench.place)}
+        data = bench.data(3072)
+        data = dataclasses.replace(data, images=np.asarray(torch.as_tensor(data.images).cpu()))
+        how |= {"deterministic": False, "least_seconds": 0.0, "least_gain": 0.0}
+        rows = [row for row, _ in finetune_on_all(devices, plan, data, **how)]
+        alone = [row for row, _ in finetune(plan, data, device=bench.place, weights=None)]
+        bench.check(len(rows) == len(alone), f"{backbone}: training on all GPUs failed")
+        apart = abs(rows[-1]["val_loss"] / alone[-1]["val_loss"] - 1)
+        bench.check(apart <= 0.1, f"{backbone}: val_loss is {apart:.1%} from one GPU's")
+        found[backbone] = {"seconds": rows[-1]["seconds"], "on_one": alone[-1]["seconds"], "val_loss_apart": apart}
+    return found
+
+
 def costs(bench: Bench) -> Figures:
     """Seconds and sizes of what isn't training."""
     found: Figures = {backbone: costs_of(bench, backbone) for backbone in bench.backbones[:2]}
@@ -484,6 +506,7 @@ PARTS: dict[str, tuple[Callable[[Bench], Figures], float]] = {  # with their lim
     "same": (same, 40.0),
     "memory": (memory, 60.0),
     "speed": (speed, 100.0),
+    "several": (several, 90.0),
     "costs": (costs, 40.0),
     "packing": (packing, 240.0),
     "killed": (killed, 60.0),

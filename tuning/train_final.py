@@ -174,7 +174,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
     from tuning.show.plots import write_plots
     from tuning.training.backbones import check
     from tuning.training.dataset import join
-    from tuning.training.device import ready
+    from tuning.training.device import all_gpus, ready
     from tuning.training.digests import digests, other_weights
     from tuning.training.features import FeatureCache, HeldOutputs
     from tuning.training.outputs import run_folder as outputs_folder
@@ -204,7 +204,8 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
                 some,
                 last=last,
                 weights=weights[config.backbone],
-                device=device,
+                devices=all_gpus(device),
+                deterministic=plan.deterministic,
                 metric=plan.metric,
                 features=HeldOutputs(device)
                 if device.type != "cpu"

@@ -29,6 +29,21 @@ def test_a_trials_network_is_folded_and_gives_the_logits_of_a_plain_one(name):
         torch.testing.assert_close(network(images), plain(images), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "test_resnet"])
+def test_a_network_with_synchronized_batch_norms_has_the_same_tensors_and_logits(name):
+    plain, network = Models().get(name, **GIVEN), Models(synchronized=True).get(name, **GIVEN)
+    kinds = [type(module).__name__ for module in network.model.modules()]
+    assert any(kind.startswith("SyncBatchNorm") for kind in kinds) and not any("BatchNorm2d" in kind for kind in kinds)
+    assert network.stages == plain.stages
+    assert network.begin(2, batch_norm="train", head_dropout=0.0) == plain.begin(
+        2, batch_norm="train", head_dropout=0.0
+    )
+    images = torch.rand(3, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        logits = [each.model.eval()(images) for each in (network, plain)]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_a_used_model_trains_as_a_new_one_does():
     kept = Models()

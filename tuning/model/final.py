@@ -24,8 +24,8 @@ from tuning.settings.config import InputError, TrialConfig
 from tuning.settings.values import Weights
 from tuning.training import backbones
 from tuning.training.dataset import Data, preparer
+from tuning.training.distributed import finetune_on_all
 from tuning.training.features import Cache
-from tuning.training.finetune import finetune
 from tuning.training.folding import fold
 from tuning.training.scores import predict_images
 from tuning.training.state import Row
@@ -61,7 +61,8 @@ def train(
     *,
     last: int | None,
     weights: Weights | None,
-    device: torch.device,
+    devices: Sequence[torch.device],
+    deterministic: bool,
     metric: str,
     features: Cache,
     on_epoch: Callable[[Row], None],
@@ -76,13 +77,13 @@ def train(
     both = last is not None
     if both:
         data = dataclasses.replace(data, train=np.union1d(data.train, data.val))
-    for row, snapshot in finetune(  # noqa: B007
-        config, data, device=device, weights=weights, metric=metric, features=features
+    for row, snapshot in finetune_on_all(
+        devices, config, data, weights=weights, metric=metric, features=features, deterministic=deterministic
     ):
         on_epoch(row)
-        if row["epoch"] == last:
+        if row["epoch"] == last or row["ends"] is not None:
+            state = snapshot()
             break
-    state = snapshot()
     best = state.history[-1] if both else best_epoch(state.history, metric)
     if best is None or best["val_loss"] is None:
         raise InputError("no epoch had a finite loss; lower the learning rate by --set learning_rate=...")

@@ -96,6 +96,13 @@ def ready(name: str, *, threads: int, deterministic: bool) -> torch.device:
     return device
 
 
+def all_gpus(device: torch.device) -> list[torch.device]:
+    """Return all devices of this machine that are like a GPU of CUDA, or the device itself."""
+    if device.type != "cuda":
+        return [device]
+    return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+
+
 def gpus() -> list[tuple[str, str | None]]:
     """Return each GPU of this machine in words, and what is wrong with it; None if it works."""
     if not torch.cuda.is_available():

@@ -25,6 +25,7 @@ from tuning.training.frozen import Frozen
 from tuning.training.mixing import mixing
 from tuning.training.models import Models
 from tuning.training.probe import probed_head
+from tuning.training.ranks import ALONE, Ranks
 from tuning.training.scores import calibrated_loss, class_weights, loss_sum, mean_loss, score, target_weight
 from tuning.training.state import Averaged, Row, Snapshot, State, restore, snapshot
 
@@ -60,6 +61,7 @@ def finetune(
     features: Cache | None = None,
     models: Models | None = None,
     halve: bool = True,
+    ranks: Ranks = ALONE,
 ) -> Iterator[tuple[Row, Snapshot]]:
     """Fine-tune one configuration, an epoch at a time.
 
@@ -78,6 +80,7 @@ def finetune(
         features: caches the outputs of frozen layers for this trial and others; None: each epoch computes them.
         models: keeps the model for the next trial; once that has begun, this generator can't be continued.
         halve: whether half the batch at a time is tried where the whole is out of memory.
+        ranks: this process's part, if several train this model; out of memory is then an error.
 
     Yields:
         The epoch's row, and a function that takes a snapshot of the state after it. A row whose `ends` is not None is
@@ -110,6 +113,7 @@ def finetune(
     # The batches: an incomplete last one is dropped; if there are too few images, the batch is the whole set.
     labels = torch.from_numpy(data.labels)
     batch_size = min(config.batch_size, len(data.train))
+    own_part = ranks.own(batch_size)
     steps = len(data.train) // batch_size
     class_entropy = constant_loss(data.labels[data.train], len(data.classes))
     if data.multi_label:  # a new head begins at log 2 a label, however rare these are
@@ -119,21 +123,27 @@ def finetune(
     train_eval = train_eval_set(data)
 
     def backward(batch: Tensor, targets: list[Targets], micro_batch: int) -> Tensor:
-        """Return the batch's mean loss; gradients are accumulated over parts of `micro_batch` images."""
+        """Return the batch's mean loss; gradients are accumulated over parts of `micro_batch` images.
+
+        Args:
+            batch: this rank's images of it.
+            targets: of the whole batch.
+        """
         weight = reduce(operator.add, [target_weight(wanted, weighting, shares) for wanted, shares in targets])
+        own_targets = [(wanted[own_part], None if shares is None else shares[own_part]) for wanted, shares in targets]
         total = torch.zeros((), device=device)
         for first in range(0, len(batch), micro_batch):
             part = slice(first, first + micro_batch)
             with precision:
-                logits = frozen.trained(batch[part]).float()
-                of_part = [(wanted[part], shares if shares is None else shares[part]) for wanted, shares in targets]
+                logits = trained(batch[part]).float()
+                of_part = [(wanted[part], shares if shares is None else shares[part]) for wanted, shares in own_targets]
                 losses = [
                     loss_sum(logits, wanted, weighting, config.label_smoothing, shares) for wanted, shares in of_part
                 ]
             loss = reduce(operator.add, losses) / weight
-            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            scaler.scale(loss if ranks.size == 1 else loss * ranks.size).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-        return total
+        return ranks.total(total)
 
     # The start, or the state to resume from.
     if config.head_init == "probe" and depth and state is None:
@@ -152,6 +162,7 @@ def finetune(
             averaged.restore(mean, len(history) * steps)
     micro_batch = history[-1]["micro_batch"] if history else batch_size
     latency_ms = network.latency_ms()
+    trained = ranks.shared(model, frozen.trained)
 
     for epoch in range(len(history) + 1, config.epochs + 1):
         # Train. Shuffling, augmentation and dropout depend on (seed, epoch) alone.
@@ -161,7 +172,7 @@ def finetune(
         order = torch.argsort(table[:, SHUFFLE], stable=True).numpy()[: steps * batch_size]
         mixed = mixing(table, config.augmentation, config.image_size, device)
         inputs = frozen.inputs(data.train, table.to(device), config.augmentation, (config.seed, epoch), mixed)
-        torch.manual_seed(config.seed * 1_000_003 + epoch)
+        torch.manual_seed(config.seed * 1_000_003 + epoch + ranks.rank * 1_000_000_007)
         total, skipped, running = (torch.zeros((), device=device) for _ in range(3))
         own = labels[torch.from_numpy(data.train[order])].to(device)
         targets: list[list[Targets]] = [[(wanted, None)] for wanted in torch.split(own, batch_size)]
@@ -170,7 +181,8 @@ def finetune(
             shares = torch.from_numpy(mixed.shares[order]).to(device)
             split = (torch.split(each, batch_size) for each in (own, shares, others, 1 - shares))
             targets = [[(wanted, share), (other, rest)] for wanted, share, other, rest in zip(*split, strict=True)]
-        for step, batch in enumerate(inputs.batches(order, batch_size)):
+        own_order = order.reshape(steps, batch_size)[:, own_part]
+        for step, batch in enumerate(inputs.batches(own_order.ravel(), own_order.shape[1])):
             factor = learning_rate_factor(config, epoch - 1 + step / steps)
             for group, rate in zip(optimizer.param_groups, peak_rates, strict=True):
                 group["lr"] = rate * factor
@@ -180,7 +192,8 @@ def finetune(
                     loss = backward(batch, targets[step], micro_batch)
                     break
                 except (RuntimeError, MemoryError) as error:
-                    if not out_of_memory(error) or micro_batch < batch_size or (attempt and not halve):
+                    tried = ranks.size > 1 or micro_batch < batch_size or (attempt and not halve)
+                    if tried or not out_of_memory(error):
                         raise
                 optimizer.zero_grad(set_to_none=True)
                 models.keep_only(network)
@@ -209,13 +222,14 @@ def finetune(
         model.eval()
         measured: Row = dict.fromkeys((*LOSSES, *SCORES, "train_eval_loss", "early_loss"))
         if math.isfinite(train_loss):
-            val_logits = frozen.logits(data.val)
+            val_logits = ranks.logits(frozen.logits, data.val)
             found = score(val_logits, data.labels[data.val])
             measured |= {f"val_{name}": value for name, value in found.items()}
-            measured["train_eval_loss"] = mean_loss(frozen.logits(train_eval), data.labels[train_eval])
+            train_logits = ranks.logits(frozen.logits, train_eval)
+            measured["train_eval_loss"] = mean_loss(train_logits, data.labels[train_eval])
             if averaged is not None and epoch in early_loss_epochs:
                 with averaged.in_place():
-                    early_logits = frozen.logits(data.val)
+                    early_logits = ranks.logits(frozen.logits, data.val)
                 measured["early_loss"] = calibrated_loss(early_logits, data.labels[data.val])
             elif epoch in early_loss_epochs:
                 measured["early_loss"] = measured["val_loss"]

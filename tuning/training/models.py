@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass, field
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from tuning.settings.values import Weights
@@ -81,9 +82,14 @@ class Network:
 
 
 class Models:
-    """The networks that an actor has built."""
+    """The networks that an actor has built.
 
-    def __init__(self) -> None:
+    Args:
+        synchronized: whether batch norms compute their statistics over the batch of all ranks, which CUDA can.
+    """
+
+    def __init__(self, *, synchronized: bool = False) -> None:
+        self._synchronized = synchronized
         self._networks: dict[tuple[object, ...], Network] = {}
 
     def get(
@@ -104,6 +110,8 @@ class Models:
             ).to(device)
             if device.type == "cpu":
                 speed_up(model)
+            if self._synchronized:
+                model = convert_sync_batchnorm(model)
             stages = backbones.stages(model, image_size)
             if device.type == "cpu":
                 fold(model, stages, image_size)
