@@ -307,7 +307,11 @@ METHODS: dict[str, Callable[..., Method]] = {
     "smac": smac,
     # The product with one thing changed; from "no probe" on without a portfolio.
     "no promotion": partial(Product, enqueue=learnt, promote=False),
+    "no local search": partial(Product, enqueue=learnt, local_search=False),
     "no portfolio": Product,
+    "no local search, no promotion": partial(Product, enqueue=learnt, local_search=False, promote=False),
+    "no local search, no portfolio": partial(Product, local_search=False),
+    "no local search, worst portfolio": partial(Product, enqueue=worst, local_search=False),
     "no promotion, no portfolio": partial(Product, promote=False),
     "portfolio reversed": partial(Product, enqueue=lambda curves: learnt(curves)[::-1]),
     "worst portfolio": partial(Product, enqueue=worst),

@@ -98,7 +98,7 @@ def test_copies_of_images_that_the_model_knows_are_left_out(model, hospital, fol
     assert f"left out: {30 - tested} copies of images that the model was trained on" in said
     assert f"left out: {tested} copies of images of its own test set" in said
     assert "left out: 1 image identical to another one here" in said
-    with pytest.raises(InputError, match="the model was made from all of these images"):
+    with pytest.raises(InputError, match="was trained, validated or tested on all of these images"):
         run(Flags(str(model), str(folder)))
 
 

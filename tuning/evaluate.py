@@ -111,10 +111,13 @@ def run(flags: Flags) -> Path:
     shapes = evaluation.outlines(images[sizes[0]], np.arange(len(samples)))
     rows, copies = _new(samples, found.hashes, facts, shapes, known, lines)
     if not as_before:
-        lines.append("copies in another file aren't known: this version decodes images in another way than the model's")
+        why = "this version decodes images in another way than the model's"
+        lines.append(f"{why}, so copies in another file are known by their outlines alone")
     tested = samples.iloc[rows].reset_index(drop=True)
     if tested.empty:
-        raise InputError(f"{flags.data}: the model was made from all of these images; give others")
+        raise InputError(
+            f"{flags.data}: the model was trained, validated or tested on all of these images; give others"
+        )
     if tested["group"].isna().all():
         lines.append("no patients are known, so each image counts as one; name a column by --set group_column=...")
 

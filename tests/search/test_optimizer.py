@@ -8,7 +8,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from tuning.record.journal import Trial
+from tuning.record.journal import PROMOTED, Trial
 from tuning.search.optimizer import LiveStudy, Optimizer, check_study, read_priors
 from tuning.settings.config import InputError
 from tuning.settings.space import configurations, same
@@ -113,10 +113,10 @@ def test_a_running_trial_is_told_with_what_it_has_shown_at_its_rungs():
 @pytest.mark.parametrize("warm", [False, True])
 def test_with_one_slot_a_rebuilt_study_asks_the_same_after_rungs_and_from_another_run(warm):
     priors = read_priors(other_run([1e-1, 1e-2, 1e-3, 1e-4]), SPACE, "val_loss", 1.0)[0] if warm else []
-    bridge = Optimizer(SPACE, seed=3, metric="val_loss", priors=priors)
+    bridge = Optimizer(SPACE, seed=3, metric="val_loss", priors=priors, local_search=True)
     trials = []
     for number in range(25):
-        again = Optimizer(SPACE, seed=3, metric="val_loss", priors=priors)
+        again = Optimizer(SPACE, seed=3, metric="val_loss", priors=priors, local_search=True)
         for trial in trials:
             again.restore(trial)
         params = bridge.ask(number)
@@ -129,6 +129,40 @@ def test_with_one_slot_a_rebuilt_study_asks_the_same_after_rungs_and_from_anothe
         trial.rows = [*trial.rows, {"epoch": len(trial.rows) + 1, "val_loss": loss, "early_loss": None}]
         bridge.tell(trial)
         trials.append(trial)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_with_one_slot_a_rebuilt_study_asks_the_same_after_promotions(warm):
+    given = {"seed": 3, "metric": "val_loss", "local_search": True}
+    given["priors"] = read_priors(other_run([1e-1, 1e-2, 1e-3, 1e-4]), SPACE, "val_loss", 1.0)[0] if warm else []
+    bridge, in_order, stopped = Optimizer(SPACE, **given), [], []
+    for number in range(125):
+        if number < 30 or number > 98:
+            again = Optimizer(SPACE, **given)
+            for trial in in_order:
+                again.restore(trial)
+            expected = again.ask(number)
+        params = bridge.ask(number)
+        if number < 30 or number > 98:
+            assert params == expected
+            assert told(bridge) == told(again)
+        loss = abs(math.log10(params["learning_rate"]) + 3)
+        trial = passed(ended(number, params, "stopped", []), [loss + 0.5])
+        bridge.passed_rung(trial)
+        trial.decisions[0]["verdict"] = "stop"
+        bridge.tell(trial)
+        in_order.append(trial)
+        stopped.append(trial)
+        if number % 3 == 2:  # the best of the stopped ones goes on to its end
+            trial = min(stopped, key=lambda trial: trial.rows[0]["early_loss"])
+            bridge.reopen(trial)
+            trial.decisions = [*trial.decisions, {"epoch": 1, "verdict": PROMOTED}]
+            trial.rows = [*trial.rows, {"epoch": 2, "val_loss": trial.rows[0]["early_loss"] - 0.5, "early_loss": None}]
+            trial.status = "completed"
+            bridge.tell(trial)
+            in_order.remove(trial)
+            in_order.append(trial)
+            stopped.remove(trial)
 
 
 @pytest.mark.parametrize("warm", [False, True])
@@ -334,7 +368,7 @@ def test_a_finite_space_is_tried_without_repeats(sampler):
     }
     space = parse({"parameters": parameters, "fixed": {"backbone": "test_resnet"}}, "test")
     every, tried = configurations(space), []
-    asked = Optimizer(space, seed=0, metric="val_loss", sampler=sampler)
+    asked = Optimizer(space, seed=0, metric="val_loss", sampler=sampler, local_search=True)
     for number in range(len(every)):
         untried = {same(params): params for params in every if same(params) not in tried}
         params = asked.ask(number, None, untried)

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from searches import make_run, run_here
@@ -11,9 +12,11 @@ from tuning.record.journal import PROMOTED, Record, Trial, read_journal
 from tuning.record.tables import read_table
 from tuning.search import checkpoints, worker
 from tuning.search.checkpoints import best_file, state_file
+from tuning.search.finalists import epochs_saved
 from tuning.search.promotion import best_stopped, spare_seconds
 from tuning.search.stopping import ANY, Rungs
 from tuning.settings.config import SearchPlan
+from tuning.training.state import State
 
 SEED = 5  # with which a trial is promoted at two rungs, and another at one
 START = {"unfreeze_depth": 0, "learning_rate": 1e-3, "augmentation": "none"}
@@ -68,7 +71,7 @@ def test_a_promoted_trial_goes_on_after_the_epoch_at_which_it_was_stopped(promot
                 assert trials.loc[trial_id, "epochs"] > stop["epoch"]
     epochs = read_table(run / "epochs.parquet")
     assert not epochs.duplicated(["trial_id", "epoch"]).any()
-    assert set(trials["status"]) <= {"completed", "stopped"} and len(trials) == 12
+    assert set(trials["status"]) <= {"completed", "stopped", "diverged"} and len(trials) == 12
 
 
 @pytest.mark.slow
@@ -140,10 +143,9 @@ def test_none_is_promoted_if_that_is_off(tmp_path, folder):
 @pytest.mark.slow
 def test_the_study_has_each_trial_once(promoted):
     _, search = promoted
-    numbers = [trial.params["learning_rate"] for trial in search.optimizer.study.trials]
-    assert len(numbers) == len(set(numbers)) == 12
-    expected = {trial.params["learning_rate"] for trial in search.record.trials.values()}
-    assert set(numbers) == expected
+    tried = [str(sorted(trial.params.items())) for trial in search.optimizer.study.trials]
+    assert len(tried) == len(set(tried)) == 12
+    assert set(tried) == {str(sorted(trial.params.items())) for trial in search.record.trials.values()}
 
 
 @pytest.mark.slow
@@ -180,6 +182,27 @@ def test_what_a_promotion_needs_is_kept_within_bounds(tmp_path, monkeypatch, pro
             path.write_bytes(b"x" * 100)
     checkpoints.delete_unneeded(tmp_path, trials, "val_loss", most, None, promoting=promoting)
     assert {path.name.removesuffix(".safetensors") for path in (tmp_path / "checkpoints").iterdir()} == kept
+
+
+def test_a_state_of_another_configuration_is_not_resumed(tmp_path):
+    """A driver was killed before the journal knew the trial, and its number now has another configuration."""
+    state, config = State([{"epoch": 1, "val_loss": 0.5}], {"model/weight": torch.ones(2)}), {"learning_rate": 0.1}
+    checkpoints.save(tmp_path, "t00007", state, None, config, ended=False)
+    assert checkpoints.load_state(tmp_path, "t00007", {"learning_rate": 0.01}) is None
+    assert checkpoints.load_state(tmp_path, "t00007", config).history == state.history
+
+
+def test_promoted_trials_take_nothing_from_the_finalists():
+    """Two trials were stopped after an epoch, one of them then promoted to its end; one has diverged."""
+    plan = SearchPlan(name="x", epochs=9)
+    rows = [{"epoch": epoch, "val_loss": 1.0} for epoch in range(1, 10)]
+    stop, on = {"epoch": 1, "verdict": "stop"}, {"epoch": 1, "verdict": PROMOTED}
+    ends = [("stopped", 1, [stop]), ("completed", 9, [stop, on]), ("diverged", 4, []), ("completed", 9, [])]
+    trials = {
+        f"t{number}": Trial(f"t{number}", number, "suggested", {}, {}, status=status, rows=rows[:count], decisions=made)
+        for number, (status, count, made) in enumerate(ends)
+    }
+    assert epochs_saved(Record(trials=trials), plan) == 8 + 8 + 5
 
 
 def test_how_long_a_stopped_trial_may_go_on():

@@ -108,6 +108,16 @@ def test_what_fails_in_a_process_is_told(started, capsys):
     assert "training on 2 GPUs failed: IndexError" in capsys.readouterr().err
 
 
+def test_the_last_state_is_there_even_if_the_processes_are_not(started):
+    plan, data = config(), make_data()
+    for row, snapshot in on_two(plan, data):
+        if row["ends"] is not None:
+            for process in started:
+                process.kill()
+            assert len(snapshot().history) == plan.epochs
+    assert len(started) == 2
+
+
 @pytest.mark.parametrize(("values", "least_seconds"), [({}, 120.0), ({"batch_size": 8}, 0.0)])
 def test_without_need_no_process_is_started(values, least_seconds, started):
     plan, data = config(**values), make_data()

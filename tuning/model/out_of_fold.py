@@ -56,8 +56,17 @@ def folds(
     kinds = _kinds(data.labels[rows], count)
     for others, inside in splitter.split(rows, kinds, None if alone else units[rows]):
         part = dataclasses.replace(data, train=rows[others], val=rows[inside])
-        given = {"weights": weights, "device": device, "features": features, "metric": "val_tempered_loss"}
-        final = train(config, part, last=None, on_epoch=lambda row: None, **given)  # type: ignore[arg-type]
+        final = train(
+            config,
+            part,
+            last=None,
+            weights=weights,
+            devices=[device],
+            deterministic=False,  # for processes on other devices
+            metric="val_tempered_loss",
+            features=features,
+            on_epoch=lambda row: None,
+        )
         ((network, _),) = final.networks.values()
         usual = usual_features(network, config, part, device)
         prepare = preparer(part.images, network.to(device), device)

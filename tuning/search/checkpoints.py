@@ -62,13 +62,15 @@ def save(
     if not ended:
         best_known = str(best["epoch"]) if weights and best else ""
         with replacing(state_file(run, trial_id)) as temporary:
-            save_file(rest, temporary, metadata={"history": json.dumps(state.history), "best_epoch": best_known})
+            metadata = {"history": json.dumps(state.history), "best_epoch": best_known, "config": json.dumps(config)}
+            save_file(rest, temporary, metadata=metadata)
 
 
-def load_state(run: str | Path, trial_id: str) -> "State | None":
+def load_state(run: str | Path, trial_id: str, config: dict[str, Any]) -> "State | None":
     """Read the state that a trial resumes from.
 
-    None if there is none, or if the best weights are missing or older than the state, as in a storage they may be.
+    None if there is none, or if the best weights are missing or older than the state, or it is of another configuration
+    that the journal never got to know: in a storage either may be.
     """
     from safetensors.torch import load_file
 
@@ -78,7 +80,10 @@ def load_state(run: str | Path, trial_id: str) -> "State | None":
     if not path.exists():
         return None
     with safe_open(path, framework="pt") as file:
-        history, expected = json.loads(file.metadata()["history"]), int(file.metadata()["best_epoch"] or 0)
+        metadata = file.metadata()
+    if "config" in metadata and json.loads(metadata["config"]) != json.loads(json.dumps(config)):
+        return None
+    history, expected = json.loads(metadata["history"]), int(metadata["best_epoch"] or 0)
     tensors, epoch = load_file(path), 0
     if best.exists():
         with safe_open(best, framework="pt") as file:
@@ -126,8 +131,8 @@ def delete_unneeded(
 ) -> None:
     """Delete the checkpoints of ended trials, except the best weights of the best `KEPT_TRIALS` searched ones.
 
-    While trials may be promoted, all of the best `KEPT_STATES` stopped ones is kept too. Of all these the worst are
-    deleted until all checkpoints, with unfinished trials' states, fit `checkpoint_bytes`.
+    While trials may be promoted, states and weights of the best `KEPT_STATES` stopped ones are kept too. Of all these
+    the worst are deleted until all checkpoints, with unfinished trials' states, fit `checkpoint_bytes`.
     """
     sizes = {path.name: path.stat().st_size for path in (run / "checkpoints").glob("[!.]*")}
     if mirror is not None:  # checkpoints of other nodes

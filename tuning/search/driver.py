@@ -92,7 +92,12 @@ class Search:
         if priors and not (self.record.trials or self.record.priors):
             self._write("priors", priors=list(priors))
         self.optimizer = Optimizer(
-            space, seed=plan.seed, metric=plan.metric, sampler=plan.sampler, priors=self.record.priors
+            space,
+            seed=plan.seed,
+            metric=plan.metric,
+            sampler=plan.sampler,
+            local_search=plan.local_search,
+            priors=self.record.priors,
         )
         self.rungs = Rungs(grace_epochs=plan.grace_epochs, reduction_factor=plan.reduction_factor, epochs=plan.epochs)
         self.running: dict[str, Trial] = {}  # in the order in which they started
@@ -411,7 +416,7 @@ class Search:
     def delete_checkpoints(self) -> None:
         """Delete the checkpoints that are no longer needed."""
         plan = self.plan
-        promoting = plan.promote and not self.finished
+        promoting = plan.promote and (not self.finished or self.halted is not None)  # --resume may promote
         delete_unneeded(
             self.run_folder,
             self.record.trials,

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 
 import pandas as pd
 
-from tuning.record.journal import EARLY, Record, Trial, loss_like
+from tuning.record.journal import EARLY, PROMOTED, Record, Trial, loss_like
 from tuning.record.tables import make_tables, searched
 from tuning.settings.config import PARAMETERS, SearchPlan
 
@@ -67,6 +67,19 @@ def saved_epochs(trials: pd.DataFrame, epochs: int) -> int:
     return int((epochs - rows.loc[rows["status"].isin(EARLY), "epochs"]).sum())
 
 
+def epochs_saved(record: Record, plan: SearchPlan) -> int:
+    """Return how many epochs early stopping has saved up to now, of each trial as of its first stop.
+
+    So what promoted trials take, where slots or time are left, takes nothing from the finalists' runs.
+    """
+    saved = 0
+    for trial in record.trials.values():
+        promoted = next((row["epoch"] for row in trial.decisions if row["verdict"] == PROMOTED), None)
+        if trial.number is not None and (promoted is not None or trial.status in EARLY):
+            saved += plan.epochs - (len(trial.rows) if promoted is None else promoted)
+    return saved
+
+
 def runs_left(trials: pd.DataFrame, plan: SearchPlan, asked: set[Run], cap: float = math.inf) -> list[Run]:
     """Return the runs that a search's finalists still need, from `trials.parquet`; arguments as in `runs_to_make`.
 
@@ -88,5 +101,5 @@ def finalist_runs_left(record: Record, plan: SearchPlan) -> list[tuple[Trial, in
     # From the record, since tables lack runs that have not begun.
     asked = {(str(trial.finalist_of), int(trial.config["seed"])) for trial in trials if trial.origin == "finalist"}
     table = make_tables(record, plan.metric)["trials"].to_pandas()
-    cap = most_epochs(plan, saved_epochs(table, plan.epochs))
+    cap = most_epochs(plan, epochs_saved(record, plan))
     return [(record.trials[trial_id], seed) for trial_id, seed in runs_left(table, plan, asked, cap)]

@@ -16,6 +16,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from tuning.record.journal import FINAL, LOSSES, PROMOTED, Trial, best_epoch, loss_like
+from tuning.search.neighbours import SHARE, near_best
 from tuning.settings.config import InputError
 from tuning.settings.space import Key, Space, active, same, suggest
 
@@ -44,9 +45,19 @@ class Optimizer:
     search gets the same suggestions. Of many ended trials the sampler sees the best half and the newest half.
     """
 
-    def __init__(self, space: Space, *, seed: int, metric: str, sampler: Sampler = "tpe", priors: Iterable[Prior] = ()):
+    def __init__(
+        self,
+        space: Space,
+        *,
+        seed: int,
+        metric: str,
+        sampler: Sampler = "tpe",
+        local_search: bool = False,
+        priors: Iterable[Prior] = (),
+    ):
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # else a line per trial
         self._space, self._seed, self._metric, self._sampler = space, seed, metric, sampler
+        self._local_search = local_search and sampler == "tpe"
         self.stopped_as = "early_loss"  # or complete, pruned, fail, which benchmarks compare
         self._priors = list(priors)
         self._ended: list[FrozenTrial] = []  # in the order in which they ended
@@ -61,16 +72,21 @@ class Optimizer:
     ) -> dict[str, Any]:
         """Return parameters for the trial with this number: `params` if given, else suggested ones.
 
-        If `untried` are given, by their keys of `space.same`, a suggestion that is not among them, and so would repeat
-        a trial, is replaced by one of them, drawn at random.
+        With `local_search` most of these are from `near_best`, the others from the sampler. If `untried` are given, by
+        their keys of `space.same`, a suggestion that is not among them, and so would repeat a trial, is replaced by one
+        of them, drawn at random.
         """
         for open_number in sorted(self._interim.keys() & self._running.keys()):
             self.study.tell(self._running.pop(open_number), self._interim[open_number])
-        if self._stale > len(self._ended) // 100:  # not at every ask of a large study: 1,000 trials take 0.1 s
+        # Not at every ask of a large study, since 1,000 trials take 0.1 s; with priors, as they have this run's values.
+        if self._priors or self._stale > len(self._ended) // 100:
             self._renew()
         self.study.sampler = self._new_sampler(number)
+        suggested = params is None
+        if suggested and self._local_search:
+            params = self._near_best(number)
         self._open[number] = self._begin(number, params)
-        if params is None and untried and same(self._open[number]) not in untried:
+        if suggested and untried and same(self._open[number]) not in untried:
             self.study.tell(self._running.pop(number), state=TrialState.FAIL)  # which samplers ignore
             place = int(np.random.default_rng([self._seed, number]).integers(len(untried)))
             self._open[number] = self._begin(number, list(untried.values())[place])
@@ -92,14 +108,14 @@ class Optimizer:
             for epoch, loss in intermediate.items():
                 running.report(loss, epoch)
             self.study.tell(running, value if state == TrialState.COMPLETE else None, state)
-        elif interim is not None:
-            self._stale += 1
+        elif interim is not None:  # at once if it had been promoted, since a rebuilt study knows its end
+            self._stale += 1 + len(self._ended) * (PROMOTED in {row.get("verdict") for row in trial.decisions})
         else:
             self.study.add_trial(ended)
         self._ended.append(ended)
         self._values += [] if value is None else [value]
         count = len(self._ended)
-        if count >= MOST_SEEN + SLACK or (self._priors and (count < 16 or count & (count - 1) == 0)):
+        if count >= MOST_SEEN + SLACK:
             self._renew()
 
     def passed_rung(self, trial: Trial) -> None:
@@ -141,6 +157,16 @@ class Optimizer:
             if self._sampler == "random":
                 return optuna.samplers.RandomSampler(seed=seed)
             return optuna.samplers.TPESampler(**TPE, seed=seed)
+
+    def _near_best(self, number: int) -> dict[str, Any] | None:
+        rng = np.random.default_rng([self._seed, number, 1])
+        if rng.random() >= SHARE:
+            return None
+        ended = [each for each in self._ended if each.state == TrialState.COMPLETE]
+        known = [(each.value, each.params) for each in ended if each.value is not None]
+        known += [(value, self._open[running]) for running, value in sorted(self._interim.items())]
+        tried = [each.params for each in self._ended] + list(self._open.values())
+        return near_best(self._space, known, tried, rng)
 
     def _begin(self, number: int, params: dict[str, Any] | None) -> dict[str, Any]:
         """Start a trial in the study."""

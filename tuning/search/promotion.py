@@ -8,8 +8,8 @@ go on from their checkpoints is freeze-thaw's idea (Swersky et al. 2014, https:/
 import math
 from collections.abc import Callable, Iterable
 
-from tuning.record.journal import EARLY, Record, Trial
-from tuning.search.finalists import most_epochs
+from tuning.record.journal import Record, Trial
+from tuning.search.finalists import epochs_saved, most_epochs
 from tuning.search.stopping import Rungs, as_loss
 from tuning.settings.config import SearchPlan
 
@@ -57,11 +57,5 @@ def spare_seconds(record: Record, plan: SearchPlan, running: Iterable[Trial], bu
     seconds = [row["seconds"] for trial in record.trials.values() if trial.number is not None for row in trial.rows]
     if math.isinf(budget_left) or not seconds:
         return spare
-    finalists = most_epochs(plan, _saved(record, plan)) if plan.finalists else 0
+    finalists = most_epochs(plan, epochs_saved(record, plan)) if plan.finalists else 0
     return min(budget_left, max(spare, budget_left - finalists * math.fsum(seconds) / len(seconds) / slots))
-
-
-def _saved(record: Record, plan: SearchPlan) -> int:
-    """Return the epochs that early stopping has saved."""
-    ended = (trial for trial in record.trials.values() if trial.number is not None and trial.status in EARLY)
-    return sum(plan.epochs - len(trial.rows) for trial in ended)

@@ -96,7 +96,7 @@ class Worker:
     def end(self, patience: float) -> None:
         """Save what the trial needs to resume: the worker is no longer needed; for some seconds, retry to send it."""
         if self._snapshot is not None and not self._saved:
-            self._save(ended=self._ended)
+            self._save(ended=self._ended, left=True)
         self._forget()
         try:
             patiently(self._send, patience)
@@ -187,7 +187,7 @@ class Worker:
     def _start(self) -> Rows:
         if self._config["storage"] is not None:  # the trial may have begun on a node that died
             self._fetch(self._checkpoint_names())
-        state = load_state(self._run, self._config["trial_id"])
+        state = load_state(self._run, self._config["trial_id"], self._config["config"])
         self._replay: list[Row] = list(state.history) if state else []
         trial = TrialConfig(**self._config["config"])
         data = self._load(trial)
@@ -295,7 +295,7 @@ class Worker:
         return [str(file("", self._config["trial_id"])) for file in (best_file, state_file)]
 
     def _will_send(self, ended: bool, delete: bool) -> None:
-        """Note the trial's files for the next sending. Nobody resumes an ended trial from its state."""
+        """Note the trial's files for the next sending. Of an ended trial no state is needed."""
         best, state = self._checkpoint_names()
         self._unsent |= dict.fromkeys((str(predictions_file("", self._config["trial_id"])), best), delete)
         if ended:

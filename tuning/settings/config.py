@@ -187,6 +187,8 @@ class SearchPlan(BaseModel):
     """Whether the search starts with a linear probe of each backbone (not if `early_stopping` is false)."""
     sampler: Literal["tpe", "gp", "random"] = "tpe"
     """Optuna sampler that suggests trials: `tpe`, `gp` (Gaussian process) or `random`."""
+    local_search: bool = True
+    """Whether most suggestions, with `sampler: tpe`, are neighbours of the best configurations so far."""
     warm_start: str | None = None
     """Folder of another run, whose trials the sampler learns from."""
     warm_start_weight: float = Field(0.3, gt=0, le=1)
@@ -206,7 +208,7 @@ class SearchPlan(BaseModel):
     reduction_factor: int = Field(2, ge=2)
     """ASHA keeps the best 1/`reduction_factor` of the trials at each rung."""
     promote: bool = True
-    """Whether a stopped trial continues if by now it is among those that ASHA keeps, or if a slot would be idle."""
+    """Whether a stopped trial continues if by now it is among those that ASHA keeps, or to use idle slots or time."""
     patience: int = Field(5, ge=1)
     """Number of epochs without improvement after which a trial ends as `converged`."""
     divergence_factor: float = Field(10.0, gt=1)
@@ -317,7 +319,10 @@ ADDED = (
     *("columns", "label_columns", "finding", "multi_label", "uncertain", "blank", "label_pattern", "group_pattern"),
     *("subgroups", "deterministic", "portfolio"),
 )
-FORMERLY = {"promote": False}  # what versions without a setting did, where its default does something else
+FORMERLY = {
+    "promote": False,
+    "local_search": False,
+}  # what versions without a setting did, where its default does something else
 
 
 def cache_folder() -> Path:

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
@@ -131,14 +132,15 @@ def _by_processes(
         def snapshot(*, only_best: bool = False) -> State:
             with _worker_lost():
                 links[0].send("state")
-                return _unpacked(links[0].recv_bytes())
+                return _unpacked(_reply(links[0]))
 
         while True:
             with _worker_lost():
                 row = _next_row(links)
-            yield row, snapshot
             if row["ends"] is not None:
+                yield row, partial(_known, snapshot())
                 return
+            yield row, snapshot
 
 
 def _next_row(links: Sequence[Connection]) -> Row:
@@ -149,11 +151,15 @@ def _next_row(links: Sequence[Connection]) -> Row:
     while len(rows) < len(links):
         for link in links:
             if link not in rows and link.poll(LOOK_SECONDS):
-                reply = link.recv()
-                if isinstance(reply, str):
-                    raise WorkerLost(reply)
-                rows[link] = reply
+                rows[link] = _reply(link)
     return rows[links[0]]
+
+
+def _reply(link: Connection) -> Any:
+    reply = link.recv()
+    if isinstance(reply, str):  # what has failed
+        raise WorkerLost(reply)
+    return reply
 
 
 def work(descriptor: int) -> None:
@@ -177,7 +183,7 @@ def work(descriptor: int) -> None:
                     row, snapshot = next(rows)
                     link.send(row)
                 else:
-                    link.send_bytes(_packed(snapshot()))
+                    link.send(_packed(snapshot()))
         except (EOFError, ConnectionError):
             raise
         except Exception as error:
@@ -196,6 +202,10 @@ def _packed(state: State) -> bytes:
     file = io.BytesIO()
     torch.save(dataclasses.asdict(state), file)
     return file.getvalue()
+
+
+def _known(state: State, *, only_best: bool = False) -> State:
+    return state
 
 
 def _unpacked(packed: bytes) -> State:
