@@ -366,6 +366,21 @@ def test_what_killed_writers_left_is_deleted(tmp_path, folder):
 
 
 @pytest.mark.slow
+def test_a_budget_that_ends_before_a_trial_has_begun_ends_cleanly(tmp_path, folder, ray_started):
+    search = make_run(tmp_path / "run", folder)()
+    ask = search.next_trial
+
+    def last(ray_id):
+        found = ask(ray_id)
+        search.halted = "the time budget is used up"
+        return found
+
+    search.next_trial = last
+    search.run()
+    assert read_table(tmp_path / "run" / "trials.parquet")["epochs"].sum() == 0
+
+
+@pytest.mark.slow
 def test_the_time_budget_ends_cleanly_and_more_time_goes_on(tmp_path, folder, ray_started):
     run = tmp_path / "run"
     make = make_run(run, folder, trials=30, epochs=30, early_stopping=False)
