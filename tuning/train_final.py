@@ -205,7 +205,6 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
                 last=last,
                 weights=weights[config.backbone],
                 devices=all_gpus(device),
-                deterministic=plan.deterministic,
                 metric=plan.metric,
                 features=HeldOutputs(device)
                 if device.type != "cpu"

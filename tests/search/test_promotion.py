@@ -12,7 +12,7 @@ from tuning.record.journal import PROMOTED, Record, Trial, read_journal
 from tuning.record.tables import read_table
 from tuning.search import checkpoints, worker
 from tuning.search.checkpoints import best_file, state_file
-from tuning.search.finalists import epochs_saved
+from tuning.search.finalists import saved_before_promotions
 from tuning.search.promotion import best_stopped, spare_seconds
 from tuning.search.stopping import ANY, Rungs
 from tuning.settings.config import SearchPlan
@@ -202,7 +202,7 @@ def test_promoted_trials_take_nothing_from_the_finalists():
         f"t{number}": Trial(f"t{number}", number, "suggested", {}, {}, status=status, rows=rows[:count], decisions=made)
         for number, (status, count, made) in enumerate(ends)
     }
-    assert epochs_saved(Record(trials=trials), plan) == 8 + 8 + 5
+    assert saved_before_promotions(Record(trials=trials), plan) == 8 + 8 + 5
 
 
 def test_how_long_a_stopped_trial_may_go_on():

@@ -26,7 +26,7 @@ def config(**values):
 
 def on_two(plan, data, **values):
     """Train on two devices, however little they save."""
-    given = {"weights": None, "metric": "val_loss", "features": HeldOutputs(CPU), "deterministic": False}
+    given = {"weights": None, "metric": "val_loss", "features": HeldOutputs(CPU)}
     return finetune_on_all([CPU, CPU], plan, data, **given | {"least_seconds": 0.0, "least_gain": 0.0} | values)
 
 
@@ -130,7 +130,7 @@ def test_without_need_no_process_is_started(values, least_seconds, started):
 def test_the_final_model_is_trained_on_all(last, started, monkeypatch):
     monkeypatch.setattr(final, "finetune_on_all", partial(finetune_on_all, least_seconds=0.0, least_gain=0.0))
     plan, data, rows = config(), make_data(), []
-    given = {"weights": None, "metric": "val_loss", "features": HeldOutputs(CPU), "deterministic": False}
+    given = {"weights": None, "metric": "val_loss", "features": HeldOutputs(CPU)}
     given |= {"last": last, "on_epoch": rows.append}
     found = [final.train(plan, data, devices=devices, **given) for devices in ([CPU, CPU], [CPU])]
     assert len(started) == 2 and all(process.poll() is not None for process in started)

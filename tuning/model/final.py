@@ -62,7 +62,6 @@ def train(
     last: int | None,
     weights: Weights | None,
     devices: Sequence[torch.device],
-    deterministic: bool,
     metric: str,
     features: Cache,
     on_epoch: Callable[[Row], None],
@@ -77,9 +76,7 @@ def train(
     both = last is not None
     if both:
         data = dataclasses.replace(data, train=np.union1d(data.train, data.val))
-    for row, snapshot in finetune_on_all(
-        devices, config, data, weights=weights, metric=metric, features=features, deterministic=deterministic
-    ):
+    for row, snapshot in finetune_on_all(devices, config, data, weights=weights, metric=metric, features=features):
         on_epoch(row)
         if row["epoch"] == last or row["ends"] is not None:
             state = snapshot()

@@ -62,7 +62,6 @@ def folds(
             last=None,
             weights=weights,
             devices=[device],
-            deterministic=False,  # for processes on other devices
             metric="val_tempered_loss",
             features=features,
             on_epoch=lambda row: None,

@@ -67,7 +67,7 @@ def saved_epochs(trials: pd.DataFrame, epochs: int) -> int:
     return int((epochs - rows.loc[rows["status"].isin(EARLY), "epochs"]).sum())
 
 
-def epochs_saved(record: Record, plan: SearchPlan) -> int:
+def saved_before_promotions(record: Record, plan: SearchPlan) -> int:
     """Return how many epochs early stopping has saved up to now, of each trial as of its first stop.
 
     So what promoted trials take, where slots or time are left, takes nothing from the finalists' runs.
@@ -101,5 +101,5 @@ def finalist_runs_left(record: Record, plan: SearchPlan) -> list[tuple[Trial, in
     # From the record, since tables lack runs that have not begun.
     asked = {(str(trial.finalist_of), int(trial.config["seed"])) for trial in trials if trial.origin == "finalist"}
     table = make_tables(record, plan.metric)["trials"].to_pandas()
-    cap = most_epochs(plan, epochs_saved(record, plan))
+    cap = most_epochs(plan, saved_before_promotions(record, plan))
     return [(record.trials[trial_id], seed) for trial_id, seed in runs_left(table, plan, asked, cap)]

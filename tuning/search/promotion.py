@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable
 
 from tuning.record.journal import Record, Trial
-from tuning.search.finalists import epochs_saved, most_epochs
+from tuning.search.finalists import most_epochs, saved_before_promotions
 from tuning.search.stopping import Rungs, as_loss
 from tuning.settings.config import SearchPlan
 
@@ -57,5 +57,5 @@ def spare_seconds(record: Record, plan: SearchPlan, running: Iterable[Trial], bu
     seconds = [row["seconds"] for trial in record.trials.values() if trial.number is not None for row in trial.rows]
     if math.isinf(budget_left) or not seconds:
         return spare
-    finalists = most_epochs(plan, epochs_saved(record, plan)) if plan.finalists else 0
+    finalists = most_epochs(plan, saved_before_promotions(record, plan)) if plan.finalists else 0
     return min(budget_left, max(spare, budget_left - finalists * math.fsum(seconds) / len(seconds) / slots))

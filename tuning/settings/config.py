@@ -319,10 +319,8 @@ ADDED = (
     *("columns", "label_columns", "finding", "multi_label", "uncertain", "blank", "label_pattern", "group_pattern"),
     *("subgroups", "deterministic", "portfolio"),
 )
-FORMERLY = {
-    "promote": False,
-    "local_search": False,
-}  # what versions without a setting did, where its default does something else
+# What versions without a setting did, where its default does something else.
+FORMERLY = {"promote": False, "local_search": False}
 
 
 def cache_folder() -> Path:

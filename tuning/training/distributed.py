@@ -42,7 +42,6 @@ def finetune_on_all(
     data: Data,
     *,
     features: Cache,
-    deterministic: bool,
     least_seconds: float = 120.0,
     least_gain: float = 1.1,
     **how: Any,
@@ -56,7 +55,6 @@ def finetune_on_all(
     Args:
         devices: of this machine; with one this is `finetune` on it.
         config: as there, like `data`, `features` and `how` (`weights`, `metric`).
-        deterministic: see `device.prepare_gpu`.
         least_seconds: that the rest would take on one device; to start the processes takes about 20.
         least_gain: factor of an epoch's speed.
     """
@@ -78,7 +76,7 @@ def finetune_on_all(
     if devices[0].type == "cuda":
         torch.cuda.empty_cache()
     try:
-        for row, snapshot in _by_processes(devices, config, data, state, deterministic, how):
+        for row, snapshot in _by_processes(devices, config, data, state, how):
             yield row, snapshot
             if row["epoch"] != 2 * MEASURED_EPOCHS:
                 continue
@@ -94,19 +92,17 @@ def finetune_on_all(
 
 
 def _by_processes(
-    devices: Sequence[torch.device],
-    config: TrialConfig,
-    data: Data,
-    state: State,
-    deterministic: bool,
-    how: dict[str, Any],
+    devices: Sequence[torch.device], config: TrialConfig, data: Data, state: State, how: dict[str, Any]
 ) -> Iterator[tuple[Row, Snapshot]]:
     """Yield what `finetune` does from a state on, by a process for each device.
 
     Raises:
         WorkerLost: one of them failed.
     """
-    threads = max(torch.get_num_threads() // len(devices), 1)
+    ready_as = {
+        "threads": max(torch.get_num_threads() // len(devices), 1),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
     file = data.images.filename if isinstance(data.images, np.memmap) else None
     if file is not None:  # each process maps it
         data = replace(data, images=data.images[:0])
@@ -126,8 +122,7 @@ def _by_processes(
             links.append(stack.enter_context(link))
             part = {"device": device, "ranks": Ranks(rank, len(devices)), "data": data, "config": config, **how}
             with _worker_lost():
-                link.send((part, file, threads, deterministic, f"file://{place}/ranks"))
-                link.send_bytes(_packed(state))
+                link.send((part, file, _packed(state), ready_as, f"file://{place}/ranks"))
 
         def snapshot(*, only_best: bool = False) -> State:
             with _worker_lost():
@@ -165,11 +160,10 @@ def _reply(link: Connection) -> Any:
 def work(descriptor: int) -> None:
     """Train as the process at the other end of a connection asks."""
     with suppress(EOFError, ConnectionError), Connection(descriptor) as link:  # that process may have been killed
-        part, file, threads, deterministic, meeting = link.recv()
-        state = _unpacked(link.recv_bytes())
+        part, file, packed, ready_as, meeting = link.recv()
         device, ranks = part["device"], part["ranks"]
         try:
-            ready(device.type, threads=threads, deterministic=deterministic)
+            ready(device.type, **ready_as)
             if file is not None:
                 part["data"] = replace(part["data"], images=np.load(file, mmap_mode="r"))
             if device.type == "cuda":
@@ -177,7 +171,7 @@ def work(descriptor: int) -> None:
             backend = "nccl" if device.type == "cuda" else "gloo"
             distributed.init_process_group(backend, init_method=meeting, rank=ranks.rank, world_size=ranks.size)
             models = Models(synchronized=device.type == "cuda")
-            rows = finetune(**part, state=state, features=HeldOutputs(device), models=models)
+            rows = finetune(**part, state=_unpacked(packed), features=HeldOutputs(device), models=models)
             while True:
                 if link.recv() == "row":
                     row, snapshot = next(rows)

@@ -41,7 +41,7 @@ class Ranks:
         return DistributedDataParallel(_Trained(model, forward))
 
     def total(self, value: Tensor) -> Tensor:
-        """Return the sum over all ranks, of a value that is then left alone."""
+        """Return the sum of a value over all ranks, with which it is overwritten."""
         if self.size > 1:
             distributed.all_reduce(value)
         return value
