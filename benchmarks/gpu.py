@@ -195,7 +195,7 @@ def numbers(bench: Bench) -> Figures:
     for backbone in bench.backbones[:1] + bench.backbones[-1:]:
         plan = bench.config(backbone, image_size=min(bench.side, 64), augmentation="none", batch_norm="frozen")
         data = bench.data(240)
-        images = np.asarray(torch.as_tensor(data.images).cpu())[:, : plan.image_size, : plan.image_size]
+        images = in_memory(data).images[:, : plan.image_size, : plan.image_size]
         data = dataclasses.replace(data, images=images)
         here = trained(plan, data, bench.place)
         reference = trained(plan, data, torch.device("cpu"))
@@ -279,9 +279,18 @@ def speed(bench: Bench) -> Figures:
         bare = bare_speed(bench, plan, min(rows[-1]["images"] // plan.batch_size, 40))
         found[backbone] = {"product": round(product), "bare": round(bare), "ratio": round(product / bare, 2)}
         found[backbone]["evaluate_share"] = round(rows[-1]["evaluate_seconds"] / rows[-1]["seconds"], 2)
+        rows = [row for row, _ in finetune(plan, in_memory(data), device=bench.place, weights=None)]
+        found[backbone]["read_ahead"] = round(
+            rows[-1]["images"] / (rows[-1]["train_seconds"] + rows[-1]["data_seconds"])
+        )
         slow = f"{backbone}: {product:.0f} images/s, {product / bare:.0%} of a bare loop's"
         bench.check(bench.rehearse or product >= LEAST_SPEED * bare, slow)
     return found
+
+
+def in_memory(data: Data) -> Data:
+    """The same images, not on the GPU."""
+    return dataclasses.replace(data, images=np.asarray(torch.as_tensor(data.images).cpu()))
 
 
 def bare_speed(bench: Bench, plan: TrialConfig, steps: int) -> float:
@@ -314,8 +323,7 @@ def several(bench: Bench) -> Figures:
     for backbone in bench.backbones[:2]:
         plan = bench.config(backbone, epochs=5, batch_size=16 * len(devices), augmentation="light", batch_norm="frozen")
         how: Figures = {"weights": None, "metric": "val_loss", "features": HeldOutputs(bench.place)}
-        data = bench.data(3072)
-        data = dataclasses.replace(data, images=np.asarray(torch.as_tensor(data.images).cpu()))
+        data = in_memory(bench.data(3072))
         how |= {"least_seconds": 0.0, "least_gain": 0.0}
         rows = [row for row, _ in finetune_on_all(devices, plan, data, **how)]
         alone = [row for row, _ in finetune(plan, data, device=bench.place, weights=None)]

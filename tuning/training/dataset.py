@@ -1,7 +1,9 @@
 """Decoded images with their labels and splits, and how they become a network's input."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -12,8 +14,9 @@ from torch import Tensor, nn
 from tuning.record.targets import class_names, encoded
 from tuning.training import backbones
 from tuning.training.augment import augment
-from tuning.training.features import to_device
+from tuning.training.features import for_device, to_device
 
+T = TypeVar("T")
 Indices = NDArray[np.int64]
 # From indices of images, their rows of the epoch's table (None: not augmented) and a policy to a network's input.
 Prepare = Callable[[Indices, Tensor | None, str], Tensor]
@@ -36,15 +39,18 @@ class Data:
         return self.labels.ndim == 2
 
 
-def placed(images: NDArray[np.uint8], device: torch.device, *, share: float = 1.0) -> NDArray[np.uint8] | Tensor:
+def placed(
+    images: NDArray[np.uint8] | Tensor, device: torch.device, *, share: float = 1.0
+) -> NDArray[np.uint8] | Tensor:
     """Copy decoded images to the GPU if they take at most a quarter of its free memory; else return them unchanged.
 
     Args:
         share: of the GPU that this process has.
     """
-    if device.type == "cuda" and images.nbytes <= torch.cuda.mem_get_info(device)[0] * share / 4:
-        return torch.from_numpy(np.array(images)).to(device)
-    return images
+    if isinstance(images, Tensor) or device.type != "cuda":
+        return images
+    fits = images.nbytes <= torch.cuda.mem_get_info(device)[0] * share / 4
+    return torch.from_numpy(np.array(images)).to(device) if fits else images
 
 
 def join(samples: pd.DataFrame, images: NDArray[np.uint8] | Tensor) -> Data:
@@ -63,16 +69,43 @@ def train_eval_set(data: Data) -> Indices:
 
 def preparer(images: NDArray[np.uint8] | Tensor, model: nn.Module, device: torch.device) -> Prepare:
     """Return a function that makes a model's input [batch, 3, side, side], augmented and normalised."""
+    read, as_input = reader(images, device), normaliser(model, device)
+    return lambda indices, table, policy: as_input(read(indices), table, policy)
+
+
+def reader(images: NDArray[np.uint8] | Tensor, device: torch.device) -> Callable[[Indices], Tensor]:
+    """Return a function that reads some images, [batch, side, side, channels], for a device: there or in memory."""
+    if isinstance(images, Tensor):
+        return lambda indices: images[to_device(indices, device)]
+    return lambda indices: for_device(images[indices], device)
+
+
+def normaliser(model: nn.Module, device: torch.device) -> Callable[[Tensor, Tensor | None, str], Tensor]:
+    """Return a function that makes a model's input of what was read, its rows of the epoch's table, and a policy."""
     mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in backbones.input_mean_std(model))
 
-    def prepare(indices: Indices, table: Tensor | None, policy: str) -> Tensor:
-        if isinstance(images, Tensor):
-            chosen = images[to_device(indices, device)]
-        else:
-            chosen = to_device(images[indices], device)
+    def as_input(read: Tensor, table: Tensor | None, policy: str) -> Tensor:
+        chosen = read.to(device, non_blocking=device.type == "cuda")
         pixels = chosen.permute(0, 3, 1, 2).float() / 255
         if table is not None:
             pixels = augment(pixels, table, policy)
         return ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
 
-    return prepare
+    return as_input
+
+
+def streams(images: NDArray[np.uint8] | Tensor, device: torch.device) -> bool:
+    """Return whether a thread is to read images ahead: those that a GPU trains on, and that are not in its memory."""
+    return device.type != "cpu" and not isinstance(images, Tensor)
+
+
+def ahead(read: Callable[[Indices], T], groups: Iterable[Indices]) -> Iterator[T]:
+    """Yield what is read of each group; meanwhile a thread reads the next. An error is raised in its place."""
+    with ThreadPoolExecutor(1) as pool:
+        following: Future[T] | None = None
+        for group in groups:
+            current, following = following, pool.submit(read, group)
+            if current is not None:
+                yield current.result()
+        if following is not None:
+            yield following.result()

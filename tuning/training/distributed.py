@@ -19,7 +19,7 @@ from torch import distributed
 
 from tuning.settings.config import TrialConfig
 from tuning.training.checking import package_environment
-from tuning.training.dataset import Data
+from tuning.training.dataset import Data, placed
 from tuning.training.device import ready
 from tuning.training.features import Cache, HeldOutputs
 from tuning.training.finetune import finetune
@@ -59,7 +59,7 @@ def finetune_on_all(
         least_gain: factor of an epoch's speed.
     """
     devices = devices[: max(config.batch_size // PART_IMAGES, 1)]
-    alone = finetune(config, data, device=devices[0], features=features, **how)
+    alone = finetune(config, _placed(data, devices[0]), device=devices[0], features=features, **how)
     for row, snapshot in alone:
         yield row, snapshot
         if row["epoch"] == MEASURED_EPOCHS:
@@ -88,7 +88,11 @@ def finetune_on_all(
             return
     except WorkerLost as error:
         print(f"training on {len(devices)} GPUs failed: {error}; it continues on one", file=sys.stderr)
-    yield from finetune(config, data, device=devices[0], features=features, state=state, **how)
+    yield from finetune(config, _placed(data, devices[0]), device=devices[0], features=features, state=state, **how)
+
+
+def _placed(data: Data, device: torch.device) -> Data:
+    return replace(data, images=placed(data.images, device))
 
 
 def _by_processes(
@@ -168,6 +172,7 @@ def work(descriptor: int) -> None:
                 part["data"] = replace(part["data"], images=np.load(file, mmap_mode="r"))
             if device.type == "cuda":
                 torch.cuda.set_device(device)
+            part["data"] = _placed(part["data"], device)
             backend = "nccl" if device.type == "cuda" else "gloo"
             distributed.init_process_group(backend, init_method=meeting, rank=ranks.rank, world_size=ranks.size)
             models = Models(synchronized=device.type == "cuda")

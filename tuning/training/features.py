@@ -219,12 +219,15 @@ def stored(features: Tensor) -> Array:
     return array
 
 
+def for_device(array: Array, device: torch.device) -> Tensor:
+    """Return an array as a tensor in memory from which a GPU copies while it continues to work."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
 def to_device(array: Array, device: torch.device) -> Tensor:
     """Copy an array in memory to a device; a GPU continues to work meanwhile."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    return for_device(array, device).to(device, non_blocking=device.type == "cuda")
 
 
 def loaded(outputs: Array | Tensor, positions: Array, device: torch.device) -> Tensor:

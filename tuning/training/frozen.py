@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tuning.training.dataset import Indices, preparer
+from tuning.training.dataset import Indices, ahead, normaliser, reader, streams
 from tuning.training.device import in_float32
 from tuning.training.features import CHUNK, GPU_CHUNK, Array, Cache, Key, loaded, to_device
 from tuning.training.mixing import Mixing
@@ -24,7 +24,8 @@ from tuning.training.scores import evaluation_batch, predict
 BLOCK = 256  # about as many images go through the prefix at once if their outputs are not cached
 HELD_BYTES = 2**28  # vectors in files up to this size are held in memory
 VECTORS_BATCH = 4096  # vectors evaluated at once
-Fetch = Callable[[Indices], Tensor]  # from positions in a set of images to the trained part's inputs
+# From groups of positions in a set of images to each group's inputs, of the whole model or of the trained part.
+Fetch = Callable[[Iterable[Indices]], Iterator[Tensor]]
 Precision = Callable[[], AbstractContextManager[Any]]  # of passes through the prefix
 
 
@@ -41,8 +42,8 @@ class Inputs:
         block = math.lcm(size, self.chunk) if self.chunk else size
         if block > max(size, BLOCK):
             block = size * math.ceil(BLOCK / size)
-        for first in range(0, len(positions), block):
-            yield from torch.split(self.fetch(positions[first : first + block]), size)
+        for fetched in self.fetch(_parts(positions, block)):
+            yield from torch.split(fetched, size)
 
 
 class Frozen:
@@ -58,7 +59,8 @@ class Frozen:
     def __init__(self, network: Network, depth: int, images: NDArray[np.uint8] | Tensor, cache: Cache | None):
         self._network, self._cache, self._cut = network, cache, network.cut(depth)
         self._chunk = CHUNK if network.device.type == "cpu" else GPU_CHUNK
-        self._prepare = preparer(images, network.model, network.device)
+        self._read, self._as_input = reader(images, network.device), normaliser(network.model, network.device)
+        self._streamed = streams(images, network.device)
         self._key = Key(network.backbone, network.weights, network.image_size, depth, "float32", "", "none", None)
         self.trained: Callable[[Tensor], Tensor] = network.model if self._cut is None else self._cut.suffix
         self.head_only = depth == 0 and self._cut is not None
@@ -82,7 +84,7 @@ class Frozen:
             moment: seed and epoch of the table.
             mixed: how the policy mixes these images with others, if it does.
         """
-        prepare = partial(self._prepared, indices, table, policy, mixed)
+        prepare = partial(self._images, indices, table, policy, mixed)
         if self._cut is None:
             return Inputs(prepare)
         precision = in_float32 if table is None else self._network.training_precision
@@ -110,30 +112,42 @@ class Frozen:
         batches = self.inputs(indices).batches(np.arange(len(indices)), size)
         return predict(self.trained, batches)
 
-    def _prepared(
-        self, indices: Indices, table: Tensor | None, policy: str, mixed: Mixing | None, positions: Indices
-    ) -> Tensor:
-        def views(places: Indices) -> Tensor:
+    def _images(
+        self, indices: Indices, table: Tensor | None, policy: str, mixed: Mixing | None, groups: Iterable[Indices]
+    ) -> Iterator[Tensor]:
+        """Yield the model's input for each group of positions; what is not on the GPU is read one group ahead."""
+
+        def read(positions: Indices) -> list[tuple[Indices, Tensor]]:
+            places = [positions] if mixed is None else [positions, mixed.partners[positions]]
+            return [(each, self._read(indices[each])) for each in places]
+
+        def view(places: Indices, pixels: Tensor) -> Tensor:
             rows = None if table is None else table[to_device(places, table.device)]
-            return self._prepare(indices[places], rows, policy)
+            return self._as_input(pixels, rows, policy)
 
         started = time.perf_counter()
-        images = views(positions)
-        if mixed is not None:
-            images = mixed.of(images, views(mixed.partners[positions]), positions)
-        self.data_seconds += time.perf_counter() - started
-        return images
+        for (positions, pixels), *partners in ahead(read, groups) if self._streamed else map(read, groups):
+            images = view(positions, pixels)
+            if mixed is not None:
+                images = mixed.of(images, view(*partners[0]), positions)
+            self.data_seconds += time.perf_counter() - started
+            yield images
+            started = time.perf_counter()
 
-    def _computed(self, prepare: Fetch, precision: Precision, positions: Indices) -> Tensor:
-        with self._prefix_timed():
-            return torch.cat([self._pass(prepare, precision, part) for part in self._chunks(positions)])
+    def _computed(self, prepare: Fetch, precision: Precision, groups: Iterable[Indices]) -> Iterator[Tensor]:
+        groups = list(groups)
+        images = prepare(self._filled(chunk) for group in groups for chunk in self._chunks(group))
+        for positions in groups:
+            with self._prefix_timed():
+                passes = [self._pass(next(images), precision, len(part)) for part in self._chunks(positions)]
+                outputs = torch.cat(passes)
+            yield outputs
 
-    def _pass(self, prepare: Fetch, precision: Precision, positions: Indices) -> Tensor:
-        """Compute the outputs of at most a chunk of images."""
+    def _pass(self, images: Tensor, precision: Precision, count: int) -> Tensor:
+        """Compute the outputs of a chunk of images, and return the first `count`."""
         assert self._cut is not None
-        images = prepare(self._filled(positions))
         with precision():
-            return self._cut.prefix(images)[: len(positions)]
+            return self._cut.prefix(images)[:count]
 
     def _outputs(self, key: Key, count: int, prepare: Fetch, precision: Precision) -> Iterator[Tensor]:
         """Compute the outputs of all images, from cached outputs of a cut further from the head if there are any."""
@@ -144,14 +158,16 @@ class Frozen:
             if known is not None and further is not None:
                 source = known, further.suffix
                 break
-        for positions in self._chunks(np.arange(count)):
-            if source is None:
-                yield self._pass(prepare, precision, positions)
-            else:
-                features = loaded(source[0], self._filled(positions), self._network.device)
-                with precision():
-                    derived = self._cut.stop(partial(source[1], features))
-                yield derived[: len(positions)]
+        chunks = list(self._chunks(np.arange(count)))
+        if source is None:
+            images = prepare(map(self._filled, chunks))
+            yield from (self._pass(each, precision, len(chunk)) for each, chunk in zip(images, chunks, strict=True))
+            return
+        for positions in chunks:
+            features = loaded(source[0], self._filled(positions), self._network.device)
+            with precision():
+                derived = self._cut.stop(partial(source[1], features))
+            yield derived[: len(positions)]
 
     def _reader(self, outputs: Array | Tensor) -> Fetch:
         started = time.perf_counter()
@@ -159,11 +175,12 @@ class Frozen:
             outputs = np.array(outputs)
         self.data_seconds += time.perf_counter() - started
 
-        def fetch(positions: Indices) -> Tensor:
-            started = time.perf_counter()
-            features = loaded(outputs, positions, self._network.device)
-            self.data_seconds += time.perf_counter() - started
-            return features
+        def fetch(groups: Iterable[Indices]) -> Iterator[Tensor]:
+            for positions in groups:
+                started = time.perf_counter()
+                features = loaded(outputs, positions, self._network.device)
+                self.data_seconds += time.perf_counter() - started
+                yield features
 
         return fetch
 
@@ -174,9 +191,13 @@ class Frozen:
         self.prefix_seconds += time.perf_counter() - started - (self.data_seconds - data_seconds)
 
     def _chunks(self, positions: Indices) -> Iterator[Indices]:
-        for first in range(0, len(positions), self._chunk):
-            yield positions[first : first + self._chunk]
+        return _parts(positions, self._chunk)
 
     def _filled(self, positions: Indices) -> Indices:
         """Return a chunk of positions: the last one is repeated if there are fewer."""
         return np.pad(positions, (0, self._chunk - len(positions)), mode="edge")
+
+
+def _parts(positions: Indices, size: int) -> Iterator[Indices]:
+    for first in range(0, len(positions), size):
+        yield positions[first : first + size]
