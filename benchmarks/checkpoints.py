@@ -66,7 +66,15 @@ def main() -> None:
             {
                 **{"run": f"{place}/run", "images": {str(flags.image_size): str(checked.folders[flags.image_size])}},
                 **{"weights": {flags.backbone: None}, "digests": {}, "features": f"{place}/features", "run_id": ""},
-                **{"cache_bytes": 0, "threads": 2, "gpus": 0, "device": "cpu", "deterministic": False, "halve": True},
+                **{
+                    "cache_bytes": 0,
+                    "threads": 2,
+                    "gpus": 0,
+                    "device": "cpu",
+                    "deterministic": False,
+                    "halve": True,
+                    "graphs": False,
+                },
                 **{"redraw": False, "promotable": False, "storage": None, "driver": None, "home": None},
                 **{"trial_id": "t00000", "origin": "suggested", "number": 0, "config": trial.model_dump()},
                 "ending": {

@@ -15,6 +15,7 @@ if __name__ == "__main__":  # this folder would come first on the path, and its 
 import argparse
 import dataclasses
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -27,7 +28,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +315,24 @@ def bare_speed(bench: Bench, plan: TrialConfig, steps: int) -> float:
     return steps * plan.batch_size / bench.seconds(some_steps)
 
 
+def graphs(bench: Bench) -> Figures:
+    """CUDA graphs of the training step: images a second and losses, with them and without."""
+    found: Figures = {}
+    for backbone in bench.backbones:
+        plan, data = bench.config(backbone, epochs=3, augmentation="light"), bench.data(2048)
+        said, rows = io.StringIO(), {}
+        for name in ("with", "without"):
+            given: Figures = {"device": bench.place, "weights": None, "graphs": name == "with"}
+            with redirect_stderr(said):
+                rows[name] = [row for row, _ in finetune(plan, data, **given)][-1]
+        speeds = {name: round(row["images"] / row["train_seconds"]) for name, row in rows.items()}
+        apart = abs(rows["with"]["val_loss"] / rows["without"]["val_loss"] - 1)
+        found[backbone] = speeds | {"val_loss_apart": apart}
+        bench.check(bench.rehearse or not said.getvalue(), f"{backbone}: {said.getvalue().strip()}")
+        bench.check(apart <= 0.05, f"{backbone}: val_loss is {apart:.1%} from that without graphs")
+    return found
+
+
 def several(bench: Bench) -> Figures:
     """The final training on all GPUs of the machine: its losses, and an epoch's seconds beside one GPU's."""
     devices = [bench.place] * 2 if bench.rehearse else device.all_gpus(bench.place)
@@ -514,6 +533,7 @@ PARTS: dict[str, tuple[Callable[[Bench], Figures], float]] = {  # with their lim
     "same": (same, 40.0),
     "memory": (memory, 60.0),
     "speed": (speed, 100.0),
+    "graphs": (graphs, 90.0),
     "several": (several, 90.0),
     "costs": (costs, 40.0),
     "packing": (packing, 240.0),

@@ -41,6 +41,7 @@ def given_by_ray(run, images, *, early_loss_epochs):
         "gpus": 0,
         "device": "cpu",
         "deterministic": False,
+        "graphs": False,
         "halve": True,
         "redraw": False,
         "promotable": False,

@@ -30,7 +30,7 @@ def test_a_killed_worker_is_found_and_its_trial_goes_on(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["facts", "mix", "numbers", "same", "memory", "speed", "several", "costs"])
+@pytest.mark.parametrize("name", ["facts", "mix", "numbers", "same", "memory", "speed", "graphs", "several", "costs"])
 def test_a_part_runs_at_toy_size_on_the_cpu(tmp_path, name):
     found = inside(name, tmp_path)
     assert (found["status"], found["faults"]) == ("PASS", []) and found["figures"]

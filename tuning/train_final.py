@@ -50,7 +50,7 @@ PLACES = ("images", "join", "split_files")
 OF_OTHER_DATA = (*SAMPLE_SETTINGS, "on_leak", "skip_unreadable")
 EFFECTIVE = (
     *("data", "fit", "drop_colour", "disk_cache_bytes", "cache_bytes"),
-    *("weights", "epochs", "seed", "metric", "final_data", "ensemble", "device", "deterministic"),
+    *("weights", "epochs", "seed", "metric", "final_data", "ensemble", "device", "deterministic", "cuda_graphs"),
 )
 
 
@@ -206,6 +206,7 @@ def run(flags: Flags, *, onnx: bool = True) -> Path:
                 weights=weights[config.backbone],
                 devices=all_gpus(device),
                 metric=plan.metric,
+                graphs=plan.cuda_graphs and device.type == "cuda",
                 features=HeldOutputs(device)
                 if device.type != "cpu"
                 else FeatureCache(outputs, plan.cache_bytes, augmented=False),

@@ -65,6 +65,7 @@ def train(
     metric: str,
     features: Cache,
     on_epoch: Callable[[Row], None],
+    graphs: bool = False,
 ) -> Final:
     """Train on the training set and keep the best epoch, or train on training and validation sets up to epoch `last`.
 
@@ -76,7 +77,8 @@ def train(
     both = last is not None
     if both:
         data = dataclasses.replace(data, train=np.union1d(data.train, data.val))
-    for row, snapshot in finetune_on_all(devices, config, data, weights=weights, metric=metric, features=features):
+    how: dict[str, Any] = {"weights": weights, "metric": metric, "graphs": graphs}
+    for row, snapshot in finetune_on_all(devices, config, data, features=features, **how):
         on_epoch(row)
         if row["epoch"] == last or row["ends"] is not None:
             state = snapshot()

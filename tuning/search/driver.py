@@ -120,6 +120,7 @@ class Search:
             "cache_bytes": plan.cache_bytes,
             "device": plan.device if resources.gpus else "cpu",
             "deterministic": plan.deterministic,
+            "graphs": plan.cuda_graphs,
             "storage": None if mirror is None else mirror.uri,
             "driver": None if mirror is None else mirror.claim,
             "run_id": run_id,

@@ -193,7 +193,8 @@ class Worker:
         data = self._load(trial)
         weights = self._weights(trial.backbone)
         given: dict[str, Any] = {"device": self._device, "features": self._features, "models": self._models}
-        whole = {"halve": self._config["halve"]} | self._config["ending"]
+        graphs = self._config["graphs"] and self._device.type == "cuda"
+        whole = {"halve": self._config["halve"], "graphs": graphs} | self._config["ending"]
         if self._config["origin"] == "probe":
             row = probe(trial, data, weights=weights, **given)
             return iter([(row, lambda only_best=False: State([row], {}))])

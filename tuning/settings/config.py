@@ -160,6 +160,8 @@ class SearchPlan(BaseModel):
     """Device of trials and the final model: `cpu`, `cuda`, `mps` (Apple's GPU), or `auto`: a GPU if there is one."""
     deterministic: bool = False
     """Whether a seed gives the same results on a GPU too, which is slower. On CPUs it always does."""
+    cuda_graphs: bool = False
+    """Whether trials try CUDA graphs of their training steps, and take them where they are faster. Untried on a GPU."""
     cpus_per_trial: int | None = Field(None, ge=1)
     """CPU threads per trial. Default: 1, or on GPUs its share of the cores."""
     concurrent: int | None = Field(None, ge=1)
@@ -310,14 +312,14 @@ SAMPLE_SETTINGS = (  # of `load_samples`
 STRUCTURED = ("augmentation", "weights", "columns", "label_columns", "subgroups", "split_files")  # lists and mappings
 RESUME_MAY_CHANGE = (
     *("trials", "finalist_epochs", "time_budget", "trial_timeout"),
-    *("concurrent", "gpus_per_trial", "cpus_per_trial", "device"),
+    *("concurrent", "gpus_per_trial", "cpus_per_trial", "device", "cuda_graphs"),
     *("optuna_storage", "track"),
     *("data", "images", "join", "split_files"),  # the same images and labels in another place
 )
 # Settings whose defaults do what versions without them did.
 ADDED = (
     *("columns", "label_columns", "finding", "multi_label", "uncertain", "blank", "label_pattern", "group_pattern"),
-    *("subgroups", "deterministic", "portfolio"),
+    *("subgroups", "deterministic", "cuda_graphs", "portfolio"),
 )
 # What versions without a setting did, where its default does something else.
 FORMERLY = {"promote": False, "local_search": False}

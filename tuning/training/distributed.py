@@ -54,7 +54,7 @@ def finetune_on_all(
 
     Args:
         devices: of this machine; with one this is `finetune` on it.
-        config: as there, like `data`, `features` and `how` (`weights`, `metric`).
+        config: as there, like `data`, `features` and `how` (`weights`, `metric`, `graphs`).
         least_seconds: that the rest would take on one device; to start the processes takes about 20.
         least_gain: factor of an epoch's speed.
     """

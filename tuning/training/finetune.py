@@ -6,7 +6,7 @@ import math
 import operator
 import re
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial, reduce
 
 import torch
@@ -22,14 +22,13 @@ from tuning.training.augment import SHUFFLE, epoch_table
 from tuning.training.dataset import Data, train_eval_set
 from tuning.training.features import Cache
 from tuning.training.frozen import Frozen
+from tuning.training.graphs import Passes, Replayed, Targets
 from tuning.training.mixing import mixing
 from tuning.training.models import Models
 from tuning.training.probe import probed_head
 from tuning.training.ranks import ALONE, Ranks
 from tuning.training.scores import calibrated_loss, class_weights, loss_sum, mean_loss, score, target_weight
 from tuning.training.state import Averaged, Row, Snapshot, State, restore, snapshot
-
-Targets = tuple[Tensor, Tensor | None]  # labels of a batch, and the images' shares of them: of mixed images a part
 
 MOMENTUM = 0.9
 OVERFLOWS = 16  # batches in a row whose loss is not finite in float16, after which the trial has diverged
@@ -61,6 +60,7 @@ def finetune(
     features: Cache | None = None,
     models: Models | None = None,
     halve: bool = True,
+    graphs: bool = False,
     ranks: Ranks = ALONE,
 ) -> Iterator[tuple[Row, Snapshot]]:
     """Fine-tune one configuration, an epoch at a time.
@@ -80,6 +80,7 @@ def finetune(
         features: caches the outputs of frozen layers for this trial and others; None: each epoch computes them.
         models: keeps the model for the next trial; once that has begun, this generator can't be continued.
         halve: whether half the batch at a time is tried where the whole is out of memory.
+        graphs: whether CUDA graphs of the training step are tried, and taken where they are faster.
         ranks: this process's part, if several train this model; out of memory is then an error.
 
     Yields:
@@ -122,7 +123,7 @@ def finetune(
     weighting = class_weights(data.labels[data.train], len(data.classes)).to(device) if balanced else None
     train_eval = train_eval_set(data)
 
-    def backward(batch: Tensor, targets: list[Targets], micro_batch: int) -> Tensor:
+    def backward(batch: Tensor, targets: Sequence[Targets], micro_batch: int) -> Tensor:
         """Return the batch's mean loss; gradients are accumulated over parts of `micro_batch` images.
 
         Args:
@@ -163,6 +164,8 @@ def finetune(
     micro_batch = history[-1]["micro_batch"] if history else batch_size
     latency_ms = network.latency_ms()
     trained = ranks.shared(model, frozen.trained)
+    replayable = graphs and ranks.size == 1 and not scaler.is_enabled()
+    passes: Passes = Replayed(backward, model.parameters(), device) if replayable else backward
 
     for epoch in range(len(history) + 1, config.epochs + 1):
         # Train. Shuffling, augmentation and dropout depend on (seed, epoch) alone.
@@ -189,7 +192,7 @@ def finetune(
             for attempt in itertools.count():
                 optimizer.zero_grad(set_to_none=True)
                 try:
-                    loss = backward(batch, targets[step], micro_batch)
+                    loss = passes(batch, targets[step], micro_batch)
                     break
                 except (RuntimeError, MemoryError) as error:
                     tried = ranks.size > 1 or micro_batch < batch_size or (attempt and not halve)
