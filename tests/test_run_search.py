@@ -527,6 +527,14 @@ def test_no_finite_loss_leaves_tables_and_no_best(space, tmp_path, folder, capsy
 
 
 @pytest.mark.slow
+def test_a_used_up_time_budget_names_the_command_to_continue(space, folder, capsys, on_shared_ray):
+    assert run(Flags(space=space, data=str(folder), name="short", epochs=10_000, time_budget="3")) == 0
+    said = capsys.readouterr().out
+    assert "of up to 10,000 epochs, in at most 3 s, space" in said and "time budget is used up" in said
+    assert "To continue for as long again: python tuning/run_search.py --resume --name short\n" in said
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["run_search.py", "audit.py", "train_final.py", "evaluate.py", "model_folder.py"])
 def test_help_shows_an_example_from_any_folder(tmp_path, command):
     arguments = ["predict", "--help"] if command == "model_folder.py" else ["--help"]

@@ -521,7 +521,8 @@ def test_a_model_folder_works_alone(searched, folder, tmp_path, ensemble):
     shutil.rmtree(searched)
     out = elsewhere / "predictions.parquet"
     command = [sys.executable, str(ROOT / "tuning" / "model_folder.py"), "predict", str(moved), str(folder)]
-    subprocess.run([*command, "--out", str(out)], cwd=elsewhere, check=True)
+    done = subprocess.run([*command, "--out", str(out)], cwd=elsewhere, capture_output=True, text=True, check=True)
+    assert done.stdout == f"written: {out}, 60 images\n"
     table = pd.read_parquet(out)
     assert len(table) == 60 and (table["predicted"] == [Path(path).parent.name for path in table["path"]]).mean() > 0.9
 

@@ -112,6 +112,8 @@ def run(flags: Predict) -> None:
             said = f"{count(len(several), 'image')} unlike those that the model was made from ({examples(several)})"
             print(visible(f"{said}: its predictions mean little there"), file=sys.stderr)
         _write_table(flags.out, known, model, probabilities, odd, least)
+        if flags.out is not None:
+            print(f"written: {visible(flags.out)}, {count(len(rows), 'image')}")
     if faults:
         raise InputError(faults)
 

@@ -54,6 +54,7 @@ from tuning.settings.config import InputError, SearchPlan, visible, without_secr
 from tuning.settings.documents import read_plan
 from tuning.settings.space import Space, backbones, image_sizes, largest, sizes_of_backbones
 from tuning.settings.words import count, examples, nearest
+from tuning.show.frames import duration
 from tuning.show.progress import Progress, console, plain
 from tuning.show.report import refresher, write_or_warn
 from tuning.training.checking import Within, weights_checked
@@ -121,13 +122,16 @@ def run(flags: Flags) -> int:
 def _started(plan: SearchPlan, space: Space, folder: Path, resumed: bool) -> int:
     check_installed(plan.track)
     trials, epochs = count(plan.trials, "trial"), count(plan.epochs, "epoch")
-    console.print(f"[bold]{plan.name}[/bold]: {trials} of up to {epochs}, space {plain(plan.space)}")
+    within_time = "" if plan.time_budget is None else f", in at most {duration(plan.time_budget)}"
+    console.print(f"[bold]{plan.name}[/bold]: {trials} of up to {epochs}{within_time}, space {plain(plan.space)}")
     if (bounded := within(space, plan)).trials < plan.trials:
         all_of_it = count(bounded.trials, "configuration")
         console.print(f"  the space has {all_of_it} in all: the search ends when each has been tried once")
         plan = bounded
     if (tried := min(len(space.enqueue), plan.trials - len(space.start))) > 0:
-        console.print(f"  then {count(tried, 'configuration')} of enqueue, the portfolio unless the space has its own")
+        console.print(
+            f"  after the start points: {count(tried, 'configuration')} that the space enqueues, or else the portfolio"
+        )
     for words in without_effect(space, plan):
         console.print(f"  {words}")
 
@@ -170,7 +174,7 @@ def _search(
     resumed: bool,
 ) -> int:
     from tuning.search.cluster import cluster_map, serve_images, slots, small_shared_memories, small_shared_memory
-    from tuning.search.driver import Search
+    from tuning.search.driver import BUDGET_USED, Search
     from tuning.search.optimizer import check_study
     from tuning.show.summary import summarize
     from tuning.training.digests import digests
@@ -264,6 +268,8 @@ def _search(
     summarize(folder, place, plan, verdict, compared, halted=search.halted, slots=concurrent, since=since)
     if (report := write_or_warn(folder)) is not None:
         console.print(f"\nReport: {joined(place, report.name)}", markup=False)
+    if search.halted == BUDGET_USED:
+        console.print(f"\nTo continue for as long again: {plan.resume_command}", markup=False)
     if not finished:
         console.print(f"\nInterrupted. To resume: {plan.resume_command}", markup=False)
         return INTERRUPTED

@@ -60,6 +60,14 @@ def test_what_decides_is_important(tmp_path):
     assert analysis.importance(run.trials.head(9), run.space, "val_loss").empty
 
 
+def test_a_parameter_that_one_trial_had_is_ranked_without_a_warning(tmp_path):
+    run = read(make_run(tmp_path / "run", trials=120, finalists=False))
+    without = run.trials["config_unfreeze_depth"] <= 1
+    trials = run.trials[without | (run.trials.index == run.trials.index[~without][0])]
+    assert 10 <= len(trials) < 120
+    assert "stage_lr_decay" in set(analysis.importance(trials, run.space, "val_loss")["parameter"])
+
+
 def test_gaps_by_part_and_augmentation(trials):
     table = analysis.gaps(trials.assign(config_augmentation=["none", "none", "light", "light", "light"], epochs=3))
     assert table.values.tolist() == [

@@ -153,7 +153,8 @@ def test_names_come_through_csv_and_parquet(named, tmp_path, monkeypatch, capfd)
     assert list(rows[0]) == ["path", "predicted", *(f"probability_{name}" for name in CLASSES)]
     for suffix in ("csv", "parquet"):
         out = tmp_path / f"out.{suffix}"
-        assert predict(monkeypatch, capfd, named, *NAMES, "--out", out) == (0, "", "")
+        code, said, told = predict(monkeypatch, capfd, named, *NAMES, "--out", out)
+        assert (code, said, told) == (0, f"written: {out}, 6 images\n", "")
         table = pd.read_csv(out) if suffix == "csv" else pd.read_parquet(out)
         assert list(table["path"]) == NAMES and list(table) == list(rows[0]) and set(table["predicted"]) <= set(CLASSES)
         assert np.allclose(table.iloc[:, 2:].sum(axis=1), 1, atol=1e-5)
@@ -205,7 +206,7 @@ def test_unreadable_files_are_told_and_the_rest_is_written(named, tmp_path, monk
     code, said, told = predict(
         monkeypatch, capfd, named, "broken0.png", ".", "nowhere.png", "no*match", "--out", "o.csv"
     )
-    assert code == 2 and not said
+    assert (code, said) == (2, "written: o.csv, 8 images\n")
     assert ".: left out: 1 file (no images), such as notes.txt\n" in told
     assert len(pd.read_csv("o.csv")) == len(NAMES) + 2
     for name in ("broken0.png", "broken1.png", "nowhere.png", "no*match"):

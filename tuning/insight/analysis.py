@@ -1,6 +1,7 @@
 """Analyse the tables of one run or several: pure functions from frames to frames."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,8 @@ def importance(trials: pd.DataFrame, space: Space, metric: str | None = None) ->
         complete = optuna.trial.TrialState.COMPLETE
         study.add_trials([frozen_trial(space, row["params"], complete, row["rank"], {}) for row in ranked])
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-        shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of a parameter that one trial had
+            shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
     return pd.DataFrame(sorted(shares.items(), key=lambda item: -item[1]), columns=["parameter", "importance"])
 
 

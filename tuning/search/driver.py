@@ -40,6 +40,7 @@ LOW_ON_MEMORY = "running low on memory"  # in Ray's error if its memory monitor 
 RAISED = "RayTaskError"  # in Ray's error if the worker raised an exception, and was not killed
 FAILURES_AT_FIRST = 4  # if the first trials all fail, or those of one slot, the cause is not in their configurations
 RESUME = "--resume continues this trial"
+BUDGET_USED = "the time budget is used up"
 
 
 class Search:
@@ -397,7 +398,7 @@ class Search:
         if self.halted is None and self.mirror is not None:
             self.halted = self.mirror.taken
         if self.halted is None and self._budget_left() <= 0:
-            self.halted = "the time budget is used up"
+            self.halted = BUDGET_USED
         return self.halted is not None
 
     def _budget_left(self) -> float:

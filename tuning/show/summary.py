@@ -81,7 +81,7 @@ def summarize(
     samples = tables.read_table(folder / "samples.parquet")
     for words, alarming in remarks(folder, trials, samples, plan, verdict.trial_id):
         console.print(words, style="bold" if alarming else None)
-    _print_next(place, finalists.more_runs(everything, plan))
+    _print_next(place, finalists.more_runs(everything, plan), modelled=(folder / "model").exists())
 
 
 def _print_table(title: str, frame: pd.DataFrame, note: str = "") -> None:
@@ -145,12 +145,13 @@ def _print_best(top: "pd.Series[object]", metric: str) -> None:
         console.print(f"  {name}: {value:.3g}" if isinstance(value, float) else f"  {name}: {value}")
 
 
-def _print_next(place: str, more: tuple[int, str] | None) -> None:
+def _print_next(place: str, more: tuple[int, str] | None, *, modelled: bool) -> None:
     lines = []
     if more is not None:
         lines.append(f"{more[1]}        # compares them by {count(more[0], 'more run')}, with other seeds")
     final = f"python tuning/train_final.py {shlex.quote(place)}"
-    lines.append(f"{final}        # test the best, or the mean of the best; write model/")
+    before = "; model/ is from before, move it away first" if modelled else ""
+    lines.append(f"{final}        # test the best, or the mean of the best; write model/{before}")
     table = json.dumps(joined(place, "trials.parquet"), ensure_ascii=False)  # a string of Python too
     lines.append("python -c " + shlex.quote(f"import pandas as pd; print(pd.read_parquet({table}))"))
     console.print("\nNext:")
