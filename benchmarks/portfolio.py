@@ -2,7 +2,8 @@
 
 Configurations are added greedily, each the one that most lowers the mean, over the sets, of the square root of the best
 rank so far (0 the best of a table, 1 the worst). A rank is averaged with those of its neighbours: the next learning
-rates, the other backbones and the other policies. A table that lacks a configuration counts it as the worst.
+rates, the other backbones and the other policies. A table that lacks a configuration counts it as the worst. Once no
+configuration gains more, those after it are chosen as if there were none before.
 
 Printed are, for each set, the true ranks there of a list that was learnt from sets of other sources: of the first
 configuration, and the best of the first three. `--write` writes the list that is learnt from all.
@@ -32,6 +33,7 @@ SOURCES = {"few": "xrays", "rare": "generated"}  # sets that are parts of others
 NAMES = tuple(GRID)
 RATES = GRID["learning_rate"]
 RATE_WEIGHT, OTHER_WEIGHT = 0.5, 0.3  # of neighbours
+LEAST_GAIN = 0.01  # in the mean root; what gains less does so by chance
 Configuration = tuple[Any, ...]  # in the order of NAMES
 Ranks = dict[Configuration, float]
 
@@ -82,14 +84,18 @@ def smoothed(found: Ranks) -> Ranks:
 
 
 def learn(tables: Sequence[Ranks], size: int) -> list[Configuration]:
-    """The list of `size` configurations, in order."""
+    """The list of `size` configurations, in order, of which there are more."""
     means = [smoothed(table) for table in tables]
     candidates = sorted({configuration for table in means for configuration in table}, key=str)
     values = np.array([[table.get(configuration, 1.0) for table in means] for configuration in candidates])
-    best, chosen = np.ones(len(tables)), list[int]()
-    for _ in range(size):
+    worst = np.ones(len(tables))
+    best, chosen = worst, list[int]()
+    while len(chosen) < size:
         scores = np.sqrt(np.minimum(values, best)).mean(axis=1)
         scores[chosen] = np.inf
+        if best is not worst and np.sqrt(best).mean() - scores.min() < LEAST_GAIN:
+            best = worst
+            continue
         chosen.append(int(scores.argmin()))
         best = np.minimum(best, values[chosen[-1]])
     return [candidates[place] for place in chosen]
