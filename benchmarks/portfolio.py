@@ -42,7 +42,7 @@ Ranks = dict[Configuration, float]
 class Flags:
     """Learn a portfolio from recorded curves."""
 
-    size: int = 6
+    size: int = 16
     """Configurations."""
     write: bool = False
     """Write the list that is learnt from all sets."""
@@ -130,7 +130,7 @@ def main() -> None:
             f"  - {yaml.safe_dump(point, default_flow_style=True, width=1000, sort_keys=False).strip()}"
             for point in points
         ]
-        PORTFOLIO.write_text("\n".join([*head, "enqueue:", *lines, ""]))
+        PORTFOLIO.write_text("\n".join([*head, "portfolio:", *lines, ""]))
 
 
 if __name__ == "__main__":

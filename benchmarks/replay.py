@@ -51,7 +51,7 @@ from tuning.settings.space_file import parse
 from tuning.training.finetune import ending
 
 MAX_EPOCHS = 600
-PORTFOLIO_SIZE = 6
+PORTFOLIO_SIZE = 16
 FEWER_EPOCHS = {"syne-cqr": 200, "smac": 200}  # surrogates are fitted anew for each suggestion: 600 take over a minute
 WARM_EPOCHS = 200
 SIGNALS_AT = (1, 2, 3, 4)  # epochs whose signals are compared with how trials end
@@ -89,7 +89,7 @@ class Method(Protocol):
 
 
 class Product:
-    """The search of this project; `changed` are its settings, `enqueue` makes the points that it tries first.
+    """The search of this project; `changed` are its settings, `portfolio` makes the points that it tries first.
 
     With `warm_start` it knows of a search of WARM_EPOCHS epochs on the other data set.
     """
@@ -100,15 +100,15 @@ class Product:
         seed: int,
         slots: int,
         clock: SimpleNamespace,
-        enqueue: Callable[[Curves], list[Row]] = lambda curves: [],
+        portfolio: Callable[[Curves], list[Row]] = lambda curves: [],
         warm_start: bool = False,
         **changed: Any,
     ):
         self._folder = tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
         settings = {name: value for name, value in changed.items() if name in SearchPlan.model_fields}
         self._plan = SearchPlan(name="replay", trials=100_000, epochs=EPOCHS, seed=seed, metric="val_loss", **settings)
-        tried = enqueue(curves)
-        searched_space = parse(space(curves.grid) | {"start": tried[:1], "enqueue": tried[1:]}, "grid")
+        tried = portfolio(curves)
+        searched_space = parse(space(curves.grid) | {"start": tried[:1], "portfolio": tried[1:]}, "grid")
         self.search = Search(
             self._plan,
             searched_space,
@@ -295,7 +295,7 @@ def smac(curves: Curves, seed: int, slots: int, clock: SimpleNamespace) -> Metho
 
 
 METHODS: dict[str, Callable[..., Method]] = {
-    "product": partial(Product, enqueue=learnt),
+    "product": partial(Product, portfolio=learnt),
     "ray-optuna-asha": StockRay,
     "optuna-hyperband": partial(OptunaAlone, pruner="hyperband"),
     "optuna-halving": partial(OptunaAlone, pruner="halving"),
@@ -306,15 +306,15 @@ METHODS: dict[str, Callable[..., Method]] = {
     "neps-priorband-bo": partial(neps, model=True),
     "smac": smac,
     # The product with one thing changed; from "no probe" on without a portfolio.
-    "no promotion": partial(Product, enqueue=learnt, promote=False),
-    "no local search": partial(Product, enqueue=learnt, local_search=False),
+    "no promotion": partial(Product, portfolio=learnt, promote=False),
+    "no local search": partial(Product, portfolio=learnt, local_search=False),
     "no portfolio": Product,
-    "no local search, no promotion": partial(Product, enqueue=learnt, local_search=False, promote=False),
+    "no local search, no promotion": partial(Product, portfolio=learnt, local_search=False, promote=False),
     "no local search, no portfolio": partial(Product, local_search=False),
-    "no local search, worst portfolio": partial(Product, enqueue=worst, local_search=False),
+    "no local search, worst portfolio": partial(Product, portfolio=worst, local_search=False),
     "no promotion, no portfolio": partial(Product, promote=False),
-    "portfolio reversed": partial(Product, enqueue=lambda curves: learnt(curves)[::-1]),
-    "worst portfolio": partial(Product, enqueue=worst),
+    "portfolio reversed": partial(Product, portfolio=lambda curves: learnt(curves)[::-1]),
+    "worst portfolio": partial(Product, portfolio=worst),
     "no probe": partial(Product, probe=False),
     "compare best": partial(Product, compared="best"),
     "compare last": partial(Product, compared="last"),

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 from shared import ONE_CORE
 
-from benchmarks.portfolio import SETS, Flags, as_point, learn, ranks
+from benchmarks.portfolio import SETS, Flags, as_point, learn, ranks, smoothed
 from benchmarks.recorded import curves_of
 from tuning.settings.space_file import PORTFOLIO
 
@@ -56,7 +56,7 @@ def test_planted_copies_are_found():
 
 def test_the_portfolio_is_the_one_that_is_learnt_from_the_curves():
     points = [as_point(each) for each in learn([ranks(curves_of(name)) for name in SETS], Flags().size)]
-    assert yaml.safe_load(PORTFOLIO.read_text())["enqueue"] == points
+    assert yaml.safe_load(PORTFOLIO.read_text())["portfolio"] == points
 
 
 def test_a_portfolio_has_something_for_each_set():
@@ -64,6 +64,14 @@ def test_a_portfolio_has_something_for_each_set():
     far = ("tf_efficientnet_lite2", "light", 0, 0.03072, "train")
     tables = [{configuration: 0.0, far: 1.0}, {configuration: 1.0, far: 0.1}]
     assert learn(tables, 2) == [configuration, far]
+
+
+def test_what_follows_in_a_portfolio_is_good_too():
+    """Not any configuration, though none is better on a set than the best of those before it."""
+    rates = [3e-5, 0.00012, 0.00048, 0.00192, 0.00768, 0.03072]
+    names = [("tf_efficientnet_lite0", "none", depth, rate, "train") for depth in (0, 1, 3) for rate in rates]
+    ordered = {name: place / 17 for place, name in enumerate(names)}
+    assert learn([ordered], 6) == sorted(names, key=lambda name: smoothed(ordered)[name])[:6]
 
 
 @pytest.mark.slow

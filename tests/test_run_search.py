@@ -301,9 +301,9 @@ def test_a_run_of_a_version_without_a_setting_goes_on_where_the_default_is_what_
 def test_a_run_has_the_portfolio_in_its_plan_unless_it_is_told_not_to(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _, space, _ = planned(Flags(space="quick", name="with"))
-    assert len(space.enqueue) >= 4 and len(space.document["enqueue"]) == len(space.enqueue)
+    assert len(space.portfolio) >= 12 and len(space.document["portfolio"]) == len(space.portfolio)
     _, space, _ = planned(Flags(space="quick", name="without", set=(("portfolio=false",),)))
-    assert space.enqueue == () and "enqueue" not in space.document
+    assert space.portfolio == () and "portfolio" not in space.document
 
 
 def test_a_password_is_used_but_not_kept(space, folder, tmp_path):

@@ -128,10 +128,12 @@ def _started(plan: SearchPlan, space: Space, folder: Path, resumed: bool) -> int
         all_of_it = count(bounded.trials, "configuration")
         console.print(f"  the space has {all_of_it} in all: the search ends when each has been tried once")
         plan = bounded
-    if (tried := min(len(space.enqueue), plan.trials - len(space.start))) > 0:
-        console.print(
-            f"  after the start points: {count(tried, 'configuration')} that the space enqueues, or else the portfolio"
-        )
+    left = plan.trials - len(space.start)
+    if (tried := min(len(space.enqueue), left)) > 0:
+        console.print(f"  after the start points: {count(tried, 'configuration')} that the space enqueues")
+    if (tried := min(len(space.portfolio), left - len(space.enqueue))) > 0:
+        known = f"up to {count(tried, 'configuration')} of the portfolio, which did well on other data"
+        console.print(f"  after the start points: {known}")
     for words in without_effect(space, plan):
         console.print(f"  {words}")
 

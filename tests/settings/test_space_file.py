@@ -100,7 +100,7 @@ DROPOUT = {"type": "float", "low": 0.0, "high": 0.5}
 @pytest.mark.parametrize(
     ("plain", "parts"),
     [
-        (None, ["my.yaml: is empty", "parameters, fixed, start, enqueue, search"]),
+        (None, ["my.yaml: is empty", "parameters, fixed, start, enqueue, portfolio, search"]),
         ({}, ["my.yaml: is empty"]),
         ([1], ["my.yaml: must be a mapping, got a list"]),
         ({**document(), "paramters": {}}, ["'paramters': no such section", "did you mean parameters?"]),
@@ -479,19 +479,20 @@ def lite(**sections):
 
 def test_a_space_takes_from_the_portfolio_what_lies_inside_it():
     none = with_portfolio(lite())  # no start point
-    assert len(none.start) == 1 and none.start[0] not in none.enqueue
+    assert len(none.start) == 1 and none.start[0] not in none.portfolio
     head = {"backbone": LITE[0], "unfreeze_depth": 0, "learning_rate": 0.01, "augmentation": "none"}
     whole = with_portfolio(lite(start=[head]))
-    assert whole.start == (head,) and whole.enqueue == none.start + none.enqueue
-    assert len(whole.enqueue) == len(yaml.safe_load(PORTFOLIO.read_text())["enqueue"]) >= 5
+    assert whole.start == (head,) and whole.portfolio == none.start + none.portfolio
+    assert len(whole.portfolio) == len(yaml.safe_load(PORTFOLIO.read_text())["portfolio"]) == 16
     again = parse(whole.document, "plan.yaml")
-    assert (again.start, again.enqueue) == (whole.start, whole.enqueue)
-    first = dict(whole.enqueue[0])
+    assert (again.start, again.portfolio) == (whole.start, whole.portfolio) and not again.enqueue
+    assert with_portfolio(again) == again
+    first = dict(whole.portfolio[0])
     near = first | {"learning_rate": 0.8 * first["learning_rate"]}
-    assert with_portfolio(lite(start=[near])).enqueue == whole.enqueue[1:]
+    assert with_portfolio(lite(start=[near])).portfolio == whole.portfolio[1:]
     for name, value in first.items():
         held = with_portfolio(fix(lite(), {name: value}))
-        assert {name: value, **held.start[0]} == first and len(held.enqueue) < len(whole.enqueue)
+        assert {name: value, **held.start[0]} == first and len(held.portfolio) < len(whole.portfolio)
     for other in (fix(lite(), {"backbone": "test_resnet"}), lite(enqueue=[])):
         assert with_portfolio(other) == other
 
@@ -501,6 +502,8 @@ def test_a_space_is_the_recorded_one_whatever_the_portfolio_was():
     for space in (lite(), lite(start=[head]), lite(start=[head], enqueue=[head | {"learning_rate": 0.02}])):
         recorded = with_portfolio(space).document
         assert is_same(space, recorded) and not is_same(fix(space, {"batch_norm": "frozen"}), recorded)
+        if "portfolio" in recorded:  # as versions without that section wrote it
+            assert is_same(space, {**recorded, "enqueue": recorded["portfolio"], "portfolio": []})
     assert not is_same(lite(start=[head]), with_portfolio(lite()).document)
 
 
@@ -508,14 +511,16 @@ def test_a_point_that_becomes_a_start_point_when_something_is_fixed_is_left_out(
     plain = document()
     plain["start"] = [{"backbone": "vgg16"}]
     plain["enqueue"] = [{"backbone": "resnet18"}, {"backbone": "resnet18", "unfreeze_depth": 3}]
+    plain["portfolio"] = [{"backbone": "vgg16", "unfreeze_depth": 3}, {"backbone": "resnet18", "unfreeze_depth": 4}]
     held = fix(parse(plain, "x"), {"backbone": "resnet18"})
     again = parse(held.document, "plan.yaml")  # which a resumed run reads
-    assert (again.start, again.enqueue) == (held.start, held.enqueue) and held.start[0] not in held.enqueue
+    assert again == held and held.start[0] not in held.enqueue
+    assert [len(points) for points in (held.start, held.enqueue, held.portfolio)] == [1, 1, 1]
 
 
 def test_the_portfolio_is_taken_as_it_was_recorded_or_not_at_all():
-    points = yaml.safe_load(PORTFOLIO.read_text())["enqueue"]
-    assert with_portfolio(lite(fixed={"optimizer": "sgd"})).enqueue == ()
+    points = yaml.safe_load(PORTFOLIO.read_text())["portfolio"]
+    assert with_portfolio(lite(fixed={"optimizer": "sgd"})).portfolio == ()
     conditional = lite().document["parameters"]
     for name, when in (("augmentation", "batch_norm == frozen"), ("unfreeze_depth", f"backbone == {LITE[0]}")):
         changed = {**conditional, name: {**conditional[name], "when": when}}
@@ -523,6 +528,6 @@ def test_the_portfolio_is_taken_as_it_was_recorded_or_not_at_all():
             changed["batch_norm"] = {key: value for key, value in changed["batch_norm"].items() if key != "when"}
         space = with_portfolio(parse({"parameters": changed}, "x"))
         parse(space.document, "plan.yaml")
-        for taken in (*space.start, *space.enqueue):
+        for taken in (*space.start, *space.portfolio):
             whole = {**DEFAULTS, **trial_values(space, taken)}
             assert any(point.items() <= whole.items() for point in points)

@@ -324,8 +324,8 @@ def differences(plans: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
 def _space(space: Mapping[str, Any]) -> dict[str, str]:
     parameters = {key: described(value) for key, value in space.get("parameters", {}).items()}
     fixed = {key: f"fixed at {value}" for key, value in space.get("fixed", {}).items()}
-    points = {"start points": space.get("start", []), "enqueued points": space.get("enqueue", [])}
-    return parameters | fixed | {words: str(len(listed)) for words, listed in points.items()}
+    points = {"start points": "start", "enqueued points": "enqueue", "points of the portfolio": "portfolio"}
+    return parameters | fixed | {words: str(len(space.get(section, []))) for words, section in points.items()}
 
 
 def _choice(value: Any) -> str:

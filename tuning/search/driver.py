@@ -201,7 +201,7 @@ class Search:
         if asked is None and (stopped := self._promotable()) is not None:
             return self._promote(stopped)
         if asked is None and self.searched < plan.trials:
-            asked = searched_trial(self.searched, self.space, plan, self.optimizer, self._untried())
+            asked = searched_trial(self.searched, self.space, plan, self.optimizer, self._untried(), self.record)
         elif asked is None:
             if any(not trial.ended for trial in trials.values() if trial.number is not None):
                 return None  # finalists are chosen when all have ended

@@ -8,12 +8,25 @@ from tuning.search.optimizer import Optimizer
 from tuning.settings.config import SearchPlan, TrialConfig
 from tuning.settings.space import Key, Space, backbones, middle, trial_values
 
+LEAST_TRAINED = 6  # trials with an epoch behind them, before which nothing is suggested that the portfolio has
+
 
 def searched_trial(
-    number: int, space: Space, plan: SearchPlan, optimizer: Optimizer, untried: Mapping[Key, dict[str, Any]]
+    number: int,
+    space: Space,
+    plan: SearchPlan,
+    optimizer: Optimizer,
+    untried: Mapping[Key, dict[str, Any]],
+    record: Record,
 ) -> dict[str, Any]:
-    """Propose the point with this number, or a trial suggested by the optimizer; arguments as its `ask`."""
+    """Propose the point with this number, or a trial suggested by the optimizer; arguments as its `ask`.
+
+    The portfolio's points take the place of suggestions for as long as there is little to learn those from.
+    """
     points = (*space.start, *space.enqueue)
+    trained = sum(trial.number is not None and bool(trial.rows) for trial in record.trials.values())
+    if trained < LEAST_TRAINED:
+        points = (*points, *space.portfolio)
     params = optimizer.ask(number, points[number] if number < len(points) else None, untried)
     config = TrialConfig(**trial_values(space, params), epochs=plan.epochs, seed=plan.seed).model_dump()
     origin = "start" if number < len(space.start) else "enqueued" if number < len(points) else "suggested"

@@ -36,6 +36,7 @@ class Space:
     start: tuple[dict[str, Value], ...]
     search: dict[str, Any]
     enqueue: tuple[dict[str, Value], ...] = ()  # tried after the start points, as if the sampler had suggested them
+    portfolio: tuple[dict[str, Value], ...] = ()  # likewise after those, until some trials have a value
 
 
 def suggest(space: Space, trial: Any) -> dict[str, Value]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from tuning.settings.words import as_number, nearest, show
 
 SHIPPED = Path(__file__).resolve().parents[2] / "search_spaces"
 PORTFOLIO = Path(__file__).with_name("portfolio.yaml")
-SECTIONS = {"parameters": dict, "fixed": dict, "start": list, "enqueue": list, "search": dict}
+LISTS = ("start", "enqueue", "portfolio")  # of points
+SECTIONS = {"parameters": dict, "fixed": dict, **dict.fromkeys(LISTS, list), "search": dict}
 RANGE_KEYS = ("low", "high", "log", "step")
 TYPES = {"categorical": ("choices",), "int": RANGE_KEYS, "float": RANGE_KEYS}
 MOST_STEPS = 10**6
@@ -54,7 +56,7 @@ def parse(document: object, where: str, faults: Sequence[str] = ()) -> Space:
     for key in document:
         if key not in SECTIONS:
             faults.append(f"{where}: {show(key)}: no such section{nearest(key, SECTIONS)}; use {', '.join(SECTIONS)}")
-    declared, held, points, queue, settings = (_section(document, key, where, faults) for key in SECTIONS)
+    declared, held, *listed, settings = (_section(document, key, where, faults) for key in SECTIONS)
     _check_names(declared, f"{where}: parameters", faults)
     _check_names(held, f"{where}: fixed", faults)
     if "backbone" not in declared and "backbone" not in held:
@@ -72,24 +74,27 @@ def parse(document: object, where: str, faults: Sequence[str] = ()) -> Space:
     known = {name for name in PARAMETERS if name in declared or name in held}
     space = Space(_plain(document), _parameters(declared, known, f"{where}: parameters", faults), fixed, (), {})
     unsure = known - space.parameters.keys() - fixed.keys()
-    start = _points(space, points, unsure, f"{where}: start", faults)
-    enqueue = _points(space, queue, unsure, f"{where}: enqueue", faults)
-    for index, point in enumerate(enqueue):
-        if point in start and not unsure:
-            same = f"equals start[{start.index(point)}] once completed; delete one of them"
-            faults.append(f"{where}: enqueue[{index}]: {same}")
+    points: dict[str, Any] = {
+        name: _points(space, section, unsure, f"{where}: {name}", faults)
+        for name, section in zip(LISTS, listed, strict=True)
+    }
+    for before, name in combinations(LISTS, 2):
+        for index, point in enumerate(points[name]):
+            if point in points[before] and not unsure:
+                same = f"equals {before}[{points[before].index(point)}] once completed; delete one of them"
+                faults.append(f"{where}: {name}[{index}]: {same}")
     search = _search(settings, where, faults)
     if faults:
         raise InputError(faults)
-    return replace(space, start=start, search=search, enqueue=enqueue)
+    return replace(space, **points, search=search)
 
 
 def fix(space: Space, values: Mapping[str, Any]) -> Space:
     """Return the space with some parameters held at one value, as by `--set batch_size=16`.
 
     They move from `parameters` and the start points to `fixed`. Parameters that become inactive are removed from the
-    start points, those that become active are added with their default, and equal start points are merged; so are
-    those of `enqueue`.
+    start points, those that become active are added with their default, and equal start points are merged; likewise
+    in `enqueue` and `portfolio`.
 
     Raises:
         InputError: an unknown name, a value that `TrialConfig` refuses, a start point that can't be completed.
@@ -101,34 +106,37 @@ def fix(space: Space, values: Mapping[str, Any]) -> Space:
         "fixed": {**(space.document.get("fixed") or {}), **values},
         "start": [],
     }
-    document.pop("enqueue", None)
+    for name in LISTS[1:]:
+        document.pop(name, None)
     fixed = parse(document, "--set")
     faults: list[str] = []
-    lists: dict[str, list[dict[str, Value]]] = {}
-    for name, points in (("start", space.start), ("enqueue", space.enqueue)):
+    lists: dict[str, Any] = {}
+    seen: list[dict[str, Value]] = []
+    for name in LISTS:
         completed = [
             _complete(fixed, set(), active(fixed, point), f"--set: {name}[{index}]", faults)
-            for index, point in enumerate(points)
+            for index, point in enumerate(getattr(space, name))
         ]
-        lists[name] = [point for index, point in enumerate(completed) if point not in completed[:index]]
+        lists[name] = tuple(point for index, point in enumerate(completed) if point not in [*seen, *completed[:index]])
+        seen += completed
     if faults:
         raise InputError(faults)
-    start, enqueue = lists["start"], [point for point in lists["enqueue"] if point not in lists["start"]]
-    document |= {"start": start} | ({"enqueue": enqueue} if "enqueue" in space.document else {})
-    return replace(fixed, document=_plain(document), start=tuple(start), enqueue=tuple(enqueue))
+    document |= {name: list(points) for name, points in lists.items() if name == "start" or name in space.document}
+    return replace(fixed, document=_plain(document), **lists)
 
 
 def with_portfolio(space: Space) -> Space:
-    """Return the space with the points of the shipped portfolio that lie inside it to be tried after the start points.
+    """Return the space with the points of the shipped portfolio that lie inside it.
 
-    The first is the start point of a space that has none. A space that has a section `enqueue` keeps its own.
+    The first is the start point of a space that has none. A space with points of its own to try, in `enqueue` or
+    `portfolio`, keeps them.
     """
-    if "enqueue" in space.document:
+    if not {"enqueue", "portfolio"}.isdisjoint(space.document):
         return space
     portfolio, _ = read_yaml(PORTFOLIO, "")
     assert isinstance(portfolio, dict)
     inside: list[dict[str, Value]] = []
-    for point in portfolio["enqueue"]:
+    for point in portfolio["portfolio"]:
         outside: list[str] = []
         completed = _complete(space, set(), active(space, {**DEFAULTS, **point}), "", outside)
         whole = {**DEFAULTS, **trial_values(space, completed)}
@@ -138,14 +146,15 @@ def with_portfolio(space: Space) -> Space:
     if not inside:
         return space
     if space.start:
-        return replace(space, document={**space.document, "enqueue": _plain(inside)}, enqueue=tuple(inside))
-    document = {**space.document, "start": _plain(inside[:1]), "enqueue": _plain(inside[1:])}
-    return replace(space, document=document, start=tuple(inside[:1]), enqueue=tuple(inside[1:]))
+        return replace(space, document={**space.document, "portfolio": _plain(inside)}, portfolio=tuple(inside))
+    document = {**space.document, "start": _plain(inside[:1]), "portfolio": _plain(inside[1:])}
+    return replace(space, document=document, start=tuple(inside[:1]), portfolio=tuple(inside[1:]))
 
 
 def is_same(space: Space, recorded: Mapping[str, Any]) -> bool:
     """Whether a run's space, as its plan.yaml has it, is this one, whichever portfolio was then added to it."""
-    added = [] if "enqueue" in space.document else ["enqueue"] if space.start else ["enqueue", "start"]
+    added = {"enqueue", "portfolio"} - space.document.keys()
+    added = set() if len(added) < 2 else added if space.start else added | {"start"}
     documents = [
         {name: part for name, part in document.items() if part and name not in added}
         for document in (space.document, recorded)
