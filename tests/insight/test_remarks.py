@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from runs import few_trials, make_run
 from scipy.special import expit
@@ -10,6 +11,7 @@ from shared import SOAK
 from tuning.insight.analysis import searched, top
 from tuning.insight.remarks import _on_baseline, _on_ensemble, _on_subgroups, remarks, with_baseline
 from tuning.record.predictions import Predictions, predictions_file, write_predictions
+from tuning.record.tables import AUDIT, write_tables
 from tuning.settings.config import SearchPlan
 from tuning.show import report
 from tuning.show.sections import read
@@ -29,6 +31,31 @@ def make_judged(folder, sure):
         write_predictions(predictions_file(folder, row.trial_id), validation, classes, probabilities, **named)
     chosen = top(run.trials, "val_loss")["trial_id"]
     return chosen, remarks(folder, searched(run.trials), run.samples, run.plan, chosen)
+
+
+def test_a_shortcut_is_told_beside_the_verdict(tmp_path):
+    folder = tmp_path / "run"
+    make_judged(folder, 0.9)
+
+    def write(rows):
+        found = [dict(zip(AUDIT.names, row, strict=True)) for row in rows]
+        write_tables({"audit": pa.Table.from_pylist(found, schema=AUDIT)}, folder)
+
+    rows = [
+        ["shortcut_shape", "info", None, None, 0.99, 0.005, "hidden by fit=crop"],
+        ["shortcut_metadata", "warn", None, None, 0.99, 0.005, "file format PNG predicts covid"],
+        ["shortcut_metadata", "warn", None, None, 0.9, 0.005, "file size predicts covid"],
+        ["shortcut_colour", "warn", None, None, 0.9, 0.005, "brightness over 120 predicts covid"],
+        ["imbalance", "warn", None, None, 20.0, None, "20 to 1"],
+    ]
+    write(rows)
+    page = report.report(read(folder))
+    words = (
+        "A class can be predicted from brightness or contrast, metadata alone: the trials may have learnt this shortcut"
+    )
+    assert f'<p class="warning">{words} (' in page
+    write(rows[:1] + rows[4:])
+    assert "this shortcut" not in report.report(read(folder)).partition("<section")[2].partition("</section>")[0]
 
 
 @pytest.mark.slow

@@ -28,7 +28,6 @@ KINDS = (  # also worst first
 LEAKS = {"stop": "stop", "warn": "warn", "move": "warn"}  # severity of a leak, by `on_leak`
 UNBALANCED, VERY_UNBALANCED = 3, 10  # images of the largest class for each of the smallest: info, warn
 MOST_LINES = 12  # on the screen
-LIGHT = ("brightness", "contrast")  # rules of shortcut_colour that need no colour
 GROUPED = "give the scan or the patient with --set group_column=..."
 CURE = "--set on_leak=move moves each group and all copies into one split, on_leak=warn only warns"
 
@@ -182,7 +181,7 @@ def of_shortcuts(rules: Iterable["Shortcut"], fit: str, drop_colour: bool) -> li
 def _hiding(finding: str, rule: str) -> str:
     """The setting that hides a shortcut from the network."""
     if finding == "shortcut_colour":
-        return "" if rule.startswith(LIGHT) else "drop_colour=true"
+        return "" if rule.startswith(tables.LIGHT) else "drop_colour=true"
     return "fit=crop" if finding == "shortcut_shape" else ""
 
 

@@ -11,6 +11,7 @@ from tuning.insight.guessing import Comparison, with_baseline
 from tuning.insight.subgroups import compared, in_words, worse
 from tuning.record.predictions import Predictions, read_predictions
 from tuning.record.subgroups import subgroups_of
+from tuning.record.tables import read_table, warned_shortcuts
 from tuning.search.checkpoints import kept
 from tuning.settings.config import SearchPlan
 from tuning.settings.words import count, examples
@@ -26,13 +27,15 @@ class Remark(NamedTuple):
 def remarks(
     folder: Path, trials: pd.DataFrame, samples: pd.DataFrame, plan: SearchPlan, chosen: str | None
 ) -> list[Remark]:
-    """Return the remarks that a run's predictions allow; calibration and subgroups are those of the `chosen` trial."""
+    """Return the remarks that a run's predictions and audit allow, some of them on the `chosen` trial."""
     predictions = read_predictions(folder, trials, samples, plan.metric)
     guesses = with_baseline(trials, predictions)
     found = [] if guesses is None else _on_baseline(guesses)
     if chosen is not None and chosen in predictions.trial_ids:
         found.append(_on_calibration(predictions, chosen))
         found += _on_subgroups(predictions, chosen, samples)
+    if chosen is not None:
+        found += _on_shortcuts(folder / "audit.parquet")
     return found + ([] if chosen is None else _on_ensemble(predictions.of(kept(folder, trials)), chosen, plan))
 
 
@@ -88,6 +91,16 @@ def _on_subgroups(predictions: Predictions, trial_id: str, samples: pd.DataFrame
     rows, comparisons = compared(probabilities, predictions.targets, predictions.groups, columns)
     words = [f"Subgroups of the validation set, {trial_id}: {line}." for line in in_words(rows, comparisons)]
     return [Remark(line, alarming=bool(worse(rows))) for line in words] + [Remark(line) for line in left_out]
+
+
+def _on_shortcuts(audit: Path) -> list[Remark]:
+    kinds = warned_shortcuts(read_table(audit)) if audit.exists() else []
+    if not kinds:
+        return []
+    words = f"A class can be predicted from {', '.join(kinds)} alone: the trials may have learnt this shortcut"
+    return [
+        Remark(f"{words} (the audit has the rules; evaluate.py shows how a model does on images from elsewhere).", True)
+    ]
 
 
 def _on_ensemble(saved: Predictions, chosen: str, plan: SearchPlan) -> list[Remark]:

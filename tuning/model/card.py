@@ -10,7 +10,6 @@ import pandas as pd
 import yaml
 
 from tuning import __version__
-from tuning.checks.findings import LIGHT
 from tuning.data.decoding import GREY_LEVELS
 from tuning.insight import analysis
 from tuning.model.held_out import estimate, few_images, temperature_in_words
@@ -316,12 +315,8 @@ def _limitations(metrics: Mapping[str, Any], audit: pd.DataFrame | None, changed
         lines.append(f"The test set is small ({count(tested['groups'], 'group')}): see the confidence intervals.")
     if tested is not None and metrics["test_reading"]["number"] > 1:
         lines.append("The test set was evaluated before: if models were chosen by it, its figures are too optimistic.")
-    if audit is not None:
-        shortcuts = audit[(audit["severity"] == "warn") & audit["finding"].str.startswith("shortcut_")]
-        light = shortcuts["detail"].str.startswith(LIGHT)
-        kinds = sorted(set(shortcuts["finding"].str.removeprefix("shortcut_").mask(light, "brightness or contrast")))
-        if kinds:
-            lines.append(f"The class can be predicted from {', '.join(kinds)} alone: it may have learnt this shortcut.")
+    if audit is not None and (kinds := tables.warned_shortcuts(audit)):
+        lines.append(f"The class can be predicted from {', '.join(kinds)} alone: it may have learnt this shortcut.")
     if changed:
         lines.append(
             "Its configuration or data differs from the search's, so search and verdict describe another model."

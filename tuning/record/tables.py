@@ -67,6 +67,7 @@ AUDIT = versioned(
 SUBGROUP = "subgroup_"  # before the names of further columns of samples, by which figures are given
 SCHEMAS = {"trials": TRIALS, "epochs": EPOCHS, "decisions": DECISIONS, "samples": SAMPLES}
 SCHEMAS |= {"finalists": FINALISTS, "audit": AUDIT}
+LIGHT = ("brightness", "contrast")  # rules of shortcut_colour that need no colour
 FILLED = {  # columns that have a value in every row
     "trials": ("trial_id", "origin", "status", "epochs", "seconds", "config_backbone", "config_unfreeze_depth"),
     "epochs": ("seq", "trial_id", "epoch", "seconds", "wall_s"),
@@ -273,3 +274,10 @@ def _faults(table: pa.Table, name: str, version: int) -> list[str]:
 def searched(trials: pd.DataFrame) -> pd.DataFrame:
     """Return the start points and suggested trials, without probes and the finalists' runs."""
     return trials[~trials["origin"].isin(["probe", "finalist"])]
+
+
+def warned_shortcuts(table: pd.DataFrame) -> list[str]:
+    """Return what alone predicts a class, by the table of findings: shape, metadata and so on, each once."""
+    found = table[(table["severity"] == "warn") & table["finding"].str.startswith("shortcut_")]
+    light = found["detail"].str.startswith(LIGHT)
+    return sorted(set(found["finding"].str.removeprefix("shortcut_").mask(light, "brightness or contrast")))
