@@ -52,9 +52,9 @@ class NePS:
     def suggest(self, ticket: int) -> tuple[Row, int] | None:
         try:
             self._trials[ticket] = trial = self._told.ask()
-        except (
-            AssertionError
-        ):  # PriorBand's weights are no numbers where its densities are all 0, for all later asks too
+        except AssertionError:
+            # PriorBand's weights are no numbers where its densities are all 0, for all later asks too: the replay ends
+            # here, and a goal that it had not reached counts as not reached.
             return None
         before = trial.metadata.previous_trial_id
         self._best[ticket] = math.inf

@@ -335,7 +335,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     "random, no stopping": partial(Product, sampler="random", early_stopping=False),
 }
 ELSEWHERE = ("neps-priorband", "neps-priorband-bo", "smac")  # need an environment of their own
-PLOTTED = tuple(METHODS)[:7]  # the product's default and the peers
+PEERS = ("ray-optuna-asha", "optuna-hyperband", "optuna-halving", "syne-asha", "syne-bohb", "syne-cqr")
+PLOTTED = ("product", *PEERS)
 
 
 # ---- one replay -------------------------------------------------------------------------------------------------
