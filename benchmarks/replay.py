@@ -52,7 +52,11 @@ from tuning.training.finetune import ending
 
 MAX_EPOCHS = 600
 PORTFOLIO_SIZE = 16
-FEWER_EPOCHS = {"syne-cqr": 200, "smac": 200}  # surrogates are fitted anew for each suggestion: 600 take over a minute
+FEWER_EPOCHS = {
+    "syne-cqr": 200,
+    "smac": 200,
+    "optuna-gp-hyperband": 200,
+}  # surrogates are fitted anew for each suggestion: 600 take over a minute
 WARM_EPOCHS = 200
 SIGNALS_AT = (1, 2, 3, 4)  # epochs whose signals are compared with how trials end
 SHOWN_AFTER = (60, 200)  # epochs after which the best loss found is printed
@@ -190,15 +194,22 @@ class StockRay:
 
 
 class OptunaAlone:
-    """Optuna's TPE with one of its own pruners, each with its defaults; a trial's value is its best epoch."""
+    """One of Optuna's samplers with one of its pruners, each with its defaults; a trial's value is its best epoch."""
 
-    def __init__(self, curves: Curves, seed: int, slots: int, clock: SimpleNamespace, pruner: str):
+    def __init__(
+        self,
+        curves: Curves,
+        seed: int,
+        slots: int,
+        clock: SimpleNamespace,
+        pruner: str,
+        sampler: type[optuna.samplers.BaseSampler] = optuna.samplers.TPESampler,
+    ):
         pruners = {
             "hyperband": partial(optuna.pruners.HyperbandPruner, max_resource=EPOCHS),
             "halving": optuna.pruners.SuccessiveHalvingPruner,
         }
-        sampler = optuna.samplers.TPESampler(seed=seed)
-        self._study = optuna.create_study(sampler=sampler, pruner=pruners[pruner]())
+        self._study = optuna.create_study(sampler=sampler(seed=seed), pruner=pruners[pruner]())
         self._trials: dict[int, optuna.Trial] = {}
         self._distributions = distributions(curves.grid)
 
@@ -299,6 +310,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "ray-optuna-asha": StockRay,
     "optuna-hyperband": partial(OptunaAlone, pruner="hyperband"),
     "optuna-halving": partial(OptunaAlone, pruner="halving"),
+    "optuna-gp-hyperband": partial(OptunaAlone, pruner="hyperband", sampler=optuna.samplers.GPSampler),
     "syne-asha": partial(SyneTune, baseline="ASHA"),
     "syne-bohb": partial(SyneTune, baseline="BOHB"),
     "syne-cqr": partial(SyneTune, baseline="ASHACQR"),
