@@ -52,11 +52,8 @@ from tuning.training.finetune import ending
 
 MAX_EPOCHS = 600
 PORTFOLIO_SIZE = 16
-FEWER_EPOCHS = {
-    "syne-cqr": 200,
-    "smac": 200,
-    "optuna-gp-hyperband": 200,
-}  # surrogates are fitted anew for each suggestion: 600 take over a minute
+# Surrogates are fitted anew for each suggestion: 600 epochs take over a minute.
+FEWER_EPOCHS = dict.fromkeys(("syne-cqr", "smac", "optuna-gp-hyperband"), 200)
 WARM_EPOCHS = 200
 SIGNALS_AT = (1, 2, 3, 4)  # epochs whose signals are compared with how trials end
 SHOWN_AFTER = (60, 200)  # epochs after which the best loss found is printed

@@ -92,7 +92,6 @@ def test_the_faster_way_stays(as_they_are, replayed, kept, monkeypatch):
     for _ in range(WARM_UP + 2 * TIMED + 1 + 5):
         passes.step()
     assert passes.calls == [False] * (WARM_UP + TIMED) + [True] * (TIMED + 1) + [kept] * 5
-    assert passes.replayed.replays == kept
 
 
 def test_another_batch_runs_as_it_is_and_so_do_those_after_it(monkeypatch):
@@ -114,6 +113,18 @@ def test_steps_that_can_not_be_recorded_run_as_they_are(monkeypatch, capsys):
     assert losses(trained(config(), graphs=True)) == losses(known)
     said = "can't be recorded as a CUDA graph, and run without: RuntimeError: operation not permitted when stream"
     assert said in capsys.readouterr().err
+
+
+def test_a_recording_that_fails_half_way_leaves_no_gradients(monkeypatch):
+    frozen = config(batch_norm="frozen")  # since this one runs what it records, which would change batch norm
+    known = trained(frozen)
+
+    def record(run):
+        run()
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(graphs, "record", record)
+    assert losses(trained(frozen, graphs=True)) == losses(known)
 
 
 @pytest.mark.gpu

@@ -23,14 +23,17 @@ def searched_trial(
 
     The portfolio's points take the place of suggestions for as long as there is little to learn those from.
     """
-    points = (*space.start, *space.enqueue)
-    trained = sum(trial.number is not None and bool(trial.rows) for trial in record.trials.values())
-    if trained < LEAST_TRAINED:
-        points = (*points, *space.portfolio)
-    params = optimizer.ask(number, points[number] if number < len(points) else None, untried)
+    listed = len(space.start) + len(space.enqueue)
+    points = (*space.start, *space.enqueue, *space.portfolio)
+    given = points[number] if number < listed or (number < len(points) and _trained(record) < LEAST_TRAINED) else None
+    params = optimizer.ask(number, given, untried)
     config = TrialConfig(**trial_values(space, params), epochs=plan.epochs, seed=plan.seed).model_dump()
-    origin = "start" if number < len(space.start) else "enqueued" if number < len(points) else "suggested"
+    origin = "start" if number < len(space.start) else "suggested" if given is None else "enqueued"
     return {"trial_id": f"t{number:05d}", "number": number, "origin": origin, "params": params, "config": config}
+
+
+def _trained(record: Record) -> int:
+    return sum(trial.number is not None and bool(trial.rows) for trial in record.trials.values())
 
 
 def probe(space: Space, plan: SearchPlan, record: Record) -> dict[str, Any] | None:

@@ -52,16 +52,11 @@ class Replayed:
             loss = self._recorded.run(batch, targets)
         if timed:
             self._seconds["as they are" if self._recorded is None else "replayed"] += self._now() - began
-        if not self._settled and self._steps == first + TIMED:
+        if not self._settled and self._steps >= first + TIMED:
             self._settled = True
             if self._seconds["replayed"] * LEAST_GAIN > self._seconds["as they are"]:
                 self._drop()
         return loss
-
-    @property
-    def replays(self) -> bool:
-        """Whether the next step is replayed, unless its batch is another."""
-        return self._recorded is not None
 
     def _record(self, batch: Tensor, targets: Sequence[Targets], micro_batch: int) -> None:
         try:
@@ -70,6 +65,8 @@ class Replayed:
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             print(f"training steps can't be recorded as a CUDA graph, and run without: {reason}", file=sys.stderr)
             self._drop()
+            for parameter in self._parameters:  # of passes that were recorded in part, and never ran
+                parameter.grad = None
 
     def _drop(self) -> None:
         self._recorded, self._settled = None, True
